@@ -1,0 +1,437 @@
+"""The operations as functions: validate, choose an engine, return the same kind of array.
+
+Arrays are channels-last. NumPy arrays, nested sequences and any array with DLPack (PyTorch, JAX, CuPy on the host)
+are accepted; results come back as the kind of array that ``x`` is. float32 and float64 are computed as they are (mixed:
+float64), other real dtypes as float32. Inputs are never modified.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from fastclstm import dispatch
+from fastclstm.nn import activations
+from fastclstm.spec import DATA_FORMATS, ConvLSTMSpec, ConvSpec, PoolSpec, choice, expect_shape
+
+__all__ = ["conv2d", "conv2d_vjp", "convlstm2d", "convlstm2d_vjp", "max_pool3d", "max_pool3d_vjp"]
+
+Gradients = dict[str, Any]
+
+
+def conv2d(
+    x: Any,
+    kernel: Any,
+    bias: Any = None,
+    *,
+    strides: Any = 1,
+    padding: Any = "same",
+    padding_mode: str = "zeros",
+    dilation: Any = 1,
+    algorithm: str = "auto",
+    engine: str | None = None,
+) -> Any:
+    """Convolve frames with a kernel (2D cross-correlation, as in every deep-learning framework).
+
+    Parameters
+    ----------
+    x : array (B, H, W, C)
+        Frames, channels-last.
+    kernel : array (KH, KW, C, F)
+        The filters.
+    bias : array (F,), optional
+        Added to every pixel.
+    strides, dilation : int or (int, int)
+        Step of the window and of the taps within it, on height and width; at most one of them above 1.
+    padding : "same", "valid", int, (int, int) or ((top, bottom), (left, right))
+        "same": ``HO = ceil(H / stride)``, where an odd total puts the extra row after.
+    padding_mode : "zeros" or "circular"
+        What the padding holds.
+    algorithm : "auto", "direct" or "winograd"
+        How the cpu engine computes; "direct" forbids the faster transforms, whose rounding differs slightly.
+    engine : "cpu" or "reference", optional
+        Where it is computed.
+
+    Returns
+    -------
+    array (B, HO, WO, F)
+
+    Raises
+    ------
+    ValueError
+        Shapes or options that do not fit together.
+    TypeError
+        Complex, object or ragged arrays; arrays on another device.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastclstm.functional import conv2d
+    >>> conv2d(np.ones((1, 4, 4, 1)), np.ones((3, 3, 1, 1)), padding="valid")[0, :, :, 0]
+    array([[9., 9.],
+           [9., 9.]])
+    """
+    module, spec, arrays = _conv2d_arguments(x, kernel, bias, strides, padding, padding_mode, dilation, algorithm, engine)
+    return dispatch.restorer(x)(module.conv2d(spec, *arrays, algorithm=algorithm))
+
+
+def conv2d_vjp(
+    x: Any,
+    kernel: Any,
+    bias: Any = None,
+    *,
+    strides: Any = 1,
+    padding: Any = "same",
+    padding_mode: str = "zeros",
+    dilation: Any = 1,
+    algorithm: str = "auto",
+    engine: str | None = None,
+) -> tuple[Any, Callable[[Any], Gradients]]:
+    """Compute `conv2d` and the function that pulls gradients back through it.
+
+    Parameters are those of `conv2d`.
+
+    Returns
+    -------
+    y : array (B, HO, WO, F)
+    pullback : callable
+        ``pullback(dy)``, with dy the gradient of a scalar with respect to y, returns a dict of gradients with the
+        keys "x", "kernel" and, if one was given, "bias".
+    """
+    module, spec, arrays = _conv2d_arguments(x, kernel, bias, strides, padding, padding_mode, dilation, algorithm, engine)
+    restore = dispatch.restorer(x)
+    y = module.conv2d(spec, *arrays, algorithm=algorithm)
+
+    def pullback(dy: Any) -> Gradients:
+        cotangent = _cotangent("conv2d", "dy", dy, y.shape, y.dtype)
+        dx, dkernel, dbias = module.conv2d_backward(spec, arrays[0], arrays[1], cotangent)
+        gradients = {"x": restore(dx), "kernel": restore(dkernel)}
+        if bias is not None:
+            gradients["bias"] = restore(dbias)
+        return gradients
+
+    return restore(y), pullback
+
+
+def convlstm2d(
+    x: Any,
+    kernel: Any,
+    recurrent_kernel: Any,
+    bias: Any = None,
+    *,
+    initial_state: Any = None,
+    strides: Any = 1,
+    padding: Any = "same",
+    padding_mode: str = "zeros",
+    dilation: Any = 1,
+    recurrent_dilation: Any = 1,
+    activation: Any = "tanh",
+    recurrent_activation: Any = "sigmoid",
+    output_activation: Any = None,
+    peephole: Mapping[str, Any] | None = None,
+    cell_clip: float | None = None,
+    mask: Any = None,
+    go_backwards: bool = False,
+    return_sequences: bool = True,
+    return_state: bool = False,
+    algorithm: str = "auto",
+    engine: str | None = None,
+) -> Any:
+    """Run a ConvLSTM over a batch of sequences (Shi et al. 2015, eq. 3; without peepholes unless given).
+
+    With ``*`` the 2D convolution and ∘ the elementwise product, at each step
+
+    ``i, f, o = σ(z_i), σ(z_f), σ(z_o)`` and ``g = tanh(z_g)`` of ``z = kernel * x_t + recurrent_kernel * h + bias``,
+    then ``c = f∘c + i∘g`` and ``h = o∘tanh(c)``.
+
+    Parameters
+    ----------
+    x : array (B, T, H, W, C)
+        Sequences of frames, channels-last.
+    kernel : array (KH, KW, C, 4F)
+        Input kernels of the gates i, f, g, o, in that order on the last axis.
+    recurrent_kernel : array (RKH, RKW, F, 4F)
+        Kernels on the hidden state; their convolution has stride 1 and "same" padding.
+    bias : array (4F,), optional
+    initial_state : (h, c), optional
+        Arrays (B, HO, WO, F); None, or None for either of them, means zeros.
+    strides, padding, padding_mode, dilation
+        Of the input convolution, as in `conv2d`.
+    recurrent_dilation : int or (int, int)
+    activation, recurrent_activation, output_activation : str or (function, derivative)
+        On g; on i, f and o; on the new cell state (None: the same as `activation`).
+    peephole : mapping, optional
+        Weights under "i", "f" (applied to the old cell state) and "o" (applied to the new one): each (HO, WO, F)
+        [elementwise, Shi et al. 2015], (F,) [a channel], or (K, K, F, F) [convolution, with optional "bias_i",
+        "bias_f", "bias_o" of shape (F,)].
+    cell_clip : float, optional
+        Limits every cell state to [-cell_clip, cell_clip].
+    mask : array of bool (B, T), optional
+        Where False, the step is skipped: states are carried on and the previous output is repeated (zeros before the
+        first valid step).
+    go_backwards : bool
+        Process the last frame first; outputs stay in processing order.
+    return_sequences, return_state : bool
+    algorithm, engine
+        As in `conv2d`.
+
+    Returns
+    -------
+    array (B, T, HO, WO, F), or (B, HO, WO, F) without return_sequences
+        With return_state a tuple of that, h and c, the last states (B, HO, WO, F).
+
+    Raises
+    ------
+    ValueError
+        Shapes or options that do not fit together.
+    TypeError
+        Complex, object or ragged arrays; arrays on another device.
+
+    References
+    ----------
+    Shi et al., "Convolutional LSTM Network: A Machine Learning Approach for Precipitation Nowcasting", NeurIPS 2015.
+    """
+    call = _ConvLSTMCall(
+        x, kernel, recurrent_kernel, bias, initial_state=initial_state, strides=strides, padding=padding,
+        padding_mode=padding_mode, dilation=dilation, recurrent_dilation=recurrent_dilation, activation=activation,
+        recurrent_activation=recurrent_activation, output_activation=output_activation, peephole=peephole,
+        cell_clip=cell_clip, mask=mask, go_backwards=go_backwards, return_sequences=return_sequences,
+        algorithm=algorithm, engine=engine,
+    )  # fmt: skip
+    output, h, c, _ = call.forward(save=False)
+    return tuple(map(call.restore, (output, h, c))) if return_state else call.restore(output)
+
+
+def convlstm2d_vjp(
+    x: Any, kernel: Any, recurrent_kernel: Any, bias: Any = None, *, return_state: bool = False, **options: Any
+) -> tuple[Any, Callable[[Any], Gradients]]:
+    """Compute `convlstm2d` and the function that pulls gradients back through time.
+
+    Parameters are those of `convlstm2d`.
+
+    Returns
+    -------
+    outputs : as `convlstm2d` returns them
+    pullback : callable
+        Takes the gradient of a scalar with respect to the outputs, in their structure (with return_state a tuple of
+        three, each may be None), and returns a dict of gradients with the keys "x", "kernel", "recurrent_kernel" and,
+        where given, "bias", "initial_state" (a pair) and "peephole" (a mapping).
+    """
+    call = _ConvLSTMCall(x, kernel, recurrent_kernel, bias, **options)
+    output, h, c, saved = call.forward(save=True)
+    spec, restore = call.spec, call.restore
+
+    def pullback(cotangents: Any) -> Gradients:
+        doutput, dh, dc = cotangents if return_state else (cotangents, None, None)
+        gradients = call.engine.convlstm2d_backward(
+            spec,
+            saved,
+            _cotangent("convlstm2d", "dy", doutput, spec.output_shape, call.dtype),
+            _cotangent("convlstm2d", "dh", dh, spec.state_shape, call.dtype),
+            _cotangent("convlstm2d", "dc", dc, spec.state_shape, call.dtype),
+        )
+        result = {name: restore(gradients[name]) for name in ("x", "kernel", "recurrent_kernel")}
+        if bias is not None:
+            result["bias"] = restore(gradients["bias"])
+        if options.get("initial_state") is not None:
+            result["initial_state"] = (restore(gradients["h"]), restore(gradients["c"]))
+        if call.peephole is not None:
+            result["peephole"] = {name: restore(value) for name, value in gradients["peephole"].items()}
+        return result
+
+    outputs = tuple(map(restore, (output, h, c))) if return_state else restore(output)
+    return outputs, pullback
+
+
+def max_pool3d(
+    x: Any,
+    pool_size: Any = (2, 2, 2),
+    strides: Any = None,
+    *,
+    padding: Any = "valid",
+    ceil_mode: bool = False,
+    data_format: str = "channels_last",
+    return_indices: bool = False,
+    engine: str | None = None,
+) -> Any:
+    """Take the maximum over windows of time, height and width.
+
+    Parameters
+    ----------
+    x : array (B, T, H, W, C), or (B, C, T, H, W) with data_format="channels_first"
+    pool_size : int or (int, int, int)
+        The window on time, height and width.
+    strides : int or (int, int, int), optional
+        None: the window itself. Smaller strides overlap.
+    padding : "valid", "same", int, (int, int, int) or three pairs (before, after)
+        Padded positions never win. "same": ``ceil(n / stride)`` windows.
+    ceil_mode : bool
+        Keep a last, partial window that starts inside the input.
+    data_format : "channels_last" or "channels_first"
+    return_indices : bool
+        Also return where each maximum stands: the flat index into the (T, H, W) volume of its sample and channel.
+    engine : "cpu" or "reference", optional
+
+    Returns
+    -------
+    array (B, TO, HO, WO, C), or a tuple of it and an int64 array of the same shape
+        In the layout of x. NaN wins its window; of equal values the first in (t, h, w) order does.
+
+    Raises
+    ------
+    ValueError
+        Shapes or options that do not fit together.
+    TypeError
+        Complex, object or ragged arrays; arrays on another device.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastclstm.functional import max_pool3d
+    >>> max_pool3d(np.arange(8.0).reshape(1, 2, 2, 2, 1)).ravel()
+    array([7.])
+    """
+    call = _PoolCall(x, pool_size, strides, padding, ceil_mode, data_format, engine)
+    y, indices = call.engine.max_pool3d(call.spec, call.x, return_indices)
+    y = call.restore(call.from_channels_last(y))
+    return (y, call.restore(call.from_channels_last(indices))) if return_indices else y
+
+
+def max_pool3d_vjp(
+    x: Any,
+    pool_size: Any = (2, 2, 2),
+    strides: Any = None,
+    *,
+    padding: Any = "valid",
+    ceil_mode: bool = False,
+    data_format: str = "channels_last",
+    return_indices: bool = False,
+    engine: str | None = None,
+) -> tuple[Any, Callable[[Any], Gradients]]:
+    """Compute `max_pool3d` and the function that hands each gradient to the element that won its window.
+
+    Parameters are those of `max_pool3d`.
+
+    Returns
+    -------
+    outputs : as `max_pool3d` returns them
+    pullback : callable
+        ``pullback(dy)`` returns ``{"x": dx}``; with return_indices it takes a pair whose second item is ignored.
+    """
+    call = _PoolCall(x, pool_size, strides, padding, ceil_mode, data_format, engine)
+    y, indices = call.engine.max_pool3d(call.spec, call.x, True)
+    shape = call.from_channels_last(y).shape
+
+    def pullback(cotangents: Any) -> Gradients:
+        dy = cotangents[0] if return_indices else cotangents
+        cotangent = _cotangent("max_pool3d", "dy", dy, shape, y.dtype)
+        dx = call.engine.max_pool3d_backward(call.spec, indices, call.to_channels_last(cotangent))
+        return {"x": call.restore(call.from_channels_last(dx))}
+
+    result = call.restore(call.from_channels_last(y))
+    return (result, call.restore(call.from_channels_last(indices))) if return_indices else result, pullback
+
+
+def _conv2d_arguments(
+    x: Any, kernel: Any, bias: Any, strides: Any, padding: Any, padding_mode: str, dilation: Any, algorithm: str,
+    engine: str | None,
+) -> tuple[ModuleType, ConvSpec, tuple[np.ndarray, np.ndarray, np.ndarray | None]]:  # fmt: skip
+    """Validate the arguments of `conv2d`: the engine's module, the geometry and native arrays."""
+    module = dispatch.get_engine(engine)
+    dispatch.check_algorithm("conv2d", module, algorithm)
+    given = {"x": x, "kernel": kernel} | ({} if bias is None else {"bias": bias})
+    arrays = {name: dispatch.as_numpy("conv2d", name, value) for name, value in given.items()}
+    spec = ConvSpec.infer(arrays["x"].shape, arrays["kernel"].shape, None if bias is None else arrays["bias"].shape,
+                          strides=strides, padding=padding, padding_mode=padding_mode, dilation=dilation)  # fmt: skip
+    dtype = dispatch.working_dtype(*arrays.values())
+    ready = {name: dispatch.native(array, dtype) for name, array in arrays.items()}
+    return module, spec, (ready["x"], ready["kernel"], ready.get("bias"))
+
+
+def _cotangent(op: str, name: str, value: Any, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray | None:
+    if value is None:
+        return None
+    array = dispatch.as_numpy(op, name, value)
+    expect_shape(op, name, array.shape, shape, "the shape of the output whose gradient it is")
+    return dispatch.native(array, dtype)
+
+
+class _ConvLSTMCall:
+    """One validated call of `convlstm2d`: its engine, geometry and native arrays."""
+
+    def __init__(
+        self, x: Any, kernel: Any, recurrent_kernel: Any, bias: Any, *, initial_state: Any = None,
+        activation: Any = "tanh", recurrent_activation: Any = "sigmoid", output_activation: Any = None,
+        peephole: Mapping[str, Any] | None = None, mask: Any = None, algorithm: str = "auto",
+        engine: str | None = None, **geometry: Any,
+    ):  # fmt: skip
+        op = "convlstm2d"
+        self.engine = dispatch.get_engine(engine)
+        dispatch.check_algorithm(op, self.engine, algorithm)
+        self.algorithm = algorithm
+        self.restore = dispatch.restorer(x)
+        h, c = _state_pair(op, initial_state)
+        given = {"x": x, "kernel": kernel, "recurrent_kernel": recurrent_kernel, "bias": bias, "h": h, "c": c}
+        arrays = {name: dispatch.as_numpy(op, name, value) for name, value in given.items() if value is not None}
+        peepholes = {name: dispatch.as_numpy(op, f"peephole {name!r}", w) for name, w in (peephole or {}).items()}
+        mask = None if mask is None else dispatch.as_numpy(op, "mask", mask)
+        self.spec = ConvLSTMSpec.infer(
+            x_shape=arrays["x"].shape,
+            kernel_shape=arrays["kernel"].shape,
+            recurrent_kernel_shape=arrays["recurrent_kernel"].shape,
+            **{f"{name}_shape": arrays[name].shape for name in ("bias", "h", "c") if name in arrays},
+            peephole_shapes=None if peephole is None else {name: w.shape for name, w in peepholes.items()},
+            mask_shape=None if mask is None else mask.shape,
+            activation=activations.get(activation),
+            recurrent_activation=activations.get(recurrent_activation),
+            output_activation=activations.get(activation if output_activation is None else output_activation),
+            **geometry,
+        )
+        self.dtype = dispatch.working_dtype(*arrays.values(), *peepholes.values())
+        self.arrays = {name: dispatch.native(array, self.dtype) for name, array in arrays.items()}
+        self.peephole = None if peephole is None else {k: dispatch.native(w, self.dtype) for k, w in peepholes.items()}
+        self.mask = None if mask is None else np.ascontiguousarray(mask != 0)
+
+    def forward(self, save: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray, Any]:
+        """Run the engine: output, last h, last c and, with `save`, what its backward pass needs."""
+        get = self.arrays.get
+        return self.engine.convlstm2d(
+            self.spec, get("x"), get("kernel"), get("recurrent_kernel"), get("bias"), get("h"), get("c"),
+            self.peephole, self.mask, algorithm=self.algorithm, save=save,
+        )  # fmt: skip
+
+
+def _state_pair(op: str, initial_state: Any) -> tuple[Any, Any]:
+    if initial_state is None:
+        return None, None
+    if not isinstance(initial_state, tuple | list) or len(initial_state) != 2:
+        raise ValueError(f"{op}: initial_state must be a pair (h, c), got {type(initial_state).__name__}")
+    return initial_state[0], initial_state[1]
+
+
+class _PoolCall:
+    """One validated call of `max_pool3d`: its engine, geometry and native channels-last array."""
+
+    def __init__(
+        self, x: Any, pool_size: Any, strides: Any, padding: Any, ceil_mode: bool, data_format: str, engine: str | None
+    ):
+        self.engine = dispatch.get_engine(engine)
+        self.restore = dispatch.restorer(x)
+        choice("max_pool3d", "data_format", data_format, DATA_FORMATS)
+        self.channels_first = data_format == "channels_first"
+        array = dispatch.as_numpy("max_pool3d", "x", x)
+        if self.channels_first and array.ndim == 5:
+            array = np.moveaxis(array, 1, -1)
+        self.spec = PoolSpec.infer(array.shape, pool_size, strides, padding=padding, ceil_mode=ceil_mode)
+        self.x = dispatch.native(array, dispatch.working_dtype(array))
+
+    def to_channels_last(self, array: np.ndarray | None) -> np.ndarray | None:
+        """Bring an array in the caller's layout to the engine's."""
+        return np.ascontiguousarray(np.moveaxis(array, 1, -1)) if self.channels_first and array is not None else array
+
+    def from_channels_last(self, array: np.ndarray) -> np.ndarray:
+        """Bring an array in the engine's layout to the caller's."""
+        return np.ascontiguousarray(np.moveaxis(array, -1, 1)) if self.channels_first else array

@@ -1,0 +1,356 @@
+"""Geometry, computed once: every size, every padding amount and every shape error of the package.
+
+Size letters, used everywhere: ``B`` batch, ``T`` time steps, ``H``×``W`` frame, ``C`` input channels, ``F`` filters,
+``KH``×``KW`` kernel, ``HO``×``WO`` (and ``TO``) the sizes after a convolution or a pooling.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+Pair = tuple[int, int]
+Shape = tuple[int, ...]
+
+GATES = ("i", "f", "g", "o")
+"""Order of the gates on the ``4F`` axis of kernels, biases and pre-activations."""
+
+PADDING_MODES = ("zeros", "circular")
+DATA_FORMATS = ("channels_last", "channels_first")
+PEEPHOLE_GATES = ("i", "f", "o")
+_PEEPHOLE_KINDS = {1: "channel", 3: "elementwise", 4: "conv"}
+_AXES = {2: ("height", "width"), 3: ("time", "height", "width")}
+
+
+def integers(op: str, name: str, value: Any, count: int, minimum: int) -> Shape:
+    """Return `value`, an integer or a sequence of `count` integers, as a tuple of `count` integers >= `minimum`."""
+    expected = f"{op}: {name} must be an integer >= {minimum} or {count} of them, got {value!r}"
+    items = [value] * count if np.ndim(value) == 0 else list(value)
+    try:
+        result = tuple(operator.index(item) for item in items)
+    except TypeError:
+        raise TypeError(expected) from None
+    if len(result) != count or min(result) < minimum or any(isinstance(item, bool | np.bool_) for item in items):
+        raise ValueError(expected)
+    return result
+
+
+def choice(op: str, name: str, value: Any, allowed: Sequence[Any]) -> None:
+    """Raise ValueError unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def expect_shape(op: str, name: str, shape: Shape, expected: Shape, why: str) -> None:
+    """Raise ValueError unless `shape` is `expected`."""
+    if tuple(shape) != tuple(expected):
+        raise ValueError(f"{op}: {name} has shape {tuple(shape)} but must be {tuple(expected)} ({why})")
+
+
+def _window_padding(
+    op: str, padding: Any, size: Shape, window: Shape, strides: Shape, *, maximum: Shape | None = None
+) -> tuple[Pair, ...]:
+    """Return the padding (before, after) of each axis; `window` is the dilated extent of the kernel."""
+    count = len(size)
+    if isinstance(padding, str):
+        choice(op, "padding", padding, ("same", "valid"))
+        if padding == "valid":
+            return ((0, 0),) * count
+        pads = []
+        for n, k, s in zip(size, window, strides, strict=True):
+            total = max((-(-n // s) - 1) * s + k - n, 0)
+            pads.append((total // 2, total - total // 2))
+        return tuple(pads)
+    if np.ndim(padding) == 2 or (np.ndim(padding) == 0) or len(padding) == count:
+        items = [padding] * count if np.ndim(padding) == 0 else list(padding)
+        pairs = tuple(integers(op, f"padding of the {axis}", item, 2, 0)
+                      for axis, item in zip(_AXES[count], items, strict=False))  # fmt: skip
+        if len(items) == count:
+            for axis, (before, after), limit in zip(_AXES[count], pairs, maximum or (None,) * count, strict=True):
+                if limit is not None and max(before, after) >= limit:
+                    raise ValueError(
+                        f"{op}: padding ({before}, {after}) of the {axis} must be smaller than the window ({limit}), "
+                        f"or a window would hold nothing but padding"
+                    )
+            return tuple((before, after) for before, after in pairs)
+    raise ValueError(
+        f"{op}: padding must be 'same', 'valid', an integer, {count} integers or {count} pairs (before, after), "
+        f"got {padding!r}"
+    )
+
+
+def _outputs(op: str, size: Shape, window: Shape, strides: Shape, pads: tuple[Pair, ...], ceil: bool = False) -> Shape:
+    """Return the output size of each axis, or raise ValueError where a window does not fit the padded input."""
+    result = []
+    for axis, n, k, s, (before, after) in zip(_AXES[len(size)], size, window, strides, pads, strict=True):
+        room = n + before + after - k
+        if n < 1 or room < 0:
+            raise ValueError(
+                f"{op}: a window of {k} does not fit the {axis} of {n} padded by ({before}, {after}); "
+                f"give larger frames, a smaller window or dilation, or padding='same'"
+            )
+        count = room // s + 1
+        if ceil and room % s and count * s < n + before:  # the last, partial window starts inside the input
+            count += 1
+        result.append(count)
+    return tuple(result)
+
+
+@dataclass(frozen=True, slots=True)
+class ConvSpec:
+    """One 2D cross-correlation ``(B, H, W, C) -> (B, HO, WO, F)`` with a kernel ``(KH, KW, C, F)``."""
+
+    B: int
+    H: int
+    W: int
+    C: int
+    F: int
+    KH: int
+    KW: int
+    HO: int
+    WO: int
+    strides: Pair
+    dilation: Pair
+    padding: tuple[Pair, Pair]
+    """((top, bottom), (left, right)) in pixels."""
+    padding_mode: str
+
+    @classmethod
+    def infer(
+        cls,
+        x_shape: Shape,
+        kernel_shape: Shape,
+        bias_shape: Shape | None = None,
+        *,
+        strides: Any = 1,
+        padding: Any = "same",
+        padding_mode: str = "zeros",
+        dilation: Any = 1,
+        op: str = "conv2d",
+    ) -> ConvSpec:
+        """Check shapes and options and return the geometry; raise ValueError or TypeError naming what is wrong."""
+        if len(x_shape) != 4:
+            raise ValueError(f"{op}: x must be (batch, height, width, channels), got {len(x_shape)}D {tuple(x_shape)}")
+        if len(kernel_shape) != 4:
+            raise ValueError(f"{op}: kernel must be (KH, KW, channels, filters), got shape {tuple(kernel_shape)}")
+        B, H, W, C = x_shape
+        KH, KW, kernel_channels, F = kernel_shape
+        if C != kernel_channels:
+            raise ValueError(f"{op}: x has {C} channels but kernel {tuple(kernel_shape)} takes {kernel_channels}")
+        if min(kernel_shape) < 1:
+            raise ValueError(f"{op}: kernel {tuple(kernel_shape)} has an empty axis; every axis must be at least 1")
+        if bias_shape is not None:
+            expect_shape(op, "bias", bias_shape, (F,), f"one value for each of the kernel's {F} filters")
+        s = integers(op, "strides", strides, 2, 1)
+        d = integers(op, "dilation", dilation, 2, 1)
+        choice(op, "padding_mode", padding_mode, PADDING_MODES)
+        if max(s) > 1 and max(d) > 1:
+            raise ValueError(f"{op}: strides {s} and dilation {d} cannot both exceed 1; choose one of them")
+        window = ((KH - 1) * d[0] + 1, (KW - 1) * d[1] + 1)
+        pads = _window_padding(op, padding, (H, W), window, s)
+        HO, WO = _outputs(op, (H, W), window, s, pads)
+        return cls(B, H, W, C, F, KH, KW, HO, WO, (s[0], s[1]), (d[0], d[1]), (pads[0], pads[1]), padding_mode)
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of the direct algorithm (a multiply and an add are two)."""
+        return 2 * self.B * self.HO * self.WO * self.KH * self.KW * self.C * self.F
+
+
+@dataclass(frozen=True, slots=True)
+class ConvLSTMSpec:
+    """A whole ConvLSTM over ``x (B, T, H, W, C)`` with hidden and cell states ``(B, HO, WO, F)``."""
+
+    T: int
+    F: int
+    input: ConvSpec
+    """The convolution of one time step of x, ``(B, H, W, C) -> (B, HO, WO, 4F)``."""
+    recurrent: ConvSpec
+    """The convolution of h, ``(B, HO, WO, F) -> (B, HO, WO, 4F)``, stride 1, "same"."""
+    activation: Any
+    recurrent_activation: Any
+    output_activation: Any
+    """The three `fastclstm.nn.activations.Activation`: on g; on i, f, o; on the new cell state."""
+    peephole: str | None = None
+    """None, "elementwise", "channel" or "conv"."""
+    peephole_conv: ConvSpec | None = None
+    """Geometry ``(B, HO, WO, F) -> (B, HO, WO, F)`` of a "conv" peephole."""
+    cell_clip: float | None = None
+    go_backwards: bool = False
+    return_sequences: bool = True
+
+    @classmethod
+    def infer(
+        cls,
+        x_shape: Shape,
+        kernel_shape: Shape,
+        recurrent_kernel_shape: Shape,
+        bias_shape: Shape | None = None,
+        *,
+        h_shape: Shape | None = None,
+        c_shape: Shape | None = None,
+        peephole_shapes: Mapping[str, Shape] | None = None,
+        mask_shape: Shape | None = None,
+        strides: Any = 1,
+        padding: Any = "same",
+        padding_mode: str = "zeros",
+        dilation: Any = 1,
+        recurrent_dilation: Any = 1,
+        activation: Any,
+        recurrent_activation: Any,
+        output_activation: Any,
+        cell_clip: float | None = None,
+        go_backwards: bool = False,
+        return_sequences: bool = True,
+        op: str = "convlstm2d",
+    ) -> ConvLSTMSpec:
+        """Check shapes and options and return the geometry; raise ValueError or TypeError naming what is wrong."""
+        if len(x_shape) != 5:
+            hint = "; add the missing axis, e.g. x[np.newaxis] or x[..., np.newaxis]" if len(x_shape) in (3, 4) else ""
+            raise ValueError(
+                f"{op}: x must be (batch, time, height, width, channels), got {len(x_shape)}D {tuple(x_shape)}{hint}"
+            )
+        B, T, H, W, C = x_shape
+        if T < 1:
+            raise ValueError(f"{op}: x has no time steps {tuple(x_shape)}; at least one is needed")
+        conv = ConvSpec.infer((B, H, W, C), kernel_shape, bias_shape, strides=strides, padding=padding,
+                              padding_mode=padding_mode, dilation=dilation, op=op)  # fmt: skip
+        if conv.F % 4:
+            raise ValueError(
+                f"{op}: kernel {tuple(kernel_shape)} must end in 4 × filters, one block for each gate i, f, g, o; "
+                f"{conv.F} is not divisible by 4"
+            )
+        F = conv.F // 4
+        state = (B, conv.HO, conv.WO, F)
+        if len(recurrent_kernel_shape) != 4 or tuple(recurrent_kernel_shape[2:]) != (F, 4 * F):
+            raise ValueError(
+                f"{op}: recurrent_kernel has shape {tuple(recurrent_kernel_shape)} but must be "
+                f"(KH, KW, {F}, {4 * F}) to go with kernel {tuple(kernel_shape)}"
+            )
+        recurrent = ConvSpec.infer(state, recurrent_kernel_shape, padding="same", padding_mode=padding_mode,
+                                   dilation=recurrent_dilation, op=f"{op}: recurrent convolution")  # fmt: skip
+        for name, shape in (("h", h_shape), ("c", c_shape)):
+            if shape is not None:
+                expect_shape(op, f"initial state {name}", shape, state, "(batch, height, width, filters) of the states")
+        if mask_shape is not None:
+            expect_shape(op, "mask", mask_shape, (B, T), "(batch, time)")
+        if cell_clip is not None and not cell_clip > 0:
+            raise ValueError(f"{op}: cell_clip must be a positive number or None, got {cell_clip!r}")
+        kind, peephole_conv = cls._peephole(op, peephole_shapes, state, padding_mode)
+        return cls(T, F, conv, recurrent, activation, recurrent_activation, output_activation, kind, peephole_conv,
+                   None if cell_clip is None else float(cell_clip), bool(go_backwards), bool(return_sequences))  # fmt: skip
+
+    @staticmethod
+    def _peephole(
+        op: str, shapes: Mapping[str, Shape] | None, state: Shape, padding_mode: str
+    ) -> tuple[str | None, ConvSpec | None]:
+        if shapes is None:
+            return None, None
+        F = state[-1]
+        biases = tuple(f"bias_{gate}" for gate in PEEPHOLE_GATES)
+        unknown = sorted(set(shapes) - {*PEEPHOLE_GATES, *biases})
+        missing = [gate for gate in PEEPHOLE_GATES if gate not in shapes]
+        if unknown or missing:
+            raise ValueError(f"{op}: peephole must map 'i', 'f' and 'o' to weights (and, for convolutions, "
+                             f"'bias_i', 'bias_f', 'bias_o'); missing {missing}, unknown {unknown}")  # fmt: skip
+        first = tuple(shapes["i"])
+        kind = _PEEPHOLE_KINDS.get(len(first))
+        if kind is None:
+            raise ValueError(f"{op}: peephole weights must be (HO, WO, F), (F,) or (KH, KW, F, F), got {first}")
+        expected = {"channel": (F,), "elementwise": state[1:], "conv": (*first[:2], F, F)}[kind]
+        for gate in PEEPHOLE_GATES:
+            expect_shape(op, f"peephole {gate!r}", shapes[gate], expected, f"{kind} peephole, the same for i, f and o")
+        for bias in biases:
+            if bias in shapes:
+                if kind != "conv":
+                    raise ValueError(f"{op}: peephole {bias!r} goes with convolutional peepholes only, not {kind!r}")
+                expect_shape(op, f"peephole {bias!r}", shapes[bias], (F,), "one value for each filter")
+        if kind != "conv":
+            return kind, None
+        conv = ConvSpec.infer(state, expected, padding="same", padding_mode=padding_mode, op=f"{op}: peephole")
+        return kind, conv
+
+    @property
+    def B(self) -> int:
+        """Batch size."""
+        return self.input.B
+
+    @property
+    def HO(self) -> int:
+        """Height of the states."""
+        return self.input.HO
+
+    @property
+    def WO(self) -> int:
+        """Width of the states."""
+        return self.input.WO
+
+    @property
+    def state_shape(self) -> tuple[int, int, int, int]:
+        """Shape ``(B, HO, WO, F)`` of h and of c."""
+        return self.B, self.HO, self.WO, self.F
+
+    @property
+    def output_shape(self) -> Shape:
+        """Shape of the output: ``(B, T, HO, WO, F)``, or the state's where only the last step is returned."""
+        return (self.B, self.T, *self.state_shape[1:]) if self.return_sequences else self.state_shape
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of the convolutions of all time steps by the direct algorithm."""
+        return self.T * (self.input.flops + self.recurrent.flops)
+
+    def source_step(self, t: int) -> int:
+        """Index on x's time axis of the `t`-th step processed."""
+        return self.T - 1 - t if self.go_backwards else t
+
+
+@dataclass(frozen=True, slots=True)
+class PoolSpec:
+    """One 3D max pooling ``(B, T, H, W, C) -> (B, TO, HO, WO, C)``."""
+
+    B: int
+    T: int
+    H: int
+    W: int
+    C: int
+    TO: int
+    HO: int
+    WO: int
+    pool_size: tuple[int, int, int]
+    strides: tuple[int, int, int]
+    padding: tuple[Pair, Pair, Pair]
+    """(before, after) on time, height and width; padded positions never win."""
+
+    @classmethod
+    def infer(
+        cls,
+        x_shape: Shape,
+        pool_size: Any = (2, 2, 2),
+        strides: Any = None,
+        *,
+        padding: Any = "valid",
+        ceil_mode: bool = False,
+        op: str = "max_pool3d",
+    ) -> PoolSpec:
+        """Check a channels-last shape and the options and return the geometry; raise ValueError or TypeError."""
+        if len(x_shape) != 5:
+            raise ValueError(
+                f"{op}: x must be (batch, time, height, width, channels), got {len(x_shape)}D {tuple(x_shape)}"
+            )
+        B, T, H, W, C = x_shape
+        pool = integers(op, "pool_size", pool_size, 3, 1)
+        step = pool if strides is None else integers(op, "strides", strides, 3, 1)
+        pads = _window_padding(op, padding, (T, H, W), pool, step, maximum=pool)
+        TO, HO, WO = _outputs(op, (T, H, W), pool, step, pads, ceil_mode)
+        return cls(B, T, H, W, C, TO, HO, WO, (pool[0], pool[1], pool[2]), (step[0], step[1], step[2]),
+                   (pads[0], pads[1], pads[2]))  # fmt: skip
+
+    @property
+    def output_shape(self) -> Shape:
+        """Shape ``(B, TO, HO, WO, C)`` of the result."""
+        return self.B, self.TO, self.HO, self.WO, self.C
