@@ -32,7 +32,9 @@ def get_engine(name: str | None = None) -> ModuleType:
     try:
         return importlib.import_module(ENGINES[name])
     except ImportError as error:
-        raise ImportError(f"engine {name!r} cannot be used: {error}; install numba, or pass engine='reference'") from error
+        raise ImportError(
+            f"engine {name!r} cannot be used: {error}; install numba, or pass engine='reference'"
+        ) from error
 
 
 def _names() -> str:
@@ -57,7 +59,9 @@ def as_numpy(op: str, name: str, value: Any) -> np.ndarray:
     if not isinstance(value, np.ndarray) and hasattr(value, "__dlpack__"):
         device = value.__dlpack_device__()[0]
         if int(device) not in _DLPACK_CPU_DEVICES:
-            raise TypeError(f"{op}: {name} lives on DLPack device {device}, not in the processor's memory; move it to the CPU")
+            raise TypeError(
+                f"{op}: {name} lives on DLPack device {device}, not in the processor's memory; move it to the CPU"
+            )
         try:
             value = np.from_dlpack(value)
         except (BufferError, RuntimeError, TypeError) as error:
@@ -78,8 +82,8 @@ def working_dtype(*arrays: np.ndarray | None) -> np.dtype:
 
 
 def native(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Return `array` as a C-contiguous array of the native `dtype`: itself where it already is one."""
-    return np.ascontiguousarray(array, dtype)
+    """Return `array` as a C-contiguous, aligned array of the native `dtype`: itself where it already is one."""
+    return np.require(array, dtype, ["C", "A"])
 
 
 def restorer(like: Any) -> Callable[[np.ndarray], Any]:

@@ -74,7 +74,9 @@ def conv2d(
     array([[9., 9.],
            [9., 9.]])
     """
-    module, spec, arrays = _conv2d_arguments(x, kernel, bias, strides, padding, padding_mode, dilation, algorithm, engine)
+    module, spec, arrays = _conv2d_arguments(
+        x, kernel, bias, strides, padding, padding_mode, dilation, algorithm, engine
+    )
     return dispatch.restorer(x)(module.conv2d(spec, *arrays, algorithm=algorithm))
 
 
@@ -101,7 +103,9 @@ def conv2d_vjp(
         ``pullback(dy)``, with dy the gradient of a scalar with respect to y, returns a dict of gradients with the
         keys "x", "kernel" and, if one was given, "bias".
     """
-    module, spec, arrays = _conv2d_arguments(x, kernel, bias, strides, padding, padding_mode, dilation, algorithm, engine)
+    module, spec, arrays = _conv2d_arguments(
+        x, kernel, bias, strides, padding, padding_mode, dilation, algorithm, engine
+    )
     restore = dispatch.restorer(x)
     y = module.conv2d(spec, *arrays, algorithm=algorithm)
 
@@ -327,7 +331,7 @@ def max_pool3d_vjp(
 
     def pullback(cotangents: Any) -> Gradients:
         dy = cotangents[0] if return_indices else cotangents
-        cotangent = _cotangent("max_pool3d", "dy", dy, shape, y.dtype)
+        cotangent = _cotangent("max_pool3d", "dy", np.zeros(shape) if dy is None else dy, shape, y.dtype)
         dx = call.engine.max_pool3d_backward(call.spec, indices, call.to_channels_last(cotangent))
         return {"x": call.restore(call.from_channels_last(dx))}
 
@@ -378,11 +382,14 @@ class _ConvLSTMCall:
         arrays = {name: dispatch.as_numpy(op, name, value) for name, value in given.items() if value is not None}
         peepholes = {name: dispatch.as_numpy(op, f"peephole {name!r}", w) for name, w in (peephole or {}).items()}
         mask = None if mask is None else dispatch.as_numpy(op, "mask", mask)
+        shapes = {name: array.shape for name, array in arrays.items()}
         self.spec = ConvLSTMSpec.infer(
-            x_shape=arrays["x"].shape,
-            kernel_shape=arrays["kernel"].shape,
-            recurrent_kernel_shape=arrays["recurrent_kernel"].shape,
-            **{f"{name}_shape": arrays[name].shape for name in ("bias", "h", "c") if name in arrays},
+            x_shape=shapes["x"],
+            kernel_shape=shapes["kernel"],
+            recurrent_kernel_shape=shapes["recurrent_kernel"],
+            bias_shape=shapes.get("bias"),
+            h_shape=shapes.get("h"),
+            c_shape=shapes.get("c"),
             peephole_shapes=None if peephole is None else {name: w.shape for name, w in peepholes.items()},
             mask_shape=None if mask is None else mask.shape,
             activation=activations.get(activation),

@@ -29,7 +29,7 @@ _AXES = {2: ("height", "width"), 3: ("time", "height", "width")}
 def integers(op: str, name: str, value: Any, count: int, minimum: int) -> Shape:
     """Return `value`, an integer or a sequence of `count` integers, as a tuple of `count` integers >= `minimum`."""
     expected = f"{op}: {name} must be an integer >= {minimum} or {count} of them, got {value!r}"
-    items = [value] * count if np.ndim(value) == 0 else list(value)
+    items = list(value) if np.iterable(value) else [value] * count
     try:
         result = tuple(operator.index(item) for item in items)
     except TypeError:
@@ -65,18 +65,17 @@ def _window_padding(
             total = max((-(-n // s) - 1) * s + k - n, 0)
             pads.append((total // 2, total - total // 2))
         return tuple(pads)
-    if np.ndim(padding) == 2 or (np.ndim(padding) == 0) or len(padding) == count:
-        items = [padding] * count if np.ndim(padding) == 0 else list(padding)
+    items = list(padding) if np.iterable(padding) else [padding] * count
+    if len(items) == count:
         pairs = tuple(integers(op, f"padding of the {axis}", item, 2, 0)
-                      for axis, item in zip(_AXES[count], items, strict=False))  # fmt: skip
-        if len(items) == count:
-            for axis, (before, after), limit in zip(_AXES[count], pairs, maximum or (None,) * count, strict=True):
-                if limit is not None and max(before, after) >= limit:
-                    raise ValueError(
-                        f"{op}: padding ({before}, {after}) of the {axis} must be smaller than the window ({limit}), "
-                        f"or a window would hold nothing but padding"
-                    )
-            return tuple((before, after) for before, after in pairs)
+                      for axis, item in zip(_AXES[count], items, strict=True))  # fmt: skip
+        for axis, (before, after), limit in zip(_AXES[count], pairs, maximum or (None,) * count, strict=True):
+            if limit is not None and max(before, after) >= limit:
+                raise ValueError(
+                    f"{op}: padding ({before}, {after}) of the {axis} must be smaller than the window ({limit}), "
+                    f"or a window would hold nothing but padding"
+                )
+        return tuple((before, after) for before, after in pairs)
     raise ValueError(
         f"{op}: padding must be 'same', 'valid', an integer, {count} integers or {count} pairs (before, after), "
         f"got {padding!r}"
@@ -139,7 +138,7 @@ class ConvSpec:
             raise ValueError(f"{op}: kernel must be (KH, KW, channels, filters), got shape {tuple(kernel_shape)}")
         B, H, W, C = x_shape
         KH, KW, kernel_channels, F = kernel_shape
-        if C != kernel_channels:
+        if kernel_channels != C:
             raise ValueError(f"{op}: x has {C} channels but kernel {tuple(kernel_shape)} takes {kernel_channels}")
         if min(kernel_shape) < 1:
             raise ValueError(f"{op}: kernel {tuple(kernel_shape)} has an empty axis; every axis must be at least 1")
@@ -241,8 +240,9 @@ class ConvLSTMSpec:
         if cell_clip is not None and not cell_clip > 0:
             raise ValueError(f"{op}: cell_clip must be a positive number or None, got {cell_clip!r}")
         kind, peephole_conv = cls._peephole(op, peephole_shapes, state, padding_mode)
+        clip = None if cell_clip is None else float(cell_clip)
         return cls(T, F, conv, recurrent, activation, recurrent_activation, output_activation, kind, peephole_conv,
-                   None if cell_clip is None else float(cell_clip), bool(go_backwards), bool(return_sequences))  # fmt: skip
+                   clip, bool(go_backwards), bool(return_sequences))  # fmt: skip
 
     @staticmethod
     def _peephole(
