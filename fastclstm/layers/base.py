@@ -1,0 +1,231 @@
+"""What all layers share: options, parameters, gradients, and the way to and from files."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+
+from fastclstm import dispatch
+from fastclstm.io import weights
+from fastclstm.nn import initializers
+from fastclstm.spec import Shape, choice, expect_shape
+
+DTYPES = ("float32", "float64")
+
+_initializing: ContextVar[bool] = ContextVar("_initializing", default=True)
+
+
+@contextmanager
+def _uninitialized() -> Iterator[None]:
+    """Build layers whose parameters have their shapes but no memory, to be assigned at once."""
+    token = _initializing.set(False)
+    try:
+        yield
+    finally:
+        _initializing.reset(token)
+
+
+class Parameter:
+    """An attribute of a layer that is an array: read-only, and replaced as a whole when assigned to."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, layer: Layer | None, owner: type | None = None) -> Any:
+        return self if layer is None else layer._parameters.get(self._name)
+
+    def __set__(self, layer: Layer, value: Any) -> None:
+        layer._parameters[self._name] = layer._checked(self._name, value)
+
+
+@dataclass(eq=False, repr=False)
+class Layer:
+    """A layer: called on an array, it returns one.
+
+    A subclass is a dataclass whose fields are its options, under the names of the constructor's arguments. Its
+    parameters are read-only arrays, and change by assignment only: that gives engines a sign when packed copies of
+    them are out of date.
+
+    Attributes
+    ----------
+    trainable : bool
+        False freezes the parameters: `backward` still returns the gradient of the input, `get_gradients` nothing.
+    """
+
+    def __post_init__(self) -> None:
+        for name, value in self.options.items():
+            setattr(self, name, _plain(value))
+        self.trainable = True
+        self._parameters: dict[str, np.ndarray] = {}
+        self._sublayers: dict[str, Layer] = {}
+        self._gradients: dict[str, np.ndarray] = {}
+        self._pullback: Callable[..., Any] | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The constructor's arguments, by name."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    def __repr__(self) -> str:
+        fields = dataclasses.fields(self)
+        shown = [(f.name, getattr(self, f.name)) for f in fields if not _same(getattr(self, f.name), f.default)]
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in shown)})"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return `forward` of the same arguments."""
+        return self.forward(*args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute the layer's output."""
+        raise NotImplementedError
+
+    def backward(self, *args: Any, **kwargs: Any) -> Any:
+        """Pull the gradient of the last training call's output back to its input, keeping those of the parameters."""
+        raise NotImplementedError
+
+    def get_gradients(self) -> dict[str, np.ndarray]:
+        """Return the gradients that the last `backward` left, under the names of `parameters`; nothing when frozen."""
+        return dict(self._gradients)
+
+    @property
+    def parameters(self) -> dict[str, np.ndarray]:
+        """Name of each parameter and its array, read-only; `set_parameters` changes them."""
+        return {name: owner._parameters[key] for name, (owner, key) in self._owners().items()}
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of values in all parameters together."""
+        return sum(array.size for array in self.parameters.values())
+
+    def set_parameters(self, arrays: Mapping[str, Any]) -> None:
+        """Replace all parameters: `arrays` has the names and shapes of `parameters`. After an error none is changed.
+
+        Raises
+        ------
+        ValueError
+            A missing or unknown name, or another shape.
+        TypeError
+            Anything but real arrays.
+        """
+        owners = self._owners()
+        missing, unknown = sorted(set(owners) - set(arrays)), sorted(set(arrays) - set(owners))
+        if missing or unknown:
+            raise ValueError(
+                f"{type(self).__name__}: the parameters are {', '.join(owners) or 'none'}; "
+                f"missing {', '.join(missing) or 'none'}, unknown {', '.join(unknown) or 'none'}"
+            )
+        checked = {name: owner._checked(key, arrays[name], name) for name, (owner, key) in owners.items()}
+        for name, (owner, key) in owners.items():
+            owner._parameters[key] = checked[name]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write options and parameters to a safetensors file, whole or not at all.
+
+        Options given as functions (activations, initializers) cannot be written; `load` asks for those that matter. A
+        seed that is a Generator is not written either.
+
+        Raises
+        ------
+        OSError
+            The file cannot be written.
+        """
+        written = {name: value for name, value in self.options.items() if _is_plain(value)}
+        lost = [n for n in self.options if n not in written and n != "seed" and not n.endswith("_initializer")]
+        weights.save(path, self.parameters, {"class": type(self).__name__, "options": written, "functions": lost})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], **options: Any) -> Self:
+        """Return the layer that `save` wrote; `options` replace those in the file.
+
+        Raises
+        ------
+        OSError
+            The file is missing or cannot be read.
+        ValueError
+            A damaged or foreign file, another class of layer, parameters that do not fit the options.
+        """
+        arrays, metadata = weights.load(path)
+        name, own = os.fspath(path), cls.__name__
+        if metadata.get("class") != own:
+            raise ValueError(f"{name} holds a {metadata.get('class')}, not a {own}; load it with that class")
+        if lost := [option for option in metadata.get("functions", ()) if option not in options]:
+            raise ValueError(
+                f"{name} was saved by a layer with functions as options, which files do not hold; "
+                f"give them: {own}.load(path, {', '.join(f'{option}=…' for option in lost)})"
+            )
+        try:
+            with _uninitialized():
+                layer = cls(**{name: _plain(value) for name, value in metadata["options"].items()} | options)
+            layer.set_parameters(arrays)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{name} does not fit: {error}") from error
+        return layer
+
+    def _owners(self) -> dict[str, tuple[Layer, str]]:
+        """Full name of each parameter -> the layer that has it and its name there."""
+        own = {name: (self, name) for name in self._parameters}
+        return own | {f"{prefix}.{name}": owner for prefix, layer in self._sublayers.items()
+                      for name, owner in layer._owners().items()}  # fmt: skip
+
+    def _add_parameter(
+        self, name: str, shape: Shape, initializer: initializers.Initializer, rng: np.random.Generator, dtype: str
+    ) -> None:
+        self._parameters[name] = np.broadcast_to(np.zeros((), dtype), shape)  # the shape, without its memory
+        if _initializing.get():
+            self._parameters[name] = self._checked(name, initializer(shape, rng, dtype))
+
+    def _checked(self, key: str, value: Any, name: str | None = None) -> np.ndarray:
+        """Return `value` as a new read-only array that can replace the parameter `key`."""
+        op = type(self).__name__
+        if key not in self._parameters:
+            raise ValueError(f"{op}: this layer has no {key}; its parameters are {', '.join(self._parameters)}")
+        old = self._parameters[key]
+        array = dispatch.as_numpy(op, name or key, value)
+        expect_shape(op, name or key, array.shape, old.shape, "fixed by the layer's options")
+        array = np.array(array, old.dtype, order="C")
+        array.setflags(write=False)
+        return array
+
+    def _keep_gradients(self, gradients: dict[str, np.ndarray]) -> None:
+        self._gradients = gradients if self.trainable else {}
+
+    def _recorded(self) -> Callable[..., Any]:
+        """Return what the last call left for `backward`."""
+        if self._pullback is None:
+            name = type(self).__name__
+            raise RuntimeError(f"{name}: backward needs what a training call keeps; first call layer(x, training=True)")
+        return self._pullback
+
+
+def layer_dtype(op: str, dtype: Any) -> str:
+    """Return the name of a layer's dtype; raise ValueError unless it is float32 or float64."""
+    try:
+        name = np.dtype(dtype).name
+    except TypeError:
+        name = dtype
+    choice(op, "dtype", name, DTYPES)
+    return name
+
+
+def _plain(value: Any) -> Any:
+    """Return `value` with NumPy scalars and arrays as Python numbers, and lists as tuples."""
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    return tuple(map(_plain, value)) if isinstance(value, list | tuple) else value
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def _same(value: Any, default: Any) -> bool:
+    return value is default or (_is_plain(value) and _is_plain(default) and value == default)

@@ -1,0 +1,105 @@
+"""Dropout of whole time steps."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
+from typing import Any
+
+import numpy as np
+
+from fastclstm import dispatch
+from fastclstm.layers.base import Layer
+from fastclstm.spec import integers
+
+
+@dataclass(eq=False, repr=False)
+class TimeDistributionCalculator(Layer):
+    """Draws which time steps are kept, and sets the others to zero.
+
+    Every step is kept with probability ``1 - dropout_rate``, independently, the same steps for the whole batch. What is
+    kept is not scaled. As a layer, ``layer(x, training=True)`` is `apply_dropout` and ``layer(x)`` is x.
+
+    Parameters
+    ----------
+    dropout_rate : float
+        Between 0 (keep all) and 1 (drop all).
+    num_timesteps : int
+        T.
+    seed : int or numpy.random.Generator, optional
+
+    Raises
+    ------
+    ValueError
+        A rate outside [0, 1], less than one step.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> calculator = TimeDistributionCalculator(0.5, 6, seed=1)
+    >>> calculator.calculate_time_distribution()
+    array([1, 1, 0, 1, 0, 0])
+    >>> TimeDistributionCalculator(1.0, 2).apply_dropout(np.ones((1, 2, 3))).sum()
+    np.float64(0.0)
+    """
+
+    dropout_rate: float
+    num_timesteps: int
+    _: KW_ONLY
+    seed: int | np.random.Generator | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        op = "TimeDistributionCalculator"
+        try:
+            self.dropout_rate = float(self.dropout_rate)
+        except (TypeError, ValueError):
+            raise TypeError(f"{op}: dropout_rate must be a number in [0, 1], got {self.dropout_rate!r}") from None
+        if not 0 <= self.dropout_rate <= 1:
+            raise ValueError(f"{op}: dropout_rate must lie in [0, 1], got {self.dropout_rate}")
+        (self.num_timesteps,) = integers(op, "num_timesteps", self.num_timesteps, 1, 1)
+        self._rng = np.random.default_rng(self.seed)
+
+    def calculate_time_distribution(self) -> np.ndarray:
+        """Draw a vector (T,) of int64: 1 for each step kept, 0 for each one dropped."""
+        return (self._rng.random(self.num_timesteps) >= self.dropout_rate).astype(np.int64)
+
+    def apply_dropout(self, x: Any) -> Any:
+        """Return x (B, T, …) times a newly drawn vector on the time axis, float32 or float64, as x's kind of array.
+
+        Raises
+        ------
+        ValueError
+            x has no time axis, or another number of steps than num_timesteps.
+        TypeError
+            x is not a real array.
+        """
+        return self.forward(x, training=True)
+
+    def forward(self, x: Any, training: bool = False) -> Any:
+        """Return `apply_dropout` of x where training, else x itself."""
+        self._pullback = None
+        if not training:
+            return x
+        array = self._floats("x", x)
+        kept = self.calculate_time_distribution().astype(array.dtype).reshape(-1, *(1,) * (array.ndim - 2))
+        self._pullback = lambda dy: dispatch.restorer(dy)(self._floats("dy", dy) * kept)
+        return dispatch.restorer(x)(array * kept)
+
+    def backward(self, dy: Any) -> Any:
+        """Return dx, given dy of the last call's output.
+
+        Raises
+        ------
+        RuntimeError
+            The last call was not a training call.
+        """
+        return self._recorded()(dy)
+
+    def _floats(self, name: str, value: Any) -> np.ndarray:
+        array = dispatch.as_numpy("TimeDistributionCalculator", name, value)
+        if array.ndim < 2 or array.shape[1] != self.num_timesteps:
+            raise ValueError(
+                f"TimeDistributionCalculator: {name} must be (batch, {self.num_timesteps}, …) since num_timesteps is "
+                f"{self.num_timesteps}, got shape {array.shape}"
+            )
+        return array.astype(dispatch.working_dtype(array), copy=False)
