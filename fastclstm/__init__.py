@@ -24,9 +24,15 @@ _HOME = {
 __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
-    from fastclstm.engines.cpu.threads import get_num_threads, set_num_threads
-    from fastclstm.functional import conv2d, convlstm2d, max_pool3d
-    from fastclstm.layers import ConvLSTM2D, ConvLSTM2DCell, MaxPooling3D, TimeDistributionCalculator
+    from fastclstm.engines.cpu.threads import get_num_threads as get_num_threads
+    from fastclstm.engines.cpu.threads import set_num_threads as set_num_threads
+    from fastclstm.functional import conv2d as conv2d
+    from fastclstm.functional import convlstm2d as convlstm2d
+    from fastclstm.functional import max_pool3d as max_pool3d
+    from fastclstm.layers import ConvLSTM2D as ConvLSTM2D
+    from fastclstm.layers import ConvLSTM2DCell as ConvLSTM2DCell
+    from fastclstm.layers import MaxPooling3D as MaxPooling3D
+    from fastclstm.layers import TimeDistributionCalculator as TimeDistributionCalculator
 
 
 def __getattr__(name: str) -> Any:

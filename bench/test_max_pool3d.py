@@ -1,0 +1,9 @@
+from collections.abc import Callable
+
+from bench.cases import Case
+
+OP = "max_pool3d"
+
+
+def test_max_pool3d(case: Case, threads: int, name: str, check_and_time: Callable[[Case, str, int], None]) -> None:
+    check_and_time(case, name, threads)

@@ -1,0 +1,96 @@
+import math
+
+import numpy as np
+import pytest
+
+from bench import render
+from bench.cases import CASES, ConvLSTMCase, PoolCase
+
+
+@pytest.mark.parametrize(
+    ("name", "gigaflops"),
+    [("readme", 0.7786), ("mmnist", 98.15), ("deep", 96.64), ("shi", 150.99), ("radar", 235.55)],
+)
+def test_convlstm_work_counts_the_direct_convolutions(name, gigaflops):
+    case = CASES[name]
+    by_hand = 2 * case.B * case.T * case.H * case.W * case.K**2 * (case.C + case.F) * 4 * case.F / 1e9
+    assert case.work == pytest.approx(by_hand, rel=1e-12)
+    assert case.work == pytest.approx(gigaflops, rel=1e-3)
+
+
+def test_pool_work_counts_bytes_in_and_out():
+    assert CASES["pool_readme"].work == pytest.approx(4 * 10 * 32 * 32 * 32 * (1 + 1 / 8) / 1e9)
+
+
+def test_data_is_drawn_and_repeatable():
+    case = ConvLSTMCase("small", B=2, T=3, H=4, W=5, C=2, F=3, K=3)
+    arrays = case.arrays()
+    assert {name: array.shape for name, array in arrays.items()} == {
+        "x": (2, 3, 4, 5, 2),
+        "kernel": (3, 3, 2, 12),
+        "recurrent_kernel": (3, 3, 3, 12),
+        "bias": (12,),
+    }
+    for name, array in arrays.items():
+        assert array.dtype == np.float32
+        assert np.count_nonzero(array) == array.size
+        np.testing.assert_array_equal(array, case.arrays()[name])
+    assert np.abs(arrays["kernel"]).max() <= 1 / math.sqrt(3 * 3 * 2)
+    assert np.abs(arrays["recurrent_kernel"]).max() <= 1 / math.sqrt(3 * 3 * 3)
+
+
+def test_oracles_are_float64_of_the_outputs_shape():
+    assert ConvLSTMCase("small", B=1, T=2, H=4, W=5, C=2, F=3, K=3).oracle().shape == (1, 2, 4, 5, 3)
+    pooled = PoolCase("small", B=1, T=2, H=4, W=5, C=2, pool_size=2, stride=2).oracle()
+    assert (pooled.shape, pooled.dtype) == ((1, 1, 2, 2, 2), np.float64)
+
+
+def _result(seconds: float, faster: float) -> dict:
+    return {"median_seconds": seconds, "rate": 1 / seconds, "share_of_peak": 0.5, "max_error": 1e-7,
+            "fastclstm_times_faster": faster}  # fmt: skip
+
+
+@pytest.fixture
+def report() -> dict:
+    results = {
+        "fastclstm": _result(0.002, 1.0),
+        "fastclstm-direct": _result(0.004, 2.0),
+        "numpy": _result(0.08, 40.0),
+        "torch": _result(0.007, 3.5),
+        "torch-channels-last": _result(0.006, 3.0),
+        "onnxruntime": _result(0.001, 0.5),
+    }
+    run = {"case": "readme", "op": "convlstm2d", "title": "1×10×32²", "unit": "GFLOP/s", "threads": 2, "peaks": [100.0],
+           "results": results}  # fmt: skip
+    return {"runs": [run], "rounds": 3, "processor": "a processor", "cpus": 2, "versions": {"numpy": "2.0"}}
+
+
+def test_table_shows_the_fastest_of_each_family_and_its_losses(report):
+    header, _, row = [line for line in render.markdown(report).splitlines() if line.startswith("|")]
+    cells = dict(zip(header.strip("| ").split(" | "), row.strip("| ").split(" | "), strict=True))
+    assert cells == {
+        "case": "readme (1×10×32²)",
+        "threads": "2",
+        "fastclstm": "**2**",
+        "direct": "4",
+        "of FMA peak": "50%",
+        "NumPy": "80",
+        "PyTorch eager": "6",
+        "ONNX Runtime": "1",
+        "vs. NumPy": "40.0×",
+        "vs. fastest framework": "0.50×",
+        "max error": "1.0e-07",
+    }
+
+
+def test_table_replaces_what_stood_between_the_markers():
+    text = f"before\n{render.START}\nold\n{render.END}\nafter\n"
+    assert render.insert(text, "new") == f"before\n{render.START}\nnew\n{render.END}\nafter\n"
+    with pytest.raises(ValueError, match="needs the lines"):
+        render.insert("no markers", "new")
+
+
+def test_plot_is_a_picture(report, tmp_path):
+    pytest.importorskip("matplotlib")
+    render.plot(report, tmp_path / "bars.png")
+    assert (tmp_path / "bars.png").read_bytes()[:4] == b"\x89PNG"
