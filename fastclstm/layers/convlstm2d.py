@@ -277,11 +277,11 @@ seed, engine, algorithm
         for option in (self.activation, self.recurrent_activation, self.output_activation or "tanh"):
             activations.get(option)
         KH, KW = self.kernel_size
-        dilation = integers("ConvLSTM2DCell", "dilation", self.dilation, 2, 1)
-        integers("ConvLSTM2DCell", "recurrent_dilation", self.recurrent_dilation, 2, 1)
-        self._geometry((1, KH * dilation[0], KW * dilation[1], self.in_channels), "ConvLSTM2DCell")
+        dilation = integers("ConvLSTM2D", "dilation", self.dilation, 2, 1)
+        integers("ConvLSTM2D", "recurrent_dilation", self.recurrent_dilation, 2, 1)
+        self._geometry((1, KH * dilation[0], KW * dilation[1], self.in_channels), "ConvLSTM2D")
         if self.cell_clip is not None and not self.cell_clip > 0:
-            raise ValueError(f"ConvLSTM2DCell: cell_clip must be a positive number or None, got {self.cell_clip!r}")
+            raise ValueError(f"ConvLSTM2D: cell_clip must be a positive number or None, got {self.cell_clip!r}")
 
 
 @dataclass(eq=False, repr=False)
