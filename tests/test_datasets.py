@@ -1,0 +1,61 @@
+"""The moving digits."""
+
+import sys
+
+import numpy as np
+import pytest
+
+from fastclstm.datasets import moving_digits
+
+pytest.importorskip("sklearn")
+
+
+def test_shape_and_range():
+    films = moving_digits(2, 5, 32, seed=0)
+    assert films.shape == (2, 5, 32, 32, 1)
+    assert films.dtype == np.float32
+    assert films.min() == 0
+    assert 0.8 < films.max() <= 1
+
+
+def test_the_seed_decides():
+    assert np.array_equal(moving_digits(2, 3, seed=1), moving_digits(2, 3, seed=1))
+    assert not np.array_equal(moving_digits(2, 3, seed=1), moving_digits(2, 3, seed=2))
+
+
+def test_films_and_frames_differ():
+    films = moving_digits(3, 6, seed=0)
+    assert (np.abs(np.diff(films, axis=1)).max((2, 3, 4)) > 0.1).all()
+    assert not np.array_equal(films[0], films[1])
+
+
+def test_longer_films_begin_alike():
+    assert np.array_equal(moving_digits(2, 4, seed=3), moving_digits(2, 9, seed=3)[:, :4])
+
+
+@pytest.mark.parametrize("size", [33, 64])
+def test_digits_bounce_and_stay_inside(size):
+    films = moving_digits(8, 60, size, digits=1, seed=0)
+    mass = films.sum((2, 3, 4))  # of what is seen: a digit that left the frame would lose some
+    assert (mass.max(1) / mass.min(1) < 1.02).all()
+    edges = np.concatenate([films[:, :, [0, -1]].ravel(), films[:, :, :, [0, -1]].ravel()])
+    assert edges.max() < 0.3
+    place = (films.sum((3, 4)) * np.arange(size)).sum(-1) / mass
+    turns = (np.diff(np.sign(np.diff(place, axis=1)), axis=1) != 0).sum(1)
+    assert turns.max() >= 2
+
+
+def test_more_digits_are_more_light():
+    assert moving_digits(4, 2, digits=4, seed=0).sum() > 1.5 * moving_digits(4, 2, digits=1, seed=0).sum()
+
+
+@pytest.mark.parametrize("wrong", [{"batch": 0}, {"steps": 0}, {"size": 9}, {"digits": 0}])
+def test_too_small(wrong):
+    with pytest.raises(ValueError, match=f"moving_digits: {next(iter(wrong))} must be at least"):
+        moving_digits(**{"batch": 1, "steps": 1, **wrong})
+
+
+def test_without_scikit_learn(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(ImportError, match=r"pip install 'fastclstm\[demo\]'"):
+        moving_digits(1, 1)
