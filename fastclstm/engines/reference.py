@@ -107,7 +107,7 @@ def max_pool3d(spec: PoolSpec, x: np.ndarray, return_indices: bool) -> tuple[np.
     indices = np.full(spec.output_shape, -1)
     volume = np.arange(spec.T * spec.H * spec.W).reshape(1, spec.T, spec.H, spec.W, 1)
     for pixel, index in zip(pixels, _windows(spec, _surround(spec, volume, -1)), strict=True):
-        wins = (index >= 0) & ((indices < 0) | (pixel > y) | (np.isnan(pixel) & ~np.isnan(y)))
+        wins = (indices < 0) | (pixel > y) | (np.isnan(pixel) & ~np.isnan(y))
         np.copyto(y, pixel, where=wins)
         np.copyto(indices, index, where=wins)
     return y, indices
