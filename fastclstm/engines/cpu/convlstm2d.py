@@ -1,0 +1,109 @@
+"""convlstm2d on the cpu engine: one kernel a time step convolves x and h, applies the gates and writes c and h.
+
+What the kernels do not know (a caller's own activations, convolutions of the cell state, what training keeps) takes the
+recurrence in NumPy over this engine's convolutions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from fastclstm.engines import recurrence
+from fastclstm.engines.cpu import direct, gates, packing, sequence
+from fastclstm.engines.cpu.conv2d import conv2d, conv2d_backward, team_size
+from fastclstm.spec import ConvLSTMSpec
+
+Arrays = dict[str, np.ndarray]
+
+
+def convlstm2d(
+    spec: ConvLSTMSpec,
+    x: np.ndarray,
+    kernel: np.ndarray,
+    recurrent_kernel: np.ndarray,
+    bias: np.ndarray | None,
+    h: np.ndarray | None,
+    c: np.ndarray | None,
+    peephole: Arrays | None,
+    mask: np.ndarray | None,
+    *,
+    algorithm: str = "auto",
+    save: bool = False,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, recurrence.Saved | None]:
+    """Run a ConvLSTM over x (B, T, H, W, C): output, last h, last c and, with `save`, what backward needs."""
+    if save or not _is_fused(spec):
+        return recurrence.forward(spec, conv2d, x, kernel, recurrent_kernel, bias, h, c, peephole, mask, save=save)
+    dtype = x.dtype
+    h_first = np.zeros(spec.state_shape, dtype) if h is None else h
+    c_first = np.zeros(spec.state_shape, dtype) if c is None else c
+    c_last = np.empty(spec.state_shape, dtype)
+    # Where no step is skipped the outputs are the hidden states, and are kept only once.
+    output = np.empty(spec.output_shape, dtype) if spec.return_sequences or mask is not None else None
+    separate = output if mask is not None else None
+    keep_all = spec.return_sequences and mask is None
+    h_states = output if keep_all else np.empty((spec.B, min(2, spec.T), *spec.state_shape[1:]), dtype)
+    if c_last.size:
+        _run_fused(
+            spec, x, (kernel, recurrent_kernel), bias, h_first, c_first, peephole, mask, h_states, c_last, separate
+        )
+    h_last = h_states[:, (spec.T - 1) % h_states.shape[1]].copy()
+    return (h_last.copy() if output is None else output), h_last, c_last, None
+
+
+def convlstm2d_backward(
+    spec: ConvLSTMSpec,
+    saved: recurrence.Saved,
+    dy: np.ndarray | None,
+    dh: np.ndarray | None,
+    dc: np.ndarray | None,
+) -> dict[str, Any]:
+    """Pull gradients of the output, the last h and the last c back through time: see `recurrence.backward`."""
+    return recurrence.backward(spec, conv2d_backward, saved, dy, dh, dc)
+
+
+def _is_fused(spec: ConvLSTMSpec) -> bool:
+    """Whether the kernels know everything that the cell does."""
+    return spec.peephole != "conv" and gates.activation_codes(spec) is not None
+
+
+def _cell(spec: ConvLSTMSpec, peephole: Arrays | None) -> np.ndarray:
+    codes = gates.activation_codes(spec)
+    cell = np.zeros(1, gates.CELL)
+    record = cell[0]
+    record["F"], record["gated"] = spec.F, 1
+    record["standard"] = codes == (1, 0, 0) and peephole is None and spec.cell_clip is None
+    record["recurrent_activation"], record["activation"], record["output_activation"] = codes
+    record["clip"] = np.inf if spec.cell_clip is None else spec.cell_clip
+    if peephole is not None:
+        for gate in ("i", "f", "o"):
+            record[f"peephole_{gate}"] = peephole[gate].ctypes.data
+        record["peephole_pixel"] = spec.F if spec.peephole == "elementwise" else 0
+    return cell
+
+
+def _run_fused(
+    spec: ConvLSTMSpec, x: np.ndarray, kernels: tuple[np.ndarray, np.ndarray], bias: np.ndarray | None,
+    h_first: np.ndarray, c_first: np.ndarray, peephole: Arrays | None, mask: np.ndarray | None,
+    h_states: np.ndarray, c_last: np.ndarray, output: np.ndarray | None,
+) -> None:  # fmt: skip
+    cell = _cell(spec, peephole)
+    scales = gates.SCALES if cell[0]["standard"] else np.ones(4)
+    columns = packing.remember((*kernels, bias), ("gates", tuple(scales)), lambda: _pack(spec, kernels, bias, scales))
+    team = team_size(spec.flops // spec.T)
+    steps = direct.plan((spec.input, spec.recurrent), len(columns.groups), x.itemsize, team)
+    sequence.run(
+        steps, columns, cell, spec.B, spec.T, team,
+        x=sequence.slots(x, spec.go_backwards), h=sequence.slots(h_states), h_first=sequence.slots(h_first),
+        c=sequence.slots(c_last), c_first=sequence.slots(c_first), y=sequence.slots(output),
+        mask=None if mask is None else np.ascontiguousarray(mask[:, ::-1] if spec.go_backwards else mask),
+    )  # fmt: skip
+
+
+def _pack(spec: ConvLSTMSpec, kernels: tuple[np.ndarray, ...], bias: np.ndarray | None, scales: np.ndarray):
+    """Pack both kernels' rows, x's first, with the gates' factors, in float64 and rounded once."""
+    F = spec.F
+    matrix = np.concatenate([k.reshape(-1, 4, F) for k in kernels]) * scales[:, None]
+    scaled = None if bias is None else (bias.reshape(4, F) * scales[:, None]).astype(bias.dtype)
+    return packing.gate_columns(matrix.astype(kernels[0].dtype)[None], scaled)

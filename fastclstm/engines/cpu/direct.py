@@ -1,0 +1,234 @@
+"""Direct convolution on register tiles.
+
+A block of output pixels is computed from padded patches of its inputs. A tile of a few pixels × up to four vectors of
+columns stays in registers while the kernel's rows, contiguous runs of KW·C scalars, pass by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+from numba import types
+from numba.extending import intrinsic
+
+from fastclstm.engines.cpu import simd
+from fastclstm.engines.cpu.compilation import inline
+from fastclstm.engines.cpu.frames import SOURCE, copy_patch, source
+from fastclstm.engines.cpu.gates import finish
+from fastclstm.spec import ConvSpec
+
+BLOCK_PIXELS = 384
+"""Output pixels of one block, at most: enough to use each weight panel often, few enough for the L2 cache."""
+
+PANEL_BYTES = 448 << 10
+"""Weights that pass by between two visits of a tile, at most."""
+
+ROWS4, ROWS3, ROWS2, ROWS1 = (6, 8, 12, 12) if simd.REGISTERS == 32 else (3, 4, 6, 12)
+"""Pixels of a tile of 4, 3, 2 and 1 vectors."""
+
+MAX_ROWS = 12
+
+WORK = np.dtype([(name, np.int64) for name in (
+    "HO", "WO", "sources", "block_height", "block_width", "blocks_x", "blocks", "panels",
+    "z", "pixels", "offsets0", "offsets1",  # indices into the scratch memory
+)])  # fmt: skip
+
+
+@intrinsic(prefer_literal=True)
+def tile(typingctx, rows, vectors, start, start_row, result, base, offsets, segments, first, last, weights):
+    """result[r] = start[r] + Σ over segments [first, last) of inputs · weights, for rows × vectors in registers.
+
+    Row r reads at base + offsets[r]; a segment is (offset of its inputs, index of its first weight row, length).
+    """
+    nr, nv = rows.literal_value, vectors.literal_value
+    vector = simd.llvm_vector(base.dtype)
+
+    def codegen(context, builder, sig, args):
+        _, _, start, start_row, result, base, offsets, segments, first, last, weights = args
+        columns = nv * vector.count
+        inputs = [builder.gep(base, [builder.load(builder.gep(offsets, [simd.INT64(r)]))]) for r in range(nr)]
+        sums = [simd.emit_load(builder, builder.gep(start, [builder.mul(start_row, simd.INT64(r))]), vector, v)
+                for r in range(nr) for v in range(nv)]  # fmt: skip
+
+        def segment(builder, s, sums):
+            field = builder.gep(segments, [builder.mul(s, simd.INT64(3))])
+            offset, row, length = (builder.load(builder.gep(field, [simd.INT64(n)])) for n in range(3))
+            run = [builder.gep(pointer, [offset]) for pointer in inputs]
+            panel = builder.gep(weights, [builder.mul(row, simd.INT64(columns))])
+
+            def step(builder, k, sums):
+                line = builder.gep(panel, [builder.mul(k, simd.INT64(columns))])
+                w = [simd.emit_load(builder, line, vector, v) for v in range(nv)]
+                new = list(sums)
+                for r in range(nr):
+                    value = simd.splat(builder, builder.load(builder.gep(run[r], [k])))
+                    for v in range(nv):
+                        new[r * nv + v] = simd.emit_fma(builder, value, w[v], new[r * nv + v])
+                return new
+
+            return simd.emit_loop(builder, simd.INT64(0), length, 1, sums, step)
+
+        for n, value in enumerate(simd.emit_loop(builder, first, last, 1, sums, segment)):
+            simd.emit_store(builder, value, result, n)
+        return context.get_dummy_value()
+
+    return types.void(rows, vectors, start, types.intp, result, base, offsets, segments, types.intp, types.intp,
+                      weights), codegen  # fmt: skip
+
+
+@inline
+def _rows(vectors):
+    return ROWS4 if vectors == 4 else ROWS3 if vectors == 3 else ROWS2 if vectors == 2 else ROWS1
+
+
+@inline
+def _tile(vectors, start, start_row, result, base, offsets, segments, first, last, weights):
+    if vectors == 4:
+        tile(ROWS4, 4, start, start_row, result, base, offsets, segments, first, last, weights)
+    elif vectors == 3:
+        tile(ROWS3, 3, start, start_row, result, base, offsets, segments, first, last, weights)
+    elif vectors == 2:
+        tile(ROWS2, 2, start, start_row, result, base, offsets, segments, first, last, weights)
+    else:
+        tile(ROWS1, 1, start, start_row, result, base, offsets, segments, first, last, weights)
+
+
+@inline
+def run_block(
+    like, work, sources, groups, panels, passes, segments, weights, bias, scratch, x, h, cell, block, group0, group1,
+    c_old, c_new, h_new, y,
+):  # fmt: skip
+    """Compute one block of one image for the groups [group0, group1); x, h, c_old … y are addresses of this image."""
+    y0, x0 = block // work.blocks_x * work.block_height, block % work.blocks_x * work.block_width
+    height, width = min(work.block_height, work.HO - y0), min(work.block_width, work.WO - x0)
+    count = height * width
+    pixels = simd.at(segments, scratch + work.pixels)
+    for r in range(count):
+        pixels[r] = (y0 + r // width) * work.WO + x0 + r % width
+    for s in range(work.sources):
+        src = sources[s]
+        patch_height = (height - 1) * src.stride_y + (src.KH - 1) * src.dilation_y + 1
+        patch_width = _patch_width(work, src)
+        frame = simd.at(like, x if s == 0 else h)
+        copy_patch(src, frame, y0 * src.stride_y - src.top, x0 * src.stride_x - src.left, patch_height, patch_width,
+                   simd.at(like, scratch + src.scratch))  # fmt: skip
+        offsets = simd.at(segments, scratch + (work.offsets0 if s == 0 else work.offsets1))
+        for r in range(count + MAX_ROWS):
+            inside = min(r, count - 1)
+            offsets[r] = (inside // width * src.stride_y * patch_width + inside % width * src.stride_x) * src.C
+    z = simd.at(like, scratch + work.z)
+    step = simd.vector_lanes(z)
+    segment = simd.pointer(segments)
+    for g in range(group0, group1):
+        group = groups[g]
+        vectors = group[1]
+        columns = vectors * step
+        rows = _rows(vectors)
+        panel_weights = simd.shift(simd.pointer(weights), group[0])
+        group_bias = simd.shift(simd.pointer(bias), group[5])
+        for p in range(work.panels):
+            last = p == work.panels - 1
+            for r in range(0, count, rows):
+                sums = simd.shift(z, r * columns if work.panels > 1 else 0)
+                for n in range(panels[p], panels[p + 1]):
+                    s = passes[n, 0]
+                    begin = group_bias if n == 0 else sums
+                    base = simd.at(like, scratch + sources[s].scratch)
+                    offsets = simd.at(segments, scratch + (work.offsets0 if s == 0 else work.offsets1) + 8 * r)
+                    _tile(vectors, begin, 0 if n == 0 else columns, sums, base, offsets, segment, passes[n, 1],
+                          passes[n, 2], panel_weights)  # fmt: skip
+                if last:
+                    finish(like, cell, group, sums, simd.shift(pixels, r), min(rows, count - r), c_old, c_new, h_new, y)
+
+
+@inline
+def _patch_width(work, src):
+    return (work.block_width - 1) * src.stride_x + (src.KW - 1) * src.dilation_x + 1
+
+
+class Plan(NamedTuple):
+    """How one time step is cut into blocks, and the order in which a block's weights pass by."""
+
+    work: np.ndarray
+    sources: np.ndarray
+    panels: np.ndarray
+    passes: np.ndarray
+    segments: np.ndarray
+    scratch_bytes: int
+    parts: int
+
+
+@lru_cache(maxsize=256)
+def plan(specs: tuple[ConvSpec, ...], groups: int, itemsize: int, threads: int) -> Plan:
+    """Plan the sum of the convolutions `specs` (same output grid, own inputs) for a number of groups and threads."""
+    B, HO, WO = specs[0].B, specs[0].HO, specs[0].WO
+    width = -(-WO // -(-WO // 96))
+    height = _block_height(B * -(-WO // width), HO, max(1, BLOCK_PIXELS // width), threads)
+    blocks_x, blocks_y = -(-WO // width), -(-HO // height)
+    segments, passes, panels = _weight_order(specs, width)
+
+    sources = np.zeros(len(specs), SOURCE)
+    at = 0
+    for n, spec in enumerate(specs):
+        sources[n] = source(spec)
+        sources[n]["scratch"] = at
+        rows = (height - 1) * spec.strides[0] + (spec.KH - 1) * spec.dilation[0] + 1
+        columns = (width - 1) * spec.strides[1] + (spec.KW - 1) * spec.dilation[1] + 1
+        at += _aligned(rows * columns * spec.C * itemsize)
+    work = np.zeros(1, WORK)
+    indices = _aligned((height * width + MAX_ROWS) * 8)
+    tile_rows = height * width + MAX_ROWS if len(panels) > 2 else MAX_ROWS
+    z, pixels = at, at + _aligned((tile_rows + 4) * 4 * simd.VECTOR_BYTES)
+    work[0] = (HO, WO, len(specs), height, width, blocks_x, blocks_x * blocks_y, len(panels) - 1,
+               z, pixels, pixels + indices, pixels + 2 * indices)  # fmt: skip
+    parts = min(groups, -(-threads // max(1, B * blocks_x * blocks_y)))
+    return Plan(work, sources, panels, passes, segments, pixels + 3 * indices, parts)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // 64) * 64 + 64
+
+
+def _block_height(columns_of_blocks: int, HO: int, most: int, threads: int) -> int:
+    """Rows of a block, at most `most`, that give every thread about the same number of rows."""
+    fewest = -(-HO // most)
+
+    def load(count: int) -> float:
+        height = -(-HO // count)
+        return -(-columns_of_blocks * -(-HO // height) // threads) * (height + 0.25)
+
+    return -(-HO // min(range(fewest, min(HO, fewest + threads) + 1), key=load))
+
+
+def _weight_order(specs: Sequence[ConvSpec], block_width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return segments (offset in the patch, first weight row, length), passes (source, segments), panels (passes)."""
+    longest = PANEL_BYTES // (4 * simd.VECTOR_BYTES)
+    segments: list[tuple[int, int, int]] = []
+    passes: list[tuple[int, int, int]] = []
+    panels = [0]
+    row = filled = 0
+    for n, spec in enumerate(specs):
+        pitch = ((block_width - 1) * spec.strides[1] + (spec.KW - 1) * spec.dilation[1] + 1) * spec.C
+        taps = 1 if spec.dilation[1] == 1 else spec.KW
+        run = spec.KW * spec.C // taps
+        begun = len(segments)
+        for ky in range(spec.KH):
+            for tap in range(taps):
+                offset = ky * spec.dilation[0] * pitch + tap * spec.dilation[1] * spec.C
+                pieces = -(-run // longest)
+                for piece in range(pieces):
+                    lo, hi = run * piece // pieces, run * (piece + 1) // pieces
+                    if filled and filled + hi - lo > longest:  # this panel is full
+                        if len(segments) > begun:
+                            passes.append((n, begun, len(segments)))
+                        panels.append(len(passes))
+                        begun, filled = len(segments), 0
+                    segments.append((offset + lo, row + lo, hi - lo))
+                    filled += hi - lo
+                row += run
+        passes.append((n, begun, len(segments)))
+    panels.append(len(passes))
+    return np.array(segments, np.int64), np.array(passes, np.int64), np.array(panels, np.int64)

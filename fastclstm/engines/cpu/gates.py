@@ -1,0 +1,120 @@
+"""What happens to finished pre-activations: the fused gate update, or a plain store.
+
+z holds, for each pixel of a tile, the columns of one group: of a convolution up to 4 vectors of filters; of a ConvLSTM
+the gates i, f, g, o of up to one vector of filters, each gate `width` lanes wide.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fastclstm.engines.cpu import simd, vmath
+from fastclstm.engines.cpu.compilation import inline
+from fastclstm.nn.activations import TABLE
+from fastclstm.spec import ConvLSTMSpec
+
+CELL = np.dtype([
+    ("F", np.int64),
+    ("gated", np.int64),  # 0: store the columns; 1: update the states
+    ("standard", np.int64),  # 1: tanh, sigmoid, tanh and nothing else; the weights carry SCALES
+    ("recurrent_activation", np.int64), ("activation", np.int64), ("output_activation", np.int64),
+    ("peephole_i", np.uint64), ("peephole_f", np.uint64), ("peephole_o", np.uint64),  # addresses, 0: none
+    ("peephole_pixel", np.int64),  # weights of the next pixel are so many scalars on
+    ("clip", np.float64),
+])  # fmt: skip
+
+SCALES = -vmath.LOG2E * np.array([1.0, 1.0, 2.0, 1.0])
+"""Factors of the weights of i, f, g, o that let the standard gates be powers of two."""
+
+_NAMES = {TABLE[name]: code for name, code in vmath.ACTIVATION_CODES.items()}
+
+
+def activation_codes(spec: ConvLSTMSpec) -> tuple[int, int, int] | None:
+    """Numbers of the three activations, or None where NumPy must compute one of them."""
+    codes = [_NAMES.get(a) for a in (spec.recurrent_activation, spec.activation, spec.output_activation)]
+    return None if None in codes else (codes[0], codes[1], codes[2])
+
+
+@inline
+def _take(base, count):
+    if count == simd.vector_lanes(base):
+        return simd.load(base)
+    return simd.load_some(base, count)
+
+
+@inline
+def put(base, value, count):
+    """Store the first `count` lanes."""
+    if count == simd.vector_lanes(base):
+        simd.store(base, value)
+    else:
+        simd.store_some(base, value, count)
+
+
+@inline
+def standard_gates(z_i, z_f, z_g, z_o, c):
+    """New c and h from pre-activations that carry SCALES.
+
+    With E = 2**z: c' = [c(1+Ei)(1+Eg) + (1-Eg)(1+Ef)] / [(1+Ei)(1+Eg)(1+Ef)] and h = (1-Ec) / [(1+Eo)(1+Ec)].
+    """
+    e_i, e_f, e_g, e_o = vmath.exp2_gate(z_i), vmath.exp2_gate(z_f), vmath.exp2_gate(z_g), vmath.exp2_gate(z_o)
+    a = (1.0 + e_i) * (1.0 + e_g)
+    b = 1.0 + e_f
+    c = simd.fma(c, a, (1.0 - e_g) * b) / (a * b)
+    e_c = vmath.exp2_gate(c * (-2.0 * vmath.LOG2E))
+    return c, (1.0 - e_c) / ((1.0 + e_o) * (1.0 + e_c))
+
+
+@inline
+def _peep(like, address, index, c, count):
+    return _take(simd.shift(simd.at(like, address), index), count) * c
+
+
+@inline
+def general_gates(like, cell, index, count, z_i, z_f, z_g, z_o, c):
+    """New c and h with any activations, peepholes and clipping; `index` finds this pixel's peephole weights."""
+    if cell.peephole_i != 0:
+        z_i = z_i + _peep(like, cell.peephole_i, index, c, count)
+        z_f = z_f + _peep(like, cell.peephole_f, index, c, count)
+    i = vmath.activate(cell.recurrent_activation, z_i)
+    f = vmath.activate(cell.recurrent_activation, z_f)
+    c = simd.fma(f, c, i * vmath.activate(cell.activation, z_g))
+    c = simd.maximum(-cell.clip, simd.minimum(cell.clip, c))
+    if cell.peephole_o != 0:
+        z_o = z_o + _peep(like, cell.peephole_o, index, c, count)
+    o = vmath.activate(cell.recurrent_activation, z_o)
+    return c, o * vmath.activate(cell.output_activation, c)
+
+
+@inline
+def finish(like, cell, group, z, pixels, count, c_old, c_new, h_new, y):
+    """Use up the z of `count` pixels; `pixels[r]` is the index of the r-th on the output's grid, negative: skip it.
+
+    group is (weights, vectors, width, first filter, filters). c_old, c_new, h_new and y are addresses of this image's
+    (HO, WO, F); y (a second copy of h) may be 0.
+    """
+    step = simd.vector_lanes(z)
+    width, first, filters = group[2], group[3], group[4]
+    columns = group[1] * step
+    for r in range(count):
+        pixel = pixels[r]
+        if pixel < 0:
+            continue
+        z_r = simd.shift(z, r * columns)
+        index = pixel * cell.F + first
+        if cell.gated == 0:
+            target = simd.shift(simd.at(like, h_new), index)
+            for j in range(0, filters, step):
+                put(simd.shift(target, j), simd.load(simd.shift(z_r, j)), min(step, filters - j))
+            continue
+        c = _take(simd.shift(simd.at(like, c_old), index), filters)
+        z_i, z_f = simd.load(z_r), simd.load(simd.shift(z_r, width))
+        z_g, z_o = simd.load(simd.shift(z_r, 2 * width)), simd.load(simd.shift(z_r, 3 * width))
+        if cell.standard:
+            c, h = standard_gates(z_i, z_f, z_g, z_o, c)
+        else:
+            c, h = general_gates(like, cell, pixel * cell.peephole_pixel + first, filters, z_i, z_f, z_g, z_o, c)
+        put(simd.shift(simd.at(like, c_new), index), c, filters)
+        put(simd.shift(simd.at(like, h_new), index), h, filters)
+        if y != 0:
+            put(simd.shift(simd.at(like, y), index), h, filters)

@@ -1,0 +1,97 @@
+"""What this machine can do, measured: multiply-adds a second and bytes a second, to tell shares of."""
+
+from __future__ import annotations
+
+import time
+
+import numba
+import numpy as np
+from numba import types
+from numba.extending import intrinsic
+
+from fastclstm.engines.cpu import simd, threads
+from fastclstm.engines.cpu.compilation import inline, kernel
+from fastclstm.engines.cpu.frames import copy_run
+from fastclstm.engines.cpu.packing import aligned_empty
+
+CHAINS = 24 if simd.REGISTERS == 32 else 12
+"""Independent sums: more than the latency of a multiply-add times the units that compute them."""
+
+
+@intrinsic
+def _multiply_add(typingctx, like, rounds, value):
+    """Sum over the lanes and chains of `rounds` multiply-adds each, all in registers."""
+    vector = simd.llvm_vector(like.dtype)
+
+    def codegen(context, builder, sig, args):
+        factor = simd.splat(builder, args[2])
+        chains = [simd.constant(vector, float(n)) for n in range(CHAINS)]
+
+        def body(builder, index, chains):
+            return [simd.emit_fma(builder, factor, chain, factor) for chain in chains]
+
+        chains = simd.emit_loop(builder, simd.INT64(0), args[1], 1, chains, body)
+        total = chains[0]
+        for chain in chains[1:]:
+            total = builder.fadd(total, chain)
+        return builder.extract_element(total, simd.INT32(0))
+
+    return like.dtype(like, types.intp, like.dtype), codegen
+
+
+@kernel(parallel=True)
+def _multiply_add_everywhere(like, rounds, factors, sums):
+    for worker in numba.prange(sums.size):
+        sums[worker] = _multiply_add(like, rounds, factors[worker])
+
+
+@inline
+def _copy_share(source, target, share, worker):
+    copy_run(simd.shift(simd.pointer(target), worker * share), simd.shift(simd.pointer(source), worker * share), share)
+
+
+@kernel(parallel=True)
+def _copy_everywhere(source, target, workers):
+    share = source.size // workers
+    for worker in numba.prange(workers):
+        _copy_share(source, target, share, worker)
+
+
+def fma_peak_gflops(team: int | None = None, dtype: str = "float32", *, milliseconds: float = 4.0) -> float:
+    """Measure the GFLOP/s of multiply-adds that never leave the registers, on `team` threads.
+
+    Parameters
+    ----------
+    team : int, optional
+        Threads; None: those that the engine uses.
+    dtype : "float32" or "float64"
+    milliseconds : float
+        About how long one of the five rounds lasts; the fastest counts.
+    """
+    team = threads.usable_threads() if team is None else team
+    like = np.empty(0, dtype)
+    factors, sums = np.full(team, 0.5, dtype), np.empty(team, dtype)
+    flops = 2 * CHAINS * simd.lanes(like.itemsize) * team
+    rounds = int(milliseconds * 1e-3 * 100e9 * team / flops)
+    return rounds * flops / _fastest(team, lambda: _multiply_add_everywhere(like, rounds, factors, sums)) / 1e9
+
+
+def bandwidth_gbs(team: int | None = None, *, megabytes: int = 256) -> float:
+    """Measure the GB/s, read and written together, of copying memory that no cache holds, on `team` threads."""
+    team = threads.usable_threads() if team is None else team
+    count = megabytes * (1 << 20) // 4
+    source, target = aligned_empty(count, np.dtype(np.float32)), aligned_empty(count, np.dtype(np.float32))
+    source.fill(1.0)  # memory that was never written is one page, and would be read from the cache
+    target.fill(0.0)
+    return 2 * source.nbytes / _fastest(team, lambda: _copy_everywhere(source, target, team)) / 1e9
+
+
+def _fastest(team, run) -> float:
+    seconds = []
+    with threads.team(team):
+        run()
+        for _ in range(5):
+            start = time.perf_counter()
+            run()
+            seconds.append(time.perf_counter() - start)
+    return min(seconds)
