@@ -101,9 +101,9 @@ def _work(pipe: Connection, name: str, case_name: str, threads: int, oracle: Pat
 def _measure_peak(pipe: Connection, op: str, threads: int) -> None:
     """Be the measurement of the machine's peak, one value for each message until None comes."""
     _hold_to(threads)
-    from fastclstm.engines.cpu import peak
+    from fastclstm.engines.cpu.peak import bandwidth_gbs, fma_peak_gflops
 
-    measure = peak.fma_peak_gflops if op == "convlstm2d" else peak.bandwidth_gbs
+    measure = fma_peak_gflops if op == "convlstm2d" else bandwidth_gbs
     pipe.send({})
     while pipe.recv() is not None:
         pipe.send(measure(threads))

@@ -35,17 +35,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @lru_cache
 def fma_peak(threads: int) -> float:
     """Return the machine's float32 FMA peak in GFLOP/s, measured once a session."""
-    from fastclstm.engines.cpu import peak
+    from fastclstm.engines.cpu.peak import fma_peak_gflops
 
-    return peak.fma_peak_gflops(threads)
+    return fma_peak_gflops(threads)
 
 
 @lru_cache
 def bandwidth(threads: int) -> float:
     """Return the machine's memory bandwidth in GB/s, measured once a session."""
-    from fastclstm.engines.cpu import peak
+    from fastclstm.engines.cpu.peak import bandwidth_gbs
 
-    return peak.bandwidth_gbs(threads)
+    return bandwidth_gbs(threads)
 
 
 @pytest.fixture
