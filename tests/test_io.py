@@ -39,7 +39,7 @@ def test_the_same_weights_give_the_same_bytes(path):
 
 
 def test_missing_file_and_folder(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nothing.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"nothing\.safetensors"):
         weights.load(tmp_path / "nothing.safetensors")
     with pytest.raises(IsADirectoryError):
         weights.load(tmp_path)
@@ -71,7 +71,7 @@ def test_damaged_file(path, damage):
 @pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
 def test_foreign_file(path, metadata):
     save_file(ARRAYS, path, metadata)
-    with pytest.raises(ValueError, match="was not written by fastclstm.*set_parameters"):
+    with pytest.raises(ValueError, match=r"was not written by fastclstm.*set_parameters"):
         weights.load(path)
 
 
@@ -136,7 +136,7 @@ def test_the_target_is_old_until_the_end(tmp_path):
 
 
 def test_unwritable_places(tmp_path, path):
-    with pytest.raises(FileNotFoundError, match="cannot write here: No such file or directory: '.*nowhere/w"):
+    with pytest.raises(FileNotFoundError, match=r"cannot write here: No such file or directory: '.*nowhere/w"):
         weights.save(tmp_path / "nowhere" / "w.safetensors", ARRAYS, METADATA)
     path.write_text("a file")
     with pytest.raises(NotADirectoryError, match="cannot write here"):

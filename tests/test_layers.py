@@ -1,11 +1,13 @@
+import copy
 import inspect
 import json
+import pickle
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from fastclstm import functional
+from fastclstm import dispatch, functional
 from fastclstm.layers import ConvLSTM2D, ConvLSTM2DCell, Layer, MaxPooling3D, TimeDistributionCalculator
 
 REFERENCE_KEYS = ["W_xi", "W_hi", "W_xf", "W_hf", "W_xc", "W_hc", "W_xo", "W_ho", "b_i", "b_f", "b_c", "b_o"]
@@ -60,53 +62,56 @@ def leaky(x, slope):
 # Signatures and shapes
 
 
-def test_signatures():
-    shared = {
-        "use_bias": True,
-        "unit_forget_bias": True,
-        "kernel_initializer": "glorot_uniform",
-        "recurrent_initializer": "orthogonal",
-        "bias_initializer": "zeros",
-        "activation": "tanh",
-        "recurrent_activation": "sigmoid",
-        "output_activation": None,
-        "dilation": 1,
-        "padding_mode": "zeros",
-        "recurrent_dilation": 1,
-        "cell_clip": None,
-        "data_format": "channels_last",
-        "dtype": "float32",
-        "seed": None,
-        "engine": None,
-        "algorithm": "auto",
-    }
-    sequence = {"return_sequences": True, "return_state": False, "go_backwards": False}
-    required = ["in_channels", "out_channels", "kernel_size"]
-    optional = {"padding": "same", "stride": 1, "leaky_relu_slope": None}
-    for cls, positional, keywords in (
-        (ConvLSTM2D, optional | {"num_layers": 1}, shared | sequence),
-        (ConvLSTM2DCell, optional, shared),
-        (MaxPooling3D, {"pool_size": (2, 2, 2), "stride": None},
-         {"padding": "valid", "ceil_mode": False, "data_format": "channels_last", "return_indices": False, "engine": None}),
-        (TimeDistributionCalculator, {}, {"seed": None}),
-    ):  # fmt: skip
-        parameters = inspect.signature(cls).parameters.values()
-        first = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty]
-        middle = {
-            p.name: p.default for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.default is not p.empty
-        }
-        assert {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY} == keywords
-        assert list(middle.items()) == list(positional.items())
-        assert first == {TimeDistributionCalculator: ["dropout_rate", "num_timesteps"], MaxPooling3D: []}.get(
-            cls, required
-        )
-    calls = inspect.signature(ConvLSTM2D.forward).parameters
-    assert [(p.name, p.default) for p in calls.values()][2:] == [
-        ("initial_state", None),
-        ("mask", None),
-        ("lengths", None),
-        ("training", False),
+SHARED_OPTIONS = {
+    "use_bias": True,
+    "unit_forget_bias": True,
+    "kernel_initializer": "glorot_uniform",
+    "recurrent_initializer": "orthogonal",
+    "bias_initializer": "zeros",
+    "activation": "tanh",
+    "recurrent_activation": "sigmoid",
+    "output_activation": None,
+    "dilation": 1,
+    "padding_mode": "zeros",
+    "recurrent_dilation": 1,
+    "cell_clip": None,
+    "data_format": "channels_last",
+    "dtype": "float32",
+    "seed": None,
+    "engine": None,
+    "algorithm": "auto",
+}
+SEQUENCE_OPTIONS = {"return_sequences": True, "return_state": False, "go_backwards": False}
+POOLING_OPTIONS = {
+    "padding": "valid",
+    "ceil_mode": False,
+    "data_format": "channels_last",
+    "return_indices": False,
+    "engine": None,
+}
+
+
+CONVLSTM = "in_channels, out_channels, kernel_size, padding='same', stride=1, leaky_relu_slope=None"
+
+
+@pytest.mark.parametrize(
+    ("function", "positional", "keywords"),
+    [
+        (ConvLSTM2D, f"{CONVLSTM}, num_layers=1", SHARED_OPTIONS | SEQUENCE_OPTIONS),
+        (ConvLSTM2DCell, CONVLSTM, SHARED_OPTIONS),
+        (MaxPooling3D, "pool_size=(2, 2, 2), stride=None", POOLING_OPTIONS),
+        (TimeDistributionCalculator, "dropout_rate, num_timesteps", {"seed": None}),
+        (ConvLSTM2D.forward, "self, x, initial_state=None, mask=None, lengths=None, training=False", {}),
+        (ConvLSTM2DCell.forward, "self, x_t, h=None, c=None, training=False", {}),
+    ],
+)
+def test_signatures(function, positional, keywords):
+    parameters = [
+        p.replace(annotation=inspect.Parameter.empty) for p in inspect.signature(function).parameters.values()
     ]
+    named = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
+    assert ", ".join(str(p) for p in parameters if p not in named) == positional
+    assert {p.name: p.default for p in named} == keywords
 
 
 def test_the_seed_example(engine):
@@ -368,6 +373,35 @@ def test_parameters_are_replaced_not_written_to(build):
     with pytest.raises(TypeError, match="kernel has dtype complex128"):
         cell.kernel = own.astype(complex)
     assert (cell.kernel == 1).all()
+
+
+def test_engines_get_the_parameters_themselves(build, engine, monkeypatch):
+    layer, seen = build(1, 2, 3), []
+    module = dispatch.get_engine(engine)
+    forward = module.convlstm2d
+
+    def spy(spec, x, *arrays, **options):
+        seen.append(arrays[:3])
+        return forward(spec, x, *arrays, **options)
+
+    monkeypatch.setattr(module, "convlstm2d", spy)
+    for training in (False, True):
+        layer(normal(1, 2, 4, 4, 1), training=training)
+    assert len(seen) == 2
+    for arrays in seen:  # what an engine packs it may keep for as long as it sees the same, read-only object
+        assert all(array is own for array, own in zip(arrays, layer.parameters.values(), strict=True))
+
+
+def test_copies_and_pickles_are_independent(build):
+    layer, x = build(1, 2, 3, num_layers=2), normal(1, 2, 4, 4, 1)
+    y = layer(x, training=True)
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert repr(other) == repr(layer)
+        equal(other(x), y)
+        assert not any(array.flags.writeable for array in other.parameters.values())
+        other.weights["0.b_i"] = np.ones((2, 1, 1))
+        assert (other(x) != y).any()
+    equal(layer(x), y)
 
 
 def test_weights_mapping(build):
@@ -842,7 +876,8 @@ def test_a_bare_layer_computes_nothing():
         {},
         {"pool_size": 3, "stride": 2},
         {"pool_size": (1, 2, 3), "padding": "same"},
-        {"pool_size": 2, "stride": (1, 2, 3), "padding": 1, "ceil_mode": True},
+        {"pool_size": 2, "ceil_mode": True},
+        {"pool_size": 2, "stride": (1, 2, 3), "padding": 1},
         {"pool_size": [3, 2, 2], "padding": [[1, 0], [0, 1], [1, 1]], "return_indices": True},
     ],
 )
@@ -921,7 +956,7 @@ def test_dropout_as_a_layer():
 
 @pytest.mark.parametrize("shape", [(2, 4, 3), (3,), (3, 2)])
 def test_wrong_number_of_steps(shape):
-    with pytest.raises(ValueError, match="x must be .*since num_timesteps is 3"):
+    with pytest.raises(ValueError, match=r"x must be .*since num_timesteps is 3"):
         TimeDistributionCalculator(0.5, 3).apply_dropout(np.zeros(shape))
 
 

@@ -68,6 +68,14 @@ class Layer:
         self._gradients: dict[str, np.ndarray] = {}
         self._pullback: Callable[..., Any] | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_pullback": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        for array in self._parameters.values():
+            array.setflags(write=False)
+
     @property
     def options(self) -> dict[str, Any]:
         """The constructor's arguments, by name."""

@@ -445,10 +445,8 @@ engine='reference')
             pullbacks.append(pullback)
         output = self._write(sequence, 2 if self.return_sequences else 1)
         if training:
-            given = initial_state is not None
-            self._pullback = lambda dy, dstates: self._pull(
-                dy, dstates, output.shape, geometries, pullbacks, slopes, given, restore
-            )
+            kept = output.shape, geometries, pullbacks, slopes, initial_state is not None, restore
+            self._pullback = lambda dy, dstates: self._pull(dy, dstates, *kept)
         if not self.return_state:
             return restore(output)
         return restore(output), [tuple(restore(self._write(s, 1)) for s in pair) for pair in last_states]

@@ -82,8 +82,9 @@ class TimeDistributionCalculator(Layer):
             return x
         array = self._floats("x", x)
         kept = self.calculate_time_distribution().astype(array.dtype).reshape(-1, *(1,) * (array.ndim - 2))
-        self._pullback = lambda dy: dispatch.restorer(dy)(self._floats("dy", dy) * kept)
-        return dispatch.restorer(x)(array * kept)
+        restore = dispatch.restorer(x)
+        self._pullback = lambda dy: restore(self._floats("dy", dy) * kept)
+        return restore(array * kept)
 
     def backward(self, dy: Any) -> Any:
         """Return dx, given dy of the last call's output.
