@@ -160,7 +160,7 @@ def _frame(spec: ConvLSTMSpec, x: np.ndarray, mask: np.ndarray | None, t: int) -
     """Return the frames (B, H, W, C) read by step t, zeros where it is masked, and where it is not (B, 1, 1, 1)."""
     source = spec.source_step(t)
     if mask is None:
-        return x[:, source], None
+        return np.ascontiguousarray(x[:, source]), None
     valid = mask[:, source, None, None, None]
     return np.where(valid, x[:, source], 0), valid
 
@@ -206,7 +206,7 @@ def _peep_backward(
     if spec.peephole_conv is None:
         dpeephole[gate] += (dz * c).sum(tuple(range(4 - peephole[gate].ndim)))
         return dz * peephole[gate]
-    dc, dweight, dbias = conv2d_backward(spec.peephole_conv, c, peephole[gate], dz)
+    dc, dweight, dbias = conv2d_backward(spec.peephole_conv, c, peephole[gate], np.ascontiguousarray(dz))
     dpeephole[gate] += dweight
     if f"bias_{gate}" in dpeephole:
         dpeephole[f"bias_{gate}"] += dbias

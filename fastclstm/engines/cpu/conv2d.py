@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from fastclstm.engines.cpu import direct, packing, sequence, threads
+from fastclstm.engines.cpu.flow import slots
 from fastclstm.engines.cpu.gates import CELL
 from fastclstm.spec import ConvSpec
 
@@ -38,10 +39,8 @@ def convolve(
     cell = np.zeros(1, CELL)
     cell["F"] = spec.F
     team = team_size(spec.flops)
-    steps = direct.plan((spec,), len(columns.groups), y.itemsize, team)
-    nothing = sequence.slots(None)
-    sequence.run(steps, columns, cell, spec.B, 1, team, x=sequence.slots(x), h_first=nothing, h=sequence.slots(y),
-                 c=nothing, c_first=nothing, y=nothing)  # fmt: skip
+    plan = direct.plan((spec,), len(columns.groups), y.itemsize, team)
+    sequence.run(plan, columns, cell, spec.B, 1, team, x=slots(x), h=slots(y))
 
 
 def conv2d_backward(

@@ -13,6 +13,7 @@ import numpy as np
 from fastclstm.engines import recurrence
 from fastclstm.engines.cpu import direct, gates, packing, sequence
 from fastclstm.engines.cpu.conv2d import conv2d, conv2d_backward, team_size
+from fastclstm.engines.cpu.flow import slots
 from fastclstm.spec import ConvLSTMSpec
 
 Arrays = dict[str, np.ndarray]
@@ -45,9 +46,8 @@ def convlstm2d(
     keep_all = spec.return_sequences and mask is None
     h_states = output if keep_all else np.empty((spec.B, min(2, spec.T), *spec.state_shape[1:]), dtype)
     if c_last.size:
-        _run_fused(
-            spec, x, (kernel, recurrent_kernel), bias, h_first, c_first, peephole, mask, h_states, c_last, separate
-        )
+        kernels = (kernel, recurrent_kernel)
+        _run_fused(spec, x, kernels, bias, h_first, c_first, peephole, mask, h_states, c_last, separate, h is None)
     h_last = h_states[:, (spec.T - 1) % h_states.shape[1]].copy()
     return (h_last.copy() if output is None else output), h_last, c_last, None
 
@@ -86,18 +86,19 @@ def _cell(spec: ConvLSTMSpec, peephole: Arrays | None) -> np.ndarray:
 def _run_fused(
     spec: ConvLSTMSpec, x: np.ndarray, kernels: tuple[np.ndarray, np.ndarray], bias: np.ndarray | None,
     h_first: np.ndarray, c_first: np.ndarray, peephole: Arrays | None, mask: np.ndarray | None,
-    h_states: np.ndarray, c_last: np.ndarray, output: np.ndarray | None,
+    h_states: np.ndarray, c_last: np.ndarray, output: np.ndarray | None, fresh: bool,
 ) -> None:  # fmt: skip
     cell = _cell(spec, peephole)
     scales = gates.SCALES if cell[0]["standard"] else np.ones(4)
     columns = packing.remember((*kernels, bias), ("gates", tuple(scales)), lambda: _pack(spec, kernels, bias, scales))
     team = team_size(spec.flops // spec.T)
-    steps = direct.plan((spec.input, spec.recurrent), len(columns.groups), x.itemsize, team)
+    plan = direct.plan((spec.input, spec.recurrent), len(columns.groups), x.itemsize, team)
+    if mask is not None:
+        mask = np.ascontiguousarray(mask[:, ::-1] if spec.go_backwards else mask)
     sequence.run(
-        steps, columns, cell, spec.B, spec.T, team,
-        x=sequence.slots(x, spec.go_backwards), h=sequence.slots(h_states), h_first=sequence.slots(h_first),
-        c=sequence.slots(c_last), c_first=sequence.slots(c_first), y=sequence.slots(output),
-        mask=None if mask is None else np.ascontiguousarray(mask[:, ::-1] if spec.go_backwards else mask),
+        plan, columns, cell, spec.B, spec.T, team,
+        x=slots(x, spec.go_backwards), h=slots(h_states), h_first=slots(h_first), c=slots(c_last),
+        c_first=slots(c_first), y=slots(output), fresh=fresh, mask=mask,
     )  # fmt: skip
 
 

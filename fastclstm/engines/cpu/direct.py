@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
 
+import numba
 import numpy as np
 from numba import types
 from numba.extending import intrinsic
 
 from fastclstm.engines.cpu import simd
-from fastclstm.engines.cpu.compilation import inline
+from fastclstm.engines.cpu.compilation import inline, kernel
+from fastclstm.engines.cpu.flow import Plan, h_before, place, share, worker_scratch, x_at
 from fastclstm.engines.cpu.frames import SOURCE, copy_patch, source
-from fastclstm.engines.cpu.gates import finish
+from fastclstm.engines.cpu.gates import finish, skip_step
 from fastclstm.spec import ConvSpec
 
 BLOCK_PIXELS = 384
@@ -32,7 +33,8 @@ ROWS4, ROWS3, ROWS2, ROWS1 = (6, 8, 12, 12) if simd.REGISTERS == 32 else (3, 4, 
 MAX_ROWS = 12
 
 WORK = np.dtype([(name, np.int64) for name in (
-    "HO", "WO", "sources", "block_height", "block_width", "blocks_x", "blocks", "panels",
+    "HO", "WO", "block_height", "block_width", "blocks_x",
+    "parts",  # pieces into which the groups of a block are cut
     "z", "pixels", "offsets0", "offsets1",  # indices into the scratch memory
 )])  # fmt: skip
 
@@ -97,22 +99,28 @@ def _tile(vectors, start, start_row, result, base, offsets, segments, first, las
 
 
 @inline
-def run_block(
-    like, work, sources, groups, panels, passes, segments, weights, bias, scratch, x, h, cell, block, group0, group1,
-    c_old, c_new, h_new, y,
-):  # fmt: skip
-    """Compute one block of one image for the groups [group0, group1); x, h, c_old … y are addresses of this image."""
+def _run_block(
+    like, flow, work, sources, groups, panels, passes, segments, weights, bias, cell, mask, scratch, b, t, task
+):
+    """Compute one block of image b at step t, for a part of the groups."""
+    block, part = task // work.parts, task % work.parts
+    group0, group1 = len(groups) * part // work.parts, len(groups) * (part + 1) // work.parts
     y0, x0 = block // work.blocks_x * work.block_height, block % work.blocks_x * work.block_width
     height, width = min(work.block_height, work.HO - y0), min(work.block_width, work.WO - x0)
     count = height * width
     pixels = simd.at(segments, scratch + work.pixels)
     for r in range(count):
         pixels[r] = (y0 + r // width) * work.WO + x0 + r % width
-    for s in range(work.sources):
+    if flow.masked and not mask[b, t]:
+        for g in range(group0, group1):
+            skip_step(like, flow, cell, groups[g], pixels, count, b, t)
+        return
+    used = 1 if flow.fresh and t == 0 else len(sources)  # a hidden state of zeros adds nothing
+    for s in range(used):
         src = sources[s]
         patch_height = (height - 1) * src.stride_y + (src.KH - 1) * src.dilation_y + 1
-        patch_width = _patch_width(work, src)
-        frame = simd.at(like, x if s == 0 else h)
+        patch_width = (work.block_width - 1) * src.stride_x + (src.KW - 1) * src.dilation_x + 1
+        frame = simd.at(like, x_at(flow, b, t) if s == 0 else h_before(flow, b, t))
         copy_patch(src, frame, y0 * src.stride_y - src.top, x0 * src.stride_x - src.left, patch_height, patch_width,
                    simd.at(like, scratch + src.scratch))  # fmt: skip
         offsets = simd.at(segments, scratch + (work.offsets0 if s == 0 else work.offsets1))
@@ -122,6 +130,7 @@ def run_block(
     z = simd.at(like, scratch + work.z)
     step = simd.vector_lanes(z)
     segment = simd.pointer(segments)
+    last_panel = len(panels) - 2
     for g in range(group0, group1):
         group = groups[g]
         vectors = group[1]
@@ -129,36 +138,46 @@ def run_block(
         rows = _rows(vectors)
         panel_weights = simd.shift(simd.pointer(weights), group[0])
         group_bias = simd.shift(simd.pointer(bias), group[5])
-        for p in range(work.panels):
-            last = p == work.panels - 1
+        for p in range(last_panel + 1):
             for r in range(0, count, rows):
-                sums = simd.shift(z, r * columns if work.panels > 1 else 0)
+                sums = simd.shift(z, r * columns if last_panel > 0 else 0)
                 for n in range(panels[p], panels[p + 1]):
                     s = passes[n, 0]
+                    if s >= used:
+                        continue
                     begin = group_bias if n == 0 else sums
                     base = simd.at(like, scratch + sources[s].scratch)
                     offsets = simd.at(segments, scratch + (work.offsets0 if s == 0 else work.offsets1) + 8 * r)
                     _tile(vectors, begin, 0 if n == 0 else columns, sums, base, offsets, segment, passes[n, 1],
                           passes[n, 2], panel_weights)  # fmt: skip
-                if last:
-                    finish(like, cell, group, sums, simd.shift(pixels, r), min(rows, count - r), c_old, c_new, h_new, y)
+                if p == last_panel:
+                    finish(like, flow, cell, group, sums, simd.shift(pixels, r), min(rows, count - r), b, t)
 
 
 @inline
-def _patch_width(work, src):
-    return (work.block_width - 1) * src.stride_x + (src.KW - 1) * src.dilation_x + 1
+def _work(like, flow, work, sources, groups, panels, passes, segments, weights, bias, cell, mask, worker, t0):
+    scratch = worker_scratch(flow, worker)
+    first, last = share(flow, worker)
+    for n in range(first, last):
+        b, t, task = place(flow, n)
+        _run_block(like, flow, work, sources, groups, panels, passes, segments, weights, bias, cell, mask, scratch, b,
+                   t0 + t, task)  # fmt: skip
 
 
-class Plan(NamedTuple):
-    """How one time step is cut into blocks, and the order in which a block's weights pass by."""
+@kernel()
+def run_serial(like, flows, works, sources, groups, panels, passes, segments, weights, bias, cells, mask):
+    """Compute all steps in one thread."""
+    _work(like, flows[0], works[0], sources, groups, panels, passes, segments, weights, bias, cells[0], mask, 0, 0)
 
-    work: np.ndarray
-    sources: np.ndarray
-    panels: np.ndarray
-    passes: np.ndarray
-    segments: np.ndarray
-    scratch_bytes: int
-    parts: int
+
+@kernel(parallel=True)
+def run_parallel(like, flows, works, sources, groups, panels, passes, segments, weights, bias, cells, mask):
+    """Compute all steps in flow.workers threads."""
+    workers, T, length = flows[0].workers, flows[0].T, flows[0].length
+    for t0 in range(0, T, length):
+        for worker in numba.prange(workers):
+            _work(like, flows[0], works[0], sources, groups, panels, passes, segments, weights, bias, cells[0], mask,
+                  worker, t0)  # fmt: skip
 
 
 @lru_cache(maxsize=256)
@@ -182,10 +201,11 @@ def plan(specs: tuple[ConvSpec, ...], groups: int, itemsize: int, threads: int) 
     indices = _aligned((height * width + MAX_ROWS) * 8)
     tile_rows = height * width + MAX_ROWS if len(panels) > 2 else MAX_ROWS
     z, pixels = at, at + _aligned((tile_rows + 4) * 4 * simd.VECTOR_BYTES)
-    work[0] = (HO, WO, len(specs), height, width, blocks_x, blocks_x * blocks_y, len(panels) - 1,
-               z, pixels, pixels + indices, pixels + 2 * indices)  # fmt: skip
     parts = min(groups, -(-threads // max(1, B * blocks_x * blocks_y)))
-    return Plan(work, sources, panels, passes, segments, pixels + 3 * indices, parts)
+    work[0] = (HO, WO, height, width, blocks_x, parts, z, pixels, pixels + indices, pixels + 2 * indices)
+    by_unit = B % threads == 0 or 8 * threads <= B
+    return Plan((run_serial, run_parallel), work, sources, (panels, passes, segments), pixels + 3 * indices, B,
+                blocks_x * blocks_y * parts, by_unit)  # fmt: skip
 
 
 def _aligned(size: int) -> int:

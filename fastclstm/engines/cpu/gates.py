@@ -10,6 +10,8 @@ import numpy as np
 
 from fastclstm.engines.cpu import simd, vmath
 from fastclstm.engines.cpu.compilation import inline
+from fastclstm.engines.cpu.flow import c_after, c_before, h_after, h_before, y_at
+from fastclstm.engines.cpu.frames import clear_run, copy_run
 from fastclstm.nn.activations import TABLE
 from fastclstm.spec import ConvLSTMSpec
 
@@ -87,12 +89,13 @@ def general_gates(like, cell, index, count, z_i, z_f, z_g, z_o, c):
 
 
 @inline
-def finish(like, cell, group, z, pixels, count, c_old, c_new, h_new, y):
+def finish(like, flow, cell, group, z, pixels, count, b, t):
     """Use up the z of `count` pixels; `pixels[r]` is the index of the r-th on the output's grid, negative: skip it.
 
-    group is (weights, vectors, width, first filter, filters). c_old, c_new, h_new and y are addresses of this image's
-    (HO, WO, F); y (a second copy of h) may be 0.
+    group is (weights, vectors, width, first filter, filters); b and t say which image's states at which step.
     """
+    h_new, y = h_after(flow, b, t), y_at(flow, b, t)
+    c_old, c_new = c_before(flow, b, t), c_after(flow, b, t)
     step = simd.vector_lanes(z)
     width, first, filters = group[2], group[3], group[4]
     columns = group[1] * step
@@ -118,3 +121,25 @@ def finish(like, cell, group, z, pixels, count, c_old, c_new, h_new, y):
         put(simd.shift(simd.at(like, h_new), index), h, filters)
         if y != 0:
             put(simd.shift(simd.at(like, y), index), h, filters)
+
+
+@inline
+def _carry(like, pixels, count, F, first, filters, old, new):
+    for r in range(count):
+        if pixels[r] >= 0:
+            index = pixels[r] * F + first
+            target = simd.shift(simd.at(like, new), index)
+            if old == 0:
+                clear_run(target, filters)
+            elif old != new:
+                copy_run(target, simd.shift(simd.at(like, old), index), filters)
+
+
+@inline
+def skip_step(like, flow, cell, group, pixels, count, b, t):
+    """Carry the states of `count` pixels on, and repeat the output before (zeros before the first)."""
+    F, first, filters = cell.F, group[3], group[4]
+    _carry(like, pixels, count, F, first, filters, h_before(flow, b, t), h_after(flow, b, t))
+    _carry(like, pixels, count, F, first, filters, c_before(flow, b, t), c_after(flow, b, t))
+    if flow.y != 0:
+        _carry(like, pixels, count, F, first, filters, y_at(flow, b, t - 1), y_at(flow, b, t))

@@ -1,6 +1,6 @@
 """Elementary functions on vectors, and the activations that kernels know by number.
 
-exp, tanh and sigmoid are within 4 ULP of the exact value over the whole line; NaN stays NaN, infinities give the limits.
+exp, tanh and sigmoid err by at most 4 ULP over the whole line; NaN stays NaN, infinities give the limits.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from numpy.polynomial import chebyshev
 
 from fastclstm.engines.cpu import simd
 from fastclstm.engines.cpu.compilation import inline
+from fastclstm.nn.activations import LEAKY_RELU_SLOPE, SELU_ALPHA, SELU_SCALE
 
 LOG2E = 1 / log(2)
 MAGIC_SINGLE = 1.5 * 2.0**23 + 127
@@ -137,10 +138,6 @@ ACTIVATION_CODES = {
 }  # fmt: skip
 """Number of each activation that kernels compute; the others are computed by NumPy."""
 
-LEAKY_SLOPE = 0.2
-SELU_ALPHA = 1.6732632423543772
-SELU_SCALE = 1.0507009873554805
-
 
 @inline
 def _exponential_unit(x, alpha):
@@ -162,7 +159,7 @@ def activate(code, x):
     if code == 5:
         return simd.maximum(0.0, simd.minimum(1.0, x * 0.2 + 0.5))
     if code == 6:
-        return simd.maximum(0.0, x) + LEAKY_SLOPE * simd.minimum(0.0, x)
+        return simd.maximum(0.0, x) + LEAKY_RELU_SLOPE * simd.minimum(0.0, x)
     if code == 7:
         return _exponential_unit(x, 1.0)
     if code == 8:
