@@ -73,7 +73,7 @@ def _load_digits() -> np.ndarray:
 
 
 def _spline_weights(corner: np.ndarray, box: float, size: int) -> np.ndarray:
-    """Return how much of each digit pixel every frame pixel shows on one axis, (..., size, 8); boxes start at `corner`."""
+    """Return each digit pixel's weight in every frame pixel of one axis, (..., size, 8), for boxes at `corner`."""
     scale = box / _BOX
     position = (np.arange(size) + 0.5 - corner[..., np.newaxis]) / scale - 1.5  # 0: the centre of the first digit pixel
     distance = np.abs(position[..., np.newaxis] - np.arange(_DIGIT))

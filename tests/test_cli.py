@@ -27,8 +27,8 @@ def fastclstm_cli(*args, traceback=False):
 def process(*args, **options):
     """Start ``python -m fastclstm`` as a user does."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.Popen([sys.executable, "-m", "fastclstm", *map(str, args)], env=environment, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)  # fmt: skip
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment, **options}
+    return subprocess.Popen([sys.executable, "-m", "fastclstm", *map(str, args)], **options)
 
 
 def assert_user_error(result, *words):
@@ -52,7 +52,8 @@ class Job:
         np.save(self.frames, self.x)
 
     def save_layer(self, **options):
-        self.layer = ConvLSTM2D(3, (4, 2), 3, num_layers=2, leaky_relu_slope=0.1, seed=0, engine="reference", **options)
+        options = {"engine": "reference", **options}
+        self.layer = ConvLSTM2D(3, (4, 2), 3, num_layers=2, leaky_relu_slope=0.1, seed=0, **options)
         self.layer.save(self.weights)
 
     def run(self, *options, **settings):
@@ -81,8 +82,9 @@ def job(tmp_path):
 
 @pytest.mark.parametrize("chunk", [1, 3, 7, 100])
 @pytest.mark.parametrize("go_backwards", [False, True])
-def test_run_gives_the_bits_of_one_call(job, chunk, go_backwards):
-    job.save_layer(go_backwards=go_backwards)
+@pytest.mark.parametrize("engine", dispatch.ENGINES)
+def test_run_gives_the_bits_of_one_call(job, engine, chunk, go_backwards):
+    job.save_layer(engine=engine, go_backwards=go_backwards)
     result = job.run("--chunk", chunk)
     assert result.exit_code == 0, result.stderr
     assert result.stdout == f"{job.out}: (2, 7, 6, 5, 2)\n"
@@ -316,6 +318,27 @@ def test_a_signal_leaves_nothing(job, number, code):
         stdout, stderr = child.communicate(timeout=60)
     assert (child.returncode, stdout, stderr) == (code, "", "")
     assert job.names() == ["frames.npy", "weights.safetensors"]
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_a_terminal_sees_a_progress_bar(job, quiet):
+    termios = pytest.importorskip("termios")
+    terminal, stderr = os.openpty()
+    termios.tcsetwinsize(terminal, (24, 80))
+    arguments = "run", job.frames, "--weights", job.weights, "--out", job.out, *(["--quiet"] if quiet else [])
+    with process(*arguments, stderr=stderr) as child:
+        os.close(stderr)
+        shown = b""
+        try:
+            while part := os.read(terminal, 1000):
+                shown += part
+        except OSError:  # how Linux says that nobody writes to the terminal any more
+            pass
+        stdout, _ = child.communicate(timeout=60)
+    os.close(terminal)
+    assert child.returncode == 0
+    assert stdout == ("" if quiet else f"{job.out}: (2, 7, 6, 5, 2)\n")
+    assert shown == b"" if quiet else b"7/7" in shown
 
 
 def test_help_imports_nothing_heavy():
