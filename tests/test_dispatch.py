@@ -1,0 +1,182 @@
+import array
+import sys
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from fastclstm import dispatch
+
+
+@pytest.mark.parametrize("name", dispatch.ENGINES)
+def test_an_engine_has_the_six_functions_and_its_algorithms(name):
+    engine = dispatch.get_engine(name)
+    assert all(callable(getattr(engine, operation)) for operation in dispatch.OPERATIONS)
+    assert "direct" in engine.ALGORITHMS
+    assert "auto" not in engine.ALGORITHMS
+
+
+def test_no_name_means_the_cpu():
+    assert dispatch.get_engine() is dispatch.get_engine("cpu")
+
+
+def test_unknown_engine():
+    with pytest.raises(ValueError, match="unknown engine 'gpu'; this version of fastclstm has 'cpu' and 'reference'"):
+        dispatch.get_engine("gpu")
+
+
+def test_missing_engine():
+    with pytest.raises(ValueError, match="engine 'cuda' is not part of this version of fastclstm; it has 'cpu'"):
+        dispatch.get_engine("cuda")
+
+
+def test_engine_whose_library_is_missing(monkeypatch):
+    monkeypatch.setitem(dispatch.ENGINES, "cpu", "fastclstm.engines.absent")
+    with pytest.raises(ImportError, match=r"engine 'cpu' cannot be used: No module .*; install numba, or pass engine="):
+        dispatch.get_engine("cpu")
+
+
+def test_algorithm_unknown_to_the_engine():
+    reference = dispatch.get_engine("reference")
+    dispatch.check_algorithm("conv2d", reference, "auto")
+    dispatch.check_algorithm("conv2d", reference, "direct")
+    with pytest.raises(ValueError, match=r"^conv2d: algorithm must be one of 'auto', 'direct' on engine 'reference', "
+                                         r"got 'winograd'$"):  # fmt: skip
+        dispatch.check_algorithm("conv2d", reference, "winograd")
+
+
+# Arrays in.
+
+
+def test_numpy_arrays_come_in_as_they_are():
+    x = np.arange(6.0).reshape(2, 3)[:, ::-1]
+    assert dispatch.as_numpy("op", "x", x) is x
+
+
+class Exporter:
+    """An array that speaks DLPack alone."""
+
+    def __init__(self, device=(1, 0)):
+        self.values, self.device = np.arange(3.0), device
+
+    def __dlpack_device__(self):
+        return self.device
+
+    def __dlpack__(self, **options):
+        return self.values.__dlpack__(**options)
+
+
+@pytest.mark.parametrize(
+    "value", [[0.0, 1.0, 2.0], (0, 1, 2), range(3), array.array("d", [0, 1, 2]), memoryview(np.arange(3.0)), Exporter()]
+)
+def test_other_arrays_come_in(value):
+    x = dispatch.as_numpy("op", "x", value)
+    assert type(x) is np.ndarray
+    np.testing.assert_array_equal(x, [0, 1, 2])
+
+
+def test_dlpack_is_not_copied():
+    exporter = Exporter()
+    assert np.shares_memory(dispatch.as_numpy("op", "x", exporter), exporter.values)
+
+
+def test_subclasses_come_in_as_plain_arrays(tmp_path):
+    np.save(tmp_path / "x.npy", np.arange(3.0))
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
+    assert type(dispatch.as_numpy("op", "x", mapped)) is np.ndarray
+
+
+def test_scalars_are_arrays_of_no_dimension():
+    assert dispatch.as_numpy("op", "x", 3).shape == ()
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (np.ones(2, complex), r"op: x has dtype complex128 but must hold real numbers \(float32 or float64\)"),
+        (np.array([1, None]), "op: x has dtype object but must hold real numbers"),
+        (np.array(["a"]), "op: x has dtype <U1 but must hold real numbers"),
+        (np.array(["2020-01-01"], "datetime64[D]"), r"op: x has dtype datetime64\[D\] but must hold real numbers"),
+        (None, "op: x has dtype object but must hold real numbers"),
+        ([[1.0], [1.0, 2.0]], "op: x is not a rectangular array: "),
+        (np.ma.masked_array([1.0, 2.0], [False, True]),
+         r"op: x is a masked array, whose mask would be lost; pass x\.filled\(value\)"),
+        (Exporter((2, 0)), "op: x lives on DLPack device 2, not in the processor's memory; move it to the CPU"),
+    ],
+)  # fmt: skip
+def test_what_cannot_come_in(value, message):
+    with pytest.raises(TypeError, match=f"^{message}"):
+        dispatch.as_numpy("op", "x", value)
+
+
+def test_an_export_that_fails_is_explained():
+    exporter = Exporter()
+    exporter.values = exporter.values.astype(">f8")  # DLPack knows no byte order
+    with pytest.raises(TypeError, match=r"^op: x cannot be read as a NumPy array: "):
+        dispatch.as_numpy("op", "x", exporter)
+
+
+# Dtypes.
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "expected"),
+    [
+        (["f4"], "f4"), (["f8"], "f8"), (["f2"], "f4"), (["i8"], "f4"), (["u1"], "f4"), (["?"], "f4"), ([">f4"], "f4"),
+        ([">f8"], "f8"), ([np.longdouble], "f8"), (["f4", "f8"], "f8"), (["i8", "f4"], "f4"), (["i8", "f8"], "f8"),
+        ([None, "f8"], "f8"), ([None, "f4"], "f4"),
+    ],
+)  # fmt: skip
+def test_working_dtype(dtypes, expected):
+    arrays = [None if dtype is None else np.zeros(1, dtype) for dtype in dtypes]
+    assert dispatch.working_dtype(*arrays) == np.dtype(expected)
+    assert dispatch.working_dtype(*arrays).isnative
+
+
+def test_native_keeps_what_is_native():
+    x = np.ones((2, 3), np.float32)
+    assert dispatch.native(x, np.dtype("f4")) is x
+
+
+@pytest.mark.parametrize(
+    "x", [np.ones((2, 3), ">f4"), np.ones((3, 2), "f4").T, np.ones((2, 6), "f4")[:, ::2], np.ones((2, 3), "i2"),
+          np.zeros(25, "u1")[1:].view("f4").reshape(2, 3)]
+)  # fmt: skip
+def test_native_converts_the_rest(x):
+    before = x.copy()
+    result = dispatch.native(x, np.dtype("f4"))
+    assert result.flags.c_contiguous
+    assert result.flags.aligned
+    assert result.dtype == np.float32
+    assert result.dtype.isnative
+    np.testing.assert_array_equal(result, before)
+
+
+# Arrays out.
+
+
+@pytest.mark.parametrize("like", [np.zeros(1), [1.0], np.float32(1), 2])
+def test_numpy_goes_out_as_numpy(like):
+    result = np.ones(2)
+    assert dispatch.restorer(like)(result) is result
+
+
+def test_arrays_of_a_standard_namespace_go_out_by_it():
+    class Standard(Exporter):
+        def __array_namespace__(self):
+            namespace = ModuleType("namespace")
+            namespace.from_dlpack = lambda array: ("standard", array)
+            return namespace
+
+    assert dispatch.restorer(Standard())(5) == ("standard", 5)
+
+
+def test_arrays_of_a_library_go_out_by_its_from_dlpack(monkeypatch):
+    library = ModuleType("some_library")
+    library.from_dlpack = lambda array: ("library", array)
+    monkeypatch.setitem(sys.modules, "some_library", library)
+
+    class Tensor(Exporter):
+        __module__ = "some_library.tensors"
+
+    assert dispatch.restorer(Tensor())(5) == ("library", 5)

@@ -1,0 +1,324 @@
+import inspect
+import re
+
+import numpy as np
+import pytest
+
+from fastclstm import functional
+from fastclstm.functional import conv2d, conv2d_vjp, convlstm2d, convlstm2d_vjp, max_pool3d, max_pool3d_vjp
+
+B, T, H, W, C, F = 2, 3, 5, 4, 2, 3
+
+
+@pytest.fixture(autouse=True)
+def reference_by_default(monkeypatch):
+    """What is tested here stands above the engines."""
+    monkeypatch.setattr("fastclstm.dispatch.DEFAULT_ENGINE", "reference")
+
+
+def draw(*shape, dtype=np.float32, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
+
+
+def convlstm_arguments(dtype=np.float32):
+    return {"x": draw(B, T, H, W, C, dtype=dtype), "kernel": draw(3, 3, C, 4 * F, dtype=dtype),
+            "recurrent_kernel": draw(3, 3, F, 4 * F, dtype=dtype)}  # fmt: skip
+
+
+def raises(message, error=ValueError):
+    return pytest.raises(error, match=f"^{re.escape(message)}")
+
+
+SIGNATURES = {  # of SEMANTICS, section 8
+    "conv2d": "x, kernel, bias=None, *, strides=1, padding='same', padding_mode='zeros', dilation=1, algorithm='auto', "
+              "engine=None",
+    "convlstm2d": "x, kernel, recurrent_kernel, bias=None, *, initial_state=None, strides=1, padding='same', "
+                  "padding_mode='zeros', dilation=1, recurrent_dilation=1, activation='tanh', "
+                  "recurrent_activation='sigmoid', output_activation=None, peephole=None, cell_clip=None, mask=None, "
+                  "go_backwards=False, return_sequences=True, return_state=False, algorithm='auto', engine=None",
+    "max_pool3d": "x, pool_size=(2, 2, 2), strides=None, *, padding='valid', ceil_mode=False, "
+                  "data_format='channels_last', return_indices=False, engine=None",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_signature(name):
+    parameters = inspect.signature(getattr(functional, name)).parameters.values()
+    plain = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in parameters]
+    assert str(inspect.Signature(plain)) == f"({SIGNATURES[name]})"
+
+
+# What comes out.
+
+
+def test_kinds_of_result_of_convlstm2d():
+    arguments = convlstm_arguments()
+    sequence = convlstm2d(**arguments)
+    last = convlstm2d(**arguments, return_sequences=False)
+    assert sequence.shape == (B, T, H, W, F)
+    np.testing.assert_array_equal(last, sequence[:, -1])
+    for option, expected in ((True, sequence), (False, last)):
+        output, h, c = convlstm2d(**arguments, return_sequences=option, return_state=True)
+        np.testing.assert_array_equal(output, expected)
+        np.testing.assert_array_equal(h, last)
+        assert c.shape == (B, H, W, F)
+        assert (c != h).all()
+
+
+def test_output_activation_is_the_activation_unless_given():
+    arguments = convlstm_arguments() | {"activation": "softsign"}
+    np.testing.assert_array_equal(convlstm2d(**arguments), convlstm2d(**arguments, output_activation="softsign"))
+    assert (convlstm2d(**arguments) != convlstm2d(**arguments, output_activation="tanh")).any()
+
+
+def test_half_a_state_is_filled_with_zeros():
+    arguments, h = convlstm_arguments(), draw(B, H, W, F, seed=1)
+    half = convlstm2d(**arguments, initial_state=(h, None))
+    np.testing.assert_array_equal(half, convlstm2d(**arguments, initial_state=[h, np.zeros_like(h)]))
+    assert (half != convlstm2d(**arguments)).any()
+
+
+@pytest.mark.parametrize("dtype", [bool, np.int8, np.float32])
+def test_mask_of_any_dtype(dtype):
+    mask = np.array([[1, 0, 1], [0, 1, 1]])
+    arguments = convlstm_arguments()
+    masked = convlstm2d(**arguments, mask=mask.astype(dtype))
+    np.testing.assert_array_equal(masked, convlstm2d(**arguments, mask=mask.tolist()))
+    np.testing.assert_array_equal(masked[0, 1], masked[0, 0])
+    np.testing.assert_array_equal(masked[1, 0], 0)
+
+
+@pytest.mark.parametrize("channels_first", [False, True])
+def test_kinds_of_result_of_max_pool3d(channels_first):
+    x = draw(B, 4, 6, 5, C)
+    pixels = x.reshape(B, -1, C)
+    if channels_first:
+        x = np.moveaxis(x, -1, 1)
+    options = {"data_format": "channels_first" if channels_first else "channels_last"}
+    y, indices = max_pool3d(x, return_indices=True, **options)
+    np.testing.assert_array_equal(max_pool3d(x, **options), y)
+    assert y.flags.c_contiguous
+    assert y.shape == ((B, C, 2, 3, 2) if channels_first else (B, 2, 3, 2, C))
+    assert (y.dtype, indices.dtype) == (np.float32, np.int64)
+    axis = 1 if channels_first else -1
+    flat = np.moveaxis(indices, axis, -1).reshape(B, -1, C)
+    np.testing.assert_array_equal(np.take_along_axis(pixels, flat, 1), np.moveaxis(y, axis, -1).reshape(B, -1, C))
+
+
+def test_shapes_of_the_reference_classes():
+    """Example 2 of SEMANTICS, section 3."""
+    x = np.zeros((1, 10, 32, 32, 32), np.float32)
+    assert max_pool3d(x, (2, 2, 2), (2, 2, 2)).shape == (1, 5, 16, 16, 32)
+    assert max_pool3d(x, (2, 2, 2), (2, 2, 2), data_format="channels_first").shape == (1, 10, 16, 16, 16)
+
+
+# Gradients.
+
+
+def test_pullback_of_conv2d():
+    x, kernel, bias = draw(B, H, W, C), draw(3, 3, C, F), draw(F)
+    y, pullback = conv2d_vjp(x, kernel, bias, strides=2)
+    np.testing.assert_array_equal(y, conv2d(x, kernel, bias, strides=2))
+    dy = draw(*y.shape, seed=1)
+    gradients = pullback(dy)
+    assert {name: g.shape for name, g in gradients.items()} == {"x": x.shape, "kernel": kernel.shape, "bias": (F,)}
+    np.testing.assert_allclose(gradients["bias"], dy.sum((0, 1, 2)), rtol=1e-5)
+    for name, value in (("x", x), ("kernel", kernel)):  # y - bias is linear in each
+        assert (gradients[name] * value).sum() == pytest.approx(((y - bias) * dy).sum(), rel=1e-4)
+    assert set(conv2d_vjp(x, kernel)[1](None)) == {"x", "kernel"}
+    assert not conv2d_vjp(x, kernel)[1](None)["x"].any()
+
+
+def test_pullback_of_convlstm2d_has_the_arguments_given():
+    arguments = convlstm_arguments()
+    output, pullback = convlstm2d_vjp(**arguments)
+    np.testing.assert_array_equal(output, convlstm2d(**arguments))
+    assert set(pullback(np.ones_like(output))) == {"x", "kernel", "recurrent_kernel"}
+
+    state = draw(B, H, W, F), None
+    peephole = {gate: draw(F) for gate in "ifo"}
+    outputs, pullback = convlstm2d_vjp(**arguments, bias=draw(4 * F), initial_state=state, peephole=peephole,
+                                       return_state=True, return_sequences=False)  # fmt: skip
+    assert len(outputs) == 3
+    gradients = pullback((None, None, np.ones((B, H, W, F))))
+    assert set(gradients) == {"x", "kernel", "recurrent_kernel", "bias", "initial_state", "peephole"}
+    assert [g.shape for g in gradients["initial_state"]] == [(B, H, W, F)] * 2
+    assert {name: g.shape for name, g in gradients["peephole"].items()} == dict.fromkeys("ifo", (F,))
+
+
+def test_pullback_may_be_called_again():
+    arguments = convlstm_arguments()
+    output, pullback = convlstm2d_vjp(**arguments)
+    first = pullback(np.ones_like(output))
+    pullback(np.zeros_like(output))
+    np.testing.assert_array_equal(pullback(np.ones_like(output))["x"], first["x"])
+
+
+@pytest.mark.parametrize("channels_first", [False, True])
+@pytest.mark.parametrize("return_indices", [False, True])
+def test_pullback_of_max_pool3d(return_indices, channels_first):
+    x = draw(2, 4, 6, 5, 3)
+    options = {"data_format": "channels_first" if channels_first else "channels_last", "pool_size": 2}
+    result, pullback = max_pool3d_vjp(x, return_indices=return_indices, **options)
+    y = result[0] if return_indices else result
+    np.testing.assert_array_equal(y, max_pool3d(x, **options))
+    dy = draw(*y.shape, seed=1)
+    dx = pullback((dy, None) if return_indices else dy)["x"]
+    assert dx.shape == x.shape
+    np.testing.assert_array_equal(np.sort(dx[dx != 0]), np.sort(dy.ravel()))
+    assert (dx * x).sum() == pytest.approx((dy * y).sum(), rel=1e-4)
+    assert not pullback((None, None) if return_indices else None)["x"].any()
+
+
+# Errors.
+
+
+def test_shape_errors_name_the_operation():
+    arguments = convlstm_arguments()
+    with raises(f"convlstm2d: x must be (batch, time, height, width, channels), got 4D {(T, H, W, C)}"):
+        convlstm2d(**arguments | {"x": arguments["x"][0]})
+    with raises(f"convlstm2d: x has 1 channels but kernel (3, 3, {C}, 12) takes {C}"):
+        convlstm2d(**arguments | {"x": arguments["x"][..., :1]})
+    with raises("conv2d: x must be (batch, height, width, channels), got 5D"):
+        conv2d(arguments["x"], arguments["kernel"])
+    with raises("max_pool3d: x must be (batch, time, height, width, channels), got 4D"):
+        max_pool3d(arguments["x"][0])
+    with raises("max_pool3d: x must be (batch, time, height, width, channels), got 4D"):
+        max_pool3d(arguments["x"][0], data_format="channels_first")
+
+
+@pytest.mark.parametrize("name", ["x", "kernel", "recurrent_kernel", "bias", "mask"])
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [(np.ones(2, complex), "has dtype complex128"), (np.array([None]), "has dtype object"),
+     ([[1], [1, 2]], "is not a rectangular array"), (np.ma.ones(2), "is a masked array")],
+)  # fmt: skip
+def test_array_errors_name_the_argument(name, value, message):
+    with raises(f"convlstm2d: {name} {message}", TypeError):
+        convlstm2d(**convlstm_arguments() | {name: value})
+
+
+def test_array_errors_of_states_and_peepholes():
+    with raises("convlstm2d: c has dtype complex64", TypeError):
+        convlstm2d(**convlstm_arguments(), initial_state=(None, draw(B, H, W, F).astype("c8")))
+    with raises("convlstm2d: peephole 'f' has dtype object", TypeError):
+        convlstm2d(**convlstm_arguments(), peephole=dict.fromkeys("io", draw(F)) | {"f": None})
+
+
+@pytest.mark.parametrize("state", [draw(B, H, W, F), (draw(B, H, W, F),), "hc", {"h": 1, "c": 2}])
+def test_initial_state_is_a_pair(state):
+    with raises(f"convlstm2d: initial_state must be a pair (h, c), got {type(state).__name__}"):
+        convlstm2d(**convlstm_arguments(), initial_state=state)
+
+
+def test_choices():
+    arguments = convlstm_arguments()
+    for call in (lambda **where: convlstm2d(**arguments, **where),
+                 lambda **where: conv2d(arguments["x"][0], arguments["kernel"], **where)):  # fmt: skip
+        with pytest.raises(
+            ValueError, match=r"2d: algorithm must be one of 'auto', 'direct' on engine 'reference', got"
+        ):
+            call(algorithm="fft")
+        with raises("unknown engine 'tpu'"):
+            call(engine="tpu")
+    with raises("unknown engine 'tpu'"):
+        max_pool3d(arguments["x"], engine="tpu")
+    with raises("max_pool3d: data_format must be one of 'channels_last', 'channels_first', got 'NCDHW'"):
+        max_pool3d(arguments["x"], data_format="NCDHW")
+    with raises("unknown activation 'swoosh'"):
+        convlstm2d(**arguments, activation="swoosh")
+
+
+@pytest.mark.parametrize("channels_first", [False, True])
+def test_cotangents_have_the_shape_of_the_output(channels_first):
+    arguments = convlstm_arguments()
+    with raises("conv2d: dy has shape (1,) but must be (3, 5, 4, 12) (the shape of the output whose gradient it is)"):
+        conv2d_vjp(arguments["x"][0], arguments["kernel"])[1](np.ones(1))
+    _, pullback = convlstm2d_vjp(**arguments, return_state=True)
+    for position, name, shape in ((0, "dy", (B, T, H, W, F)), (1, "dh", (B, H, W, F)), (2, "dc", (B, H, W, F))):
+        cotangents = [None] * 3
+        cotangents[position] = np.ones((1, *shape[1:]))
+        with raises(f"convlstm2d: {name} has shape {(1, *shape[1:])} but must be {shape}"):
+            pullback(tuple(cotangents))
+    options = {"data_format": "channels_first" if channels_first else "channels_last"}
+    y, pullback = max_pool3d_vjp(draw(2, 4, 6, 8, 10), **options)
+    with raises(f"max_pool3d: dy has shape (2, 2) but must be {y.shape}"):
+        pullback(np.ones((2, 2)))
+
+
+def test_cotangents_are_real():
+    with raises("convlstm2d: dy has dtype complex128", TypeError):
+        convlstm2d_vjp(**convlstm_arguments())[1](np.ones((B, T, H, W, F), complex))
+
+
+# Dtypes.
+
+
+@pytest.mark.parametrize(
+    ("x", "weights", "expected"),
+    [("f4", "f4", "f4"), ("f8", "f8", "f8"), ("f4", "f8", "f8"), ("f8", "f4", "f8"), ("i4", "f4", "f4"),
+     ("f2", "f2", "f4"), ("u1", "f8", "f8"), ("?", "i8", "f4")],
+)  # fmt: skip
+def test_dtypes(x, weights, expected):
+    arguments = convlstm_arguments(np.dtype(weights)) | {"x": draw(B, T, H, W, C).astype(x)}
+    output, pullback = convlstm2d_vjp(**arguments)
+    assert output.dtype == expected
+    gradients = pullback(np.ones(output.shape, "f8"))  # the cotangent's dtype decides nothing
+    assert {gradient.dtype for gradient in gradients.values()} == {np.dtype(expected)}
+    y, pullback = conv2d_vjp(arguments["x"][0], arguments["kernel"])
+    assert y.dtype == pullback(np.ones(y.shape))["x"].dtype == expected
+    y, pullback = max_pool3d_vjp(arguments["x"])
+    assert y.dtype == pullback(np.ones(y.shape))["x"].dtype == ("f8" if x == "f8" else "f4")
+
+
+def test_a_wide_state_widens_the_result_and_a_mask_does_not():
+    arguments = convlstm_arguments()
+    assert convlstm2d(**arguments, mask=np.ones((B, T))).dtype == np.float32
+    assert convlstm2d(**arguments, initial_state=(None, np.zeros((B, H, W, F)))).dtype == np.float64
+
+
+def test_nested_sequences():
+    y = max_pool3d([[[[[1.0], [2.0]], [[3.0], [4.0]]], [[[5.0], [6.0]], [[7.0], [8.0]]]]])
+    np.testing.assert_array_equal(y, np.full((1, 1, 1, 1, 1), 8.0))
+
+
+# PyTorch in, PyTorch out.
+
+
+@pytest.mark.torch
+class TestTorch:
+    def test_results_are_tensors(self):
+        torch = pytest.importorskip("torch")
+        arguments = convlstm_arguments()
+        expected, pull_expected = convlstm2d_vjp(**arguments, return_state=True, initial_state=(draw(B, H, W, F), None))
+        tensors = {name: torch.from_numpy(value) for name, value in arguments.items()}
+        outputs, pullback = convlstm2d_vjp(**tensors, return_state=True, initial_state=(draw(B, H, W, F), None))
+        for output, array in zip(outputs, expected, strict=True):
+            assert isinstance(output, torch.Tensor)
+            np.testing.assert_array_equal(output.numpy(), array)
+        gradients = pullback((torch.ones(B, T, H, W, F), None, None))
+        for name, array in pull_expected((np.ones((B, T, H, W, F)), None, None)).items():
+            for gradient, value in zip(*((g,) if name != "initial_state" else g for g in (gradients[name], array)),
+                                       strict=True):  # fmt: skip
+                assert isinstance(gradient, torch.Tensor)
+                np.testing.assert_array_equal(gradient.numpy(), value)
+
+    def test_pooling_of_a_permuted_tensor(self):
+        torch = pytest.importorskip("torch")
+        x = draw(2, 4, 6, 5, 3)
+        tensor = torch.from_numpy(x).permute(0, 4, 1, 2, 3)
+        (y, indices), pullback = max_pool3d_vjp(tensor, return_indices=True, data_format="channels_first")
+        assert indices.dtype == torch.int64
+        np.testing.assert_array_equal(y.numpy(), np.moveaxis(max_pool3d(x), -1, 1))
+        assert pullback((torch.ones_like(y), None))["x"].shape == tensor.shape
+
+    def test_tensors_that_cannot_be_read(self):
+        torch = pytest.importorskip("torch")
+        with pytest.raises(TypeError, match=r"^conv2d: x cannot be read as a NumPy array: .*grad"):
+            conv2d(torch.ones(1, 3, 3, 1, requires_grad=True), np.ones((3, 3, 1, 1)))
+        with raises("conv2d: kernel has dtype complex64", TypeError):
+            conv2d(torch.ones(1, 3, 3, 1), torch.ones(3, 3, 1, 1, dtype=torch.complex64))
+
+    def test_x_decides_the_kind_of_result(self):
+        torch = pytest.importorskip("torch")
+        assert isinstance(conv2d(np.ones((1, 3, 3, 1)), torch.ones(3, 3, 1, 1)), np.ndarray)
