@@ -190,8 +190,8 @@ def test_conv_strides_and_dilation_are_positive_integers(name, value, error):
 
 
 def test_conv_strides_and_dilation_exclude_each_other():
-    with raises("conv2d: strides (2, 2) and dilation (1, 2) cannot both exceed 1; choose one of them"):
-        conv(strides=2, dilation=(1, 2))
+    with raises("conv2d: strides (2, 1) and dilation (1, 2) cannot both exceed 1; choose one of them"):
+        conv(strides=(2, 1), dilation=(1, 2))
 
 
 def test_conv_padding_mode():

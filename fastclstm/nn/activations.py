@@ -148,7 +148,7 @@ def _normal_cdf(x: np.ndarray) -> np.ndarray:
     """
     h = 0.5
     a = _magnitude(np.clip(x, -40, 40)) * math.sqrt(0.5)
-    tail = sum(math.exp(-t * t) / (t * t + a * a) for t in (h * (k + 0.5) for k in range(13)))
+    tail = sum(math.exp(-t * t) / (t * t + a * a) for t in (h * (k + 0.5) for k in range(12)))
     tail = tail * (h / math.pi) * a * np.exp(-a * a)
     pole = np.exp(-2 * math.pi / h * a)
     tail = tail + np.where(a < math.pi / h, pole / (1 + pole), 0)
