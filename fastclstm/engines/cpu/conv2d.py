@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fastclstm.engines.cpu import direct, packing, sequence, threads
+from fastclstm.engines.cpu import sequence, threads
 from fastclstm.engines.cpu.flow import slots
 from fastclstm.engines.cpu.gates import CELL
 from fastclstm.spec import ConvSpec
@@ -23,24 +23,14 @@ def conv2d(
 ) -> np.ndarray:
     """Convolve x (B, H, W, C) with kernel (KH, KW, C, F): y (B, HO, WO, F)."""
     y = np.empty((spec.B, spec.HO, spec.WO, spec.F), x.dtype)
-    convolve(spec, x, kernel, bias, y, algorithm)
+    m = sequence.choose("conv2d", (spec,), algorithm)
+    if y.size:
+        cell = np.zeros(1, CELL)
+        cell["F"] = spec.F
+        team = team_size(spec.flops)
+        plan, columns = sequence.prepare((spec,), (kernel,), bias, np.ones(1), m, team)
+        sequence.run(plan, columns, cell, spec.B, 1, team, x=slots(x), h=slots(y))
     return y
-
-
-def convolve(
-    spec: ConvSpec, x: np.ndarray, kernel: np.ndarray, bias: np.ndarray | None, y: np.ndarray, algorithm: str
-) -> None:
-    """Write the convolution of x to y."""
-    if y.size == 0:
-        return
-    columns = packing.remember(
-        (kernel, bias), ("plain",), lambda: packing.plain_columns(kernel.reshape(1, -1, spec.F), bias)
-    )
-    cell = np.zeros(1, CELL)
-    cell["F"] = spec.F
-    team = team_size(spec.flops)
-    plan = direct.plan((spec,), len(columns.groups), y.itemsize, team)
-    sequence.run(plan, columns, cell, spec.B, 1, team, x=slots(x), h=slots(y))
 
 
 def conv2d_backward(
@@ -87,7 +77,8 @@ def _input_gradient(spec: ConvSpec, kernel: np.ndarray, dy: np.ndarray) -> np.nd
     if spec.padding_mode == "circular":
         folded = np.zeros((spec.B, spec.H, spec.W, spec.C), dy.dtype)
         rows, columns = (_positions(spec, axis) for axis in (0, 1))
-        np.add.at(folded, (slice(None), rows[:, None], columns[None]), padded)
+        for row, column in np.ndindex(len(rows), len(columns)):
+            folded[:, rows[row], columns[column]] += padded[:, row, column]
         return folded
     (top, _), (left, _) = spec.padding
     return np.ascontiguousarray(padded[:, top : top + spec.H, left : left + spec.W])

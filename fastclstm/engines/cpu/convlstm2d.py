@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fastclstm.engines import recurrence
-from fastclstm.engines.cpu import direct, gates, packing, sequence
+from fastclstm.engines.cpu import gates, sequence
 from fastclstm.engines.cpu.conv2d import conv2d, conv2d_backward, team_size
 from fastclstm.engines.cpu.flow import slots
 from fastclstm.spec import ConvLSTMSpec
@@ -36,20 +36,20 @@ def convlstm2d(
     """Run a ConvLSTM over x (B, T, H, W, C): output, last h, last c and, with `save`, what backward needs."""
     if save or not _is_fused(spec):
         return recurrence.forward(spec, conv2d, x, kernel, recurrent_kernel, bias, h, c, peephole, mask, save=save)
-    dtype = x.dtype
-    h_first = np.zeros(spec.state_shape, dtype) if h is None else h
-    c_first = np.zeros(spec.state_shape, dtype) if c is None else c
-    c_last = np.empty(spec.state_shape, dtype)
+    dtype, state = x.dtype, spec.state_shape
+    h_first = np.zeros(state, dtype) if h is None else h
+    c_first = np.zeros(state, dtype) if c is None else c
+    c_last = np.empty(state, dtype)
     # Where no step is skipped the outputs are the hidden states, and are kept only once.
-    output = np.empty(spec.output_shape, dtype) if spec.return_sequences or mask is not None else None
-    separate = output if mask is not None else None
-    keep_all = spec.return_sequences and mask is None
-    h_states = output if keep_all else np.empty((spec.B, min(2, spec.T), *spec.state_shape[1:]), dtype)
+    separate = np.empty(spec.output_shape, dtype) if mask is not None else None
+    kept = spec.T if spec.return_sequences and mask is None else min(2, spec.T)
+    h_states = np.empty((spec.B, kept, *state[1:]), dtype)
     if c_last.size:
-        kernels = (kernel, recurrent_kernel)
-        _run_fused(spec, x, kernels, bias, h_first, c_first, peephole, mask, h_states, c_last, separate, h is None)
-    h_last = h_states[:, (spec.T - 1) % h_states.shape[1]].copy()
-    return (h_last.copy() if output is None else output), h_last, c_last, None
+        _run_fused(spec, x, (kernel, recurrent_kernel), bias, h_first, c_first, peephole, mask, h_states, c_last,
+                   separate, h is None, algorithm)  # fmt: skip
+    h_last = h_states[:, (spec.T - 1) % kept].copy()
+    output = separate if separate is not None else h_states if spec.return_sequences else h_last.copy()
+    return output, h_last, c_last, None
 
 
 def convlstm2d_backward(
@@ -70,6 +70,7 @@ def _is_fused(spec: ConvLSTMSpec) -> bool:
 
 def _cell(spec: ConvLSTMSpec, peephole: Arrays | None) -> np.ndarray:
     codes = gates.activation_codes(spec)
+    assert codes is not None
     cell = np.zeros(1, gates.CELL)
     record = cell[0]
     record["F"], record["gated"] = spec.F, 1
@@ -86,13 +87,14 @@ def _cell(spec: ConvLSTMSpec, peephole: Arrays | None) -> np.ndarray:
 def _run_fused(
     spec: ConvLSTMSpec, x: np.ndarray, kernels: tuple[np.ndarray, np.ndarray], bias: np.ndarray | None,
     h_first: np.ndarray, c_first: np.ndarray, peephole: Arrays | None, mask: np.ndarray | None,
-    h_states: np.ndarray, c_last: np.ndarray, output: np.ndarray | None, fresh: bool,
+    h_states: np.ndarray, c_last: np.ndarray, output: np.ndarray | None, fresh: bool, algorithm: str,
 ) -> None:  # fmt: skip
     cell = _cell(spec, peephole)
     scales = gates.SCALES if cell[0]["standard"] else np.ones(4)
-    columns = packing.remember((*kernels, bias), ("gates", tuple(scales)), lambda: _pack(spec, kernels, bias, scales))
+    specs = (spec.input, spec.recurrent)
     team = team_size(spec.flops // spec.T)
-    plan = direct.plan((spec.input, spec.recurrent), len(columns.groups), x.itemsize, team)
+    m = sequence.choose("convlstm2d", specs, algorithm)
+    plan, columns = sequence.prepare(specs, kernels, bias, scales, m, team)
     if mask is not None:
         mask = np.ascontiguousarray(mask[:, ::-1] if spec.go_backwards else mask)
     sequence.run(
@@ -100,11 +102,3 @@ def _run_fused(
         x=slots(x, spec.go_backwards), h=slots(h_states), h_first=slots(h_first), c=slots(c_last),
         c_first=slots(c_first), y=slots(output), fresh=fresh, mask=mask,
     )  # fmt: skip
-
-
-def _pack(spec: ConvLSTMSpec, kernels: tuple[np.ndarray, ...], bias: np.ndarray | None, scales: np.ndarray):
-    """Pack both kernels' rows, x's first, with the gates' factors, in float64 and rounded once."""
-    F = spec.F
-    matrix = np.concatenate([k.reshape(-1, 4, F) for k in kernels]) * scales[:, None]
-    scaled = None if bias is None else (bias.reshape(4, F) * scales[:, None]).astype(bias.dtype)
-    return packing.gate_columns(matrix.astype(kernels[0].dtype)[None], scaled)

@@ -45,7 +45,7 @@ class Slots(NamedTuple):
     address: int
     image: int
     step: int
-    count: int
+    kept: int
 
 
 NOTHING = Slots(0, 0, 0, 1)

@@ -33,8 +33,11 @@ _NAMES = {TABLE[name]: code for name, code in vmath.ACTIVATION_CODES.items()}
 
 def activation_codes(spec: ConvLSTMSpec) -> tuple[int, int, int] | None:
     """Numbers of the three activations, or None where NumPy must compute one of them."""
-    codes = [_NAMES.get(a) for a in (spec.recurrent_activation, spec.activation, spec.output_activation)]
-    return None if None in codes else (codes[0], codes[1], codes[2])
+    functions = (spec.recurrent_activation, spec.activation, spec.output_activation)
+    if not all(function in _NAMES for function in functions):
+        return None
+    recurrent, candidate, output = (_NAMES[function] for function in functions)
+    return recurrent, candidate, output
 
 
 @inline

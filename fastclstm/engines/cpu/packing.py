@@ -31,47 +31,45 @@ def aligned_empty(count: int, dtype: np.dtype) -> np.ndarray:
     return raw[start : start + size].view(dtype)
 
 
-def plain_columns(matrices: np.ndarray, bias: np.ndarray | None) -> Columns:
-    """Pack matrices (P, K, F) and bias (F,) in groups of four vectors of filters, the last as narrow as it can be."""
-    F = matrices.shape[-1]
-    lanes = simd.lanes(matrices.itemsize)
-    widths = [min(4 * lanes, F - first) for first in range(0, F, 4 * lanes)]
-    return _pack(matrices[:, :, None], bias if bias is None else bias[None], [-(-w // lanes) * lanes for w in widths],
-                 [4 * lanes * g for g in range(len(widths))], widths, lanes)  # fmt: skip
+def pack(matrices: np.ndarray, bias: np.ndarray | None, dtype: np.dtype, *, paired: bool = False) -> Columns:
+    """Pack P matrices (P, K, gates, F) and bias (gates, F): 4 gates of one vector of filters a group, or 1 of four.
 
-
-def gate_columns(matrices: np.ndarray, bias: np.ndarray | None) -> Columns:
-    """Pack matrices (P, K, 4, F) and bias (4, F) in groups of the four gates of up to one vector of filters."""
-    F = matrices.shape[-1]
-    lanes = simd.lanes(matrices.itemsize)
+    A group's panel is [P][K][vectors], or with `paired` [P][pair of vectors][K][two vectors]. The last group is as
+    narrow as it can be; its columns without a filter are zeros.
+    """
+    P, K, gates, F = matrices.shape
+    lanes = simd.lanes(dtype.itemsize)
     quarter = max(lanes // 4, 1)
-    counts = [min(lanes, F - first) for first in range(0, F, lanes)]
-    return _pack(matrices, bias, [-(-n // quarter) * quarter for n in counts],
-                 [lanes * g for g in range(len(counts))], counts, lanes)  # fmt: skip
-
-
-def _pack(
-    matrices: np.ndarray, bias: np.ndarray | None, widths: list[int], firsts: list[int], counts: list[int], lanes: int
-) -> Columns:
-    P, K, gates, _ = matrices.shape
-    vectors = [-(-gates * width // lanes) for width in widths]
-    columns = [v * lanes for v in vectors]
-    weights = aligned_empty(P * K * sum(columns) + 8 * 4 * lanes, matrices.dtype)
-    weights[-8 * 4 * lanes :] = 0  # a prefetch or an overlong load reads past the last panel
-    biases = np.zeros(sum(columns), matrices.dtype)
-    groups, at, bias_at = [], 0, 0
-    for width, first, count, nv, n in zip(widths, firsts, counts, vectors, columns, strict=True):
-        panel = weights[at : at + P * K * n].reshape(P, K, n)
-        panel[...] = 0
+    most = 4 * lanes // gates  # filters of a group
+    groups: list[tuple[int, ...]] = []
+    panels: list[np.ndarray] = []
+    biases: list[np.ndarray] = []
+    at = bias_at = 0
+    for first in range(0, F, most):
+        count = min(most, F - first)
+        width = -(-count // quarter) * quarter
+        vectors = -(-gates * width // lanes)
+        padded = vectors + vectors % 2 if paired else vectors
+        panel = np.zeros((P, K, padded * lanes), dtype)
+        line = np.zeros(padded * lanes, dtype)
         for gate in range(gates):
-            block = slice(gate * width, gate * width + count)
-            panel[:, :, block] = matrices[:, :, gate, first : first + count]
+            columns = slice(gate * width, gate * width + count)
+            panel[:, :, columns] = matrices[:, :, gate, first : first + count]
             if bias is not None:
-                biases[bias_at : bias_at + n][block] = bias[gate, first : first + count]
-        groups.append((at, nv, width, first, count, bias_at))
-        at += P * K * n
-        bias_at += n
-    return Columns(np.array(groups, np.int64), weights, biases)
+                line[columns] = bias[gate, first : first + count]
+        if paired:
+            panel = panel.reshape(P, K, padded // 2, 2 * lanes).transpose(0, 2, 1, 3)
+        groups.append((at, vectors, width, first, count, bias_at))
+        panels.append(panel)
+        biases.append(line)
+        at += panel.size
+        bias_at += line.size
+    # A prefetch or an overlong load reads past the last panel: for that there are zeros.
+    weights = aligned_empty(at + max(2 * K * 2, 32) * lanes, dtype)
+    weights[at:] = 0
+    for group, panel in zip(groups, panels, strict=True):
+        weights[group[0] : group[0] + panel.size].reshape(panel.shape)[...] = panel
+    return Columns(np.array(groups, np.int64), weights, np.concatenate([*biases, np.zeros(lanes, dtype)]))
 
 
 _MAX_REMEMBERED = 64

@@ -1,4 +1,4 @@
-"""Running a plan: scratch memory, the records that kernels read, and the choice of serial or parallel."""
+"""From shapes and weights to running kernels: the algorithm, its plan, packed weights, scratch memory and threads."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import threading
 
 import numpy as np
 
-from fastclstm.engines.cpu import packing, threads
+from fastclstm.engines.cpu import direct, packing, threads, winograd
 from fastclstm.engines.cpu.flow import FLOW, NOTHING, Plan, Slots
+from fastclstm.spec import ConvSpec
 
 NO_MASK = np.ones((0, 0), np.bool_)
 
@@ -20,6 +21,41 @@ def _scratch(size: int) -> np.ndarray:
     if memory is None or memory.nbytes < size:
         memory = _arena.memory = packing.aligned_empty(size, np.dtype(np.uint8))
     return memory
+
+
+def choose(op: str, specs: tuple[ConvSpec, ...], algorithm: str) -> int:
+    """Outputs of a Winograd tile on each axis; 0: direct. Raises ValueError where Winograd was asked for in vain."""
+    if algorithm == "direct" or (algorithm == "auto" and not winograd.fits(specs)):
+        return 0
+    if not winograd.fits(specs):
+        raise ValueError(
+            f"{op}: algorithm='winograd' needs square kernels of 3 or 5, one size for all convolutions, with stride "
+            f"and dilation 1, got {[(s.KH, s.KW, s.strides, s.dilation) for s in specs]}; use 'auto' or 'direct'"
+        )
+    return winograd.choose_tile(specs[0])
+
+
+def prepare(
+    specs: tuple[ConvSpec, ...], kernels: tuple[np.ndarray, ...], bias: np.ndarray | None, scales: np.ndarray, m: int,
+    team: int,
+) -> tuple[Plan, packing.Columns]:  # fmt: skip
+    """Plan the sum of convolutions, and pack their kernels: the gates of the last axis times `scales`, rounded once."""
+    dtype, gates = kernels[0].dtype, len(scales)
+
+    def pack() -> packing.Columns:
+        stacked = [k.reshape(*k.shape[:3], gates, -1) * scales[:, None] for k in kernels]
+        line = None if bias is None else bias.reshape(gates, -1) * scales[:, None]
+        if m:
+            transformed = winograd.weight_transform(np.concatenate(stacked, 2), m, specs[0].KH)
+            return packing.pack(transformed, line, dtype, paired=True)
+        rows = np.concatenate([k.reshape(-1, *k.shape[3:]) for k in stacked])
+        return packing.pack(rows[None], line, dtype)
+
+    columns = packing.remember((*kernels, bias), (m, *scales), pack)
+    groups = len(columns.groups)
+    if m:
+        return winograd.plan(specs, m, groups, dtype.itemsize, team), columns
+    return direct.plan(specs, groups, dtype.itemsize, team), columns
 
 
 def run(
@@ -42,7 +78,7 @@ def run(
     record["masked"], record["fresh"] = mask is not None, fresh
     for name, place in (("x", x), ("h_first", h_first), ("h", h), ("c_first", c_first), ("c", c), ("y", y)):
         record[name], record[f"{name}_image"], record[f"{name}_step"] = place[:3]
-    record["h_slots"], record["c_slots"] = h.count, c.count
+    record["h_slots"], record["c_slots"] = h.kept, c.kept
     share = -(-plan.scratch_bytes // 4096) * 4096 + 64 * 5  # workers at different cache sets
     memory = _scratch(share * workers)
     record["scratch"], record["scratch_worker"] = memory.ctypes.data, share

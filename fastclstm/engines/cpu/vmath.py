@@ -24,7 +24,8 @@ MAGIC_DOUBLE = 1.5 * 2.0**52 + 1023
 
 def _exp2_coefficients(degree: int) -> tuple[float, ...]:
     """Coefficients of 2**r on [-1/2, 1/2], interpolated at Chebyshev nodes."""
-    scaled = chebyshev.cheb2poly(chebyshev.chebinterpolate(lambda t: np.exp2(t / 2), degree))
+    nodes = chebyshev.chebpts1(degree + 1)
+    scaled = chebyshev.cheb2poly(chebyshev.chebfit(nodes, np.exp2(nodes / 2), degree))
     return tuple(scaled * 2.0 ** np.arange(degree + 1))
 
 

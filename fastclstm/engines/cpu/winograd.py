@@ -1,0 +1,457 @@
+"""Winograd convolution F(m×m, k×k): fewer multiplications, for square kernels of 3 or 5 with stride and dilation 1.
+
+Each tile of m×m outputs is Aᵀ[(G w Gᵀ) ∘ (Bᵀ x B)]A (Lavin & Gray 2016). Bᵀ x B of a block of tiles, for all channels,
+is written once; then for each group of columns one matrix product a point (an element of the α×α transformed tile,
+α = m + k − 1) runs over the channels, and the transform Aᵀ · A hands pre-activations straight to the gates.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from functools import lru_cache
+from typing import NamedTuple
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from fastclstm.engines.cpu import simd
+from fastclstm.engines.cpu.compilation import inline, kernel
+from fastclstm.engines.cpu.flow import Plan, h_before, place, share, worker_scratch, x_at
+from fastclstm.engines.cpu.frames import SOURCE, copy_run, source
+from fastclstm.engines.cpu.gates import finish, skip_step
+from fastclstm.spec import ConvSpec
+
+POINTS = {4: (0, 1, -1), 6: (0, 1, -1, Fraction(1, 2), -2), 8: (0, 1, -1, 2, -2, Fraction(1, 2), Fraction(-1, 2))}
+"""Interpolation points for each α, besides infinity: those with the smallest rounding errors."""
+
+ONE = 1
+"""Index of the point 1: what is added to the product at (1, 1) is added to every output of its tile."""
+
+BLOCK_TILES = 64
+"""Tiles of one block, at most."""
+
+CHUNKS = (13, 11, 8, 4) if simd.REGISTERS == 32 else (6, 5, 4, 3)
+"""Tiles that one matrix product keeps in registers, times two vectors: the choices."""
+
+CHUNK0, CHUNK1, CHUNK2, CHUNK3 = CHUNKS
+
+WORK = np.dtype([(name, np.int64) for name in (
+    "HO", "WO",
+    "m", "k",
+    "tiles_x", "tiles",  # tiles of an image
+    "unit_tiles",  # of the images of one unit
+    "block_tiles",
+    "chunk",
+    "parts",  # pieces into which the groups of a block are cut
+    "inputs", "products", "z", "pixels", "patch",  # places in the scratch memory
+)])  # fmt: skip
+
+
+class Transforms(NamedTuple):
+    """The matrices of F(m, k): output = Aᵀ[(G w) ∘ (Bᵀ x)] in one dimension."""
+
+    A_T: np.ndarray
+    G: np.ndarray
+    B_T: np.ndarray
+
+
+@lru_cache(maxsize=8)
+def transforms(m: int, k: int) -> Transforms:
+    """Compute the matrices (m, α), (α, k) and (α, α) exactly, by Cook and Toom's algorithm, and round them once."""
+    points = [Fraction(point) for point in POINTS[m + k - 1]]
+    finite = len(points)
+    alpha = finite + 1
+    A_T = [[point**row for point in points] + [Fraction(int(row == m - 1))] for row in range(m)]
+    G, B_T = [], []
+    for i, point in enumerate(points):
+        others = points[:i] + points[i + 1 :]
+        scale = Fraction(1)
+        for other in others:
+            scale *= point - other
+        G.append([point**power / scale for power in range(k)])
+        B_T.append([*_from_roots(others), Fraction(0)])
+    G.append([Fraction(int(power == k - 1)) for power in range(k)])
+    B_T.append(_from_roots(points))
+    assert len(B_T) == alpha
+    return Transforms(*(np.array(matrix, np.float64) for matrix in (A_T, G, B_T)))
+
+
+def _from_roots(roots: list[Fraction]) -> list[Fraction]:
+    """Coefficients, lowest first, of the polynomial with these roots."""
+    coefficients = [Fraction(1)]
+    for root in roots:
+        shifted = [Fraction(0), *coefficients]
+        coefficients = [s - root * c for s, c in zip(shifted, [*coefficients, Fraction(0)], strict=True)]
+    return coefficients
+
+
+# --------------------------------------------------------------------------------------------------- the transforms
+
+
+def _combine(builder, coefficients, values):
+    """Σ coefficient · value, skipping zeros and multiplying by no 1."""
+    terms = sorted(
+        ((float(c), v) for c, v in zip(coefficients, values, strict=True) if c), key=lambda t: abs(t[0]) != 1
+    )
+    total = None
+    for coefficient, value in terms:
+        if total is None:
+            total = value if coefficient == 1 else builder.fneg(value) if coefficient == -1 else builder.fmul(
+                simd.constant(value.type, coefficient), value)  # fmt: skip
+        elif coefficient == 1:
+            total = builder.fadd(total, value)
+        elif coefficient == -1:
+            total = builder.fsub(total, value)
+        else:
+            total = simd.emit_fma(builder, simd.constant(value.type, coefficient), value, total)
+    return total
+
+
+def _apply(builder, matrix, values):
+    """Rows of matrix · values; columns of opposite points (equal but for signs) share their sums and differences."""
+    rows, values = [list(row) for row in matrix], list(values)
+    count = matrix.shape[1]
+    for p in range(count):
+        for q in range(p + 1, count):
+            if all(abs(row[p]) == abs(row[q]) for row in rows) and any(row[p] for row in rows):
+                total, difference = builder.fadd(values[p], values[q]), builder.fsub(values[p], values[q])
+                values += [total, difference]
+                for row in rows:
+                    even = row[p] == row[q]
+                    row += [row[p], 0.0] if even else [0.0, row[p]]
+                    row[p] = row[q] = 0.0
+    return [_combine(builder, row, values) for row in rows]
+
+
+def _transform_square(builder, matrix, tile):
+    """Matrix · tile · matrixᵀ for a square of vectors."""
+    columns = [_apply(builder, matrix, [row[j] for row in tile]) for j in range(len(tile[0]))]
+    return [_apply(builder, matrix, [column[i] for column in columns]) for i in range(len(matrix))]
+
+
+@intrinsic(prefer_literal=True)
+def transform_input(typingctx, m, k, some, origin, row, column, count, target, point):
+    """target[p] = (Bᵀ x B)[p] of the α×α pixels at origin, for a vector of channels (`some`: only the first `count`).
+
+    row, column: scalars between pixels; point: scalars between the α² results.
+    """
+    matrix = transforms(m.literal_value, k.literal_value).B_T
+    alpha, masked = len(matrix), bool(some.literal_value)
+    vector = simd.llvm_vector(origin.dtype)
+
+    def codegen(context, builder, sig, args):
+        _, _, _, origin, row, column, count, target, point = args
+
+        def at(base, step, index):
+            return builder.gep(base, [builder.mul(step, simd.INT64(index))])
+
+        def read(pointer):
+            if masked:
+                return simd.emit_load_some(builder, pointer, vector, count)
+            return simd.emit_load(builder, pointer, vector)
+
+        tile = [[read(at(at(origin, row, i), column, j)) for j in range(alpha)] for i in range(alpha)]
+        for i, line in enumerate(_transform_square(builder, matrix, tile)):
+            for j, value in enumerate(line):
+                simd.emit_store(builder, value, at(target, point, i * alpha + j))
+        return context.get_dummy_value()
+
+    return types.void(m, k, some, origin, types.intp, types.intp, types.intp, target, types.intp), codegen
+
+
+@intrinsic(prefer_literal=True)
+def transform_output(typingctx, m, k, products, bias, target, pixel):
+    """target[i·m + j] = (Aᵀ M A)[i, j] + bias of the α² vectors M at products; pixel: scalars between the results."""
+    matrix = transforms(m.literal_value, k.literal_value).A_T
+    side, alpha = matrix.shape
+    vector = simd.llvm_vector(products.dtype)
+
+    def codegen(context, builder, sig, args):
+        _, _, products, bias, target, pixel = args
+        tile = [[simd.emit_load(builder, products, vector, i * alpha + j) for j in range(alpha)] for i in range(alpha)]
+        tile[ONE][ONE] = builder.fadd(tile[ONE][ONE], simd.emit_load(builder, bias, vector))
+        for i, line in enumerate(_transform_square(builder, matrix, tile)):
+            for j, value in enumerate(line):
+                place = builder.gep(target, [builder.mul(pixel, simd.INT64(i * side + j))])
+                simd.emit_store(builder, value, place)
+        return context.get_dummy_value()
+
+    return types.void(m, k, products, bias, target, types.intp), codegen
+
+
+@intrinsic(prefer_literal=True)
+def multiply(typingctx, rows, inputs, weights, channels, blocks, result, row, column, prefetch):
+    """result[r, v] = Σ inputs[r, c] · weights[c, v] for rows × two vectors in registers.
+
+    inputs: `blocks` blocks of rows × one vector of channels, of which channels[b] count; row and column: scalars
+    between the results' rows and vectors; prefetch: weights that the next product needs.
+    """
+    nr, nv = rows.literal_value, 2
+    vector = simd.llvm_vector(inputs.dtype)
+
+    def codegen(context, builder, sig, args):
+        _, inputs, weights, channels, blocks, result, row, column, prefetch = args
+        lanes = vector.count
+        byte = ir.IntType(8).as_pointer()
+        hint = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(ir.VoidType(), [byte, *[simd.INT32] * 3]), "llvm.prefetch.p0"
+        )
+        zero = simd.constant(vector, 0.0)
+
+        def block(builder, b, carried):
+            count = builder.load(builder.gep(channels, [b]))
+            base = builder.gep(inputs, [builder.mul(b, simd.INT64(nr * lanes))])
+            line, ahead, sums = carried[0], carried[1], carried[2:]
+
+            def step(builder, c, carried):
+                line, ahead, sums = carried[0], carried[1], list(carried[2:])
+                w = [simd.emit_load(builder, line, vector, v) for v in range(nv)]
+                builder.call(hint, [builder.bitcast(ahead, byte), simd.INT32(0), simd.INT32(2), simd.INT32(1)])
+                for r in range(nr):
+                    value = simd.splat(
+                        builder, builder.load(builder.gep(base, [builder.add(c, simd.INT64(r * lanes))]))
+                    )
+                    for v in range(nv):
+                        sums[r * nv + v] = simd.emit_fma(builder, value, w[v], sums[r * nv + v])
+                following = [builder.gep(pointer, [simd.INT64(nv * lanes)]) for pointer in (line, ahead)]
+                return [*following, *sums]
+
+            return simd.emit_loop(builder, simd.INT64(0), count, 1, [line, ahead, *sums], step)
+
+        carried = simd.emit_loop(builder, simd.INT64(0), blocks, 1, [weights, prefetch, *[zero] * (nr * nv)], block)
+        for n, value in enumerate(carried[2:]):
+            r, v = divmod(n, nv)
+            offset = builder.add(builder.mul(row, simd.INT64(r)), builder.mul(column, simd.INT64(v)))
+            simd.emit_store(builder, value, builder.gep(result, [offset]))
+        return context.get_dummy_value()
+
+    return types.void(rows, inputs, weights, channels, types.intp, result, types.intp, types.intp, weights), codegen
+
+
+@inline
+def _multiply(chunk, inputs, weights, channels, blocks, result, row, column, prefetch):
+    if chunk == CHUNK0:
+        multiply(CHUNK0, inputs, weights, channels, blocks, result, row, column, prefetch)
+    elif chunk == CHUNK1:
+        multiply(CHUNK1, inputs, weights, channels, blocks, result, row, column, prefetch)
+    elif chunk == CHUNK2:
+        multiply(CHUNK2, inputs, weights, channels, blocks, result, row, column, prefetch)
+    else:
+        multiply(CHUNK3, inputs, weights, channels, blocks, result, row, column, prefetch)
+
+
+@inline
+def _input(m, k, some, origin, row, column, count, target, point):
+    if m == 4:
+        if k == 3:
+            if some:
+                transform_input(4, 3, 1, origin, row, column, count, target, point)
+            else:
+                transform_input(4, 3, 0, origin, row, column, count, target, point)
+        elif some:
+            transform_input(4, 5, 1, origin, row, column, count, target, point)
+        else:
+            transform_input(4, 5, 0, origin, row, column, count, target, point)
+    elif k == 3:
+        if some:
+            transform_input(2, 3, 1, origin, row, column, count, target, point)
+        else:
+            transform_input(2, 3, 0, origin, row, column, count, target, point)
+    elif some:
+        transform_input(2, 5, 1, origin, row, column, count, target, point)
+    else:
+        transform_input(2, 5, 0, origin, row, column, count, target, point)
+
+
+@inline
+def _output(m, k, products, bias, target, pixel):
+    if m == 4:
+        if k == 3:
+            transform_output(4, 3, products, bias, target, pixel)
+        else:
+            transform_output(4, 5, products, bias, target, pixel)
+    elif k == 3:
+        transform_output(2, 3, products, bias, target, pixel)
+    else:
+        transform_output(2, 5, products, bias, target, pixel)
+
+
+@inline
+def _transform_tile(work, src, frame, y0, x0, inputs, chunk_size, block_size, point, patch):
+    """Transform the α×α pixels of a frame at (y0, x0), all channels, a block of channels at a time."""
+    step = simd.vector_lanes(inputs)
+    alpha = work.m + work.k - 1
+    inside = y0 >= 0 and x0 >= 0 and y0 + alpha <= src.H and x0 + alpha <= src.W
+    for c in range(0, src.C, step):
+        count = min(step, src.C - c)
+        target = simd.shift(inputs, c // step * block_size)
+        if inside:
+            origin = simd.shift(frame, (y0 * src.W + x0) * src.C + c)
+            _input(work.m, work.k, count < step, origin, src.W * src.C, src.C, count, target, point)
+            continue
+        for i in range(alpha):
+            for j in range(alpha):
+                y, x = y0 + i, x0 + j
+                if src.circular:
+                    y, x = y % src.H, x % src.W
+                pixel = simd.shift(patch, (i * alpha + j) * step)
+                simd.store(pixel, simd.zeros(pixel))
+                if y >= 0 and y < src.H and x >= 0 and x < src.W:
+                    copy_run(pixel, simd.shift(frame, (y * src.W + x) * src.C + c), count)
+        _input(work.m, work.k, False, patch, alpha * step, step, step, target, point)
+
+
+@inline
+def _run_block(like, flow, work, sources, groups, channels, weights, bias, cell, mask, scratch, unit, t, task):
+    """Compute one block of tiles of a unit at step t, for a part of the groups."""
+    block, part = task // work.parts, task % work.parts
+    group0, group1 = len(groups) * part // work.parts, len(groups) * (part + 1) // work.parts
+    total = flow.B * work.tiles
+    first = unit * work.unit_tiles + block * work.block_tiles
+    count = min(work.block_tiles, work.unit_tiles - block * work.block_tiles, total - first)
+    if count <= 0:
+        return
+    m, chunk = work.m, work.chunk
+    side = m * m
+    points = (m + work.k - 1) ** 2
+    inputs, products = simd.at(like, scratch + work.inputs), simd.at(like, scratch + work.products)
+    z, patch = simd.at(like, scratch + work.z), simd.at(like, scratch + work.patch)
+    pixels = simd.at(channels, scratch + work.pixels)
+    step = simd.vector_lanes(z)
+    chunks = (count + chunk - 1) // chunk
+    chunk_size = len(channels) * chunk * step
+    point = chunks * chunk_size
+    used = 1 if flow.fresh and t == 0 else len(sources)  # a hidden state of zeros adds nothing
+    blocks = (sources[0].C + step - 1) // step
+    for n in range(count):
+        b, tile = (first + n) // work.tiles, (first + n) % work.tiles
+        ty, tx = tile // work.tiles_x * m, tile % work.tiles_x * m
+        for i in range(m):
+            for j in range(m):
+                outside = ty + i >= work.HO or tx + j >= work.WO
+                pixels[n * side + i * m + j] = -1 if outside else (ty + i) * work.WO + tx + j
+        place_n = simd.shift(inputs, n // chunk * chunk_size + n % chunk * step)
+        src = sources[0]
+        _transform_tile(work, src, simd.at(like, x_at(flow, b, t)), ty - src.top, tx - src.left, place_n, chunk_size,
+                        chunk * step, point, patch)  # fmt: skip
+        if used > 1:
+            src = sources[1]
+            place_n = simd.shift(place_n, blocks * chunk * step)
+            _transform_tile(work, src, simd.at(like, h_before(flow, b, t)), ty - src.top, tx - src.left, place_n,
+                            chunk_size, chunk * step, point, patch)  # fmt: skip
+    if used > 1:
+        blocks = len(channels)
+    rows = sources[0].C + (sources[1].C if len(sources) > 1 else 0)
+    counts = simd.pointer(channels)
+    for g in range(group0, group1):
+        group = groups[g]
+        vectors = group[1]
+        tile_size = ((vectors + 1) // 2 * 2 * points + 1) * step  # one vector more, against powers of two
+        group_bias = simd.shift(simd.pointer(bias), group[5])
+        panel = rows * 2 * step
+        panel_weights = simd.shift(simd.pointer(weights), group[0])
+        for p in range(points):
+            for v in range(0, vectors, 2):
+                ahead = simd.shift(panel_weights, panel)
+                for q in range(chunks):
+                    rows_in = simd.shift(inputs, p * point + q * chunk_size)
+                    result = simd.shift(products, q * chunk * tile_size + v * points * step + p * step)
+                    _multiply(chunk, rows_in, panel_weights, counts, blocks, result, tile_size, points * step,
+                              simd.shift(ahead, q % 2 * step))  # fmt: skip
+                panel_weights = ahead
+        for n in range(count):
+            b = (first + n) // work.tiles
+            tile_pixels = simd.shift(pixels, n * side)
+            if flow.masked and not mask[b, t]:
+                skip_step(like, flow, cell, group, tile_pixels, side, b, t)
+                continue
+            for v in range(vectors):
+                tile_products = simd.shift(products, n * tile_size + v * points * step)
+                vector_bias, target = simd.shift(group_bias, v * step), simd.shift(z, v * step)
+                _output(m, work.k, tile_products, vector_bias, target, vectors * step)
+            finish(like, flow, cell, group, z, tile_pixels, side, b, t)
+
+
+@inline
+def _work(like, flow, work, sources, groups, channels, weights, bias, cell, mask, worker, t0):
+    scratch = worker_scratch(flow, worker)
+    first, last = share(flow, worker)
+    for n in range(first, last):
+        unit, t, task = place(flow, n)
+        _run_block(like, flow, work, sources, groups, channels, weights, bias, cell, mask, scratch, unit, t0 + t, task)
+
+
+@kernel()
+def run_serial(like, flows, works, sources, groups, channels, weights, bias, cells, mask):
+    """Compute all steps in one thread."""
+    _work(like, flows[0], works[0], sources, groups, channels, weights, bias, cells[0], mask, 0, 0)
+
+
+@kernel(parallel=True)
+def run_parallel(like, flows, works, sources, groups, channels, weights, bias, cells, mask):
+    """Compute all steps in flow.workers threads."""
+    workers, T, length = flows[0].workers, flows[0].T, flows[0].length
+    for t0 in range(0, T, length):
+        for worker in numba.prange(workers):
+            _work(like, flows[0], works[0], sources, groups, channels, weights, bias, cells[0], mask, worker, t0)
+
+
+# -------------------------------------------------------------------------------------------------------- planning
+
+
+def fits(specs: tuple[ConvSpec, ...]) -> bool:
+    """Whether the convolutions can be computed together: square kernels of one size, 3 or 5, stride and dilation 1."""
+    size = specs[0].KH
+    return size in (3, 5) and all(
+        (size, size) == (spec.KH, spec.KW) and max(*spec.strides, *spec.dilation) == 1 for spec in specs
+    )
+
+
+def weight_transform(matrices: np.ndarray, m: int, k: int) -> np.ndarray:
+    """G w Gᵀ of kernels (k, k, K, …) in float64: (α², K, …)."""
+    G = transforms(m, k).G
+    transformed = np.einsum("ip,jq,pq...->ij...", G, G, matrices.astype(np.float64), optimize=True)
+    return transformed.reshape(-1, *matrices.shape[2:])
+
+
+@lru_cache(maxsize=256)
+def plan(specs: tuple[ConvSpec, ...], m: int, groups: int, itemsize: int, threads: int) -> Plan:
+    """Plan the sum of the convolutions `specs` (same output grid, own inputs) in tiles of m×m outputs."""
+    B, HO, WO, k = specs[0].B, specs[0].HO, specs[0].WO, specs[0].KH
+    lanes = simd.lanes(itemsize)
+    tiles_y, tiles_x = -(-HO // m), -(-WO // m)
+    tiles = tiles_y * tiles_x
+    images = min(B, -(-BLOCK_TILES // (2 * tiles)) if tiles < BLOCK_TILES else 1)  # of one unit
+    units = -(-B // images)
+    by_unit = units % threads == 0 or units >= 8 * threads
+    if not by_unit:
+        images, units = B, 1
+    unit_tiles = images * tiles
+    blocks = -(-unit_tiles // BLOCK_TILES)
+    if not by_unit and blocks < 4 * threads:
+        blocks = -(-blocks // threads) * threads
+    block_tiles = -(-unit_tiles // blocks)
+    blocks = -(-unit_tiles // block_tiles)
+    parts = min(groups, -(-threads // (units * blocks)))
+    chunk = min(CHUNKS, key=lambda rows: -(-block_tiles // rows) * (rows + 1))
+
+    sources = np.array([source(spec) for spec in specs], SOURCE)
+    channels = [min(lanes, spec.C - c) for spec in specs for c in range(0, spec.C, lanes)]
+    points, chunks = (m + k - 1) ** 2, -(-block_tiles // chunk)
+    vector = lanes * itemsize
+    sizes = (points * chunks * chunk * len(channels) * vector, chunks * chunk * (4 * points + 1) * vector,
+             (m * m + 1) * 4 * vector, block_tiles * m * m * 8, points * vector)  # fmt: skip
+    places = np.concatenate([[0], np.cumsum([-(-size // 64) * 64 + 64 for size in sizes])])
+    work = np.zeros(1, WORK)
+    work[0] = (HO, WO, m, k, tiles_x, tiles, unit_tiles, block_tiles, chunk, parts, *places[:5])
+    return Plan((run_serial, run_parallel), work, sources, (np.array(channels, np.int64),), int(places[5]), units,
+                blocks * parts, by_unit)  # fmt: skip
+
+
+def choose_tile(spec: ConvSpec) -> int:
+    """Outputs of a tile on each axis: 4 where a frame has tiles enough to use the weights often, else 2."""
+    return 4 if -(-spec.HO // 4) * -(-spec.WO // 4) >= 9 else 2
