@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -154,6 +154,10 @@ class ConvSpec:
         HO, WO = _outputs(op, (H, W), window, s, pads)
         return cls(B, H, W, C, F, KH, KW, HO, WO, (s[0], s[1]), (d[0], d[1]), (pads[0], pads[1]), padding_mode)
 
+    def with_batch(self, count: int) -> ConvSpec:
+        """Return the same geometry for `count` images."""
+        return replace(self, B=count)
+
     @property
     def flops(self) -> int:
         """Floating-point operations of the direct algorithm (a multiply and an add are two)."""
@@ -298,6 +302,16 @@ class ConvLSTMSpec:
     def output_shape(self) -> Shape:
         """Shape of the output: ``(B, T, HO, WO, F)``, or the state's where only the last step is returned."""
         return (self.B, self.T, *self.state_shape[1:]) if self.return_sequences else self.state_shape
+
+    def with_batch(self, count: int) -> ConvLSTMSpec:
+        """Return the same geometry for `count` sequences."""
+        conv = None if self.peephole_conv is None else self.peephole_conv.with_batch(count)
+        return replace(
+            self,
+            input=self.input.with_batch(count),
+            recurrent=self.recurrent.with_batch(count),
+            peephole_conv=conv,
+        )
 
     @property
     def flops(self) -> int:

@@ -315,7 +315,8 @@ def test_bad_pixel_contaminates_its_receptive_field(engine, algorithm, bad):
     reached = np.zeros(y.shape, bool)
     reached[1, 6:9, 8:11] = True
     np.testing.assert_array_equal(~np.isfinite(y), reached)
-    np.testing.assert_array_equal(y[~reached], clean[~reached])
+    np.testing.assert_array_equal(y[0], clean[0])  # the other image keeps its bits
+    np.testing.assert_allclose(y[~reached], clean[~reached], rtol=1e-5, atol=1e-5)  # this one may change algorithm
 
 
 @pytest.mark.parametrize("algorithm", ["auto", "direct"])

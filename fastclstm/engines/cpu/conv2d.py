@@ -29,7 +29,9 @@ def conv2d(
         cell["F"] = spec.F
         team = team_size(spec.flops)
         plan, columns = sequence.prepare((spec,), (kernel,), bias, np.ones(1), m, team)
-        sequence.run(plan, columns, cell, spec.B, 1, team, x=slots(x), h=slots(y))
+        trouble = sequence.run(plan, columns, cell, spec.B, 1, team, x=slots(x), h=slots(y))
+        if m and trouble.any():  # a tile spreads what is not finite beyond its receptive field
+            y[trouble] = conv2d(spec.with_batch(trouble.sum()), x[trouble], kernel, bias, algorithm="direct")
     return y
 
 

@@ -6,6 +6,7 @@ recurrence in NumPy over this engine's convolutions.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -34,8 +35,10 @@ def convlstm2d(
     save: bool = False,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, recurrence.Saved | None]:
     """Run a ConvLSTM over x (B, T, H, W, C): output, last h, last c and, with `save`, what backward needs."""
+    m = sequence.choose("convlstm2d", (spec.input, spec.recurrent), algorithm)
     if save or not _is_fused(spec):
-        return recurrence.forward(spec, conv2d, x, kernel, recurrent_kernel, bias, h, c, peephole, mask, save=save)
+        convolution = partial(conv2d, algorithm="auto" if m else "direct")
+        return recurrence.forward(spec, convolution, x, kernel, recurrent_kernel, bias, h, c, peephole, mask, save=save)
     dtype, state = x.dtype, spec.state_shape
     h_first = np.zeros(state, dtype) if h is None else h
     c_first = np.zeros(state, dtype) if c is None else c
@@ -45,10 +48,19 @@ def convlstm2d(
     kept = spec.T if spec.return_sequences and mask is None else min(2, spec.T)
     h_states = np.empty((spec.B, kept, *state[1:]), dtype)
     if c_last.size:
-        _run_fused(spec, x, (kernel, recurrent_kernel), bias, h_first, c_first, peephole, mask, h_states, c_last,
-                   separate, h is None, algorithm)  # fmt: skip
+        _run_fused(spec, m, x, (kernel, recurrent_kernel), bias, h_first, c_first, peephole, mask, h_states, c_last,
+                   separate, h is None)  # fmt: skip
     h_last = h_states[:, (spec.T - 1) % kept].copy()
     output = separate if separate is not None else h_states if spec.return_sequences else h_last.copy()
+    trouble = np.isnan(c_last).any((1, 2, 3)) if m else np.zeros(0, np.bool_)
+    if trouble.any():  # a tile spreads a NaN beyond its receptive field; a cell that it reached stays NaN
+        again = convlstm2d(
+            spec.with_batch(int(trouble.sum())), x[trouble], kernel, recurrent_kernel, bias,
+            None if h is None else h[trouble], None if c is None else c[trouble], peephole,
+            None if mask is None else mask[trouble], algorithm="direct",
+        )  # fmt: skip
+        for whole, part in zip((output, h_last, c_last), again, strict=False):
+            whole[trouble] = part
     return output, h_last, c_last, None
 
 
@@ -85,15 +97,14 @@ def _cell(spec: ConvLSTMSpec, peephole: Arrays | None) -> np.ndarray:
 
 
 def _run_fused(
-    spec: ConvLSTMSpec, x: np.ndarray, kernels: tuple[np.ndarray, np.ndarray], bias: np.ndarray | None,
+    spec: ConvLSTMSpec, m: int, x: np.ndarray, kernels: tuple[np.ndarray, np.ndarray], bias: np.ndarray | None,
     h_first: np.ndarray, c_first: np.ndarray, peephole: Arrays | None, mask: np.ndarray | None,
-    h_states: np.ndarray, c_last: np.ndarray, output: np.ndarray | None, fresh: bool, algorithm: str,
+    h_states: np.ndarray, c_last: np.ndarray, output: np.ndarray | None, fresh: bool,
 ) -> None:  # fmt: skip
     cell = _cell(spec, peephole)
     scales = gates.SCALES if cell[0]["standard"] else np.ones(4)
     specs = (spec.input, spec.recurrent)
     team = team_size(spec.flops // spec.T)
-    m = sequence.choose("convlstm2d", specs, algorithm)
     plan, columns = sequence.prepare(specs, kernels, bias, scales, m, team)
     if mask is not None:
         mask = np.ascontiguousarray(mask[:, ::-1] if spec.go_backwards else mask)

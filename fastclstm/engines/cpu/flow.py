@@ -21,6 +21,7 @@ FLOW = np.dtype([
     *((f"{name}{field}", kind) for name in ("x", "h_first", "h", "c_first", "c", "y")
       for field, kind in (("", np.uint64), ("_image", np.int64), ("_step", np.int64))),  # address, strides in bytes
     ("h_slots", np.int64), ("c_slots", np.int64),  # steps kept: the t-th is in slot t % slots
+    ("trouble", np.uint64),  # address of a number for each image: 1 where a stored column is infinite or NaN
     ("scratch", np.uint64), ("scratch_worker", np.int64),
 ])  # fmt: skip
 """Where a sequence's arrays are and how many workers share its work."""

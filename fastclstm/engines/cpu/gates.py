@@ -102,6 +102,8 @@ def finish(like, flow, cell, group, z, pixels, count, b, t):
     step = simd.vector_lanes(z)
     width, first, filters = group[2], group[3], group[4]
     columns = group[1] * step
+    zero = simd.zeros(z)
+    unusual = zero  # becomes NaN where anything stored is infinite or NaN
     for r in range(count):
         pixel = pixels[r]
         if pixel < 0:
@@ -111,7 +113,9 @@ def finish(like, flow, cell, group, z, pixels, count, b, t):
         if cell.gated == 0:
             target = simd.shift(simd.at(like, h_new), index)
             for j in range(0, filters, step):
-                put(simd.shift(target, j), simd.load(simd.shift(z_r, j)), min(step, filters - j))
+                value = simd.load(simd.shift(z_r, j))
+                unusual = simd.fma(value, zero, unusual)
+                put(simd.shift(target, j), value, min(step, filters - j))
             continue
         c = _take(simd.shift(simd.at(like, c_old), index), filters)
         z_i, z_f = simd.load(z_r), simd.load(simd.shift(z_r, width))
@@ -124,6 +128,8 @@ def finish(like, flow, cell, group, z, pixels, count, b, t):
         put(simd.shift(simd.at(like, h_new), index), h, filters)
         if y != 0:
             put(simd.shift(simd.at(like, y), index), h, filters)
+    if simd.horizontal_sum(unusual) != 0.0:
+        simd.at(group, flow.trouble)[b] = 1
 
 
 @inline

@@ -62,8 +62,12 @@ def run(
     plan: Plan, columns: packing.Columns, cell: np.ndarray, B: int, T: int, team: int, *,
     x: Slots, h: Slots, h_first: Slots = NOTHING, c: Slots = NOTHING, c_first: Slots = NOTHING, y: Slots = NOTHING,
     fresh: bool = True, mask: np.ndarray | None = None,
-) -> None:  # fmt: skip
-    """Run T steps on B images with up to `team` threads, writing to the memory of h, c and y."""
+) -> np.ndarray:  # fmt: skip
+    """Run T steps on B images with up to `team` threads, writing to the memory of h, c and y.
+
+    Without gates (conv2d) it returns where (B,) anything written to h is infinite or NaN.
+    """
+    trouble = np.zeros(B, np.int64)
     flow = np.zeros(1, FLOW)
     record = flow[0]
     workers = min(team, plan.units if plan.by_unit else plan.units * plan.tasks)
@@ -81,6 +85,7 @@ def run(
     record["h_slots"], record["c_slots"] = h.kept, c.kept
     share = -(-plan.scratch_bytes // 4096) * 4096 + 64 * 5  # workers at different cache sets
     memory = _scratch(share * workers)
+    record["trouble"] = trouble.ctypes.data
     record["scratch"], record["scratch_worker"] = memory.ctypes.data, share
     arguments = (columns.weights[:0], flow, plan.work, plan.sources, columns.groups, *plan.tables, columns.weights,
                  columns.bias, cell, NO_MASK if mask is None else mask)  # fmt: skip
@@ -90,3 +95,4 @@ def run(
     else:
         with threads.team(workers):
             parallel(*arguments)
+    return trouble != 0

@@ -27,7 +27,7 @@ def _exp2_coefficients(degree: int) -> tuple[float, ...]:
     """Coefficients of 2**r on [-1/2, 1/2], interpolated at Chebyshev nodes."""
     halved: Any = lambda t: np.exp2(t / 2)  # noqa: E731 (NumPy's stubs take scalar functions only)
     scaled = chebyshev.cheb2poly(chebyshev.chebinterpolate(halved, degree))
-    return tuple(scaled * 2.0 ** np.arange(len(scaled)))
+    return (1.0, *(scaled * 2.0 ** np.arange(len(scaled)))[1:])  # 2**0 is exactly 1
 
 
 def _expm1_coefficients(degree: int) -> tuple[float, ...]:

@@ -31,7 +31,7 @@ POINTS = {4: (0, 1, -1), 6: (0, 1, -1, Fraction(1, 2), -2), 8: (0, 1, -1, 2, -2,
 ONE = 1
 """Index of the point 1: what is added to the product at (1, 1) is added to every output of its tile."""
 
-BLOCK_TILES = 64
+BLOCK_TILES = 32
 """Tiles of one block, at most."""
 
 CHUNKS = (13, 11, 8, 4) if simd.REGISTERS == 32 else (6, 5, 4, 3)
@@ -425,7 +425,7 @@ def plan(specs: tuple[ConvSpec, ...], m: int, groups: int, itemsize: int, thread
     lanes = simd.lanes(itemsize)
     tiles_y, tiles_x = -(-HO // m), -(-WO // m)
     tiles = tiles_y * tiles_x
-    images = min(B, -(-BLOCK_TILES // (2 * tiles)) if tiles < BLOCK_TILES else 1)  # of one unit
+    images = min(B, -(-BLOCK_TILES // tiles))  # of one unit
     units = -(-B // images)
     by_unit = units % threads == 0 or units >= 8 * threads
     if not by_unit:
@@ -437,7 +437,7 @@ def plan(specs: tuple[ConvSpec, ...], m: int, groups: int, itemsize: int, thread
     block_tiles = -(-unit_tiles // blocks)
     blocks = -(-unit_tiles // block_tiles)
     parts = min(groups, -(-threads // (units * blocks)))
-    chunk = min(CHUNKS, key=lambda rows: -(-block_tiles // rows) * (rows + 1))
+    chunk = min(CHUNKS, key=lambda rows: -(-block_tiles // rows) * (rows + 0.75))
 
     sources = np.array([source(spec) for spec in specs], SOURCE)
     channels = [min(lanes, spec.C - c) for spec in specs for c in range(0, spec.C, lanes)]
