@@ -167,8 +167,9 @@ def activate(code, x):
     if code == 8:
         return SELU_SCALE * _exponential_unit(x, SELU_ALPHA)
     if code == 9:
-        return x * sigmoid(x)
+        return simd.maximum(-1e30, x) * sigmoid(x)  # -inf * 0 would be NaN
     if code == 10:
+        x = simd.maximum(-1e30, simd.minimum(1e30, x))
         return x / (1.0 + simd.absolute(x))
     if code == 11:
         return exp(x)
