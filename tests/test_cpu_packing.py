@@ -1,0 +1,153 @@
+"""Packed weights: every column is where the kernels look for it, and packed once for as long as it cannot change."""
+
+import gc
+import weakref
+
+import numpy as np
+import pytest
+
+from fastclstm.engines.cpu import packing, simd
+
+
+def unpack(columns, P, K, gates, F, paired):
+    """Matrices (P, K, gates, F) and bias (gates, F) back from packed ones, read as the kernels read them."""
+    lanes = simd.lanes(columns.weights.itemsize)
+    matrices = np.full((P, K, gates, F), np.nan)
+    bias = np.full((gates, F), np.nan)
+    for at, vectors, width, first, count, bias_at in columns.groups:
+        padded = vectors + vectors % 2 if paired else vectors
+        for gate in range(gates):
+            for n in range(count):
+                column = gate * width + n
+                assert column < vectors * lanes
+                bias[gate, first + n] = columns.bias[bias_at + column]
+                for p in range(P):
+                    for k in range(K):
+                        if paired:
+                            pair, lane = divmod(column, 2 * lanes)
+                            place = ((p * (padded // 2) + pair) * K + k) * 2 * lanes + lane
+                        else:
+                            place = (p * K + k) * padded * lanes + column
+                        matrices[p, k, gate, first + n] = columns.weights[at + place]
+    return matrices, bias
+
+
+@pytest.mark.parametrize("paired", [False, True])
+@pytest.mark.parametrize("gates", [1, 4])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_round_trip(dtype, gates, paired):
+    lanes = simd.lanes(np.dtype(dtype).itemsize)
+    for F in sorted({1, 2, 3, 5, lanes - 1, lanes, lanes + 1, 2 * lanes + 3, 4 * lanes, 4 * lanes + 1} - {0}):
+        rng = np.random.default_rng(F)
+        matrices = rng.standard_normal((3, 5, gates, F)).astype(dtype)
+        bias = rng.standard_normal((gates, F)).astype(dtype)
+        columns = packing.pack(matrices, bias, np.dtype(dtype), paired=paired)
+        for result, expected in zip(unpack(columns, 3, 5, gates, F, paired), (matrices, bias), strict=True):
+            np.testing.assert_array_equal(result, expected)
+        for packed, given in ((columns.weights, matrices), (columns.bias, bias)):  # in no filter's column: zeros
+            assert np.count_nonzero(packed) == np.count_nonzero(given)
+        assert columns.groups[:, 4].sum() == F
+        assert (columns.groups[:, 1] <= 4).all()
+
+
+def test_no_bias_is_zeros():
+    columns = packing.pack(np.ones((1, 2, 4, 3)), None, np.dtype(np.float64))
+    assert columns.bias.size
+    assert not columns.bias.any()
+
+
+def test_panels_are_rounded_once_and_aligned():
+    matrices = np.full((1, 2, 4, 3), 1 / 3)
+    columns = packing.pack(matrices, None, np.dtype(np.float32))
+    assert columns.weights.dtype == np.float32
+    assert columns.weights.max() == np.float32(1 / 3)
+    assert columns.weights.ctypes.data % 64 == 0
+    assert packing.aligned_empty(5, np.dtype(np.float64)).ctypes.data % 64 == 0
+
+
+def frozen(*shape):
+    array = np.ones(shape)
+    array.flags.writeable = False
+    return array
+
+
+class Makes:
+    """Something to remember that counts how often it was made."""
+
+    def __init__(self):
+        self.count = 0
+
+    def __call__(self):
+        self.count += 1
+        return object()
+
+
+def test_frozen_arrays_are_packed_once():
+    make, kernel, bias = Makes(), frozen(3), frozen(2)
+    first = packing.remember((kernel, bias), ("a",), make)
+    assert packing.remember((kernel, bias), ("a",), make) is first
+    assert make.count == 1
+    for arrays, key in (((kernel, bias), ("b",)), ((kernel, None), ("a",)), ((bias, kernel), ("a",)),
+                        ((kernel, frozen(2)), ("a",))):  # fmt: skip
+        assert packing.remember(arrays, key, make) is not first
+    assert make.count == 5
+    assert packing.remember((kernel, bias), ("a",), make) is first
+
+
+def writable():
+    return np.ones(3)
+
+
+def view_of_writable():
+    array = np.ones(3)[:]
+    array.flags.writeable = False
+    return array
+
+
+def memory_of_others():
+    array = np.frombuffer(bytearray(24))
+    array.flags.writeable = False
+    return array
+
+
+@pytest.mark.parametrize("kind", [writable, view_of_writable, memory_of_others])
+def test_what_may_change_is_packed_every_time(kind):
+    make, array = Makes(), kind()
+    for _ in range(2):
+        packing.remember((frozen(2), array), (), make)
+    assert make.count == 2
+    assert not any(id(array) in key for key in packing._remembered)
+
+
+def test_frozen_views_of_frozen_arrays_are_remembered():
+    make, view = Makes(), frozen(6).reshape(2, 3)
+    assert packing.remember((view,), (), make) is packing.remember((view,), (), make)
+
+
+def test_array_made_writable_again_is_packed_again():
+    make, array = Makes(), frozen(3)
+    first = packing.remember((array,), (), make)
+    array.flags.writeable = True
+    array[0] = 5
+    assert packing.remember((array,), (), make) is not first
+
+
+def test_entries_die_with_their_arrays():
+    kernel, bias = frozen(3), frozen(2)
+    value = packing.remember((kernel, bias), (), lambda: frozen(1))
+    gone, key = weakref.ref(value), (id(kernel), id(bias))
+    assert key in packing._remembered
+    del bias, value
+    gc.collect()
+    assert gone() is None
+    assert key not in packing._remembered
+
+
+def test_not_more_is_kept_than_the_limit():
+    kept = [frozen(1) for _ in range(packing._MAX_REMEMBERED + 5)]
+    make = Makes()
+    for array in kept:
+        packing.remember((array,), (), make)
+    assert len(packing._remembered) == packing._MAX_REMEMBERED
+    packing.remember((kept[-1],), (), make)
+    assert make.count == len(kept)
