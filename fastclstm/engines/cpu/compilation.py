@@ -1,73 +1,114 @@
 """How kernels are compiled and where the machine code is kept between runs.
 
 Numba's own disk cache notices an edit of the file that holds a kernel, but not of the files with the intrinsics it
-calls. Here the key is a digest of every source of the engine: any edit leaves the old code behind. Writers write to
-a temporary file and rename it, so concurrent processes are safe; where no folder can be written, code is compiled
-again in each process.
+calls; its index loses entries where two processes write at once; and a damaged file or a full disk is an error. Here
+one file holds one kernel for one signature and processor, in a folder named by a digest of every source that kernels
+are made of. Writers rename a finished file into place. What cannot be read is compiled again, what cannot be written
+is left.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
+import pickle
+import shutil
+import sys
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
+import llvmlite
 import numba
-from numba.core.caching import CompileResultCacheImpl, FunctionCache, _CacheLocator
+from numba.core.caching import NullCache
+from numba.core.compiler import CompileResult
+from numba.core.serialize import dumps
 from platformdirs import user_cache_path
 
+from fastclstm.nn import activations
+
 CACHE_VARIABLE = "FASTCLSTM_CACHE_DIR"
+_FOLDERS_KEPT = 4
+"""Folders of other versions that a new one leaves: those used last."""
 
 
 @cache
 def source_digest() -> str:
-    """Digest of every source file of the engine."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    """Digest of every source file that kernels are made of, and of their compilers' versions."""
+    versions = (sys.implementation.cache_tag, numba.__version__, llvmlite.__version__, numba.config.BOUNDSCHECK)
+    digest = hashlib.sha256(repr(versions).encode())
+    for path in (*sorted(Path(__file__).parent.glob("*.py")), Path(activations.__file__)):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 
 
 @cache
 def cache_folder() -> Path | None:
-    """Folder of the compiled kernels: $FASTCLSTM_CACHE_DIR or the user's cache folder; None if it cannot be written."""
+    """Folder of the compiled kernels, below $FASTCLSTM_CACHE_DIR or the user's cache folder; None if there is none.
+
+    It may be read-only: then what is there is used.
+    """
     chosen = os.environ.get(CACHE_VARIABLE)
-    folder = (Path(chosen) if chosen else user_cache_path("fastclstm")) / f"kernels-{source_digest()}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError:
+    parent = Path(chosen).expanduser().absolute() if chosen else user_cache_path("fastclstm")
+    if not parent.is_absolute():  # a user without a home
         return None
+    folder = parent / f"kernels-{source_digest()}"
+    try:
+        is_new = not folder.is_dir()
+        folder.mkdir(parents=True, exist_ok=True)
+        if is_new:
+            _prune(parent, folder)
+        os.utime(folder)  # the time of its last use
+    except OSError:
+        return folder if folder.is_dir() else None
     return folder
 
 
-class _Locator(_CacheLocator):
-    def __init__(self, py_func: Any):
-        self._line = py_func.__code__.co_firstlineno
-
-    def get_cache_path(self) -> str:
-        return str(cache_folder())
-
-    def get_source_stamp(self) -> str:
-        return source_digest()
-
-    def get_disambiguator(self) -> str:
-        return str(self._line)
-
-    @classmethod
-    def from_function(cls, py_func: Any, py_file: str) -> _Locator | None:
-        return cls(py_func) if cache_folder() else None
+def _prune(parent: Path, new: Path) -> None:
+    """Remove the folders of older versions but a few; processes that still run them have loaded their code."""
+    others = [folder for folder in parent.glob("kernels-*") if folder != new]
+    for folder in sorted(others, key=lambda folder: folder.stat().st_mtime, reverse=True)[_FOLDERS_KEPT:]:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-class _CacheImpl(CompileResultCacheImpl):
-    _locator_classes = (_Locator,)
+class _KernelCache(NullCache):
+    """Numba's cache interface for one kernel: a file a signature and processor, its digest before its content."""
 
+    def __init__(self, py_func: Any, folder: Path):
+        self._name = f"{py_func.__module__.rpartition('.')[2]}.{py_func.__qualname__}"
+        self._folder = folder
 
-class _KernelCache(FunctionCache):
-    _impl_class = _CacheImpl
+    @property
+    def cache_path(self) -> str:
+        return str(self._folder)
+
+    def _path(self, sig: Any, codegen: Any) -> Path:
+        key = hashlib.sha256(repr((sig, codegen.magic_tuple())).encode()).hexdigest()[:32]
+        return self._folder / f"{self._name}-{key}.pickle"
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        target_context.refresh()
+        try:
+            content = self._path(sig, target_context.codegen()).read_bytes()
+        except OSError:
+            return None
+        if hashlib.sha256(content[32:]).digest() != content[:32]:
+            return None
+        return CompileResult._rebuild(target_context, *pickle.loads(content[32:]))
+
+    def save_overload(self, sig: Any, cres: Any) -> None:
+        if cres.library.has_dynamic_globals:  # addresses of this process
+            return
+        content = dumps(cres._reduce())
+        unfinished = self._folder / f"{uuid4().hex}.unfinished"
+        try:
+            unfinished.write_bytes(hashlib.sha256(content).digest() + content)
+            unfinished.replace(self._path(sig, cres.codegen))
+        except OSError:
+            with suppress(OSError):
+                unfinished.unlink()
 
 
 def kernel(**options: Any) -> Any:
@@ -75,8 +116,9 @@ def kernel(**options: Any) -> Any:
 
     def decorate(py_func: Any) -> Any:
         dispatcher = numba.njit(nogil=True, **options)(py_func)
-        if cache_folder() is not None:
-            dispatcher._cache = _KernelCache(py_func)
+        folder = cache_folder()
+        if folder is not None:
+            dispatcher._cache = _KernelCache(py_func, folder)
         return dispatcher
 
     return decorate

@@ -12,8 +12,8 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numba
 
@@ -23,7 +23,7 @@ _SAFE_LAYERS = ("tbb", "omp")
 
 _chosen: int | None = None
 _forked = False
-_lock = threading.Lock()
+_team_at_work = threading.Lock()
 
 
 def _after_fork() -> None:
@@ -71,7 +71,7 @@ def _from_environment() -> int | None:
     text = os.environ.get(VARIABLE)
     if text is None:
         return None
-    if not text.isdigit() or int(text) < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise ValueError(f"the environment variable {VARIABLE} must be a positive integer, got {text!r}")
     return int(text)
 
@@ -83,25 +83,42 @@ def available_processors() -> int:
     return count if quota is None else max(1, min(count, round(quota)))
 
 
+_CONTROL_GROUPS = Path("/sys/fs/cgroup")
+_OWN_CONTROL_GROUPS = Path("/proc/self/cgroup")
+
+
+@cache
 def _control_group_quota() -> float | None:
-    """Processors granted by the control group (version 2, then 1), None where there is no limit."""
+    """Processors granted by this process's control groups (version 2, else 1), None where there is no limit."""
     try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-    except (OSError, ValueError):
-        try:
-            quota = Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us").read_text().strip()
-            period = Path("/sys/fs/cgroup/cpu/cpu.cfs_period_us").read_text().strip()
-        except OSError:
-            return None
-    if not quota.isdigit() or not period.isdigit() or int(period) == 0:
+        entries = [line.split(":", 2) for line in _OWN_CONTROL_GROUPS.read_text().splitlines()]
+    except OSError:
         return None
-    return int(quota) / int(period)
+    quotas = []
+    for _, controllers, path in entries:
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        # In a container the path may be the one outside, where the group's own files are at the top.
+        top = _CONTROL_GROUPS / "cpu" if controllers else _CONTROL_GROUPS
+        group = top / path.lstrip("/")
+        quotas += [_quota(folder, controllers) for folder in (group, *group.parents) if folder.is_relative_to(top)]
+    return min((quota for quota in quotas if quota is not None), default=None)
+
+
+def _quota(folder: Path, controllers: str) -> float | None:
+    """Processors granted by the group in `folder`: of version 2, or 1 where it names `controllers`."""
+    names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if controllers else ("cpu.max",)
+    try:
+        quota, period = " ".join((folder / name).read_text() for name in names).split()
+        return int(quota) / int(period) if int(quota) > 0 else None
+    except (OSError, ValueError, ZeroDivisionError):  # no such files, or "max"
+        return None
 
 
 def usable_threads() -> int:
     """Return how many threads a call from here and now may use: 1 where starting others would be unsafe."""
     count = get_num_threads()
-    if count == 1 or _forked:
+    if count == 1 or _forked or _team_at_work.locked():  # the last: other Python threads keep the processors busy
         return 1
     if threading.current_thread() is not threading.main_thread() and threading_layer() not in _SAFE_LAYERS:
         return 1
@@ -110,20 +127,19 @@ def usable_threads() -> int:
 
 def threading_layer() -> str:
     """Return the name of Numba's threading layer, starting it if need be."""
-    try:
-        return numba.threading_layer()
-    except ValueError:  # not started yet
-        with _lock:
-            numba.np.ufunc.parallel._launch_threads()
-        return numba.threading_layer()
+    numba.get_num_threads()  # starts it
+    return numba.threading_layer()
 
 
 @contextmanager
-def team(count: int) -> Iterator[Any]:
+def team(count: int) -> Iterator[None]:
     """Let Numba's parallel regions in this thread use `count` threads, and put its setting back."""
     before = numba.get_num_threads()
-    numba.set_num_threads(count)
+    first = _team_at_work.acquire(blocking=False)
     try:
+        numba.set_num_threads(count)
         yield
     finally:
         numba.set_num_threads(before)
+        if first:
+            _team_at_work.release()
