@@ -17,7 +17,9 @@ from fastclstm import dispatch
 from fastclstm.nn import activations
 from fastclstm.spec import DATA_FORMATS, ConvLSTMSpec, ConvSpec, PoolSpec, choice, expect_shape
 
-__all__ = ["conv2d", "conv2d_vjp", "convlstm2d", "convlstm2d_vjp", "max_pool3d", "max_pool3d_vjp"]
+__all__ = [
+    "conv2d", "conv2d_vjp", "convlstm2d", "convlstm2d_step", "convlstm2d_vjp", "max_pool3d", "max_pool3d_vjp",
+]  # fmt: skip
 
 Gradients = dict[str, Any]
 
@@ -250,6 +252,56 @@ def convlstm2d_vjp(
     return outputs, pullback
 
 
+def convlstm2d_step(
+    x: Any, kernel: Any, recurrent_kernel: Any, bias: Any = None, *, out: Any = None, **options: Any
+) -> tuple[Any, Any]:
+    """Take one step of a ConvLSTM, for frames that come one at a time.
+
+    Parameters
+    ----------
+    x : array (B, H, W, C)
+        The frame.
+    kernel, recurrent_kernel, bias, **options
+        As in `convlstm2d`, which also says what ``initial_state=(h, c)``, the states so far, may be.
+    out : (h, c), optional
+        NumPy arrays (B, HO, WO, F) that receive the new states: writeable, C-contiguous, of the dtype computed in.
+        Their memory is their own, but the new c may be the old c itself. Where x and the states are C-contiguous
+        arrays of that dtype and the activations have names, the cpu engine then allocates nothing as large as a frame.
+
+    Returns
+    -------
+    h, c : array (B, HO, WO, F)
+        `out` itself where it was given.
+
+    Raises
+    ------
+    ValueError
+        Shapes or options that do not fit together, an `out` that cannot be written as said.
+    TypeError
+        Complex, object or ragged arrays; arrays on another device; an `out` that is no pair of NumPy arrays.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastclstm.functional import convlstm2d_step
+    >>> x, kernel, recurrent_kernel = np.ones((1, 4, 4, 1)), np.ones((3, 3, 1, 8)), np.ones((3, 3, 2, 8))
+    >>> h, c = convlstm2d_step(x, kernel, recurrent_kernel)
+    >>> out = np.empty_like(h), c  # the cell state is replaced where it is
+    >>> convlstm2d_step(x, kernel, recurrent_kernel, initial_state=(h, c), out=out)[1] is c
+    True
+    """
+    op = "convlstm2d_step"
+    frames = dispatch.as_numpy(op, "x", x)
+    if frames.ndim != 4:
+        raise ValueError(f"{op}: x must be (batch, height, width, channels), got {frames.ndim}D {frames.shape}")
+    call = _ConvLSTMCall(frames[:, np.newaxis], kernel, recurrent_kernel, bias, return_sequences=False, **options)
+    if out is not None:
+        call.check_out(op, out)
+    _, h, c, _ = call.forward(save=False, out=out)
+    restore = dispatch.restorer(x)
+    return (restore(h), restore(c)) if out is None else (h, c)
+
+
 def max_pool3d(
     x: Any,
     pool_size: Any = (2, 2, 2),
@@ -402,21 +454,50 @@ class _ConvLSTMCall:
         self.peephole = None if peephole is None else {k: dispatch.native(w, self.dtype) for k, w in peepholes.items()}
         self.mask = None if mask is None else np.ascontiguousarray(mask != 0)
 
-    def forward(self, save: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray, Any]:
-        """Run the engine: output, last h, last c and, with `save`, what its backward pass needs."""
+    def forward(self, save: bool, out: Any = None) -> tuple[np.ndarray, np.ndarray, np.ndarray, Any]:
+        """Run the engine: output, last h, last c (in `out`) and, with `save`, what its backward pass needs."""
         get = self.arrays.get
         return self.engine.convlstm2d(
             self.spec, get("x"), get("kernel"), get("recurrent_kernel"), get("bias"), get("h"), get("c"),
-            self.peephole, self.mask, algorithm=self.algorithm, save=save,
+            self.peephole, self.mask, algorithm=self.algorithm, save=save, out=out,
         )  # fmt: skip
+
+    def check_out(self, op: str, out: Any) -> None:
+        """Raise TypeError or ValueError unless `out` is a pair of arrays that can receive the last h and c."""
+        if not _is_pair(out) or not all(isinstance(array, np.ndarray) for array in out):
+            came = f"({', '.join(type(a).__name__ for a in out)})" if _is_pair(out) else type(out).__name__
+            raise TypeError(f"{op}: out must be a pair (h, c) of NumPy arrays, got {came}")
+        for name, array in zip("hc", out, strict=True):
+            what, shape = f"out {name}", self.spec.state_shape
+            expect_shape(op, what, array.shape, shape, "(batch, height, width, filters) of the states")
+            if array.dtype != self.dtype:
+                raise ValueError(f"{op}: {what} has dtype {array.dtype} but the states are {self.dtype}; "
+                                 f"make it with np.empty({shape}, np.{self.dtype})")  # fmt: skip
+            if not array.flags.carray:
+                flaw = "read-only" if not array.flags.writeable else "not contiguous and aligned"
+                raise ValueError(f"{op}: {what} is {flaw}; make it with np.empty({shape}, np.{self.dtype})")
+        new_h, new_c = out
+        read = self.arrays | {f"peephole {name!r}": array for name, array in (self.peephole or {}).items()}
+        for name, old in (read | {"out c": new_c}).items():
+            if np.may_share_memory(new_h, old):
+                raise ValueError(f"{op}: out h overlaps {name}; give it memory of its own")
+        for name, old in read.items():
+            if np.may_share_memory(new_c, old) and not (name == "c" and new_c.ctypes.data == old.ctypes.data):
+                raise ValueError(
+                    f"{op}: out c overlaps {name}; give it memory of its own, or exactly that of the old c"
+                )
 
 
 def _state_pair(op: str, initial_state: Any) -> tuple[Any, Any]:
     if initial_state is None:
         return None, None
-    if not isinstance(initial_state, tuple | list) or len(initial_state) != 2:
+    if not _is_pair(initial_state):
         raise ValueError(f"{op}: initial_state must be a pair (h, c), got {type(initial_state).__name__}")
     return initial_state[0], initial_state[1]
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, tuple | list) and len(value) == 2
 
 
 class _PoolCall:

@@ -47,8 +47,11 @@ def forward(
     mask: np.ndarray | None,
     *,
     save: bool = False,
+    out: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, Saved | None]:
     """Run a ConvLSTM over x (B, T, H, W, C): output (B, T, HO, WO, F) or its last step, h, c, and what backward needs.
+
+    The last h and c are copied to `out`, a pair of arrays, where there is one.
 
     Equation 3 of Shi et al., "Convolutional LSTM Network" (NeurIPS 2015)::
 
@@ -85,6 +88,10 @@ def forward(
         h, c, output = _choose(valid, h_t, h), _choose(valid, c_t, c), _choose(valid, h_t, output)
         if sequence is not None:
             sequence[:, t] = output
+    if out is not None:
+        np.copyto(out[0], h)
+        np.copyto(out[1], c)
+        h, c = out
     return output.copy() if sequence is None else sequence, h, c, saved
 
 

@@ -75,9 +75,11 @@ def convlstm2d(
     *,
     algorithm: str = "auto",
     save: bool = False,
+    out: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, recurrence.Saved | None]:
     """Run a ConvLSTM over x (B, T, H, W, C): see `recurrence.forward` for the equations."""
-    return recurrence.forward(spec, conv2d, x, kernel, recurrent_kernel, bias, h, c, peephole, mask, save=save)
+    arguments = x, kernel, recurrent_kernel, bias, h, c, peephole, mask
+    return recurrence.forward(spec, conv2d, *arguments, save=save, out=out)
 
 
 def convlstm2d_backward(

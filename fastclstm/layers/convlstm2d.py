@@ -191,9 +191,43 @@ seed, engine, algorithm
             self._pullback = lambda dh, dc: self._pull(pullback, geometry, dh, dc, restore)
         return restore(self._write(outputs[1], 1)), restore(self._write(outputs[2], 1))
 
-    def step(self, x_t: Any, h: Any = None, c: Any = None) -> tuple[Any, Any]:
-        """Return the next (h, c), as `forward` does."""
-        return self.forward(x_t, h, c)
+    def step(self, x_t: Any, h: Any = None, c: Any = None, *, out: Any = None) -> tuple[Any, Any]:
+        """Return the next (h, c), as `forward` does, or write them to `out` and return that.
+
+        Parameters
+        ----------
+        x_t, h, c
+            As in `forward`.
+        out : (h, c), optional
+            NumPy arrays (B, HO, WO, F) of the layer's dtype, writeable and C-contiguous, that receive the new states.
+            Their memory is their own, but the new c may be the old c itself. See `functional.convlstm2d_step`.
+
+        Raises
+        ------
+        ValueError
+            Shapes that do not fit the layer; an `out` that cannot be written as said, or with "channels_first".
+        TypeError
+            Anything but real arrays in the processor's memory.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> cell = ConvLSTM2DCell(1, 4, 3, seed=0, engine="reference")
+        >>> state = cell.step(np.ones((2, 8, 8, 1)))
+        >>> spare = np.empty_like(state[0]), np.empty_like(state[1])
+        >>> for frame in np.ones((5, 2, 8, 8, 1), np.float32):
+        ...     state, spare = cell.step(frame, *state, out=spare), state
+        """
+        if out is None:
+            return self.forward(x_t, h, c)
+        if self.data_format == "channels_first":
+            raise ValueError("ConvLSTM2DCell: out needs data_format='channels_last'; leave it out, or use that format")
+        self._check_rank(np.shape(x_t), "batch")
+        x, *state = (None if a is None else self._read(name, a, 1) for name, a in (("x", x_t), ("h", h), ("c", c)))
+        self._pullback = None
+        return functional.convlstm2d_step(
+            x, self.kernel, self.recurrent_kernel, self.bias, initial_state=state, out=out, **self._options()
+        )
 
     def backward(self, dh: Any = None, dc: Any = None) -> tuple[Any, Any, Any]:
         """Return (dx_t, dh, dc) of the last call's inputs, given the gradients `dh` of its h and `dc` of its c.
@@ -240,6 +274,18 @@ seed, engine, algorithm
         arguments = x, self.kernel, self.recurrent_kernel, self.bias
         options = {
             "initial_state": state,
+            "mask": mask,
+            "go_backwards": go_backwards,
+            "return_sequences": return_sequences,
+            **self._options(),
+        }
+        if training:
+            return functional.convlstm2d_vjp(*arguments, return_state=True, **options)
+        return functional.convlstm2d(*arguments, return_state=True, **options), None
+
+    def _options(self) -> dict[str, Any]:
+        """Options of `functional.convlstm2d` that are the cell's."""
+        return {
             "strides": self.stride,
             "padding": self.padding,
             "padding_mode": self.padding_mode,
@@ -249,15 +295,9 @@ seed, engine, algorithm
             "recurrent_activation": self.recurrent_activation,
             "output_activation": self.output_activation,
             "cell_clip": self.cell_clip,
-            "mask": mask,
-            "go_backwards": go_backwards,
-            "return_sequences": return_sequences,
             "algorithm": self.algorithm,
             "engine": self.engine,
         }
-        if training:
-            return functional.convlstm2d_vjp(*arguments, return_state=True, **options)
-        return functional.convlstm2d(*arguments, return_state=True, **options), None
 
     def _named_gradients(self, gradients: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Pick the parameters' gradients from what a pullback returned."""

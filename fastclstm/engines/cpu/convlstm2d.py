@@ -33,26 +33,36 @@ def convlstm2d(
     *,
     algorithm: str = "auto",
     save: bool = False,
+    out: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, recurrence.Saved | None]:
-    """Run a ConvLSTM over x (B, T, H, W, C): output, last h, last c and, with `save`, what backward needs."""
+    """Run a ConvLSTM over x (B, T, H, W, C): output, last h, last c and, with `save`, what backward needs.
+
+    `out` are arrays for the last h, whose memory the output of a single step shares, and the last c, which may be `c`.
+    """
     m = sequence.choose("convlstm2d", (spec.input, spec.recurrent), algorithm)
     if save or not _is_fused(spec):
         convolution = partial(conv2d, algorithm="auto" if m else "direct")
-        return recurrence.forward(spec, convolution, x, kernel, recurrent_kernel, bias, h, c, peephole, mask, save=save)
+        arguments = x, kernel, recurrent_kernel, bias, h, c, peephole, mask
+        return recurrence.forward(spec, convolution, *arguments, save=save, out=out)
     dtype, state = x.dtype, spec.state_shape
     h_first = np.zeros(state, dtype) if h is None else h
     c_first = np.zeros(state, dtype) if c is None else c
-    c_last = np.empty(state, dtype)
+    h_last, c_last = (np.empty(state, dtype), np.empty(state, dtype)) if out is None else out
+    if m and c is not None and np.may_share_memory(c, c_last):
+        c = sequence.kept_copy(c)
     # Where no step is skipped the outputs are the hidden states, and are kept only once.
     separate = np.empty(spec.output_shape, dtype) if mask is not None else None
     kept = spec.T if spec.return_sequences and mask is None else min(2, spec.T)
-    h_states = np.empty((spec.B, kept, *state[1:]), dtype)
+    h_states = h_last[:, np.newaxis] if kept == 1 else np.empty((spec.B, kept, *state[1:]), dtype)
     if c_last.size:
         _run_fused(spec, m, x, (kernel, recurrent_kernel), bias, h_first, c_first, peephole, mask, h_states, c_last,
                    separate, h is None)  # fmt: skip
-    h_last = h_states[:, (spec.T - 1) % kept].copy()
-    output = separate if separate is not None else h_states if spec.return_sequences else h_last.copy()
-    trouble = np.isnan(c_last).any((1, 2, 3)) if m else np.zeros(0, np.bool_)
+    if kept > 1:
+        h_last[...] = h_states[:, (spec.T - 1) % kept]
+    output = separate if separate is not None else h_states if spec.return_sequences else h_last
+    if out is None and np.may_share_memory(output, h_last):
+        output = output.copy()
+    trouble = np.isnan(c_last.min((1, 2, 3))) if m else np.zeros(0, np.bool_)
     if trouble.any():  # a tile spreads a NaN beyond its receptive field; a cell that it reached stays NaN
         again = convlstm2d(
             spec.with_batch(int(trouble.sum())), x[trouble], kernel, recurrent_kernel, bias,

@@ -72,8 +72,29 @@ def pack(matrices: np.ndarray, bias: np.ndarray | None, dtype: np.dtype, *, pair
     return Columns(np.array(groups, np.int64), weights, np.concatenate([*biases, np.zeros(lanes, dtype)]))
 
 
-_MAX_REMEMBERED = 64
-_remembered: OrderedDict[tuple[Any, ...], tuple[list[weakref.ref[np.ndarray]], Any]] = OrderedDict()
+_MOST_REMEMBERED = 64
+_remembered: OrderedDict[tuple[Any, ...], _Entry] = OrderedDict()
+
+
+class _Entry(NamedTuple):
+    """A packed value and how to tell that it still belongs to its arrays."""
+
+    owners: list[weakref.ref[np.ndarray]]
+    contents: list[np.ndarray | None]
+    """A copy of each array that somebody may write to; None for those that nobody can."""
+
+    value: Any
+
+    def belongs_to(self, arrays: list[np.ndarray]) -> bool:
+        """Whether these are the same arrays with the same bits."""
+        return all(
+            owner() is array and (content is None or np.array_equal(content, _bits(array)))
+            for owner, array, content in zip(self.owners, arrays, self.contents, strict=True)
+        )
+
+
+def _bits(array: np.ndarray) -> np.ndarray:
+    return array.reshape(-1).view(np.uint32)
 
 
 def _frozen(array: np.ndarray) -> bool:
@@ -87,20 +108,19 @@ def _frozen(array: np.ndarray) -> bool:
 
 
 def remember(arrays: tuple[np.ndarray | None, ...], key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
-    """Return ``make()``, and the same object again for the same read-only arrays and key while the arrays live."""
+    """Return ``make()``, and the same object again for the same arrays and key, as long as their bits are the same."""
     present = [array for array in arrays if array is not None]
-    if not all(map(_frozen, present)):
-        return make()
     full_key = (*(id(array) for array in arrays), *key)
     found = _remembered.get(full_key)
-    if found is not None and all(ref() is array for ref, array in zip(found[0], present, strict=True)):
-        return found[1]
+    if found is not None and found.belongs_to(present):
+        return found.value
+    contents = [None if _frozen(array) else _bits(array).copy() for array in present]
     value = make()
 
     def forget(_: Any) -> None:
         _remembered.pop(full_key, None)
 
-    _remembered[full_key] = ([weakref.ref(array, forget) for array in present], value)
-    while len(_remembered) > _MAX_REMEMBERED:
+    _remembered[full_key] = _Entry([weakref.ref(array, forget) for array in present], contents, value)
+    while len(_remembered) > _MOST_REMEMBERED:
         _remembered.popitem(last=False)
     return value

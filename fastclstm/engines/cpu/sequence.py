@@ -15,12 +15,20 @@ NO_MASK = np.ones((0, 0), np.bool_)
 _arena = threading.local()
 
 
-def _scratch(size: int) -> np.ndarray:
-    """Scratch memory of this Python thread, kept between calls."""
-    memory = getattr(_arena, "memory", None)
+def _scratch(size: int, name: str = "kernel") -> np.ndarray:
+    """Memory of this Python thread for a purpose, kept between calls."""
+    memory = getattr(_arena, name, None)
     if memory is None or memory.nbytes < size:
-        memory = _arena.memory = packing.aligned_empty(size, np.dtype(np.uint8))
+        memory = packing.aligned_empty(size, np.dtype(np.uint8))
+        setattr(_arena, name, memory)
     return memory
+
+
+def kept_copy(array: np.ndarray) -> np.ndarray:
+    """Copy `array` to memory that is kept between calls: it is good until this thread's next copy."""
+    copy = _scratch(array.nbytes, "copy")[: array.nbytes].view(array.dtype).reshape(array.shape)
+    np.copyto(copy, array)
+    return copy
 
 
 def choose(op: str, specs: tuple[ConvSpec, ...], algorithm: str) -> int:

@@ -414,8 +414,8 @@ def fits(specs: tuple[ConvSpec, ...]) -> bool:
 def weight_transform(matrices: np.ndarray, m: int, k: int) -> np.ndarray:
     """G w Gᵀ of kernels (k, k, K, …) in float64: (α², K, …)."""
     G = transforms(m, k).G
-    transformed = np.einsum("ip,jq,pq...->ij...", G, G, matrices.astype(np.float64), optimize=True)
-    return transformed.reshape(-1, *matrices.shape[2:])
+    taps = matrices.reshape(k * k, -1).astype(np.float64, copy=False)
+    return (np.kron(G, G) @ taps).reshape(-1, *matrices.shape[2:])
 
 
 @lru_cache(maxsize=256)
