@@ -61,7 +61,7 @@ def test_steps_come_in_order_within_a_unit():
     def order(flows, worker, steps):
         first, last = flow.share(flows[0], worker)
         for n in range(first, last):
-            unit, t, task = flow.place(flows[0], n)
+            unit, t, _ = flow.place(flows[0], n)
             steps[n - first] = unit * 1000 + t
         return last - first
 

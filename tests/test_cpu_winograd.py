@@ -89,7 +89,7 @@ def test_fits_square_kernels_of_3_and_5_alike():
 @pytest.mark.parametrize("kernel", [(1, 1), (4, 4), (3, 5)])
 def test_asked_for_in_vain_is_an_error(kernel):
     x, w = np.ones((1, 8, 8, 2), np.float32), np.ones((*kernel, 2, 4), np.float32)
-    with pytest.raises(ValueError, match="square kernels of 3 or 5.*use 'auto' or 'direct'"):
+    with pytest.raises(ValueError, match=r"square kernels of 3 or 5.*use 'auto' or 'direct'"):
         functional.conv2d(x, w, engine="cpu", algorithm="winograd")
 
 
