@@ -23,7 +23,7 @@ def conv2d(
 ) -> np.ndarray:
     """Convolve x (B, H, W, C) with kernel (KH, KW, C, F): y (B, HO, WO, F)."""
     y = np.empty((spec.B, spec.HO, spec.WO, spec.F), x.dtype)
-    m = sequence.choose("conv2d", (spec,), algorithm)
+    m = sequence.choose("conv2d", (spec,), algorithm, x.itemsize)
     if y.size:
         cell = np.zeros(1, CELL)
         cell["F"] = spec.F

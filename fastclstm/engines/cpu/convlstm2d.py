@@ -39,7 +39,7 @@ def convlstm2d(
 
     `out` are arrays for the last h, whose memory the output of a single step shares, and the last c, which may be `c`.
     """
-    m = sequence.choose("convlstm2d", (spec.input, spec.recurrent), algorithm)
+    m = sequence.choose("convlstm2d", (spec.input, spec.recurrent), algorithm, x.itemsize)
     if save or not _is_fused(spec):
         convolution = partial(conv2d, algorithm="auto" if m else "direct")
         arguments = x, kernel, recurrent_kernel, bias, h, c, peephole, mask

@@ -252,3 +252,18 @@ def _weight_order(specs: Sequence[ConvSpec], block_width: int) -> tuple[np.ndarr
         passes.append((n, begun, len(segments)))
     panels.append(len(passes))
     return np.array(segments, np.int64), np.array(passes, np.int64), np.array(panels, np.int64)
+
+
+STREAMING_ROWS = 8
+"""Reading a vector of weights from the cache takes as long as so many multiply-adds with it."""
+
+
+def cost(specs: tuple[ConvSpec, ...], images: int, itemsize: int) -> float:
+    """Estimate the work of one step in multiply-adds of vectors, from measurements.
+
+    The gates, which cost every algorithm the same, are left out.
+    """
+    spec = specs[0]
+    vectors = -(-spec.F // simd.lanes(itemsize))
+    rows = max(images * spec.HO * spec.WO, STREAMING_ROWS)
+    return rows * sum(s.KH * s.KW * s.C for s in specs) * vectors / 0.85

@@ -31,8 +31,12 @@ def kept_copy(array: np.ndarray) -> np.ndarray:
     return copy
 
 
-def choose(op: str, specs: tuple[ConvSpec, ...], algorithm: str) -> int:
-    """Outputs of a Winograd tile on each axis; 0: direct. Raises ValueError where Winograd was asked for in vain."""
+def choose(op: str, specs: tuple[ConvSpec, ...], algorithm: str, itemsize: int) -> int:
+    """Outputs of a Winograd tile on each axis; 0: direct. Raises ValueError where Winograd was asked for in vain.
+
+    "auto" takes the smallest estimate of the costs. "winograd" chooses the tile as for a single image, so that its
+    results do not depend on how a batch is split.
+    """
     if algorithm == "direct" or (algorithm == "auto" and not winograd.fits(specs)):
         return 0
     if not winograd.fits(specs):
@@ -40,7 +44,11 @@ def choose(op: str, specs: tuple[ConvSpec, ...], algorithm: str) -> int:
             f"{op}: algorithm='winograd' needs square kernels of 3 or 5, one size for all convolutions, with stride "
             f"and dilation 1, got {[(s.KH, s.KW, s.strides, s.dilation) for s in specs]}; use 'auto' or 'direct'"
         )
-    return winograd.choose_tile(specs[0])
+    images = 1 if algorithm == "winograd" else specs[0].B
+    costs = {m: winograd.cost(specs, m, images, itemsize) for m in winograd.TILES}
+    if algorithm == "auto":
+        costs[0] = direct.cost(specs, images, itemsize)
+    return min(costs, key=lambda m: costs[m])
 
 
 def prepare(
@@ -76,25 +84,15 @@ def run(
     Without gates (conv2d) it returns where (B,) anything written to h is infinite or NaN.
     """
     trouble = np.zeros(B, np.int64)
-    flow = np.zeros(1, FLOW)
-    record = flow[0]
+    flow = np.empty(1, FLOW)
     workers = min(team, plan.units if plan.by_unit else plan.units * plan.tasks)
-    record["B"], record["T"], record["workers"], record["units"], record["tasks"] = (
-        B,
-        T,
-        workers,
-        plan.units,
-        plan.tasks,
-    )
-    record["length"] = T if plan.by_unit or workers == 1 else 1
-    record["masked"], record["fresh"] = mask is not None, fresh
-    for name, place in (("x", x), ("h_first", h_first), ("h", h), ("c_first", c_first), ("c", c), ("y", y)):
-        record[name], record[f"{name}_image"], record[f"{name}_step"] = place[:3]
-    record["h_slots"], record["c_slots"] = h.kept, c.kept
     share = -(-plan.scratch_bytes // 4096) * 4096 + 64 * 5  # workers at different cache sets
     memory = _scratch(share * workers)
-    record["trouble"] = trouble.ctypes.data
-    record["scratch"], record["scratch_worker"] = memory.ctypes.data, share
+    flow[0] = (
+        B, T, workers, plan.units, plan.tasks, T if plan.by_unit or workers == 1 else 1, mask is not None, fresh,
+        *x[:3], *h_first[:3], *h[:3], *c_first[:3], *c[:3], *y[:3], h.kept, c.kept,
+        trouble.ctypes.data, memory.ctypes.data, share,
+    )  # fmt: skip
     arguments = (columns.weights[:0], flow, plan.work, plan.sources, columns.groups, *plan.tables, columns.weights,
                  columns.bias, cell, NO_MASK if mask is None else mask)  # fmt: skip
     serial, parallel = plan.kernels

@@ -20,6 +20,7 @@ from numba.extending import intrinsic
 
 from fastclstm.engines.cpu import simd
 from fastclstm.engines.cpu.compilation import inline, kernel
+from fastclstm.engines.cpu.direct import STREAMING_ROWS
 from fastclstm.engines.cpu.flow import Plan, h_before, place, share, worker_scratch, x_at
 from fastclstm.engines.cpu.frames import SOURCE, copy_run, source
 from fastclstm.engines.cpu.gates import finish, skip_step
@@ -38,6 +39,9 @@ CHUNKS = (13, 11, 8, 4) if simd.REGISTERS == 32 else (6, 5, 4, 3)
 """Tiles that one matrix product keeps in registers, times two vectors: the choices."""
 
 CHUNK0, CHUNK1, CHUNK2, CHUNK3 = CHUNKS
+
+TILES = (2, 4)
+"""Outputs of a tile on each axis: the choices of m."""
 
 WORK = np.dtype([(name, np.int64) for name in (
     "HO", "WO",
@@ -452,6 +456,15 @@ def plan(specs: tuple[ConvSpec, ...], m: int, groups: int, itemsize: int, thread
                 blocks * parts, by_unit)  # fmt: skip
 
 
-def choose_tile(spec: ConvSpec) -> int:
-    """Outputs of a tile on each axis: 4 where a frame has tiles enough to use the weights often, else 2."""
-    return 4 if -(-spec.HO // 4) * -(-spec.WO // 4) >= 9 else 2
+def cost(specs: tuple[ConvSpec, ...], m: int, images: int, itemsize: int) -> float:
+    """Estimate the work of one step in multiply-adds of vectors, from measurements (see `direct.cost`)."""
+    lanes = simd.lanes(itemsize)
+    spec = specs[0]
+    tiles = images * -(-spec.HO // m) * -(-spec.WO // m)
+    points = (m + spec.KH - 1) ** 2
+    vectors = -(-spec.F // (2 * lanes)) * 2
+    rows = max(-(-tiles // CHUNKS[-1]) * CHUNKS[-1], STREAMING_ROWS)
+    products = rows * points * sum(s.C for s in specs) * vectors / 0.9
+    inputs = 30 * tiles * points * sum(-(-s.C // lanes) for s in specs)
+    outputs = 5 * tiles * points * vectors
+    return products + inputs + outputs
