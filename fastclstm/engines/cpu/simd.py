@@ -108,6 +108,14 @@ def emit_store(builder: ir.IRBuilder, value: ir.Value, pointer: ir.Value, index:
     builder.store(value, address, align=_scalar_bytes(value.type))
 
 
+def emit_prefetch(builder: ir.IRBuilder, pointer: ir.Value, locality: int) -> None:
+    """Ask for a cache line that will be read: locality 3 into the first level, 2 into the second."""
+    byte = ir.IntType(8).as_pointer()
+    function_type = ir.FunctionType(ir.VoidType(), [byte, INT32, INT32, INT32])
+    function = cgutils.get_or_insert_function(builder.module, function_type, "llvm.prefetch.p0")
+    builder.call(function, [builder.bitcast(pointer, byte), INT32(0), INT32(locality), INT32(1)])
+
+
 def emit_loop(builder: ir.IRBuilder, start, stop, step: int, carried: list[ir.Value], body) -> list[ir.Value]:
     """Emit ``for index in range(start, stop, step): carried = body(builder, index, carried)``; return carried."""
     before = builder.block
@@ -223,6 +231,17 @@ def shift(typingctx, base, count):
         return builder.gep(args[0], [args[1]])
 
     return base(base, types.intp), codegen
+
+
+@intrinsic
+def prefetch(typingctx, base):
+    """Ask for the cache line at a pointer; any address will do."""
+
+    def codegen(context, builder, sig, args):
+        emit_prefetch(builder, args[0], 3)
+        return context.get_dummy_value()
+
+    return types.void(base), codegen
 
 
 @intrinsic
