@@ -54,10 +54,9 @@ def max_pool3d(spec: PoolSpec, x: np.ndarray, return_indices: bool) -> tuple[np.
         geometry[0] = (*x.shape, spec.TO, spec.HO, spec.WO, *spec.pool_size, *spec.strides, front, top, left, workers)
         rows = np.empty((workers, spec.W * spec.C + 64), x.dtype)
         if indices is None:
-            _run(workers, _values_serial, _values_parallel, geometry, x.reshape(-1), y.reshape(-1), rows)
+            _run(VALUES, workers, geometry, _address(x), y.reshape(-1), rows)
         else:
-            arrays = (x.reshape(-1), y.reshape(-1), indices.reshape(-1))
-            _run(workers, _indices_serial, _indices_parallel, geometry, *arrays, rows)
+            _run(INDICES, workers, geometry, _address(x), y.reshape(-1), indices.reshape(-1), rows, _tap_offsets(spec))
     return y, indices
 
 
@@ -69,12 +68,23 @@ def max_pool3d_backward(spec: PoolSpec, indices: np.ndarray, dy: np.ndarray | No
         pixels = spec.TO * spec.HO * spec.WO
         volume = (spec.B, spec.T * spec.H * spec.W, spec.C)
         workers = max(1, min(threads.usable_threads(), dy.nbytes // SERIAL_BYTES))
-        _run(workers, _scatter_serial, _scatter_parallel, indices.reshape(spec.B, pixels, spec.C),
-             dy.reshape(spec.B, pixels, spec.C), dx.reshape(volume), workers)  # fmt: skip
+        _run(SCATTER, workers, indices.reshape(spec.B, pixels, spec.C), _address(dy), dx.reshape(volume), workers)
     return dx
 
 
-def _run(workers, serial, parallel, *arguments) -> None:
+def _tap_offsets(spec: PoolSpec) -> np.ndarray:
+    """Distance of each tap of a window from its first, in the flat (T, H, W) volume."""
+    t, h, w = np.ogrid[: spec.pool_size[0], : spec.pool_size[1], : spec.pool_size[2]]
+    return ((t * spec.H + h) * spec.W + w).reshape(-1)
+
+
+def _address(array: np.ndarray) -> np.uint64:
+    """Where an array is: for a kernel that must not be compiled once more for read-only arrays."""
+    return np.uint64(array.ctypes.data)
+
+
+def _run(kernels, workers, *arguments) -> None:
+    serial, parallel = kernels
     if workers == 1:
         serial(*arguments)
     else:
@@ -92,7 +102,7 @@ def _span(start, size, limit):
 def _pool_rows(g, x, y, rows, worker):
     """Pool a worker's share of the output rows: over time and height into one row of W·C, then over width."""
     count = g.B * g.TO * g.HO
-    base, target = simd.pointer(x), simd.pointer(y)
+    base, target = simd.at(y, x), simd.pointer(y)
     row = simd.shift(simd.pointer(rows), worker * rows.shape[1])
     step = simd.vector_lanes(base)
     length = g.W * g.C
@@ -129,27 +139,31 @@ def _line(base, index, lanes):
 
 
 @inline
-def _pool_windows(g, x, y, indices, rows, worker):
+def _pool_windows(g, x, y, indices, rows, offsets, worker):
     """Pool a worker's share of the output rows window by window, and note which tap won."""
     count = g.B * g.TO * g.HO
-    base, target = simd.pointer(x), simd.pointer(y)
+    base, target = simd.at(y, x), simd.pointer(y)
     taps = simd.shift(simd.pointer(rows), worker * rows.shape[1])
     step = simd.vector_lanes(base)
     for n in range(count * worker // g.workers, count * (worker + 1) // g.workers):
         b, to, ho = n // (g.TO * g.HO), n // g.HO % g.TO, n % g.HO
-        t0, t1 = _span(to * g.ST - g.front, g.PT, g.T)
-        h0, h1 = _span(ho * g.SH - g.top, g.PH, g.H)
+        t_first, h_first = to * g.ST - g.front, ho * g.SH - g.top
+        t0, t1 = _span(t_first, g.PT, g.T)
+        h0, h1 = _span(h_first, g.PH, g.H)
         for wo in range(g.WO):
-            w0, w1 = _span(wo * g.SW - g.left, g.PW, g.W)
+            w_first = wo * g.SW - g.left
+            w0, w1 = _span(w_first, g.PW, g.W)
+            corner = (t_first * g.H + h_first) * g.W + w_first
+            first_tap = ((t0 - t_first) * g.PH + h0 - h_first) * g.PW + w0 - w_first
             for k in range(0, g.C, step):
                 lanes = min(step, g.C - k)
                 best = _line(base, (((b * g.T + t0) * g.H + h0) * g.W + w0) * g.C + k, lanes)
-                best_tap = simd.zeros(base)
+                best_tap = simd.broadcast(best, first_tap)
                 for t in range(t0, t1):
                     for h in range(h0, h1):
                         for w in range(w0, w1):
                             value = _line(base, (((b * g.T + t) * g.H + h) * g.W + w) * g.C + k, lanes)
-                            tap = ((t - t0) * (h1 - h0) + h - h0) * (w1 - w0) + w - w0
+                            tap = ((t - t_first) * g.PH + h - h_first) * g.PW + w - w_first
                             best_tap = _larger_tap(best, value, best_tap, tap)
                             best = _larger(best, value)
                 out = (n * g.WO + wo) * g.C + k
@@ -159,21 +173,20 @@ def _pool_windows(g, x, y, indices, rows, worker):
                     simd.store_some(simd.shift(target, out), best, lanes)
                 simd.store(taps, best_tap)
                 for lane in range(lanes):
-                    tap = int(taps[lane])
-                    t, h, w = tap // ((h1 - h0) * (w1 - w0)), tap // (w1 - w0) % (h1 - h0), tap % (w1 - w0)
-                    indices[out + lane] = ((t0 + t) * g.H + h0 + h) * g.W + w0 + w
+                    indices[out + lane] = corner + offsets[int(taps[lane])]
 
 
 @inline
 def _scatter(indices, dy, dx, workers, worker):
     """Scatter a worker's share of (image, 16 channels) pieces, so that no two workers touch one element."""
-    B, pixels, C = dy.shape
+    B, pixels, C = indices.shape
+    gradients = simd.at(dx, dy)
     pieces = -(-C // 16)
     for n in range(B * pieces * worker // workers, B * pieces * (worker + 1) // workers):
         b, first = n // pieces, n % pieces * 16
         for p in range(pixels):
             for c in range(first, min(first + 16, C)):
-                dx[b, indices[b, p, c], c] += dy[b, p, c]
+                dx[b, indices[b, p, c], c] += gradients[(b * pixels + p) * C + c]
 
 
 @kernel()
@@ -188,14 +201,14 @@ def _values_parallel(geometry, x, y, rows):
 
 
 @kernel()
-def _indices_serial(geometry, x, y, indices, rows):
-    _pool_windows(geometry[0], x, y, indices, rows, 0)
+def _indices_serial(geometry, x, y, indices, rows, offsets):
+    _pool_windows(geometry[0], x, y, indices, rows, offsets, 0)
 
 
 @kernel(parallel=True)
-def _indices_parallel(geometry, x, y, indices, rows):
+def _indices_parallel(geometry, x, y, indices, rows, offsets):
     for worker in numba.prange(geometry[0].workers):
-        _pool_windows(geometry[0], x, y, indices, rows, worker)
+        _pool_windows(geometry[0], x, y, indices, rows, offsets, worker)
 
 
 @kernel()
@@ -207,3 +220,11 @@ def _scatter_serial(indices, dy, dx, workers):
 def _scatter_parallel(indices, dy, dx, workers):
     for worker in numba.prange(workers):
         _scatter(indices, dy, dx, workers, worker)
+
+
+VALUES, INDICES, SCATTER = (
+    (_values_serial, _values_parallel),
+    (_indices_serial, _indices_parallel),
+    (_scatter_serial, _scatter_parallel),
+)
+"""Each kernel for one thread and for many."""
