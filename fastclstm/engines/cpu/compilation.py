@@ -34,12 +34,17 @@ _FOLDERS_KEPT = 4
 """Folders of other versions that a new one leaves: those used last."""
 
 
+def _sources() -> list[Path]:
+    """Files that kernels are made of: the engine's, and the table whose constants it compiles in."""
+    return [*sorted(Path(__file__).parent.glob("*.py")), Path(activations.__file__)]
+
+
 @cache
 def source_digest() -> str:
     """Digest of every source file that kernels are made of, and of their compilers' versions."""
     versions = (sys.implementation.cache_tag, numba.__version__, llvmlite.__version__, numba.config.BOUNDSCHECK)
     digest = hashlib.sha256(repr(versions).encode())
-    for path in (*sorted(Path(__file__).parent.glob("*.py")), Path(activations.__file__)):
+    for path in _sources():
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 

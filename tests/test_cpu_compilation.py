@@ -1,0 +1,287 @@
+"""The kernels' cache on disk: right code or none, whatever happens to its files."""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from fastclstm.engines.cpu import compilation
+
+ROOT = Path(__file__).parents[1]
+
+COMMON = """
+import json
+import numpy as np
+from numba.core import event
+from fastclstm import functional
+
+def pooled(dtype):
+    x = np.random.default_rng(0).standard_normal((1, 3, 4, 6, 5)).astype(dtype)
+    kernels = lambda: functional.max_pool3d(x, 2, engine="cpu")
+    with event.install_recorder("numba:compile") as compiled:
+        y = kernels()
+    np.testing.assert_array_equal(y, functional.max_pool3d(x, 2, engine="reference"))
+    return len(compiled.buffer)
+"""
+
+
+def start(code, cache, root=ROOT, **environment):
+    """Start a process of its own that runs code after COMMON with a cache folder."""
+    environment = {"FASTCLSTM_CACHE_DIR": str(cache), "FASTCLSTM_NUM_THREADS": "1"} | environment
+    return subprocess.Popen(
+        [sys.executable, "-c", COMMON + textwrap.dedent(code)], cwd=root, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, env={k: v for k, v in (os.environ | environment).items() if v is not None},
+    )  # fmt: skip
+
+
+def finish(process):
+    """What the process printed, as JSON."""
+    out, error = process.communicate(timeout=200)
+    assert process.returncode == 0, error
+    return json.loads(out)
+
+
+def run(code, cache, root=ROOT, **environment):
+    return finish(start(code, cache, root, **environment))
+
+
+def files(cache):
+    return sorted(cache.glob("kernels-*/*"))
+
+
+POOL = 'print(json.dumps(pooled("f4")))'
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory):
+    """A cache folder that holds what POOL needs."""
+    cache = tmp_path_factory.mktemp("cache")
+    assert run(POOL, cache) > 0
+    assert [path.suffix for path in files(cache)] == [".pickle"]
+    return cache
+
+
+@pytest.fixture
+def copied(filled, tmp_path):
+    return shutil.copytree(filled, tmp_path / "cache")
+
+
+def test_warm_process_compiles_nothing(tmp_path):
+    """Of every kernel, serial and parallel, both types; the folder of everyday runs saves the first compilation."""
+    everything = """
+        import fastclstm
+        rng = np.random.default_rng(0)
+        kernel, recurrent = rng.standard_normal((3, 3, 2, 32)), rng.standard_normal((3, 3, 8, 32))
+        x = rng.standard_normal((2, 2, 32, 32, 2))
+        with event.install_recorder("numba:compile") as compiled:
+            for threads in (1, 2):
+                fastclstm.set_num_threads(threads)
+                for dtype in ("f4", "f8"):
+                    arguments = [a.astype(dtype) for a in (x, kernel, recurrent)]
+                    for algorithm in ("direct", "winograd"):
+                        functional.convlstm2d(*arguments, engine="cpu", algorithm=algorithm)
+                    y, pullback = functional.max_pool3d_vjp(arguments[0], engine="cpu")
+                    pullback(y)
+        print(json.dumps([repr(event.data) for _, event in compiled.buffer]))
+    """
+    cache = os.environ.get(compilation.CACHE_VARIABLE)
+    threads = {"FASTCLSTM_NUM_THREADS": None, "NUMBA_NUM_THREADS": "2"}
+    run(everything, cache, **threads) if cache else run(everything, tmp_path, **threads)
+    assert run(everything, cache or tmp_path, **threads) == []
+
+
+def test_second_process_reads_what_the_first_wrote(filled):
+    before = {path: path.stat().st_mtime_ns for path in files(filled)}
+    assert run(POOL, filled) == 0
+    assert {path: path.stat().st_mtime_ns for path in files(filled)} == before
+
+
+def test_edit_of_any_source_changes_the_digest(monkeypatch, tmp_path):
+    originals = compilation._sources()
+    assert {"simd.py", "winograd.py", "activations.py", "compilation.py"} <= {path.name for path in originals}
+    copies = [Path(shutil.copy(path, tmp_path / path.name)) for path in originals]
+    monkeypatch.setattr(compilation, "_sources", lambda: copies)
+    digest = compilation.source_digest.__wrapped__
+    assert digest() == compilation.source_digest()  # wherever the package is
+    seen = {digest()}
+    for path in copies:
+        text = path.read_text()
+        path.write_text(text + "#")
+        seen.add(digest())
+        path.write_text(text)
+    assert len(seen) == 1 + len(copies)
+
+
+def test_edit_of_an_intrinsic_is_seen(tmp_path):
+    """A kernel is compiled again though its own file stays the same."""
+    code = """
+        x = np.full((1, 3, 3, 1), 2, "f4")
+        print(json.dumps(functional.conv2d(x, np.full((1, 1, 1, 1), 3, "f4"), engine="cpu").max().item()))
+    """
+    root = tmp_path / "code"
+    shutil.copytree(ROOT / "fastclstm", root / "fastclstm", ignore=shutil.ignore_patterns("__pycache__"))
+    for _ in range(2):
+        assert run(code, tmp_path / "cache", root) == 6
+    simd = root / "fastclstm" / "engines" / "cpu" / "simd.py"
+    text = simd.read_text()
+    edited = text.replace(
+        '    return call(builder, "fma", a, b, c) if', "    return builder.fsub(c, builder.fmul(a, b)) if"
+    )
+    assert edited != text
+    simd.write_text(edited)
+    assert run(code, tmp_path / "cache", root) == -6
+    simd.write_text(text)
+    assert run(code, tmp_path / "cache", root) == 6
+    assert len(list((tmp_path / "cache").glob("kernels-*"))) == 2
+
+
+def test_processes_that_start_cold_at_once(tmp_path):
+    """Of different signatures and of the same: all right, and all that they wrote is found later."""
+    kinds = ["f4", "f8", "f4", "f8"]
+    for process in [start(f"print(json.dumps(pooled('{kind}')))", tmp_path) for kind in kinds]:
+        assert finish(process) >= 0
+    assert len(files(tmp_path)) == 2
+    assert run("print(json.dumps([pooled('f4'), pooled('f8')]))", tmp_path) == [0, 0]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda content: b"", lambda content: content[: len(content) // 2], lambda content: bytes(len(content)),
+     lambda content: content[:999] + bytes([content[999] ^ 1]) + content[1000:], lambda content: b"not a pickle"],
+    ids=["empty", "cut", "zeros", "one bit", "other"],
+)  # fmt: skip
+def test_damaged_file_is_compiled_again_and_replaced(copied, damage):
+    (path,) = files(copied)
+    content = path.read_bytes()
+    path.write_bytes(damage(content))
+    assert run(POOL, copied) > 0
+    assert run(POOL, copied) == 0
+    assert files(copied) == [path]
+
+
+def test_file_that_cannot_be_read_or_replaced_is_left(copied):
+    (path,) = files(copied)
+    path.unlink()
+    path.mkdir()
+    (path / "occupied").touch()
+    assert run(POOL, copied) > 0
+    assert files(copied) == [path]  # and no unfinished file
+
+
+def test_folder_that_vanishes_is_survived(tmp_path):
+    code = f"""
+        import shutil, fastclstm.engines.cpu
+        shutil.rmtree({str(tmp_path / "cache")!r})
+        {POOL}
+    """
+    assert run(code, tmp_path / "cache") > 0
+
+
+def test_no_folder_can_be_made(tmp_path):
+    (tmp_path / "file").touch()
+    assert run(POOL, tmp_path / "file" / "cache") > 0
+
+
+def test_home_may_be_unset(tmp_path):
+    assert run(POOL, tmp_path, HOME=None, FASTCLSTM_CACHE_DIR=None, XDG_CACHE_HOME=str(tmp_path)) > 0
+    assert run(POOL, tmp_path, HOME=None, FASTCLSTM_CACHE_DIR=None, XDG_CACHE_HOME=str(tmp_path)) == 0
+    assert len(list(tmp_path.glob("fastclstm/kernels-*/*"))) == 1
+
+
+# The choice of the folder, here.
+
+
+@pytest.fixture
+def folder(monkeypatch, tmp_path):
+    """Function that chooses the folder anew, below tmp_path."""
+    monkeypatch.setenv(compilation.CACHE_VARIABLE, str(tmp_path))
+    return compilation.cache_folder.__wrapped__
+
+
+def test_folder_is_below_the_one_asked_for(folder, tmp_path, monkeypatch):
+    assert folder() == tmp_path / f"kernels-{compilation.source_digest()}"
+    assert folder().is_dir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(compilation.CACHE_VARIABLE, "relative")
+    assert folder().parent == tmp_path / "relative"  # which stays where it is when the working folder changes
+
+
+def test_user_without_a_home_has_no_folder(folder, tmp_path, monkeypatch):
+    monkeypatch.delenv(compilation.CACHE_VARIABLE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(compilation, "user_cache_path", lambda name: Path("~/.cache") / name)
+    assert folder() is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_read_only_folder_is_read(folder, monkeypatch):
+    def refused(*args, **kwargs):
+        raise PermissionError
+
+    monkeypatch.setattr(os, "utime", refused)
+    expected = folder()
+    assert expected.is_dir()
+    monkeypatch.setattr(Path, "mkdir", refused)
+    assert folder() == expected
+    expected.rmdir()
+    assert folder() is None
+
+
+def test_old_folders_are_few(folder, tmp_path):
+    others = [tmp_path / f"kernels-{n:016}" for n in range(7)]
+    for age, other in enumerate(others):
+        other.mkdir()
+        (other / "code").touch()
+        os.utime(other, (10_000 - age, 10_000 - age))
+    (tmp_path / "else").mkdir()
+    new = folder()
+    assert sorted(tmp_path.iterdir()) == sorted([*others[: compilation._FOLDERS_KEPT], new, tmp_path / "else"])
+
+
+def test_folder_in_use_stays(folder, tmp_path):
+    new = folder()
+    os.utime(new, (1, 1))
+    for n in range(7):
+        (tmp_path / f"kernels-{n:016}").mkdir()
+    assert folder() == new
+    assert new.stat().st_mtime > 1e9  # used now
+    assert len(list(tmp_path.iterdir())) == 8  # only a new version prunes
+
+
+# What tells one kernel's code from another's.
+
+
+def test_signature_and_processor_are_in_the_name(tmp_path):
+    cached = compilation._KernelCache(test_signature_and_processor_are_in_the_name, tmp_path)
+
+    def path(sig, *magic):
+        return cached._path(sig, SimpleNamespace(magic_tuple=lambda: magic))
+
+    paths = {path("a", "x86", "rocketlake", "+avx2"), path("a", "x86", "rocketlake", "+avx2,+avx512f"),
+             path("a", "x86", "haswell", "+avx2"), path("b", "x86", "rocketlake", "+avx2")}  # fmt: skip
+    assert len(paths) == 4
+    assert path("a", "x86", "haswell", "+avx2") in paths
+
+
+@pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="names features of x86")
+def test_other_processors_share_no_code(copied):
+    plain = {"NUMBA_CPU_NAME": "x86-64", "NUMBA_CPU_FEATURES": ""}
+    wide = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx2,+fma"}
+    for number, environment in enumerate((plain, wide), 2):
+        assert run(POOL, copied, **environment) > 0
+        assert run(POOL, copied, **environment) == 0
+        assert len(files(copied)) == number
+    assert run(POOL, copied) == 0
+
+
+def test_code_with_addresses_of_this_process_is_not_kept(tmp_path):
+    cached = compilation._KernelCache(test_code_with_addresses_of_this_process_is_not_kept, tmp_path)
+    cached.save_overload("signature", SimpleNamespace(library=SimpleNamespace(has_dynamic_globals=True)))
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,350 @@
+"""How many threads there are, and that computing survives forks, other Python threads and every threading layer.
+
+What could kill or hang a process runs in one of its own.
+"""
+
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numba
+import numpy as np
+import pytest
+
+import fastclstm
+from fastclstm import functional
+from fastclstm.engines.cpu import threads
+
+ROOT = Path(__file__).parents[1]
+
+COMMON = """
+import os, sys, threading
+import numpy as np
+import numba
+import fastclstm
+from fastclstm import functional
+from fastclstm.engines.cpu import threads
+
+rng = np.random.default_rng(0)
+x = rng.standard_normal((2, 2, 24, 24, 3)).astype("f4")
+kernel, recurrent = (rng.standard_normal((3, 3, c, 64)).astype("f4") for c in (3, 16))
+
+def compute(algorithm="direct"):
+    return functional.convlstm2d(x, kernel, recurrent, engine="cpu", algorithm=algorithm)
+
+def alone(algorithm="direct"):
+    before = threads._chosen
+    fastclstm.set_num_threads(1)
+    try:
+        return compute(algorithm)
+    finally:
+        fastclstm.set_num_threads(before)
+
+teams = []  # of every parallel run
+original = threads.team
+def team(count):
+    teams.append(count)
+    return original(count)
+threads.team = team
+"""
+
+
+def in_process(code, **environment):
+    """Run code after COMMON in a process of its own, with four of Numba's threads; return what it prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", COMMON + textwrap.dedent(code)], cwd=ROOT, capture_output=True, text=True, timeout=200,
+        env=os.environ | {"NUMBA_NUM_THREADS": "4", "FASTCLSTM_NUM_THREADS": "4"} | environment,
+    )  # fmt: skip
+    assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(autouse=True)
+def settings(monkeypatch):
+    """Each test starts from the default and leaves it behind."""
+    monkeypatch.setattr(threads, "_chosen", None)
+    monkeypatch.delenv(threads.VARIABLE, raising=False)
+    monkeypatch.setattr(numba.config, "NUMBA_NUM_THREADS", 8)
+
+
+# How many.
+
+
+def test_setting_wins_over_variable_and_variable_over_machine(monkeypatch):
+    monkeypatch.setattr(threads, "available_processors", lambda: 5)
+    assert fastclstm.get_num_threads() == 5
+    monkeypatch.setenv(threads.VARIABLE, "3")
+    assert fastclstm.get_num_threads() == 3
+    fastclstm.set_num_threads(2)
+    assert fastclstm.get_num_threads() == 2
+    fastclstm.set_num_threads(np.int64(4))
+    assert fastclstm.get_num_threads() == 4
+    fastclstm.set_num_threads(None)
+    assert fastclstm.get_num_threads() == 3
+
+
+def test_no_more_than_numba_has(monkeypatch):
+    monkeypatch.setattr(numba.config, "NUMBA_NUM_THREADS", 2)
+    fastclstm.set_num_threads(1000)
+    assert fastclstm.get_num_threads() == 2
+
+
+@pytest.mark.parametrize(("count", "error"), [(0, ValueError), (-3, ValueError), (2.0, TypeError), ("2", TypeError)])
+def test_wrong_count_is_an_error_and_changes_nothing(count, error):
+    fastclstm.set_num_threads(2)
+    with pytest.raises(error, match=f"count must be a positive integer or None, got {count!r}"):
+        fastclstm.set_num_threads(count)
+    assert fastclstm.get_num_threads() == 2
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "two", "", "1.5", "²"])
+def test_wrong_variable_is_an_error_that_names_it(monkeypatch, text):
+    monkeypatch.setenv(threads.VARIABLE, text)
+    with pytest.raises(ValueError, match=f"{threads.VARIABLE} must be a positive integer, got {text!r}"):
+        fastclstm.get_num_threads()
+    fastclstm.set_num_threads(1)  # then nobody asks the variable
+    assert fastclstm.get_num_threads() == 1
+
+
+def write(folder, files):
+    for name, text in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+V2 = "0::{}\n"
+V1 = "4:memory:/m\n1:cpu,cpuacct:{}\n0::/\n"
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "quota"),
+    [
+        (V2.format("/"), {"cpu.max": "max 100000\n"}, None),
+        (V2.format("/"), {"cpu.max": "150000 100000\n"}, 1.5),
+        (V2.format("/"), {}, None),
+        (V2.format("/"), {"cpu.max": ""}, None),
+        (V2.format("/"), {"cpu.max": "100000 0\n"}, None),
+        (V2.format("/a/b"), {"a/b/cpu.max": "max 100000\n", "a/cpu.max": "200000 100000\n"}, 2),
+        (V2.format("/a/b"), {"a/b/cpu.max": "50000 100000\n", "a/cpu.max": "200000 100000\n"}, 0.5),
+        (V2.format("/outside/of/here"), {"cpu.max": "300000 100000\n"}, 3),
+        (V1.format("/"), {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
+        (V1.format("/"), {"cpu/cpu.cfs_quota_us": "400000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 4),
+        (V1.format("/a"), {"cpu/a/cpu.cfs_quota_us": "100000\n", "cpu/a/cpu.cfs_period_us": "50000\n"}, 2),
+        (V1.format("/a"), {"cpu/a/cpu.cfs_quota_us": "100000\n"}, None),
+    ],
+)
+def test_quota_of_the_control_group(monkeypatch, tmp_path, own, files, quota):
+    write(tmp_path, {"self": own} | {f"groups/{name}": text for name, text in files.items()})
+    monkeypatch.setattr(threads, "_OWN_CONTROL_GROUPS", tmp_path / "self")
+    monkeypatch.setattr(threads, "_CONTROL_GROUPS", tmp_path / "groups")
+    assert threads._control_group_quota.__wrapped__() == quota
+
+
+def test_no_control_groups_is_no_quota(monkeypatch, tmp_path):
+    monkeypatch.setattr(threads, "_OWN_CONTROL_GROUPS", tmp_path / "missing")
+    assert threads._control_group_quota.__wrapped__() is None
+
+
+@pytest.mark.parametrize(("quota", "count"), [(None, 6), (0.2, 1), (1.4, 1), (2.6, 3), (64.0, 6)])
+def test_processors_are_limited_by_the_quota(monkeypatch, quota, count):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)), raising=False)
+    monkeypatch.setattr(threads, "_control_group_quota", lambda: quota)
+    assert threads.available_processors() == count
+
+
+# When one thread must do it all.
+
+
+def usable_off_the_main_thread():
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(threads.usable_threads).result()
+
+
+@pytest.mark.parametrize(("layer", "count"), [("omp", 4), ("tbb", 4), ("workqueue", 1)])
+def test_unsafe_layer_serves_only_the_main_thread(monkeypatch, layer, count):
+    monkeypatch.setattr(threads, "threading_layer", lambda: layer)
+    fastclstm.set_num_threads(4)
+    assert threads.usable_threads() == 4
+    assert usable_off_the_main_thread() == count
+
+
+def test_alone_beside_a_team_at_work(monkeypatch):
+    monkeypatch.setattr(threads, "threading_layer", lambda: "omp")
+    fastclstm.set_num_threads(4)
+    with threads.team(1):
+        assert usable_off_the_main_thread() == 1
+        with threads.team(1):
+            pass
+        assert usable_off_the_main_thread() == 1
+    assert usable_off_the_main_thread() == 4
+
+
+def test_team_ends_with_an_error_too():
+    before = numba.get_num_threads()
+    with pytest.raises(ZeroDivisionError), threads.team(1):
+        raise ZeroDivisionError
+    assert not threads._team_at_work.locked()
+    assert numba.get_num_threads() == before
+
+
+# In processes of their own.
+
+
+@pytest.mark.parametrize("layer", ["omp", "workqueue"])
+def test_bits_do_not_depend_on_the_thread_count(layer):
+    printed = in_process("""
+        for algorithm in ("direct", "winograd"):
+            expected = alone(algorithm)
+            for count in (2, 3, 4):
+                fastclstm.set_num_threads(count)
+                np.testing.assert_array_equal(compute(algorithm), expected)
+        print(teams, threads.threading_layer(), numba.get_num_threads())
+    """, NUMBA_THREADING_LAYER=layer)  # fmt: skip
+    assert printed.strip() == f"[2, 3, 4, 2, 3, 4] {layer} 4"
+
+
+def test_settings_of_numba_are_left_alone():
+    printed = in_process("""
+        numba.set_num_threads(2)
+        compute()
+        print(teams, numba.get_num_threads(), os.environ.get("OMP_NUM_THREADS"), os.environ["NUMBA_NUM_THREADS"])
+    """)
+    assert printed.split("\n")[0] == f"[4] 2 {os.environ.get('OMP_NUM_THREADS')} 4"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.parametrize("layer", ["omp", "workqueue"])
+def test_use_after_fork(layer):
+    printed = in_process("""
+        expected = compute()
+        child = os.fork()
+        if child == 0:
+            teams.clear()
+            same = np.array_equal(compute(), expected) and np.array_equal(compute("winograd"), alone("winograd"))
+            os._exit(0 if same and not teams and threads.usable_threads() == 1 else 3)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        np.testing.assert_array_equal(compute(), expected)
+        print(teams)
+    """, NUMBA_THREADING_LAYER=layer)  # fmt: skip
+    assert printed.split("\n")[:2] == ["0", "[4, 4]"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_fork_while_a_team_works():
+    """A child born between another thread's start and end of a parallel run computes, and the parent goes on."""
+    in_process("""
+        expected = compute()
+        with original(4):
+            child = os.fork()
+            if child == 0:
+                os._exit(0 if np.array_equal(compute(), expected) else 3)
+        assert os.waitpid(child, 0)[1] == 0
+        np.testing.assert_array_equal(compute(), expected)
+    """)
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_pool_of_processes(method, tmp_path):
+    """As data loaders and joblib use one."""
+    if method == "fork" and not hasattr(os, "fork"):
+        pytest.skip("no fork here")
+    script = tmp_path / "pool.py"
+    script.write_text(
+        COMMON
+        + textwrap.dedent(f"""
+        def work(n):
+            return compute().sum(dtype="f8"), threads.usable_threads()
+
+        if __name__ == "__main__":
+            import multiprocessing
+            expected = work(0)[0]
+            with multiprocessing.get_context("{method}").Pool(2) as pool:
+                results = pool.map(work, range(4))
+            assert [total for total, _ in results] == [expected] * 4
+            print({{count for _, count in results}})
+    """)
+    )
+    environment = {"NUMBA_NUM_THREADS": "4", "FASTCLSTM_NUM_THREADS": "4", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=200,
+                          env=os.environ | environment)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == ("{1}" if method == "fork" else "{4}")
+
+
+@pytest.mark.parametrize("layer", ["omp", "workqueue"])
+def test_many_python_threads(layer):
+    """Each gets the same bits; with the layer that two threads must not enter, only the main one has a team."""
+    printed = in_process("""
+        from concurrent.futures import ThreadPoolExecutor
+
+        expected = {name: alone(name) for name in ("direct", "winograd")}
+        start = threading.Barrier(5)
+
+        def work(n):
+            start.wait()
+            for name in ("direct", "winograd") * 3:
+                np.testing.assert_array_equal(compute(name), expected[name])
+            return n
+
+        with ThreadPoolExecutor(4) as pool:
+            futures = [pool.submit(work, n) for n in range(4)]
+            work(4)
+            assert [future.result() for future in futures] == [0, 1, 2, 3]
+        compute()
+        assert teams[-1] == 4
+        print(threads.threading_layer())
+    """, NUMBA_THREADING_LAYER=layer)  # fmt: skip
+    assert printed.strip() == layer
+
+
+def test_interrupt_during_a_run_leaves_everything_in_order():
+    """Ctrl-C is answered when the kernel returns."""
+    in_process("""
+        import _thread
+        expected = compute()
+        inner = original
+
+        from contextlib import contextmanager
+
+        @contextmanager
+        def interrupted(count):
+            with inner(count):
+                yield
+                _thread.interrupt_main()
+                for _ in range(1000):
+                    pass
+
+        threads.team = interrupted
+        before = numba.get_num_threads()
+        try:
+            compute()
+        except KeyboardInterrupt:
+            pass
+        else:
+            sys.exit("no KeyboardInterrupt")
+        threads.team = team
+        assert numba.get_num_threads() == before
+        np.testing.assert_array_equal(compute(), expected)
+        assert teams[-1] == 4
+    """)
+
+
+def test_python_threads_here_get_the_same_bits():
+    rng = np.random.default_rng(1)
+    x, kernel = rng.standard_normal((3, 20, 20, 8)).astype("f4"), rng.standard_normal((3, 3, 8, 32)).astype("f4")
+    expected = functional.conv2d(x, kernel, engine="cpu")
+    start = threading.Barrier(3)
+
+    def work(_):
+        start.wait()
+        return [functional.conv2d(x, kernel, engine="cpu") for _ in range(5)]
+
+    with ThreadPoolExecutor(3) as pool:
+        for results in pool.map(work, range(3)):
+            for result in results:
+                np.testing.assert_array_equal(result, expected)
