@@ -8,7 +8,6 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-START, END = "<!-- bench:start -->", "<!-- bench:end -->"
 OURS, DIRECT = "fastclstm", "fastclstm-direct"
 
 FAMILIES = {
@@ -90,13 +89,14 @@ def markdown(report: dict[str, Any], plot: str | None = None) -> str:
     return "\n".join(lines)
 
 
-def insert(text: str, block: str) -> str:
-    """Return `text` with what stands between its markers replaced by `block`; raise ValueError without markers."""
-    before, start, rest = text.partition(START)
-    _, end, after = rest.partition(END)
+def insert(text: str, block: str, name: str = "bench") -> str:
+    """Return `text` with what stands between the markers of `name` replaced by `block`, or raise ValueError."""
+    opening, closing = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
+    before, start, rest = text.partition(opening)
+    _, end, after = rest.partition(closing)
     if not start or not end:
-        raise ValueError(f"the file needs the lines {START} and {END}, in this order")
-    return f"{before}{START}\n{block}\n{END}{after}"
+        raise ValueError(f"the file needs the lines {opening} and {closing}, in this order")
+    return f"{before}{opening}\n{block}\n{closing}{after}"
 
 
 def plot(report: dict[str, Any], path: Path) -> None:

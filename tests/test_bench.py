@@ -84,8 +84,8 @@ def test_table_shows_the_fastest_of_each_family_and_its_losses(report):
 
 
 def test_table_replaces_what_stood_between_the_markers():
-    text = f"before\n{render.START}\nold\n{render.END}\nafter\n"
-    assert render.insert(text, "new") == f"before\n{render.START}\nnew\n{render.END}\nafter\n"
+    text = "before\n<!-- bench:start -->\nold\n<!-- bench:end -->\nafter\n"
+    assert render.insert(text, "new") == "before\n<!-- bench:start -->\nnew\n<!-- bench:end -->\nafter\n"
     with pytest.raises(ValueError, match="needs the lines"):
         render.insert("no markers", "new")
 

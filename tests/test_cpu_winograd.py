@@ -19,7 +19,7 @@ TIMES_DIRECT = {(2, 3): 2, (4, 3): 6, (2, 5): 3, (4, 5): 8}
 @pytest.fixture
 def tile_of(monkeypatch):
     """Function that makes the engine take tiles of m×m outputs."""
-    return lambda m: monkeypatch.setattr(winograd, "choose_tile", lambda spec: m)
+    return lambda m: monkeypatch.setattr(winograd, "TILES", (m,))
 
 
 def correlate(x, w):
@@ -150,12 +150,3 @@ def test_bits_do_not_depend_on_the_batch_or_the_sequence(tile_of, m, k):
     rest, *last = run(x[:, 2:], initial_state=tuple(state), return_state=True)
     for result, expected in zip((rest, *last), (whole[:, 2:], h, c), strict=True):
         np.testing.assert_array_equal(result, expected)
-
-
-def test_small_frames_take_small_tiles():
-    def chosen(H, W):
-        return winograd.choose_tile(ConvSpec.infer((1, H, W, 1), (3, 3, 1, 4), padding="same"))
-
-    assert chosen(64, 64) == 4
-    assert chosen(2, 2) == 2
-    assert {chosen(H, W) for H in (1, 4, 9, 16) for W in (1, 5, 12, 40)} == {2, 4}

@@ -39,7 +39,7 @@ def convlstm2d(
 
     `out` are arrays for the last h, whose memory the output of a single step shares, and the last c, which may be `c`.
     """
-    m = sequence.choose("convlstm2d", (spec.input, spec.recurrent), algorithm, x.itemsize)
+    m = sequence.choose("convlstm2d", (spec.recurrent, spec.input), algorithm, x.itemsize)
     if save or not _is_fused(spec):
         convolution = partial(conv2d, algorithm="auto" if m else "direct")
         arguments = x, kernel, recurrent_kernel, bias, h, c, peephole, mask
@@ -55,7 +55,7 @@ def convlstm2d(
     kept = spec.T if spec.return_sequences and mask is None else min(2, spec.T)
     h_states = h_last[:, np.newaxis] if kept == 1 else np.empty((spec.B, kept, *state[1:]), dtype)
     if c_last.size:
-        _run_fused(spec, m, x, (kernel, recurrent_kernel), bias, h_first, c_first, peephole, mask, h_states, c_last,
+        _run_fused(spec, m, x, (recurrent_kernel, kernel), bias, h_first, c_first, peephole, mask, h_states, c_last,
                    separate, h is None)  # fmt: skip
     if kept > 1:
         h_last[...] = h_states[:, (spec.T - 1) % kept]
@@ -113,7 +113,7 @@ def _run_fused(
 ) -> None:  # fmt: skip
     cell = _cell(spec, peephole)
     scales = gates.SCALES if cell[0]["standard"] else np.ones(4)
-    specs = (spec.input, spec.recurrent)
+    specs = (spec.recurrent, spec.input)
     team = team_size(spec.flops // spec.T)
     plan, columns = sequence.prepare(specs, kernels, bias, scales, m, team)
     if mask is not None:

@@ -16,7 +16,7 @@ from numba.extending import intrinsic
 
 from fastclstm.engines.cpu import simd
 from fastclstm.engines.cpu.compilation import inline, kernel
-from fastclstm.engines.cpu.flow import Plan, h_before, place, share, worker_scratch, x_at
+from fastclstm.engines.cpu.flow import Plan, place, share, skipped_sources, source_at, worker_scratch
 from fastclstm.engines.cpu.frames import SOURCE, copy_patch, source
 from fastclstm.engines.cpu.gates import finish, skip_step
 from fastclstm.spec import ConvSpec
@@ -115,12 +115,12 @@ def _run_block(
         for g in range(group0, group1):
             skip_step(like, flow, cell, groups[g], pixels, count, b, t)
         return
-    used = 1 if flow.fresh and t == 0 else len(sources)  # a hidden state of zeros adds nothing
-    for s in range(used):
+    skipped = skipped_sources(flow, sources, t)
+    for s in range(skipped, len(sources)):
         src = sources[s]
         patch_height = (height - 1) * src.stride_y + (src.KH - 1) * src.dilation_y + 1
         patch_width = (work.block_width - 1) * src.stride_x + (src.KW - 1) * src.dilation_x + 1
-        frame = simd.at(like, x_at(flow, b, t) if s == 0 else h_before(flow, b, t))
+        frame = simd.at(like, source_at(flow, sources, s, b, t))
         copy_patch(src, frame, y0 * src.stride_y - src.top, x0 * src.stride_x - src.left, patch_height, patch_width,
                    simd.at(like, scratch + src.scratch))  # fmt: skip
         offsets = simd.at(segments, scratch + (work.offsets0 if s == 0 else work.offsets1))
@@ -131,6 +131,9 @@ def _run_block(
     step = simd.vector_lanes(z)
     segment = simd.pointer(segments)
     last_panel = len(panels) - 2
+    first_pass = 0
+    while passes[first_pass, 0] < skipped:
+        first_pass += 1
     for g in range(group0, group1):
         group = groups[g]
         vectors = group[1]
@@ -142,13 +145,13 @@ def _run_block(
             for r in range(0, count, rows):
                 sums = simd.shift(z, r * columns if last_panel > 0 else 0)
                 for n in range(panels[p], panels[p + 1]):
-                    s = passes[n, 0]
-                    if s >= used:
+                    if n < first_pass:
                         continue
-                    begin = group_bias if n == 0 else sums
+                    s = passes[n, 0]
+                    begin = group_bias if n == first_pass else sums
                     base = simd.at(like, scratch + sources[s].scratch)
                     offsets = simd.at(segments, scratch + (work.offsets0 if s == 0 else work.offsets1) + 8 * r)
-                    _tile(vectors, begin, 0 if n == 0 else columns, sums, base, offsets, segment, passes[n, 1],
+                    _tile(vectors, begin, 0 if n == first_pass else columns, sums, base, offsets, segment, passes[n, 1],
                           passes[n, 2], panel_weights)  # fmt: skip
                 if p == last_panel:
                     finish(like, flow, cell, group, sums, simd.shift(pixels, r), min(rows, count - r), b, t)

@@ -103,6 +103,18 @@ def c_after(flow, b, t):
 
 
 @inline
+def source_at(flow, sources, s, b, t):
+    """Address of the frame of image b that source s reads at step t: of two sources h is the first, x the last."""
+    return h_before(flow, b, t) if s < len(sources) - 1 else x_at(flow, b, t)
+
+
+@inline
+def skipped_sources(flow, sources, t):
+    """Count of the sources that add nothing: 1 where the hidden state is zeros."""
+    return len(sources) - 1 if flow.fresh and t == 0 else 0
+
+
+@inline
 def y_at(flow, b, t):
     """Address of the separate output of image b at step t; 0 where there is none."""
     return _address(flow.y, flow.y_image, flow.y_step, b, t) if flow.y != 0 and t >= 0 else np.uint64(0)

@@ -19,7 +19,7 @@ from numba.extending import intrinsic
 from fastclstm.engines.cpu import simd
 from fastclstm.engines.cpu.compilation import inline, kernel
 from fastclstm.engines.cpu.direct import STREAMING_ROWS
-from fastclstm.engines.cpu.flow import Plan, h_before, place, share, worker_scratch, x_at
+from fastclstm.engines.cpu.flow import Plan, place, share, skipped_sources, source_at, worker_scratch
 from fastclstm.engines.cpu.frames import SOURCE, copy_run, source
 from fastclstm.engines.cpu.gates import finish, skip_step
 from fastclstm.spec import ConvSpec
@@ -157,7 +157,9 @@ def transform_input(typingctx, m, k, some, origin, row, column, count, target, p
             return simd.emit_load(builder, pointer, vector)
 
         tile = [[read(at(at(origin, row, i), column, j)) for j in range(alpha)] for i in range(alpha)]
-        side = m.literal_value  # the tile to the right begins so many pixels on: ask for those of its pixels not read here
+        side = (
+            m.literal_value
+        )  # the tile to the right begins so many pixels on: ask for those of its pixels not read here
         for i in range(alpha):
             for j in range(alpha, alpha + side):
                 simd.emit_prefetch(builder, at(at(origin, row, i), column, j), 3)
@@ -283,7 +285,7 @@ def _output(m, k, products, bias, target, pixel):
 
 
 @inline
-def _transform_tile(work, src, frame, y0, x0, inputs, chunk_size, block_size, point, patch):
+def _transform_tile(work, src, frame, y0, x0, inputs, block_size, point, patch):
     """Transform the α×α pixels of a frame at (y0, x0), all channels, a block of channels at a time."""
     step = simd.vector_lanes(inputs)
     alpha = work.m + work.k - 1
@@ -327,8 +329,13 @@ def _run_block(like, flow, work, sources, groups, channels, weights, bias, cell,
     chunks = (count + chunk - 1) // chunk
     chunk_size = len(channels) * chunk * step
     point = chunks * chunk_size + step  # one vector more: the points of a tile in different sets of the cache
-    used = 1 if flow.fresh and t == 0 else len(sources)  # a hidden state of zeros adds nothing
-    blocks = (sources[0].C + step - 1) // step
+    skipped = skipped_sources(flow, sources, t)
+    rows = skipped_rows = skipped_blocks = 0
+    for s in range(len(sources)):
+        if s < skipped:
+            skipped_rows += sources[s].C
+            skipped_blocks += (sources[s].C + step - 1) // step
+        rows += sources[s].C
     for n in range(count):
         b, tile = (first + n) // work.tiles, (first + n) % work.tiles
         ty, tx = tile // work.tiles_x * m, tile % work.tiles_x * m
@@ -336,19 +343,14 @@ def _run_block(like, flow, work, sources, groups, channels, weights, bias, cell,
             for j in range(m):
                 outside = ty + i >= work.HO or tx + j >= work.WO
                 pixels[n * side + i * m + j] = -1 if outside else (ty + i) * work.WO + tx + j
-        place_n = simd.shift(inputs, n // chunk * chunk_size + n % chunk * step)
-        src = sources[0]
-        _transform_tile(work, src, simd.at(like, x_at(flow, b, t)), ty - src.top, tx - src.left, place_n, chunk_size,
-                        chunk * step, point, patch)  # fmt: skip
-        if used > 1:
-            src = sources[1]
-            place_n = simd.shift(place_n, blocks * chunk * step)
-            _transform_tile(work, src, simd.at(like, h_before(flow, b, t)), ty - src.top, tx - src.left, place_n,
-                            chunk_size, chunk * step, point, patch)  # fmt: skip
-    if used > 1:
-        blocks = len(channels)
-    rows = sources[0].C + (sources[1].C if len(sources) > 1 else 0)
-    counts = simd.pointer(channels)
+        block_n = simd.shift(inputs, n // chunk * chunk_size + (n % chunk + skipped_blocks * chunk) * step)
+        for s in range(skipped, len(sources)):
+            src = sources[s]
+            frame = simd.at(like, source_at(flow, sources, s, b, t))
+            _transform_tile(work, src, frame, ty - src.top, tx - src.left, block_n, chunk * step, point, patch)
+            block_n = simd.shift(block_n, (src.C + step - 1) // step * chunk * step)
+    blocks = len(channels) - skipped_blocks
+    counts = simd.shift(simd.pointer(channels), skipped_blocks)
     for g in range(group0, group1):
         group = groups[g]
         vectors = group[1]
@@ -359,10 +361,11 @@ def _run_block(like, flow, work, sources, groups, channels, weights, bias, cell,
         for p in range(points):
             for v in range(0, vectors, 2):
                 ahead = simd.shift(panel_weights, panel)
+                used = simd.shift(panel_weights, skipped_rows * 2 * step)
                 for q in range(chunks):
-                    rows_in = simd.shift(inputs, p * point + q * chunk_size)
+                    rows_in = simd.shift(inputs, p * point + q * chunk_size + skipped_blocks * chunk * step)
                     result = simd.shift(products, q * chunk * tile_size + v * points * step + p * step)
-                    _multiply(chunk, rows_in, panel_weights, counts, blocks, result, tile_size, points * step,
+                    _multiply(chunk, rows_in, used, counts, blocks, result, tile_size, points * step,
                               simd.shift(ahead, q % 2 * step))  # fmt: skip
                 panel_weights = ahead
         for n in range(count):
