@@ -83,6 +83,8 @@ def working_dtype(*arrays: np.ndarray | None) -> np.dtype:
 
 def native(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """Return `array` as a C-contiguous, aligned array of the native `dtype`: itself where it already is one."""
+    if array.dtype == dtype and array.flags.c_contiguous and array.flags.aligned:
+        return array
     return np.require(array, dtype, ["C", "A"])
 
 

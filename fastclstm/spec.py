@@ -28,6 +28,8 @@ _AXES = {2: ("height", "width"), 3: ("time", "height", "width")}
 
 def integers(op: str, name: str, value: Any, count: int, minimum: int) -> Shape:
     """Return `value`, an integer or a sequence of `count` integers, as a tuple of `count` integers >= `minimum`."""
+    if type(value) is int and value >= minimum:
+        return (value,) * count
     expected = f"{op}: {name} must be an integer >= {minimum} or {count} of them, got {value!r}"
     items = list(value) if np.iterable(value) else [value] * count
     try:
