@@ -2,6 +2,8 @@ import copy
 import inspect
 import json
 import pickle
+import re
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -13,9 +15,9 @@ from fastclstm.layers import ConvLSTM2D, ConvLSTM2DCell, Layer, MaxPooling3D, Ti
 REFERENCE_KEYS = ["W_xi", "W_hi", "W_xf", "W_hf", "W_xc", "W_hc", "W_xo", "W_ho", "b_i", "b_f", "b_c", "b_o"]
 
 
-@pytest.fixture
-def engine():
-    return "reference"
+@pytest.fixture(params=["reference", "cpu"])
+def engine(request):
+    return request.param
 
 
 @pytest.fixture
@@ -315,6 +317,130 @@ def test_the_cell_steps_through_the_layer(build, engine):
         states.append(h)
     close(np.stack(states, 1), layer(x))
     assert cell.output_shape((2, 6, 6, 2)) == h.shape == c.shape == (2, 3, 3, 3)
+
+
+# One step at a time, into given arrays
+
+
+def pair(*shape, dtype=np.float64):
+    return np.full(shape, np.nan, dtype), np.full(shape, np.nan, dtype)
+
+
+@pytest.mark.parametrize("algorithm", ["auto", "direct"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("kernel_size", [3, (2, 4)])
+def test_steps_have_the_bits_of_one_call(engine, dtype, algorithm, kernel_size):
+    layer = ConvLSTM2D(
+        2, 5, kernel_size, return_state=True, seed=0, engine=engine, dtype=dtype, algorithm=algorithm, cell_clip=0.3
+    )
+    x = normal(2, 5, 9, 8, 2).astype(dtype)
+    whole, [last] = layer(x)
+    cell = layer.cells[0]
+    fresh, swapped, in_place = (None, None), (None, None), (None, None)
+    spare, spare_h = pair(2, 9, 8, 5, dtype=dtype), np.empty((2, 9, 8, 5), dtype)
+    for t in range(5):
+        fresh = cell.step(x[:, t], *fresh)
+        swapped, spare = cell.step(x[:, t], *swapped, out=spare), swapped if t else pair(2, 9, 8, 5, dtype=dtype)
+        out = (spare_h, np.empty_like(spare_h) if t == 0 else in_place[1])
+        result, spare_h = cell.step(x[:, t], *in_place, out=out), np.empty_like(spare_h) if t == 0 else in_place[0]
+        assert all(returned is given for returned, given in zip(result, out, strict=True))
+        in_place = result
+        for h, _ in (fresh, swapped, in_place):
+            equal(h, whole[:, t])
+    for state in (fresh, swapped, in_place):
+        equal(state, last)
+
+
+def test_step_converts_what_it_reads(engine):
+    cell = ConvLSTM2DCell(2, 3, 3, engine=engine, seed=0)
+    x, h, c = normal(2, 6, 5, 4)[..., ::2], normal(2, 3, 6, 5).transpose(0, 2, 3, 1), np.ones((2, 6, 5, 3), int)
+    out = pair(2, 6, 5, 3, dtype=np.float32)
+    equal(cell.step(x, h, c, out=out), cell.forward(x, h, c))
+    equal(cell.step(x, None, c, out=out), cell.forward(x, None, c))
+    equal(cell.step(x, h, out=list(out)), cell.forward(x, h))
+
+
+def test_a_nan_spreads_alike_where_the_cell_state_is_replaced(engine):
+    cell = ConvLSTM2DCell(1, 4, 3, engine=engine, seed=0)
+    x, h, c = (normal(2, 12, 12, n).astype(np.float32) for n in (1, 4, 4))
+    x[1, 5, 6] = np.nan
+    expected = cell.step(x, h, c)
+    assert np.isnan(expected[0]).any((0, 3)).sum() == 9
+    equal(cell.step(x, h, c, out=(np.empty_like(h), c)), expected)
+
+
+@pytest.mark.parametrize("algorithm", ["auto", "direct", "winograd"])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_step_into_given_arrays_allocates_no_frame(algorithm, in_place):
+    cell = ConvLSTM2DCell(4, 32, 3, engine="cpu", algorithm=algorithm, seed=0)
+    x = normal(1, 128, 128, 4).astype(np.float32)
+    state, spare = cell.step(x), pair(1, 128, 128, 32, dtype=np.float32)
+    peaks = []
+    tracemalloc.start()
+    try:
+        for _ in range(3):
+            before = tracemalloc.get_traced_memory()[0]
+            tracemalloc.reset_peak()
+            out = (spare[0], state[1]) if in_place else spare
+            spare, state = state, cell.step(x, *state, out=out)
+            peaks.append(tracemalloc.get_traced_memory()[1] - before)
+    finally:
+        tracemalloc.stop()
+    assert max(peaks[1:]) < 1 << 16  # the states have 2 MiB
+
+
+def test_step_refuses_what_it_cannot_write_to(engine):
+    cell = ConvLSTM2DCell(3, 3, 3, engine=engine, seed=0)
+    x, h, c = (normal(2, 4, 4, 3).astype(np.float32) for _ in range(3))
+    new_h, new_c = pair(2, 4, 4, 3, dtype=np.float32)
+    before = h.copy(), c.copy()
+    locked = np.empty_like(h)
+    locked.setflags(write=False)
+    memory = np.empty(200, np.float32)
+    cases = [
+        (new_h, TypeError, "out must be a pair (h, c) of NumPy arrays, got ndarray"),
+        ((new_h,), TypeError, "got tuple"),
+        ((new_h, new_c.tolist()), TypeError, "got (ndarray, list)"),
+        ((new_h[:1], new_c), ValueError, "out h has shape (1, 4, 4, 3) but must be (2, 4, 4, 3)"),
+        ((new_h, new_c.astype(float)), ValueError, "out c has dtype float64 but the states are float32; make it with "
+                                                   "np.empty((2, 4, 4, 3), np.float32)"),
+        ((new_h.astype(">f4"), new_c), ValueError, "out h has dtype >f4 but the states are float32"),
+        ((new_h, np.asfortranarray(new_c)), ValueError, "out c is not contiguous and aligned"),
+        ((locked, new_c), ValueError, "out h is read-only"),
+        ((x, new_c), ValueError, "out h overlaps x;"),
+        ((h, new_c), ValueError, "out h overlaps h;"),
+        ((c, new_c), ValueError, "out h overlaps c;"),
+        ((c, c), ValueError, "out h overlaps c;"),
+        ((new_h, new_h), ValueError, "out h overlaps out c;"),
+        ((memory[:96].reshape(h.shape), memory[4:100].reshape(h.shape)), ValueError, "out h overlaps out c;"),
+        ((new_h, h), ValueError, "out c overlaps h;"),
+        ((new_h, x), ValueError, "out c overlaps x;"),
+    ]  # fmt: skip
+    for out, error, message in cases:
+        with pytest.raises(error, match=re.escape(message)):
+            cell.step(x, h, c, out=out)
+    shifted, old = memory[4:100].reshape(h.shape), memory[:96].reshape(h.shape)
+    with pytest.raises(ValueError, match="out c overlaps c; give it memory of its own, or exactly that of the old c"):
+        cell.step(x, h, old, out=(new_h, shifted))
+    equal((h, c), before)
+    assert np.isnan(new_h).all()
+    assert np.isnan(new_c).all()
+    with pytest.raises(ValueError, match="out needs data_format='channels_last'"):
+        ConvLSTM2DCell(3, 3, 3, data_format="channels_first").step(x, out=(new_h, new_c))
+    with pytest.raises(ValueError, match="ConvLSTM2DCell: x must be 4D"):
+        cell.step(x[0], out=(new_h, new_c))
+    with pytest.raises(ValueError, match="initial state h has shape"):
+        cell.step(x, h[:1], c, out=(new_h, new_c))
+    cell.step(x, h, c[:], out=(new_h, c))  # the same memory is the same array
+
+
+def test_a_step_is_not_a_training_call(engine):
+    cell = ConvLSTM2DCell(1, 2, 3, engine=engine, seed=0)
+    x = normal(1, 4, 4, 1)
+    cell.forward(x, training=True)
+    cell.step(x, out=pair(1, 4, 4, 2, dtype=np.float32))
+    with pytest.raises(RuntimeError, match="training"):
+        cell.backward()
 
 
 # Parameters
