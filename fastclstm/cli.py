@@ -1,4 +1,4 @@
-"""The command line: ``python -m fastclstm info | demo | run | bench``.
+"""The command line: ``python -m fastclstm info | demo | run | warmup | bench``.
 
 Each command imports what it needs when it runs, so that help is quick.
 """
@@ -132,6 +132,29 @@ def run(
     )
     if not quiet:
         print(f"{out}: {shape}")
+
+
+@app.command()
+def warmup(dtype: Annotated[str, typer.Option(help="float32, float64 or both.")] = "both") -> None:
+    """Compile all kernels of the cpu engine now and keep them on disk, where later processes find them."""
+    import time
+
+    from tqdm import tqdm
+
+    from fastclstm.engines.cpu import compilation, warmup
+    from fastclstm.spec import choice
+
+    choice("warmup", "dtype", dtype, (*warmup.DTYPES, "both"))
+    folder = compilation.cache_folder()
+    if folder is None or not os.access(folder, os.W_OK):
+        raise OSError(f"warmup: kernels cannot be kept in {folder or 'any folder'}; "
+                      f"set {compilation.CACHE_VARIABLE} to a folder that can be written")  # fmt: skip
+    start, steps = time.perf_counter(), list(warmup.steps(*warmup.DTYPES if dtype == "both" else (dtype,)))
+    with tqdm(steps, unit="kernel", disable=None) as progress:
+        for name, compile_kernel in progress:
+            progress.set_description(name)
+            compile_kernel()
+    print(f"{len(steps)} kernels in {time.perf_counter() - start:.1f} s, kept in {folder}")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 import fastclstm
 from fastclstm import ConvLSTM2D, MaxPooling3D, dispatch
 from fastclstm.cli import app
+from fastclstm.engines.cpu import compilation
 
 ROOT = Path(fastclstm.__file__).parents[1]
 
@@ -424,6 +426,23 @@ def test_demo_names_what_is_missing(monkeypatch, tmp_path):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name))
     assert_user_error(demo("--plot", tmp_path / "plot.png"), "matplotlib", "pip install 'fastclstm[viz]'")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_warmup():
+    result = fastclstm_cli("warmup", "--dtype", "float32")
+    assert result.exit_code == 0, result.output
+    assert re.fullmatch(
+        rf"10 kernels in [\d.]+ s, kept in {re.escape(str(compilation.cache_folder()))}\n", result.stdout
+    )
+
+
+def test_warmup_says_what_is_wrong(monkeypatch, tmp_path):
+    assert_user_error(fastclstm_cli("warmup", "--dtype", "half"), "'float32', 'float64', 'both', got 'half'")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr(compilation, "cache_folder", lambda: tmp_path)
+    assert_user_error(fastclstm_cli("warmup"), str(tmp_path), "FASTCLSTM_CACHE_DIR")
+    monkeypatch.setattr(compilation, "cache_folder", lambda: None)
+    assert_user_error(fastclstm_cli("warmup"), "any folder", "FASTCLSTM_CACHE_DIR")
 
 
 def test_bench_hands_its_arguments_on(monkeypatch):

@@ -1,0 +1,44 @@
+"""Compile every kernel before it is needed, so that its machine code waits on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from fastclstm.engines.cpu import direct, winograd
+from fastclstm.engines.cpu.conv2d import conv2d
+from fastclstm.engines.cpu.max_pool3d import INDICES, SCATTER, VALUES, max_pool3d, max_pool3d_backward
+from fastclstm.spec import ConvSpec, PoolSpec
+
+DTYPES = ("float32", "float64")
+
+
+def steps(*dtypes: str) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """What there is to do: the name of a kernel, and a function that compiles it or finds it on disk."""
+    for dtype in dtypes:
+        for name, (serial, parallel), run in _operations(dtype):
+            yield f"{name}, {dtype}", run
+            yield f"{name}, {dtype}, parallel", partial(_compile_alike, serial, parallel)
+
+
+def _operations(dtype: str) -> Iterator[tuple[str, tuple[Any, Any], Callable[[], Any]]]:
+    """Name of each operation, its kernels, and a call so small that the serial one does it."""
+    image, kernel = np.ones((1, 3, 3, 1), dtype), np.ones((3, 3, 1, 1), dtype)
+    convolution = ConvSpec.infer(image.shape, kernel.shape)
+    for algorithm, module in (("direct", direct), ("winograd", winograd)):
+        call = partial(conv2d, convolution, image, kernel, None, algorithm=algorithm)
+        yield f"{algorithm} convolution", (module.run_serial, module.run_parallel), call
+    volume, indices = np.ones((1, 1, 1, 1, 1), dtype), np.zeros((1, 1, 1, 1, 1), np.int64)
+    pool = PoolSpec.infer(volume.shape, 1)
+    yield "pooling", VALUES, partial(max_pool3d, pool, volume, False)
+    yield "pooling with indices", INDICES, partial(max_pool3d, pool, volume, True)
+    yield "gradient of pooling", SCATTER, partial(max_pool3d_backward, pool, indices, volume)
+
+
+def _compile_alike(serial: Any, parallel: Any) -> None:
+    """Compile a kernel for the types that its serial twin, which takes the same arguments, has met."""
+    for signature in serial.signatures:
+        parallel.compile(signature)
