@@ -63,12 +63,12 @@ def tile(typingctx, rows, vectors, start, start_row, result, base, offsets, segm
 
             def step(builder, k, sums):
                 line = builder.gep(panel, [builder.mul(k, simd.INT64(columns))])
-                w = [simd.emit_load(builder, line, vector, v) for v in range(nv)]
                 new = list(sums)
-                for r in range(nr):
-                    value = simd.splat(builder, builder.load(builder.gep(run[r], [k])))
-                    for v in range(nv):
-                        new[r * nv + v] = simd.emit_fma(builder, value, w[v], new[r * nv + v])
+                values = [simd.splat(builder, builder.load(builder.gep(run[r], [k]))) for r in range(nr)]
+                for v in range(nv):
+                    w = simd.emit_load(builder, line, vector, v)
+                    for r in range(nr):
+                        new[r * nv + v] = simd.emit_fma(builder, values[r], w, new[r * nv + v])
                 return new
 
             return simd.emit_loop(builder, simd.INT64(0), length, 1, sums, step)
