@@ -408,10 +408,35 @@ def test_bits_do_not_depend_on_the_batch(engine, algorithm):
     np.testing.assert_array_equal(functional.conv2d(x[2:4], kernel, engine=engine, algorithm=algorithm), whole[2:4])
 
 
+@pytest.mark.parametrize("options", [{}, {"mask": [[1, 0, 1], [0, 0, 0]]}, {"go_backwards": True}])
+@pytest.mark.parametrize("return_sequences", [True, False])
+@pytest.mark.parametrize("T", [1, 3])
+@pytest.mark.parametrize("peephole", [True, False])
 @every_engine
-def test_results_share_no_memory(engine):
+def test_last_states_go_where_they_are_wanted(engine, T, options, return_sequences, peephole):
+    """What `out` receives, also over the initial cell state, are the bits that are returned without it."""
+    arguments, _ = big_problem(T=T)
+    arguments |= options | {"return_sequences": return_sequences}
+    if "mask" in options:
+        arguments["mask"] = np.array(options["mask"])[:, :T]
+    if not peephole:
+        del arguments["peephole"]
+    call = functional._ConvLSTMCall(**arguments, engine=engine)
+    expected = call.forward(save=False)
+    h, c = np.full_like(expected[1], np.nan), call.arrays["c"].copy()
+    call.arrays["c"] = c
+    results = call.forward(save=False, out=(h, c))
+    assert results[1] is h
+    assert results[2] is c
+    for result, value in zip(results[:3], expected[:3], strict=True):
+        np.testing.assert_array_equal(result, value)
+
+
+@pytest.mark.parametrize("T", [1, 3])
+@every_engine
+def test_results_share_no_memory(engine, T):
     """Writing over results changes neither each other, nor the inputs, nor a gradient taken later."""
-    arguments, cotangents = big_problem()
+    arguments, cotangents = big_problem(T=T)
     for options in ({}, {"return_sequences": False}):
         dy = (cotangents[1], *cotangents[1:]) if options else cotangents
         _, pullback = functional.convlstm2d_vjp(**arguments, **options, return_state=True, engine=engine)

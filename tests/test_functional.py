@@ -5,7 +5,15 @@ import numpy as np
 import pytest
 
 from fastclstm import functional
-from fastclstm.functional import conv2d, conv2d_vjp, convlstm2d, convlstm2d_vjp, max_pool3d, max_pool3d_vjp
+from fastclstm.functional import (
+    conv2d,
+    conv2d_vjp,
+    convlstm2d,
+    convlstm2d_step,
+    convlstm2d_vjp,
+    max_pool3d,
+    max_pool3d_vjp,
+)
 
 B, T, H, W, C, F = 2, 3, 5, 4, 2, 3
 
@@ -76,6 +84,48 @@ def test_half_a_state_is_filled_with_zeros():
     half = convlstm2d(**arguments, initial_state=(h, None))
     np.testing.assert_array_equal(half, convlstm2d(**arguments, initial_state=[h, np.zeros_like(h)]))
     assert (half != convlstm2d(**arguments)).any()
+
+
+def test_steps_are_the_sequence():
+    arguments = convlstm_arguments()
+    options = {
+        "cell_clip": 0.5,
+        "padding": "valid",
+        "peephole": {gate: draw(F, seed=n) for n, gate in enumerate("ifo")},
+    }
+    mask = np.array([[1, 0, 1], [0, 1, 1]])
+    _, *expected = convlstm2d(**arguments, **options, mask=mask, return_state=True)
+    frames, states, out = arguments.pop("x").swapaxes(0, 1), None, None
+    for x, valid in zip(frames, mask.T, strict=True):
+        states = convlstm2d_step(x, **arguments, **options, mask=valid[:, None], initial_state=states, out=out)
+        assert out is None or states[1] is out[1]
+        out = np.empty_like(states[0]), states[1]
+    for state, value in zip(states, expected, strict=True):
+        np.testing.assert_array_equal(state, value)
+
+
+def test_what_a_step_does_not_take():
+    weights = {name: value for name, value in convlstm_arguments().items() if name != "x"}
+    x, new_h, new_c = draw(B, H, W, C), np.empty((B, H, W, F), np.float32), np.empty((B, H, W, F), np.float32)
+    with raises("convlstm2d_step: x must be (batch, height, width, channels), got 5D"):
+        convlstm2d_step(x[:, None], **weights)
+    with pytest.raises(TypeError, match="return_state"):
+        convlstm2d_step(x, **weights, return_state=True)
+    with raises("convlstm2d_step: out h has dtype float32 but the states are float64; make it with np.empty"):
+        convlstm2d_step(x.astype(float), **weights, out=(new_h, new_c))
+    for name in ("peephole 'o'", "kernel"):
+        peephole = {gate: draw(H, W, F) for gate in "ifo"}
+        memory = np.empty(max(peephole["o"].size, weights["kernel"].size, new_h.size), np.float32)
+        own = weights | {"peephole": peephole}
+        if name == "kernel":
+            own["kernel"] = memory[: weights["kernel"].size].reshape(weights["kernel"].shape)
+        else:
+            peephole["o"] = memory[: peephole["o"].size].reshape(H, W, F)
+        written = memory[: new_h.size].reshape(new_h.shape)
+        with raises(f"convlstm2d_step: out h overlaps {name}; give it memory of its own"):
+            convlstm2d_step(x, **own, out=(written, new_c))
+        with raises(f"convlstm2d_step: out c overlaps {name}; give it memory of its own"):
+            convlstm2d_step(x, **own, out=(new_h, written))
 
 
 @pytest.mark.parametrize("dtype", [bool, np.int8, np.float32])
@@ -318,6 +368,17 @@ class TestTorch:
             conv2d(torch.ones(1, 3, 3, 1, requires_grad=True), np.ones((3, 3, 1, 1)))
         with raises("conv2d: kernel has dtype complex64", TypeError):
             conv2d(torch.ones(1, 3, 3, 1), torch.ones(3, 3, 1, 1, dtype=torch.complex64))
+
+    def test_a_step_of_tensors(self):
+        torch = pytest.importorskip("torch")
+        arguments = convlstm_arguments()
+        x = arguments.pop("x")[:, 0]
+        expected = convlstm2d_step(x, **arguments)
+        for state, value in zip(convlstm2d_step(torch.from_numpy(x), **arguments), expected, strict=True):
+            assert isinstance(state, torch.Tensor)
+            np.testing.assert_array_equal(state.numpy(), value)
+        with raises("convlstm2d_step: out must be a pair (h, c) of NumPy arrays, got (Tensor, ndarray)", TypeError):
+            convlstm2d_step(x, **arguments, out=(torch.from_numpy(expected[0]), expected[1]))
 
     def test_x_decides_the_kind_of_result(self):
         torch = pytest.importorskip("torch")

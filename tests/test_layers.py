@@ -361,7 +361,7 @@ def test_step_converts_what_it_reads(engine):
 
 
 def test_a_nan_spreads_alike_where_the_cell_state_is_replaced(engine):
-    cell = ConvLSTM2DCell(1, 4, 3, engine=engine, seed=0)
+    cell = ConvLSTM2DCell(1, 4, 3, engine=engine, algorithm="winograd" if engine == "cpu" else "direct", seed=0)
     x, h, c = (normal(2, 12, 12, n).astype(np.float32) for n in (1, 4, 4))
     x[1, 5, 6] = np.nan
     expected = cell.step(x, h, c)
