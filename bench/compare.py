@@ -149,7 +149,7 @@ def compare(
             if isinstance(worker.ready, str):
                 left_out[name] = worker.ready
                 worker.close()
-                if required or name.startswith(OURS):
+                if required or name == OURS:
                     raise SystemExit(f"{case.name}: {name}: {worker.ready}")
             else:
                 workers[name] = worker

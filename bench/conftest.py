@@ -24,7 +24,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Draw the grid of one operation: cases × threads × implementations."""
     op = metafunc.module.OP
     option = metafunc.config.getoption
-    implementations = peers.IMPLEMENTATIONS[op]
+    implementations = [name for name, entry in peers.IMPLEMENTATIONS[op].items() if not entry.own_process]
     wanted = option("--cases") or cases.CASES
     metafunc.parametrize("case", [case for case in cases.CASES.values() if case.op == op and case.name in wanted],
                          ids=lambda case: case.name)  # fmt: skip

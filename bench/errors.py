@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from bench.render import insert
 from fastclstm import functional
 
 STEPS = (10, 100)
-COLUMNS = {
+COLUMNS: dict[str, dict[str, Any]] = {
     "NumPy float32": {"engine": "reference"},
     "direct": {"engine": "cpu", "algorithm": "direct"},
     "auto": {"engine": "cpu", "algorithm": "auto"},

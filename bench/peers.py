@@ -53,6 +53,8 @@ class Implementation:
     modules: tuple[str, ...]
     build: Callable[[Any, int], Prepared]
     environment: Mapping[str, str] = field(default_factory=dict)
+    own_process: bool = False
+    """Whether it may only be loaded in a process that runs nothing else."""
 
     def load(self) -> None:
         """Import what it needs; raise Unavailable where that is missing or the process is set up for another."""
@@ -282,12 +284,28 @@ def _keras(case: ConvLSTMCase, threads: int) -> Prepared:
     return Prepared(lambda: jax.block_until_ready(function(x)))
 
 
+_AVX2 = {
+    "NUMBA_CPU_NAME": "haswell",
+    "NUMBA_CPU_FEATURES": "+sse2,+sse3,+ssse3,+sse4.1,+sse4.2,+popcnt,+avx,+avx2,+fma,+f16c,+bmi,+bmi2,+lzcnt,+movbe",
+}
+"""The environment in which Numba compiles for a processor with AVX2 and nothing newer."""
+
+
+def _fastclstm_avx2(case: Case, threads: int) -> Prepared:
+    from fastclstm.engines.cpu import simd
+
+    if simd.VECTOR_BYTES != 32 or platform.machine() not in ("x86_64", "AMD64"):
+        raise Unavailable("this process does not compile for AVX2")
+    return _fastclstm(case, threads, engine="cpu")
+
+
 IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {
     "convlstm2d": {
         "fastclstm": Implementation(("fastclstm.engines.cpu",), partial(_fastclstm, engine="cpu")),
         "fastclstm-direct": Implementation(
             ("fastclstm.engines.cpu",), partial(_fastclstm, engine="cpu", algorithm="direct")
         ),
+        "fastclstm-avx2": Implementation(("fastclstm.engines.cpu",), _fastclstm_avx2, _AVX2, own_process=True),
         "numpy": Implementation((), partial(_fastclstm, engine="reference")),
         "torch": Implementation(("torch",), partial(_torch, channels_last=False)),
         "torch-channels-last": Implementation(("torch",), partial(_torch, channels_last=True)),
