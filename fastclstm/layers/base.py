@@ -73,8 +73,7 @@ class Layer:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        for array in self._parameters.values():
-            array.setflags(write=False)
+        self._parameters = {name: _immutable(array) for name, array in self._parameters.items()}
 
     @property
     def options(self) -> dict[str, Any]:
@@ -197,9 +196,7 @@ class Layer:
         old = self._parameters[key]
         array = dispatch.as_numpy(op, name or key, value)
         expect_shape(op, name or key, array.shape, old.shape, "fixed by the layer's options")
-        array = np.array(array, old.dtype, order="C")
-        array.setflags(write=False)
-        return array
+        return _immutable(array.astype(old.dtype, copy=False))
 
     def _keep_gradients(self, gradients: dict[str, np.ndarray]) -> None:
         self._gradients = gradients if self.trainable else {}
@@ -210,6 +207,11 @@ class Layer:
             name = type(self).__name__
             raise RuntimeError(f"{name}: backward needs what a training call keeps; first call layer(x, training=True)")
         return self._pullback
+
+
+def _immutable(array: np.ndarray) -> np.ndarray:
+    """Return a copy in memory that nobody can make writable again, so that engines may pack it once."""
+    return np.ndarray(array.shape, array.dtype, array.tobytes())
 
 
 def layer_dtype(op: str, dtype: Any) -> str:

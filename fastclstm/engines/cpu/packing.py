@@ -98,13 +98,11 @@ def _bits(array: np.ndarray) -> np.ndarray:
 
 
 def _frozen(array: np.ndarray) -> bool:
-    """Whether nobody can write to the memory of `array` through NumPy."""
+    """Whether the memory of `array` is that of bytes: a read-only flag alone can be taken back."""
     owner: Any = array
     while isinstance(owner, np.ndarray):
-        if owner.flags.writeable:
-            return False
         owner = owner.base
-    return owner is None
+    return isinstance(owner, bytes)
 
 
 def remember(arrays: tuple[np.ndarray | None, ...], key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
