@@ -1,9 +1,14 @@
 """The vector type: each operation on lanes is NumPy's on elements."""
 
 import ctypes
+import json
 import mmap
 import operator
+import os
+import platform
+import subprocess
 import sys
+from pathlib import Path
 
 import numba
 import numpy as np
@@ -212,3 +217,34 @@ def test_tails_may_end_at_the_end_of_memory(dtype):
             np.testing.assert_array_equal(tail, 2 * np.arange(count))
     finally:
         libc.mprotect(ctypes.c_void_p(address + page), ctypes.c_size_t(page), 3)  # read and write
+
+
+ROOT = Path(__file__).parents[1]
+COMPILE = """
+import json, re
+import numba, numpy as np
+from fastclstm.engines.cpu import simd
+
+@numba.njit
+def multiply_add(a):
+    p = simd.pointer(a)
+    simd.store(p, simd.fma(simd.load(p), simd.load(simd.shift(p, 64)), simd.load(simd.shift(p, 128))))
+
+multiply_add(np.ones(256, np.float32))
+(code,) = multiply_add.inspect_asm().values()
+print(json.dumps([simd.VECTOR_BYTES, simd.REGISTERS, *(name in code for name in ("zmm", "ymm", "vfmadd"))]))
+"""
+
+
+@pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="names features of x86")
+@pytest.mark.parametrize(
+    ("name", "features", "expected"),
+    [("x86-64", "", [16, 16, False, False, False]), ("haswell", "+avx2,+fma", [32, 16, False, True, True])],
+    ids=["SSE2", "AVX2"],
+)
+def test_forced_features_are_all_that_is_used(name, features, expected):
+    """The settings with which .ci/run runs the conformance suite restrict the machine code."""
+    environment = os.environ | {"NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": features}
+    done = subprocess.run([sys.executable, "-c", COMPILE], cwd=ROOT, env=environment, capture_output=True, text=True,
+                          check=True)  # fmt: skip
+    assert json.loads(done.stdout) == expected
