@@ -226,11 +226,14 @@ def convlstm2d_vjp(
         three, each may be None), and returns a dict of gradients with the keys "x", "kernel", "recurrent_kernel" and,
         where given, "bias", "initial_state" (a pair) and "peephole" (a mapping).
     """
+    _check_options("convlstm2d_vjp", options)
     call = _ConvLSTMCall(x, kernel, recurrent_kernel, bias, **options)
     output, h, c, saved = call.forward(save=True)
     spec, restore = call.spec, call.restore
 
     def pullback(cotangents: Any) -> Gradients:
+        if return_state:
+            _check_structure("convlstm2d", cotangents, "(dy, dh, dc)", 3)
         doutput, dh, dc = cotangents if return_state else (cotangents, None, None)
         gradients = call.engine.convlstm2d_backward(
             spec,
@@ -291,6 +294,7 @@ def convlstm2d_step(
     True
     """
     op = "convlstm2d_step"
+    _check_options(op, options, "return_sequences", "return_state")
     frames = dispatch.as_numpy(op, "x", x)
     if frames.ndim != 4:
         raise ValueError(f"{op}: x must be (batch, height, width, channels), got {frames.ndim}D {frames.shape}")
@@ -382,6 +386,8 @@ def max_pool3d_vjp(
     shape = call.from_channels_last(y).shape
 
     def pullback(cotangents: Any) -> Gradients:
+        if return_indices:
+            _check_structure("max_pool3d", cotangents, "(dy, None)", 2)
         dy = cotangents[0] if return_indices else cotangents
         cotangent = _cotangent("max_pool3d", "dy", np.zeros(shape) if dy is None else dy, shape, y.dtype)
         dx = call.engine.max_pool3d_backward(call.spec, indices, call.to_channels_last(cotangent))
@@ -407,6 +413,18 @@ def _conv2d_arguments(
     return module, spec, (ready["x"], ready["kernel"], ready.get("bias"))
 
 
+def _check_structure(op: str, cotangents: Any, structure: str, count: int) -> None:
+    if not isinstance(cotangents, tuple | list) or len(cotangents) != count:
+        raise ValueError(f"{op}: pullback takes the outputs' structure {structure}, got {type(cotangents).__name__}")
+
+
+def _check_options(op: str, options: Mapping[str, Any], *fixed: str) -> None:
+    """Raise TypeError where `options` are not keywords of `convlstm2d`, or among those that `op` fixes."""
+    known = set(convlstm2d.__kwdefaults__ or ()).difference(fixed)
+    if unknown := sorted(options.keys() - known):
+        raise TypeError(f"{op}: unknown option {unknown[0]!r}; the options are {', '.join(sorted(known))}")
+
+
 def _cotangent(op: str, name: str, value: Any, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray | None:
     if value is None:
         return None
@@ -430,8 +448,12 @@ class _ConvLSTMCall:
         self.algorithm = algorithm
         self.restore = dispatch.restorer(x)
         h, c = _state_pair(op, initial_state)
-        given = {"x": x, "kernel": kernel, "recurrent_kernel": recurrent_kernel, "bias": bias, "h": h, "c": c}
-        arrays = {name: dispatch.as_numpy(op, name, value) for name, value in given.items() if value is not None}
+        optional = {"bias": bias, "h": h, "c": c}
+        given = {"x": x, "kernel": kernel, "recurrent_kernel": recurrent_kernel}
+        given |= {name: value for name, value in optional.items() if value is not None}
+        arrays = {name: dispatch.as_numpy(op, name, value) for name, value in given.items()}
+        if not isinstance(peephole, Mapping | None):
+            raise TypeError(f"{op}: peephole must map 'i', 'f' and 'o' to weights, got {type(peephole).__name__}")
         peepholes = {name: dispatch.as_numpy(op, f"peephole {name!r}", w) for name, w in (peephole or {}).items()}
         mask = None if mask is None else dispatch.as_numpy(op, "mask", mask)
         shapes = {name: array.shape for name, array in arrays.items()}

@@ -47,6 +47,12 @@ def choice(op: str, name: str, value: Any, allowed: Sequence[Any]) -> None:
         raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
+def positive_or_none(op: str, name: str, value: Any) -> None:
+    """Raise ValueError unless `value` is a positive real number or None."""
+    if value is not None and not (isinstance(value, int | float | np.integer | np.floating) and value > 0):
+        raise ValueError(f"{op}: {name} must be a positive number or None, got {value!r}")
+
+
 def expect_shape(op: str, name: str, shape: Shape, expected: Shape, why: str) -> None:
     """Raise ValueError unless `shape` is `expected`."""
     if tuple(shape) != tuple(expected):
@@ -243,8 +249,7 @@ class ConvLSTMSpec:
                 expect_shape(op, f"initial state {name}", shape, state, "(batch, height, width, filters) of the states")
         if mask_shape is not None:
             expect_shape(op, "mask", mask_shape, (B, T), "(batch, time)")
-        if cell_clip is not None and not cell_clip > 0:
-            raise ValueError(f"{op}: cell_clip must be a positive number or None, got {cell_clip!r}")
+        positive_or_none(op, "cell_clip", cell_clip)
         kind, peephole_conv = cls._peephole(op, peephole_shapes, state, padding_mode)
         clip = None if cell_clip is None else float(cell_clip)
         return cls(T, F, conv, recurrent, activation, recurrent_activation, output_activation, kind, peephole_conv,
@@ -258,7 +263,7 @@ class ConvLSTMSpec:
             return None, None
         F = state[-1]
         biases = tuple(f"bias_{gate}" for gate in PEEPHOLE_GATES)
-        unknown = sorted(set(shapes) - {*PEEPHOLE_GATES, *biases})
+        unknown = sorted(set(shapes) - {*PEEPHOLE_GATES, *biases}, key=str)
         missing = [gate for gate in PEEPHOLE_GATES if gate not in shapes]
         if unknown or missing:
             raise ValueError(f"{op}: peephole must map 'i', 'f' and 'o' to weights (and, for convolutions, "

@@ -30,8 +30,9 @@ def run_file(
     """Run a saved layer over the sequences of a ``.npy`` file and write its output to another.
 
     The input is memory-mapped and passes through the layer in chunks of time steps, the state being handed on, so that
-    only one chunk is in memory. The result has the bits that one call on the whole would give. Files appear
-    complete or not at all; what was there before stays until then.
+    only one chunk is in memory. The result has the bits that one call on the whole would give, as long as it
+    holds no NaN (after one the cpu engine may compute in another way). Files appear complete or not at all; what was
+    there before stays until then.
 
     Parameters
     ----------
@@ -96,7 +97,7 @@ def _open_sequences(path: Path, channel_axis: int) -> tuple[np.ndarray, bool]:
     """Memory-map the sequences as (B, T, H, W, C); also tell whether the file has a batch axis."""
     try:
         x = np.lib.format.open_memmap(path, mode="r")
-    except ValueError as error:
+    except (OverflowError, ValueError) as error:
         raise ValueError(f"run: {path} cannot be read as a .npy array of numbers: {error}") from error
     if x.ndim not in (3, 4, 5):
         raise ValueError(

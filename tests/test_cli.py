@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ from typer.testing import CliRunner
 
 import fastclstm
 from fastclstm import ConvLSTM2D, MaxPooling3D, dispatch
-from fastclstm.cli import app
+from fastclstm.cli import app, main
 from fastclstm.engines.cpu import compilation
 
 ROOT = Path(fastclstm.__file__).parents[1]
@@ -77,6 +79,12 @@ def threads():
 @pytest.fixture
 def job(tmp_path):
     return Job(tmp_path)
+
+
+def test_the_installed_command_is_main():
+    """Not `app`, which an end from outside (SIGTERM) would kill before it has cleaned up."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["scripts"] == {"fastclstm": f"{main.__module__}:{main.__name__}"}
 
 
 # --- run ---
@@ -193,6 +201,13 @@ def cut_frames(job):
     job.frames.write_bytes(job.frames.read_bytes()[:-100])
 
 
+def negative_size(job):
+    header = {"descr": "<f4", "fortran_order": False, "shape": (-2, 6, 5)}
+    with job.frames.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        file.write(bytes(100))
+
+
 def cut_weights(job):
     job.weights.write_bytes(job.weights.read_bytes()[:-100])
 
@@ -205,6 +220,7 @@ USER_ERRORS = {
     "missing input": (lambda job: job.frames.unlink(), [], ["frames.npy", "No such file"]),
     "input is a folder": (lambda job: (job.frames.unlink(), job.frames.mkdir()), [], ["frames.npy"]),
     "not a .npy": (lambda job: job.frames.write_text("text"), [], ["frames.npy", "cannot be read as a .npy"]),
+    "negative size": (negative_size, [], ["frames.npy", "cannot be read as a .npy"]),
     "empty file": (lambda job: job.frames.write_bytes(b""), [], ["frames.npy", "cannot be read as a .npy"]),
     "cut short": (cut_frames, [], ["frames.npy", "cannot be read as a .npy"]),
     "complex": (save_complex, [], ["complex64", "real numbers"]),
@@ -312,7 +328,9 @@ def test_a_full_disk_is_an_error_not_a_crash(job):
 def test_a_signal_leaves_nothing(job, number, code):
     np.save(job.frames, np.zeros((1, 200_000, 6, 5, 3), np.float16))
     arguments = "run", job.frames, "--weights", job.weights, "--out", job.out, "--chunk", 1
-    with process(*arguments) as child:
+    # Jobs in the background of a script begin with Ctrl-C ignored, and so would theirs.
+    listen = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    with process(*arguments, preexec_fn=listen) as child:
         while not any(name.endswith(".part") for name in job.names()):
             assert child.poll() is None, child.stderr.read()
             time.sleep(0.01)

@@ -248,6 +248,17 @@ def test_array_errors_name_the_argument(name, value, message):
         convlstm2d(**convlstm_arguments() | {name: value})
 
 
+@pytest.mark.parametrize("name", ["x", "kernel", "recurrent_kernel"])
+def test_nothing_is_no_array(name):
+    with raises(f"convlstm2d: {name} has dtype object", TypeError):
+        convlstm2d(**convlstm_arguments() | {name: None})
+
+
+def test_peephole_is_a_mapping():
+    with raises("convlstm2d: peephole must map 'i', 'f' and 'o' to weights, got ndarray", TypeError):
+        convlstm2d(**convlstm_arguments(), peephole=draw(F))
+
+
 def test_array_errors_of_states_and_peepholes():
     with raises("convlstm2d: c has dtype complex64", TypeError):
         convlstm2d(**convlstm_arguments(), initial_state=(None, draw(B, H, W, F).astype("c8")))
@@ -294,6 +305,24 @@ def test_cotangents_have_the_shape_of_the_output(channels_first):
     y, pullback = max_pool3d_vjp(draw(2, 4, 6, 8, 10), **options)
     with raises(f"max_pool3d: dy has shape (2, 2) but must be {y.shape}"):
         pullback(np.ones((2, 2)))
+
+
+def test_cotangents_have_the_structure_of_the_outputs():
+    _, pullback = convlstm2d_vjp(**convlstm_arguments(), return_state=True)
+    for cotangents in (None, np.ones((B, T, H, W, F)), (None, None)):
+        with raises(f"convlstm2d: pullback takes the outputs' structure (dy, dh, dc), got {type(cotangents).__name__}"):
+            pullback(cotangents)
+    y, pullback = max_pool3d_vjp(draw(2, 4, 6, 8, 10), return_indices=True)
+    with raises("max_pool3d: pullback takes the outputs' structure (dy, None), got ndarray"):
+        pullback(y[0])
+
+
+def test_unknown_options():
+    arguments = convlstm_arguments()
+    with raises("convlstm2d_vjp: unknown option 'stride'; the options are activation, algorithm, ", TypeError):
+        convlstm2d_vjp(**arguments, stride=2)
+    with raises("convlstm2d_step: unknown option 'return_state'; the options are ", TypeError):
+        convlstm2d_step(**arguments | {"x": arguments["x"][:, 0]}, return_state=True)
 
 
 def test_cotangents_are_real():

@@ -313,7 +313,7 @@ def test_convlstm_mask():
         convlstm(mask_shape=(3, 2))
 
 
-@pytest.mark.parametrize("value", [0, -1.5, float("nan")])
+@pytest.mark.parametrize("value", [0, -1.5, float("nan"), "1", (1, 2)])
 def test_convlstm_cell_clip(value):
     with raises(f"convlstm2d: cell_clip must be a positive number or None, got {value!r}"):
         convlstm(cell_clip=value)

@@ -12,7 +12,7 @@ import numpy as np
 from fastclstm import dispatch, functional
 from fastclstm.layers.base import Layer, Parameter, layer_dtype
 from fastclstm.nn import activations, initializers
-from fastclstm.spec import DATA_FORMATS, ConvSpec, Pair, Shape, choice, expect_shape, integers
+from fastclstm.spec import DATA_FORMATS, ConvSpec, Pair, Shape, choice, expect_shape, integers, positive_or_none
 
 State = tuple[np.ndarray | None, np.ndarray | None]
 
@@ -320,8 +320,7 @@ seed, engine, algorithm
         dilation = integers("ConvLSTM2D", "dilation", self.dilation, 2, 1)
         integers("ConvLSTM2D", "recurrent_dilation", self.recurrent_dilation, 2, 1)
         self._geometry((1, KH * dilation[0], KW * dilation[1], self.in_channels), "ConvLSTM2D")
-        if self.cell_clip is not None and not self.cell_clip > 0:
-            raise ValueError(f"ConvLSTM2D: cell_clip must be a positive number or None, got {self.cell_clip!r}")
+        positive_or_none("ConvLSTM2D", "cell_clip", self.cell_clip)
 
 
 @dataclass(eq=False, repr=False)
