@@ -30,12 +30,17 @@ def _exp2_coefficients(degree: int) -> tuple[float, ...]:
     return (1.0, *(scaled * 2.0 ** np.arange(len(scaled)))[1:])  # 2**0 is exactly 1
 
 
+def _taylor_exp2(degree: int) -> tuple[float, ...]:
+    """Coefficients of 2**r: Taylor's, which are rounded best, at the price of one more than Chebyshev's."""
+    return tuple(log(2) ** power / factorial(power) for power in range(degree + 1))
+
+
 def _expm1_coefficients(degree: int) -> tuple[float, ...]:
     """Coefficients of (exp(r) - 1 - r) / r²: Taylor's, for |r| <= log(2) / 2."""
     return tuple(1 / factorial(power) for power in range(2, degree + 1))
 
 
-_EXP2 = {ir.FloatType(): _exp2_coefficients(6), ir.DoubleType(): _exp2_coefficients(12)}
+_EXP2 = {ir.FloatType(): _exp2_coefficients(6), ir.DoubleType(): _taylor_exp2(13)}
 _EXPM1 = {ir.FloatType(): _expm1_coefficients(8), ir.DoubleType(): _expm1_coefficients(14)}
 
 
