@@ -27,6 +27,7 @@ import numpy as np
 from tqdm import tqdm
 
 from bench import cases, peers
+from fastclstm.info import processor_name
 
 OURS = "fastclstm"
 _SETTLE_SECONDS = 0.1  # until the threads of whoever ran before have stopped spinning
@@ -220,7 +221,7 @@ def main(arguments: list[str] | None = None) -> None:
             oracle.unlink()
     options.out.parent.mkdir(parents=True, exist_ok=True)
     report = {
-        "processor": peers.processor(),
+        "processor": processor_name(),
         "cpus": os.cpu_count(),
         "system": platform.platform(),
         "versions": peers.versions(),

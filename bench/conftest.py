@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from bench import cases, peers
+from fastclstm.info import processor_name
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -60,7 +61,7 @@ def check_and_time(request: pytest.FixtureRequest, benchmark: Any) -> Callable[[
         worst = peers.error(prepared, cases.oracle(case.name))
         benchmark.group = f"{case.name}: {case.title}"
         benchmark(prepared.run)
-        info = {"implementation": name, "threads": threads, "max_error": worst, "processor": peers.processor(),
+        info = {"implementation": name, "threads": threads, "max_error": worst, "processor": processor_name(),
                 "versions": peers.versions()}  # fmt: skip
         if benchmark.stats:
             rate = case.work / benchmark.stats.stats.median

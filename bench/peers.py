@@ -95,16 +95,6 @@ def versions() -> dict[str, str]:
     return found
 
 
-def processor() -> str:
-    """Return the processor's name as the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
 # fastclstm -----------------------------------------------------------------------------------------------------------
 
 

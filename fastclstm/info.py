@@ -32,7 +32,7 @@ def _cpu() -> Iterator[tuple[str, str]]:
         yield "numba", f"cannot be used: {error}"
         return
     yield "numba", numba.__version__
-    yield "processor", f"{_processor_name()}, {threads.available_processors()} usable here"
+    yield "processor", f"{processor_name()}, {threads.available_processors()} usable here"
     yield "vectors", f"{simd.lanes(4)} float32 or {simd.lanes(8)} float64, {32 * simd.lanes(4)} bits"
     yield "threads", f"{threads.get_num_threads()}, layer {threads.threading_layer()}"
     yield "kernel cache", str(compilation.cache_folder() or "none: no folder can be written; kernels compile anew")
@@ -46,7 +46,7 @@ def _verdict(engine: str) -> str:
     return "default" if engine == dispatch.DEFAULT_ENGINE else "ready"
 
 
-def _processor_name() -> str:
+def processor_name() -> str:
     """Return the processor's name as Linux tells it, elsewhere its architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
