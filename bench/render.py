@@ -8,6 +8,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from bench.cases import CASES
+
 OURS, DIRECT, AVX2 = "fastclstm", "fastclstm-direct", "fastclstm-avx2"
 
 FAMILIES = {
@@ -31,6 +33,17 @@ _EXPLANATION = (
 )
 
 Run = dict[str, Any]
+
+
+def load(paths: list[Path]) -> dict[str, Any]:
+    """Read saved comparisons as one report, in table order; of a case and thread count the last file counts."""
+    reports = [json.loads(path.read_text()) for path in paths]
+    machines = {(report["processor"], report["cpus"], report["rounds"]) for report in reports}
+    if len(machines) > 1:
+        raise ValueError(f"these were measured on different machines or with different rounds: {sorted(machines)}")
+    runs = {(run["case"], run["threads"]): run for report in reports for run in report["runs"]}
+    order = list(CASES)
+    return reports[0] | {"runs": sorted(runs.values(), key=lambda run: (order.index(run["case"]), run["threads"]))}
 
 
 def families(run: Run) -> dict[str, tuple[str, Run]]:
@@ -132,13 +145,13 @@ def plot(report: dict[str, Any], path: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Render one saved comparison into a Markdown file and a picture."""
+    """Render saved comparisons into a Markdown file and a picture."""
     parser = argparse.ArgumentParser(prog="python -m bench.render", description=__doc__)
-    parser.add_argument("results", type=Path, help="JSON written by bench.compare")
+    parser.add_argument("results", type=Path, nargs="+", help="JSON written by bench.compare")
     parser.add_argument("--readme", type=Path, help="the file with the markers; without it the table is printed")
     parser.add_argument("--plot", type=Path, help="the PNG to draw")
     options = parser.parse_args(arguments)
-    report = json.loads(options.results.read_text())
+    report = load(options.results)
     if options.plot:
         plot(report, options.plot)
     if options.readme:

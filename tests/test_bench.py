@@ -1,3 +1,4 @@
+import json
 import math
 
 import numpy as np
@@ -90,6 +91,21 @@ def test_table_replaces_what_stood_between_the_markers():
     assert render.insert(text, "new") == "before\n<!-- bench:start -->\nnew\n<!-- bench:end -->\nafter\n"
     with pytest.raises(ValueError, match="needs the lines"):
         render.insert("no markers", "new")
+
+
+def test_reports_are_joined_in_table_order(report, tmp_path):
+    run = report["runs"][0]
+    later = report | {"runs": [run | {"title": "newer"}, run | {"case": "mmnist"}]}
+    mixed = report | {"cpus": 64}
+    paths = [tmp_path / f"{n}.json" for n in range(3)]
+    for path, content in zip(paths, (report | {"runs": [run | {"case": "deep"}, run]}, later, mixed), strict=True):
+        path.write_text(json.dumps(content))
+    joined = render.load(paths[:2])["runs"]
+    assert [(run["case"], run["title"]) for run in joined] == [
+        ("readme", "newer"), ("mmnist", run["title"]), ("deep", run["title"]),
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="different machines"):
+        render.load(paths)
 
 
 def test_plot_is_a_picture(report, tmp_path):

@@ -27,6 +27,9 @@ every_case = pytest.mark.parametrize(
     ("engine", "dtype", "algorithm"), CASES, ids=[f"{engine}-{np.dtype(dtype)}-{name}" for engine, dtype, name in CASES]
 )
 every_engine = pytest.mark.parametrize("engine", ALGORITHMS)
+every_algorithm = pytest.mark.parametrize(
+    ("engine", "algorithm"), [(engine, name) for engine, names in ALGORITHMS.items() for name in ("auto", *names)]
+)
 
 
 def flatten(value, name):
@@ -304,8 +307,7 @@ def test_integers_are_computed_as_float32(engine, dtype):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("algorithm", ["auto", "direct"])
-@every_engine
+@every_algorithm
 def test_bad_pixel_contaminates_its_receptive_field(engine, algorithm, bad):
     rng = np.random.default_rng(2)
     x, kernel = rng.standard_normal((2, 19, 18, 3)).astype("f4"), rng.standard_normal((3, 3, 3, 8)).astype("f4")
@@ -319,8 +321,7 @@ def test_bad_pixel_contaminates_its_receptive_field(engine, algorithm, bad):
     np.testing.assert_allclose(y[~reached], clean[~reached], rtol=1e-5, atol=1e-5)  # this one may change algorithm
 
 
-@pytest.mark.parametrize("algorithm", ["auto", "direct"])
-@every_engine
+@every_algorithm
 def test_nan_reaches_the_states_it_should(engine, algorithm):
     arguments, _ = big_problem(B=1, H=15, W=13)
     arguments["x"][0, 1, 7, 6, 0] = np.nan
