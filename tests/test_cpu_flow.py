@@ -26,7 +26,7 @@ def pieces(flows, counts):
 def shared_out(workers, units, T, tasks, by_unit):
     record = np.zeros(1, flow.FLOW)
     record["workers"], record["units"], record["T"], record["tasks"] = workers, units, T, tasks
-    record["length"] = T if by_unit else 1
+    record["length"], record["grain"] = (T, T * tasks) if by_unit else (1, 1)
     counts = np.zeros((units, T if by_unit else 1, tasks), np.int64)
     pieces(record, counts)
     return counts
@@ -50,8 +50,9 @@ def test_a_unit_stays_with_its_worker():
 
 
 def test_tasks_of_a_step_are_shared_evenly():
-    counts = shared_out(workers=4, units=2, T=5, tasks=7, by_unit=False)
-    assert sorted(np.bincount((counts // 1000).ravel())) == [3, 3, 4, 4]
+    for T in (1, 5):
+        counts = shared_out(workers=4, units=2, T=T, tasks=7, by_unit=False)
+        assert sorted(np.bincount((counts // 1000).ravel())) == [3, 3, 4, 4]
 
 
 def test_steps_come_in_order_within_a_unit():
@@ -67,6 +68,7 @@ def test_steps_come_in_order_within_a_unit():
 
     record = np.zeros(1, flow.FLOW)
     record["workers"], record["units"], record["T"], record["tasks"], record["length"] = 2, 4, 6, 3, 6
+    record["grain"] = 6 * 3
     steps = np.zeros(100, np.int64)
     for worker in range(2):
         count = order(record, worker, steps)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fastclstm import functional
-from fastclstm.engines.cpu import sequence
+from fastclstm.engines.cpu import flow, sequence
 from fastclstm.spec import ConvSpec
 
 
@@ -51,3 +51,20 @@ def test_a_hidden_state_of_zeros_is_the_same_given_or_not(algorithm):
         for state in (None, (zeros, zeros))
     )
     np.testing.assert_array_equal(result, given)
+
+
+@pytest.mark.parametrize("algorithm", ["direct", "winograd"])
+def test_one_image_keeps_every_worker_busy(algorithm, monkeypatch):
+    flows = []
+    prepare = sequence.prepare
+
+    def watched(*arguments):
+        plan, columns = prepare(*arguments)
+        return plan._replace(kernels=(None, lambda *given: flows.append(given[1].copy()))), columns
+
+    monkeypatch.setattr(sequence.threads, "usable_threads", lambda: 2)
+    monkeypatch.setattr(sequence, "prepare", watched)
+    functional.conv2d(np.ones((1, 64, 64, 8), np.float32), np.ones((3, 3, 8, 64), np.float32), algorithm=algorithm)
+    (record,) = flows[0].view(np.recarray)
+    shares = [flow.share.py_func(record, worker) for worker in range(2)]
+    assert all(last > first for first, last in shares)

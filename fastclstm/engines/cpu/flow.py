@@ -15,7 +15,8 @@ from fastclstm.engines.cpu.compilation import inline
 FLOW = np.dtype([
     ("B", np.int64), ("T", np.int64),
     ("workers", np.int64), ("units", np.int64), ("tasks", np.int64),
-    ("length", np.int64),  # steps between two waits: T (workers own units) or 1 (workers share tasks)
+    ("length", np.int64),  # steps between two waits: T (workers own units, or one does all) or 1 (workers share tasks)
+    ("grain", np.int64),  # pieces that stay together: all of a unit, or a single task
     ("masked", np.int64),
     ("fresh", np.int64),  # 1: the sequence starts from states of zeros
     *((f"{name}{field}", kind) for name in ("x", "h_first", "h", "c_first", "c", "y")
@@ -123,9 +124,8 @@ def y_at(flow, b, t):
 @inline
 def share(flow, worker):
     """Range of the work between two waits that is a worker's."""
-    grain = flow.T * flow.tasks if flow.length == flow.T else 1
-    count = flow.units * flow.length * flow.tasks // grain
-    return count * worker // flow.workers * grain, count * (worker + 1) // flow.workers * grain
+    count = flow.units * flow.length * flow.tasks // flow.grain
+    return count * worker // flow.workers * flow.grain, count * (worker + 1) // flow.workers * flow.grain
 
 
 @inline
