@@ -1,5 +1,7 @@
 """The choice of algorithm, and what a call does with its plan."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 
@@ -63,6 +65,7 @@ def test_one_image_keeps_every_worker_busy(algorithm, monkeypatch):
         return plan._replace(kernels=(None, lambda *given: flows.append(given[1].copy()))), columns
 
     monkeypatch.setattr(sequence.threads, "usable_threads", lambda: 2)
+    monkeypatch.setattr(sequence.threads, "team", lambda count: nullcontext())  # the machine may have one processor
     monkeypatch.setattr(sequence, "prepare", watched)
     functional.conv2d(np.ones((1, 64, 64, 8), np.float32), np.ones((3, 3, 8, 64), np.float32), algorithm=algorithm)
     (record,) = flows[0].view(np.recarray)

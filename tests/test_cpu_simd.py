@@ -151,10 +151,8 @@ def test_select_less_takes_the_second_where_nan(dtype):
 
 
 @every_dtype
-def test_select_nan_absolute_copy_sign(dtype):
+def test_absolute_copy_sign(dtype):
     a, b = special_pairs(dtype)
-    select = on_vectors(lambda a, b: simd.select_nan(a, b, simd.broadcast(a, 2.0)))
-    np.testing.assert_array_equal(select(a, b), np.where(np.isnan(a), b, 2))
     absolute = on_vectors(lambda a: simd.absolute(a))(a)
     np.testing.assert_array_equal(absolute, np.abs(a))
     assert not np.signbit(absolute).any()

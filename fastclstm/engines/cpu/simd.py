@@ -378,16 +378,6 @@ def select_less(typingctx, a, b, yes, no):
 
 
 @intrinsic
-def select_nan(typingctx, x, yes, no):
-    """`yes` where x is NaN, else `no`."""
-
-    def codegen(context, builder, sig, args):
-        return builder.select(builder.fcmp_unordered("uno", args[0], args[0]), args[1], args[2])
-
-    return yes(x, yes, yes), codegen
-
-
-@intrinsic
 def absolute(typingctx, x):
     """|x|."""
 
