@@ -14,7 +14,10 @@ import numpy as np
 
 from fastclstm import dispatch
 from fastclstm.io import weights
-from fastclstm.nn import initializers
+from fastclstm.nn import constraints, initializers, regularizers
+from fastclstm.nn.constraints import Constraint
+from fastclstm.nn.described import Described, describe, is_tellable, plain, restore
+from fastclstm.nn.regularizers import Regularizer
 from fastclstm.spec import Shape, choice, expect_shape
 
 DTYPES = ("float32", "float64")
@@ -46,7 +49,7 @@ class Parameter:
 
 
 @dataclass(eq=False, repr=False)
-class Layer:
+class Layer(Described):
     """A layer: called on an array, it returns one.
 
     A subclass is a dataclass whose fields are its options, under the names of the constructor's arguments. Its
@@ -56,14 +59,18 @@ class Layer:
     Attributes
     ----------
     trainable : bool
-        False freezes the parameters: `backward` still returns the gradient of the input, `get_gradients` nothing.
+        False freezes the parameters, those of inner layers too: `backward` still returns the gradient of the input,
+        `get_gradients` nothing.
     """
 
     def __post_init__(self) -> None:
         for name, value in self.options.items():
-            setattr(self, name, _plain(value))
+            setattr(self, name, plain(value))
         self.trainable = True
         self._parameters: dict[str, np.ndarray] = {}
+        self._statistics: set[str] = set()
+        self._regularizers: dict[str, Regularizer] = {}
+        self._constraints: dict[str, Constraint] = {}
         self._sublayers: dict[str, Layer] = {}
         self._gradients: dict[str, np.ndarray] = {}
         self._pullback: Callable[..., Any] | None = None
@@ -74,11 +81,6 @@ class Layer:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._parameters = {name: _immutable(array) for name, array in self._parameters.items()}
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The constructor's arguments, by name."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     def __repr__(self) -> str:
         fields = dataclasses.fields(self)
@@ -98,7 +100,10 @@ class Layer:
         raise NotImplementedError
 
     def get_gradients(self) -> dict[str, np.ndarray]:
-        """Return the gradients that the last `backward` left, under the names of `parameters`; nothing when frozen."""
+        """Return the gradients that the last `backward` left, under the names of `trainable_parameters`.
+
+        Those of regularized parameters include the gradient of their penalty.
+        """
         return dict(self._gradients)
 
     @property
@@ -107,9 +112,31 @@ class Layer:
         return {name: owner._parameters[key] for name, (owner, key) in self._owners().items()}
 
     @property
+    def trainable_parameters(self) -> dict[str, np.ndarray]:
+        """The `parameters` that have gradients: neither frozen nor statistics, such as a moving mean."""
+        if not self.trainable:
+            return {}
+        own = {name: array for name, array in self._parameters.items() if name not in self._statistics}
+        return own | {f"{prefix}.{name}": array for prefix, layer in self._sublayers.items()
+                      for name, array in layer.trainable_parameters.items()}  # fmt: skip
+
+    @property
     def num_parameters(self) -> int:
         """Number of values in all parameters together."""
         return sum(array.size for array in self.parameters.values())
+
+    @property
+    def penalty(self) -> float:
+        """Sum of the regularizers' penalties on the parameters, to be added to the loss."""
+        own = sum(regularizer(self._parameters[name]) for name, regularizer in self._regularizers.items())
+        return float(own + sum(layer.penalty for layer in self._sublayers.values()))
+
+    def apply_constraints(self) -> None:
+        """Bring the parameters to where their constraints want them, as after each step of an optimizer."""
+        for name, constraint in self._constraints.items():
+            setattr(self, name, constraint(self._parameters[name]))
+        for layer in self._sublayers.values():
+            layer.apply_constraints()
 
     def set_parameters(self, arrays: Mapping[str, Any]) -> None:
         """Replace all parameters: `arrays` has the names and shapes of `parameters`. After an error none is changed.
@@ -143,9 +170,7 @@ class Layer:
         OSError
             The file cannot be written.
         """
-        written = {name: value for name, value in self.options.items() if _is_plain(value)}
-        lost = [n for n in self.options if n not in written and n != "seed" and not n.endswith("_initializer")]
-        weights.save(path, self.parameters, {"class": type(self).__name__, "options": written, "functions": lost})
+        weights.save(path, self.parameters, describe(self))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], **options: Any) -> Self:
@@ -162,14 +187,9 @@ class Layer:
         name, own = os.fspath(path), cls.__name__
         if metadata.get("class") != own:
             raise ValueError(f"{name} holds a {metadata.get('class')}, not a {own}; load it with that class")
-        if lost := [option for option in metadata.get("functions", ()) if option not in options]:
-            raise ValueError(
-                f"{name} was saved by a layer with functions as options, which files do not hold; "
-                f"give them: {own}.load(path, {', '.join(f'{option}=…' for option in lost)})"
-            )
         try:
             with _uninitialized():
-                layer = cls(**{name: _plain(value) for name, value in metadata["options"].items()} | options)
+                layer: Self = restore(metadata, **options)
             layer.set_parameters(arrays)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{name} does not fit: {error}") from error
@@ -182,8 +202,17 @@ class Layer:
                       for name, owner in layer._owners().items()}  # fmt: skip
 
     def _add_parameter(
-        self, name: str, shape: Shape, initializer: initializers.Initializer, rng: np.random.Generator, dtype: str
-    ) -> None:
+        self, name: str, shape: Shape, initializer: Any, rng: np.random.Generator, dtype: str, *,
+        regularizer: Any = None, constraint: Any = None, statistic: bool = False,
+    ) -> None:  # fmt: skip
+        """Make the parameter `name`; the options are what `nn`'s `get` takes, a statistic has no gradient."""
+        initializer = initializers.get(initializer)
+        if regularizer is not None:
+            self._regularizers[name] = regularizers.get(regularizer)
+        if constraint is not None:
+            self._constraints[name] = constraints.get(constraint)
+        if statistic:
+            self._statistics.add(name)
         self._parameters[name] = np.broadcast_to(np.zeros((), dtype), shape)  # the shape, without its memory
         if _initializing.get():
             self._parameters[name] = self._checked(name, initializer(shape, rng, dtype))
@@ -198,8 +227,23 @@ class Layer:
         expect_shape(op, name or key, array.shape, old.shape, "fixed by the layer's options")
         return _immutable(array.astype(old.dtype, copy=False))
 
-    def _keep_gradients(self, gradients: dict[str, np.ndarray]) -> None:
-        self._gradients = gradients if self.trainable else {}
+    def _keep_gradients(self, gradients: Mapping[str, np.ndarray]) -> None:
+        """Keep for `get_gradients` those of `gradients`, by full name, that are of trainable parameters."""
+        owners = self._owners()
+        self._gradients = {}
+        for name in self.trainable_parameters:
+            owner, key = owners[name]
+            regularizer = owner._regularizers.get(key)
+            gradient = gradients[name]
+            self._gradients[name] = (
+                gradient if regularizer is None else gradient + regularizer.gradient(owner._parameters[key])
+            )
+
+    def _collect_gradients(self) -> None:
+        """Keep for `get_gradients` what the inner layers' own `backward` left there."""
+        gradients = {f"{prefix}.{name}": array for prefix, layer in self._sublayers.items()
+                     for name, array in layer.get_gradients().items()}  # fmt: skip
+        self._gradients = {name: gradients[name] for name in self.trainable_parameters}
 
     def _recorded(self) -> Callable[..., Any]:
         """Return what the last call left for `backward`."""
@@ -224,18 +268,5 @@ def layer_dtype(op: str, dtype: Any) -> str:
     return name
 
 
-def _plain(value: Any) -> Any:
-    """Return `value` with NumPy scalars and arrays as Python numbers, and lists as tuples."""
-    if isinstance(value, np.ndarray | np.generic):
-        value = value.tolist()
-    return tuple(map(_plain, value)) if isinstance(value, list | tuple) else value
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, tuple):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, bool | int | float | str)
-
-
 def _same(value: Any, default: Any) -> bool:
-    return value is default or (_is_plain(value) and _is_plain(default) and value == default)
+    return value is default or (is_tellable(value) and is_tellable(default) and value == default)

@@ -1,0 +1,84 @@
+"""Objects that are told by the name of their class and their options, so that files can hold them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+Description = dict[str, Any]
+"""``{"class": name, "options": {…}, "functions": [options that could not be told, and matter]}``, as JSON holds it."""
+
+_CLASSES: dict[str, type[Described]] = {}
+
+
+class Described:
+    """A dataclass whose fields are its constructor's arguments, known to `restore` by its name."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        _CLASSES[cls.__name__] = cls
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The constructor's arguments, by name."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+
+
+def describe(thing: Described) -> Description:
+    """Return the description of `thing`.
+
+    Of options that JSON cannot hold (functions, generators) only the names are in it, and of those that say how
+    parameters are drawn (seed, initializers) nothing.
+    """
+    told = {name: _tell(value) for name, value in thing.options.items() if is_tellable(value)}
+    lost = [n for n in thing.options if n not in told and n != "seed" and not n.endswith("_initializer")]
+    return {"class": type(thing).__name__, "options": told, "functions": lost}
+
+
+def restore(description: Mapping[str, Any], **options: Any) -> Any:
+    """Return the object described; `options` replace those in the description.
+
+    Raises
+    ------
+    ValueError
+        A class that is not known, an option that is missing because it was a function.
+    """
+    name = description["class"]
+    if name not in _CLASSES:
+        raise ValueError(f"unknown class {name!r}; import the module that defines it before loading")
+    if lost := [option for option in description.get("functions", ()) if option not in options]:
+        given = ", ".join(f"{option}=…" for option in lost)
+        raise ValueError(
+            f"{name} had functions as options, which files do not hold; give them: {name}.load(path, {given})"
+        )
+    told = {key: _restored(value) for key, value in description["options"].items()}
+    return _CLASSES[name](**told | options)
+
+
+def is_tellable(value: Any) -> bool:
+    """Whether a description can hold `value`: None, numbers, strings, `Described` objects and tuples of these."""
+    if isinstance(value, list | tuple):
+        return all(map(is_tellable, value))
+    return value is None or isinstance(value, bool | int | float | str | Described)
+
+
+def plain(value: Any) -> Any:
+    """Return `value` with NumPy scalars and arrays as Python numbers, and lists as tuples."""
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    return tuple(map(plain, value)) if isinstance(value, list | tuple) else value
+
+
+def _tell(value: Any) -> Any:
+    if isinstance(value, Described):
+        return describe(value)
+    return list(map(_tell, value)) if isinstance(value, list | tuple) else value
+
+
+def _restored(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return restore(value)
+    return tuple(map(_restored, value)) if isinstance(value, list | tuple) else value
