@@ -7,7 +7,8 @@ float64), other real dtypes as float32. Inputs are never modified.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -15,13 +16,17 @@ import numpy as np
 
 from fastclstm import dispatch
 from fastclstm.nn import activations
-from fastclstm.spec import DATA_FORMATS, ConvLSTMSpec, ConvSpec, PoolSpec, choice, expect_shape
+from fastclstm.nn import normalization as normalizations
+from fastclstm.spec import DATA_FORMATS, Conv3DSpec, NORMALIZED_PARTS, ConvLSTMSpec, ConvSpec, PoolSpec, choice, expect_shape
 
 __all__ = [
-    "conv2d", "conv2d_vjp", "convlstm2d", "convlstm2d_step", "convlstm2d_vjp", "max_pool3d", "max_pool3d_vjp",
+    "conv2d", "conv2d_vjp", "conv3d", "conv3d_vjp", "convlstm2d", "convlstm2d_step", "convlstm2d_vjp", "max_pool3d", "max_pool3d_vjp",
 ]  # fmt: skip
 
 Gradients = dict[str, Any]
+
+GATHERED_BYTES = 64 << 20
+"""Size of the frames that `conv3d` lays side by side before each convolution."""
 
 
 def conv2d(
@@ -122,6 +127,98 @@ def conv2d_vjp(
     return restore(y), pullback
 
 
+def conv3d(
+    x: Any,
+    kernel: Any,
+    bias: Any = None,
+    *,
+    strides: Any = 1,
+    padding: Any = "same",
+    padding_mode: str = "zeros",
+    dilation: Any = 1,
+    algorithm: str = "auto",
+    engine: str | None = None,
+) -> Any:
+    """Convolve volumes of time, height and width with a kernel (3D cross-correlation).
+
+    An output frame is one 2D convolution of the KT frames that it sees, laid side by side on the channel axis: so it
+    is as fast as `conv2d`, and exactly as accurate.
+
+    Parameters
+    ----------
+    x : array (B, T, H, W, C)
+        Sequences of frames, channels-last.
+    kernel : array (KT, KH, KW, C, F)
+        The filters.
+    bias : array (F,), optional
+        Added to every pixel.
+    strides, dilation : int or (int, int, int)
+        Step of the window and of the taps within it, on time, height and width; at most one of them above 1.
+    padding : "same", "valid", int, three ints or three pairs (before, after)
+        "same": ``TO = ceil(T / stride)``, where an odd total puts the extra step after; likewise height and width.
+    padding_mode : "zeros" or "circular"
+        What the padding holds, on all three axes.
+    algorithm, engine
+        As in `conv2d`.
+
+    Returns
+    -------
+    array (B, TO, HO, WO, F)
+
+    Raises
+    ------
+    ValueError
+        Shapes or options that do not fit together.
+    TypeError
+        Complex, object or ragged arrays; arrays on another device.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastclstm.functional import conv3d
+    >>> conv3d(np.ones((1, 3, 3, 3, 1)), np.ones((3, 3, 3, 1, 1))).ravel()[[0, 13, 26]]
+    array([ 8., 27.,  8.])
+    """
+    call = _Conv3DCall(x, kernel, bias, strides, padding, padding_mode, dilation, algorithm, engine)
+    return dispatch.restorer(x)(call.forward())
+
+
+def conv3d_vjp(
+    x: Any,
+    kernel: Any,
+    bias: Any = None,
+    *,
+    strides: Any = 1,
+    padding: Any = "same",
+    padding_mode: str = "zeros",
+    dilation: Any = 1,
+    algorithm: str = "auto",
+    engine: str | None = None,
+) -> tuple[Any, Callable[[Any], Gradients]]:
+    """Compute `conv3d` and the function that pulls gradients back through it.
+
+    Parameters are those of `conv3d`.
+
+    Returns
+    -------
+    y : array (B, TO, HO, WO, F)
+    pullback : callable
+        ``pullback(dy)``, with dy the gradient of a scalar with respect to y, returns a dict of gradients with the
+        keys "x", "kernel" and, if one was given, "bias".
+    """
+    call = _Conv3DCall(x, kernel, bias, strides, padding, padding_mode, dilation, algorithm, engine)
+    restore = dispatch.restorer(x)
+
+    def pullback(dy: Any) -> Gradients:
+        dx, dkernel, dbias = call.backward(_cotangent("conv3d", "dy", dy, call.spec.output_shape, call.x.dtype))
+        gradients = {"x": restore(dx), "kernel": restore(dkernel)}
+        if bias is not None:
+            gradients["bias"] = restore(dbias)
+        return gradients
+
+    return restore(call.forward()), pullback
+
+
 def convlstm2d(
     x: Any,
     kernel: Any,
@@ -143,6 +240,9 @@ def convlstm2d(
     go_backwards: bool = False,
     return_sequences: bool = True,
     return_state: bool = False,
+    normalization: Any = None,
+    normalization_weights: Mapping[str, Any] | None = None,
+    dropout_masks: Mapping[str, Any] | None = None,
     algorithm: str = "auto",
     engine: str | None = None,
 ) -> Any:
@@ -181,6 +281,16 @@ def convlstm2d(
     go_backwards : bool
         Process the last frame first; outputs stay in processing order.
     return_sequences, return_state : bool
+    normalization : "layer", "group", "batch" or fastclstm.nn.normalization.Normalization, optional
+        Of the pre-activations z, before peepholes are added; the object says over what, and whether the convolutions
+        of x and of h are normalized each for itself.
+    normalization_weights : mapping, needed with `normalization`
+        "gamma" and "beta" (4F,), or (HO, WO, 4F) where elementwise; of "batch" also "mean" and "variance" (4F,), the
+        statistics to use: without them those of each step's batch are taken. Where the convolutions are normalized
+        separately each name has the endings "_x" and "_h".
+    dropout_masks : mapping, optional
+        Factors under "x" (4, B, H, W, C) and "h" (4, B, HO, WO, F): what each gate's convolution sees of the frames and
+        of the hidden state, at every step.
     algorithm, engine
         As in `conv2d`.
 
@@ -205,6 +315,7 @@ def convlstm2d(
         padding_mode=padding_mode, dilation=dilation, recurrent_dilation=recurrent_dilation, activation=activation,
         recurrent_activation=recurrent_activation, output_activation=output_activation, peephole=peephole,
         cell_clip=cell_clip, mask=mask, go_backwards=go_backwards, return_sequences=return_sequences,
+        normalization=normalization, normalization_weights=normalization_weights, dropout_masks=dropout_masks,
         algorithm=algorithm, engine=engine,
     )  # fmt: skip
     output, h, c, _ = call.forward(save=False)
@@ -224,33 +335,15 @@ def convlstm2d_vjp(
     pullback : callable
         Takes the gradient of a scalar with respect to the outputs, in their structure (with return_state a tuple of
         three, each may be None), and returns a dict of gradients with the keys "x", "kernel", "recurrent_kernel" and,
-        where given, "bias", "initial_state" (a pair) and "peephole" (a mapping).
+        where given, "bias", "initial_state" (a pair), "peephole" and "normalization_weights" (mappings; the latter of
+        gammas and betas: given statistics are constants). Its attribute `statistics` lists, step by step in processing
+        order, the "mean" and "variance" of "batch" normalization that were taken, and the "count" of values.
     """
     _check_options("convlstm2d_vjp", options)
     call = _ConvLSTMCall(x, kernel, recurrent_kernel, bias, **options)
     output, h, c, saved = call.forward(save=True)
-    spec, restore = call.spec, call.restore
-
-    def pullback(cotangents: Any) -> Gradients:
-        if return_state:
-            _check_structure("convlstm2d", cotangents, "(dy, dh, dc)", 3)
-        doutput, dh, dc = cotangents if return_state else (cotangents, None, None)
-        gradients = call.engine.convlstm2d_backward(
-            spec,
-            saved,
-            _cotangent("convlstm2d", "dy", doutput, spec.output_shape, call.dtype),
-            _cotangent("convlstm2d", "dh", dh, spec.state_shape, call.dtype),
-            _cotangent("convlstm2d", "dc", dc, spec.state_shape, call.dtype),
-        )
-        result = {name: restore(gradients[name]) for name in ("x", "kernel", "recurrent_kernel")}
-        if bias is not None:
-            result["bias"] = restore(gradients["bias"])
-        if options.get("initial_state") is not None:
-            result["initial_state"] = (restore(gradients["h"]), restore(gradients["c"]))
-        if call.peephole is not None:
-            result["peephole"] = {name: restore(value) for name, value in gradients["peephole"].items()}
-        return result
-
+    restore = call.restore
+    pullback = _ConvLSTMPullback(call, saved, return_state, bias is not None, options.get("initial_state") is not None)
     outputs = tuple(map(restore, (output, h, c))) if return_state else restore(output)
     return outputs, pullback
 
@@ -413,6 +506,82 @@ def _conv2d_arguments(
     return module, spec, (ready["x"], ready["kernel"], ready.get("bias"))
 
 
+class _Conv3DCall:
+    """One validated call of `conv3d`: its engine, geometry and native arrays."""
+
+    def __init__(
+        self, x: Any, kernel: Any, bias: Any, strides: Any, padding: Any, padding_mode: str, dilation: Any,
+        algorithm: str, engine: str | None,
+    ):  # fmt: skip
+        self.engine = dispatch.get_engine(engine)
+        dispatch.check_algorithm("conv3d", self.engine, algorithm)
+        self.algorithm = algorithm
+        given = {"x": x, "kernel": kernel} | ({} if bias is None else {"bias": bias})
+        arrays = {name: dispatch.as_numpy("conv3d", name, value) for name, value in given.items()}
+        self.spec = Conv3DSpec.infer(
+            arrays["x"].shape, arrays["kernel"].shape, None if bias is None else arrays["bias"].shape,
+            strides=strides, padding=padding, padding_mode=padding_mode, dilation=dilation,
+        )  # fmt: skip
+        dtype = dispatch.working_dtype(*arrays.values())
+        ready = {name: dispatch.native(array, dtype) for name, array in arrays.items()}
+        self.x, self.bias = ready["x"], ready.get("bias")
+        self.kernel_shape, frame = ready["kernel"].shape, self.spec.frame
+        self.kernel = np.ascontiguousarray(np.moveaxis(ready["kernel"], 0, 2)).reshape(
+            frame.KH, frame.KW, frame.C, frame.F
+        )
+
+    def forward(self) -> np.ndarray:
+        """Return y (B, TO, HO, WO, F)."""
+        y = np.empty(self.spec.output_shape, self.x.dtype)
+        frames = y.reshape(self.spec.B * self.spec.TO, *y.shape[2:])
+        for part in self._chunks():
+            gathered = self._gather(part)
+            frames[part.start : part.stop] = self.engine.conv2d(
+                self.spec.frame.with_batch(len(part)), gathered, self.kernel, self.bias, algorithm=self.algorithm
+            )
+        return y
+
+    def backward(self, dy: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Pull dy back: dx, dkernel, dbias."""
+        dx, dkernel = np.zeros_like(self.x), np.zeros_like(self.kernel)
+        dbias = np.zeros(self.spec.frame.F, self.x.dtype)
+        if dy is not None:
+            frames = dy.reshape(self.spec.B * self.spec.TO, *dy.shape[2:])
+            for part in self._chunks():
+                dgathered, dk, db = self.engine.conv2d_backward(
+                    self.spec.frame.with_batch(len(part)), self._gather(part), self.kernel,
+                    frames[part.start : part.stop],
+                )  # fmt: skip
+                dkernel += dk
+                dbias += db
+                by_tap = dgathered.reshape(*dgathered.shape[:3], self.spec.KT, self.x.shape[-1])
+                for row, frame in enumerate(part):
+                    b, seen = self.spec.sources(frame)
+                    for tap, t in seen:
+                        dx[b, t] += by_tap[row, :, :, tap]
+        KT, KH, KW, C, F = self.kernel_shape
+        dkernel = np.ascontiguousarray(np.moveaxis(dkernel.reshape(KH, KW, KT, C, F), 2, 0))
+        return dx, dkernel, dbias
+
+    def _chunks(self) -> Iterator[range]:
+        """Yield runs of output frames, counted through B and TO, whose gathered input fits in `GATHERED_BYTES`."""
+        frame = self.spec.frame
+        count = max(1, GATHERED_BYTES // (frame.H * frame.W * frame.C * self.x.itemsize))
+        total = self.spec.B * self.spec.TO
+        for start in range(0, total, count):
+            yield range(start, min(start + count, total))
+
+    def _gather(self, part: range) -> np.ndarray:
+        """Lay the frames that each output frame sees side by side: (len(part), H, W, KT·C)."""
+        frame, spec = self.spec.frame, self.spec
+        gathered = np.zeros((len(part), frame.H, frame.W, spec.KT, self.x.shape[-1]), self.x.dtype)
+        for row, output in enumerate(part):
+            b, seen = spec.sources(output)
+            for tap, t in seen:
+                gathered[row, :, :, tap] = self.x[b, t]
+        return gathered.reshape(len(part), frame.H, frame.W, frame.C)
+
+
 def _check_structure(op: str, cotangents: Any, structure: str, count: int) -> None:
     if not isinstance(cotangents, tuple | list) or len(cotangents) != count:
         raise ValueError(f"{op}: pullback takes the outputs' structure {structure}, got {type(cotangents).__name__}")
@@ -439,8 +608,9 @@ class _ConvLSTMCall:
     def __init__(
         self, x: Any, kernel: Any, recurrent_kernel: Any, bias: Any, *, initial_state: Any = None,
         activation: Any = "tanh", recurrent_activation: Any = "sigmoid", output_activation: Any = None,
-        peephole: Mapping[str, Any] | None = None, mask: Any = None, algorithm: str = "auto",
-        engine: str | None = None, **geometry: Any,
+        peephole: Mapping[str, Any] | None = None, mask: Any = None, normalization: Any = None,
+        normalization_weights: Mapping[str, Any] | None = None, dropout_masks: Mapping[str, Any] | None = None,
+        algorithm: str = "auto", engine: str | None = None, **geometry: Any,
     ):  # fmt: skip
         op = "convlstm2d"
         self.engine = dispatch.get_engine(engine)
@@ -452,9 +622,9 @@ class _ConvLSTMCall:
         given = {"x": x, "kernel": kernel, "recurrent_kernel": recurrent_kernel}
         given |= {name: value for name, value in optional.items() if value is not None}
         arrays = {name: dispatch.as_numpy(op, name, value) for name, value in given.items()}
-        if not isinstance(peephole, Mapping | None):
-            raise TypeError(f"{op}: peephole must map 'i', 'f' and 'o' to weights, got {type(peephole).__name__}")
-        peepholes = {name: dispatch.as_numpy(op, f"peephole {name!r}", w) for name, w in (peephole or {}).items()}
+        peepholes = _mapped(op, "peephole", peephole)
+        normalizers = _mapped(op, "normalization_weights", normalization_weights)
+        dropouts = _mapped(op, "dropout_masks", dropout_masks)
         mask = None if mask is None else dispatch.as_numpy(op, "mask", mask)
         shapes = {name: array.shape for name, array in arrays.items()}
         self.spec = ConvLSTMSpec.infer(
@@ -464,25 +634,47 @@ class _ConvLSTMCall:
             bias_shape=shapes.get("bias"),
             h_shape=shapes.get("h"),
             c_shape=shapes.get("c"),
-            peephole_shapes=None if peephole is None else {name: w.shape for name, w in peepholes.items()},
+            peephole_shapes=_shapes(peepholes),
+            normalization_shapes=_shapes(normalizers),
+            dropout_shapes=_shapes(dropouts),
+            normalization=None if normalization is None else normalizations.get(normalization),
             mask_shape=None if mask is None else mask.shape,
             activation=activations.get(activation),
             recurrent_activation=activations.get(recurrent_activation),
             output_activation=activations.get(activation if output_activation is None else output_activation),
             **geometry,
         )
-        self.dtype = dispatch.working_dtype(*arrays.values(), *peepholes.values())
+        mappings = peepholes, normalizers, dropouts
+        self.dtype = dispatch.working_dtype(*arrays.values(), *(a for named in mappings for a in (named or {}).values()))
         self.arrays = {name: dispatch.native(array, self.dtype) for name, array in arrays.items()}
-        self.peephole = None if peephole is None else {k: dispatch.native(w, self.dtype) for k, w in peepholes.items()}
+        self.peephole, self.normalization, self.dropout = (
+            None if named is None else {key: dispatch.native(array, self.dtype) for key, array in named.items()}
+            for named in mappings
+        )
         self.mask = None if mask is None else np.ascontiguousarray(mask != 0)
 
     def forward(self, save: bool, out: Any = None) -> tuple[np.ndarray, np.ndarray, np.ndarray, Any]:
         """Run the engine: output, last h, last c (in `out`) and, with `save`, what its backward pass needs."""
-        get = self.arrays.get
+        get, spec, normalization = self.arrays.get, self.spec, self.normalization
+        weights = get("kernel"), get("recurrent_kernel"), get("bias")
+        if not save and normalization is not None and any(name.startswith("mean") for name in normalization):
+            weights = self._with_normalization()
+            spec, normalization = replace(spec, normalization=None), None
         return self.engine.convlstm2d(
-            self.spec, get("x"), get("kernel"), get("recurrent_kernel"), get("bias"), get("h"), get("c"),
-            self.peephole, self.mask, algorithm=self.algorithm, save=save, out=out,
+            spec, get("x"), *weights, get("h"), get("c"), self.peephole, self.mask,
+            normalization=normalization, dropout=self.dropout, algorithm=self.algorithm, save=save, out=out,
         )  # fmt: skip
+
+    def _with_normalization(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return kernel, recurrent_kernel and bias that do what normalization with given statistics does to z."""
+        weights, epsilon = self.normalization or {}, self.spec.normalization.epsilon
+        parts = NORMALIZED_PARTS[self.spec.normalization.separate]
+        scales = [weights[f"gamma{part}"] / np.sqrt(weights[f"variance{part}"] + epsilon) for part in parts]
+        shifts = [weights[f"beta{part}"] - weights[f"mean{part}"] * s for part, s in zip(parts, scales, strict=True)]
+        bias = self.arrays.get("bias", np.zeros(4 * self.spec.F, self.dtype))
+        if len(parts) == 1:
+            bias = bias * scales[0]
+        return self.arrays["kernel"] * scales[0], self.arrays["recurrent_kernel"] * scales[-1], sum(shifts, bias)
 
     def check_out(self, op: str, out: Any) -> None:
         """Raise TypeError or ValueError unless `out` is a pair of arrays that can receive the last h and c."""
@@ -508,6 +700,67 @@ class _ConvLSTMCall:
                 raise ValueError(
                     f"{op}: out c overlaps {name}; give it memory of its own, or exactly that of the old c"
                 )
+
+
+@dataclass(frozen=True)
+class _ConvLSTMPullback:
+    """The function that pulls gradients of the outputs of `convlstm2d` back to its arguments."""
+
+    call: _ConvLSTMCall
+    saved: Any
+    return_state: bool
+    with_bias: bool
+    with_state: bool
+
+    def __call__(self, cotangents: Any) -> Gradients:
+        call, spec, restore = self.call, self.call.spec, self.call.restore
+        if self.return_state:
+            _check_structure("convlstm2d", cotangents, "(dy, dh, dc)", 3)
+        doutput, dh, dc = cotangents if self.return_state else (cotangents, None, None)
+        gradients = call.engine.convlstm2d_backward(
+            spec,
+            self.saved,
+            _cotangent("convlstm2d", "dy", doutput, spec.output_shape, call.dtype),
+            _cotangent("convlstm2d", "dh", dh, spec.state_shape, call.dtype),
+            _cotangent("convlstm2d", "dc", dc, spec.state_shape, call.dtype),
+        )
+        result = {name: restore(gradients[name]) for name in ("x", "kernel", "recurrent_kernel")}
+        if self.with_bias:
+            result["bias"] = restore(gradients["bias"])
+        if self.with_state:
+            result["initial_state"] = (restore(gradients["h"]), restore(gradients["c"]))
+        if call.peephole is not None:
+            result["peephole"] = {name: restore(value) for name, value in gradients["peephole"].items()}
+        if call.normalization is not None:
+            pulled = gradients["normalization"].items()
+            learnt = {name: restore(value) for name, value in pulled if name.startswith(("gamma", "beta"))}
+            result["normalization_weights"] = learnt
+        return result
+
+    @property
+    def statistics(self) -> list[dict[str, Any]]:
+        """Of each step the mean, the variance and the count of values of "batch" normalization, by name and part."""
+        normalization = self.call.spec.normalization
+        if normalization is None or normalization.kind != "batch":
+            return []
+        parts = NORMALIZED_PARTS[normalization.separate]
+        return [
+            {key: value for part, n in zip(parts, normalized, strict=True) for key, value in (
+                (f"mean{part}", n.mean.ravel()), (f"variance{part}", n.variance.ravel()), (f"count{part}", n.count)
+            )}
+            for *_, normalized in self.saved.steps
+        ]  # fmt: skip
+
+
+def _mapped(op: str, name: str, value: Any) -> dict[str, np.ndarray] | None:
+    """Read a mapping from names to arrays."""
+    if not isinstance(value, Mapping | None):
+        raise TypeError(f"{op}: {name} must be a mapping from names to arrays, got {type(value).__name__}")
+    return None if value is None else {k: dispatch.as_numpy(op, f"{name} {k!r}", array) for k, array in value.items()}
+
+
+def _shapes(arrays: Mapping[str, np.ndarray] | None) -> dict[str, tuple[int, ...]] | None:
+    return None if arrays is None else {name: array.shape for name, array in arrays.items()}
 
 
 def _state_pair(op: str, initial_state: Any) -> tuple[Any, Any]:

@@ -19,6 +19,9 @@ Shape = tuple[int, ...]
 GATES = ("i", "f", "g", "o")
 """Order of the gates on the ``4F`` axis of kernels, biases and pre-activations."""
 
+NORMALIZED_PARTS = {False: ("",), True: ("_x", "_h")}
+"""Suffixes of the weights of what is normalized: the sum of the convolutions, or the one of x and the one of h."""
+
 PADDING_MODES = ("zeros", "circular")
 DATA_FORMATS = ("channels_last", "channels_first")
 PEEPHOLE_GATES = ("i", "f", "o")
@@ -173,6 +176,76 @@ class ConvSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class Conv3DSpec:
+    """One 3D cross-correlation ``(B, T, H, W, C) -> (B, TO, HO, WO, F)`` with a kernel ``(KT, KH, KW, C, F)``."""
+
+    B: int
+    T: int
+    KT: int
+    TO: int
+    stride: int
+    dilation: int
+    before: int
+    """Time steps of padding before the first one."""
+    frame: ConvSpec
+    """The convolution that makes one output frame of the KT frames it sees, laid side by side on the channel axis:
+    ``(1, H, W, KT·C) -> (1, HO, WO, F)``."""
+
+    @classmethod
+    def infer(
+        cls,
+        x_shape: Shape,
+        kernel_shape: Shape,
+        bias_shape: Shape | None = None,
+        *,
+        strides: Any = 1,
+        padding: Any = "same",
+        padding_mode: str = "zeros",
+        dilation: Any = 1,
+        op: str = "conv3d",
+    ) -> Conv3DSpec:
+        """Check shapes and options and return the geometry; raise ValueError or TypeError naming what is wrong."""
+        if len(x_shape) != 5:
+            raise ValueError(
+                f"{op}: x must be (batch, time, height, width, channels), got {len(x_shape)}D {tuple(x_shape)}"
+            )
+        if len(kernel_shape) != 5:
+            raise ValueError(f"{op}: kernel must be (KT, KH, KW, channels, filters), got shape {tuple(kernel_shape)}")
+        B, T, H, W, C = x_shape
+        KT, KH, KW, kernel_channels, F = kernel_shape
+        if kernel_channels != C:
+            raise ValueError(f"{op}: x has {C} channels but kernel {tuple(kernel_shape)} takes {kernel_channels}")
+        if min(kernel_shape) < 1:
+            raise ValueError(f"{op}: kernel {tuple(kernel_shape)} has an empty axis; every axis must be at least 1")
+        s = integers(op, "strides", strides, 3, 1)
+        d = integers(op, "dilation", dilation, 3, 1)
+        if max(s) > 1 and max(d) > 1:
+            raise ValueError(f"{op}: strides {s} and dilation {d} cannot both exceed 1; choose one of them")
+        window = ((KT - 1) * d[0] + 1, (KH - 1) * d[1] + 1, (KW - 1) * d[2] + 1)
+        pads = _window_padding(op, padding, (T, H, W), window, s)
+        TO, _, _ = _outputs(op, (T, H, W), window, s, pads)
+        frame = ConvSpec.infer((1, H, W, KT * C), (KH, KW, KT * C, F), bias_shape, strides=s[1:], padding=pads[1:],
+                               padding_mode=padding_mode, dilation=d[1:], op=op)  # fmt: skip
+        return cls(B, T, KT, TO, s[0], d[0], pads[0][0], frame)
+
+    @property
+    def output_shape(self) -> Shape:
+        """Shape ``(B, TO, HO, WO, F)`` of the result."""
+        return self.B, self.TO, self.frame.HO, self.frame.WO, self.frame.F
+
+    def sources(self, frame: int) -> tuple[int, list[tuple[int, int]]]:
+        """Return the sample of an output frame, counted through B and TO, and each tap on time with the step it sees.
+
+        Taps on padding zeros are left out.
+        """
+        b, to = divmod(frame, self.TO)
+        steps = ((tap, to * self.stride + tap * self.dilation - self.before) for tap in range(self.KT))
+        if self.frame.padding_mode == "circular":
+            return b, [(tap, t % self.T) for tap, t in steps]
+        return b, [(tap, t) for tap, t in steps if 0 <= t < self.T]
+
+
+@dataclass(frozen=True, slots=True)
 class ConvLSTMSpec:
     """A whole ConvLSTM over ``x (B, T, H, W, C)`` with hidden and cell states ``(B, HO, WO, F)``."""
 
@@ -190,6 +263,8 @@ class ConvLSTMSpec:
     """None, "elementwise", "channel" or "conv"."""
     peephole_conv: ConvSpec | None = None
     """Geometry ``(B, HO, WO, F) -> (B, HO, WO, F)`` of a "conv" peephole."""
+    normalization: Any = None
+    """None or the `fastclstm.nn.normalization.Normalization` of the pre-activations."""
     cell_clip: float | None = None
     go_backwards: bool = False
     return_sequences: bool = True
@@ -206,6 +281,8 @@ class ConvLSTMSpec:
         c_shape: Shape | None = None,
         peephole_shapes: Mapping[str, Shape] | None = None,
         mask_shape: Shape | None = None,
+        normalization_shapes: Mapping[str, Shape] | None = None,
+        dropout_shapes: Mapping[str, Shape] | None = None,
         strides: Any = 1,
         padding: Any = "same",
         padding_mode: str = "zeros",
@@ -214,6 +291,7 @@ class ConvLSTMSpec:
         activation: Any,
         recurrent_activation: Any,
         output_activation: Any,
+        normalization: Any = None,
         cell_clip: float | None = None,
         go_backwards: bool = False,
         return_sequences: bool = True,
@@ -251,9 +329,43 @@ class ConvLSTMSpec:
             expect_shape(op, "mask", mask_shape, (B, T), "(batch, time)")
         positive_or_none(op, "cell_clip", cell_clip)
         kind, peephole_conv = cls._peephole(op, peephole_shapes, state, padding_mode)
+        cls._check_normalization(op, normalization, normalization_shapes, state)
+        for source, shape in (dropout_shapes or {}).items():
+            frames = {"x": (B, H, W, C), "h": state}
+            choice(op, "a key of dropout_masks", source, tuple(frames))
+            expect_shape(op, f"dropout mask {source!r}", shape, (len(GATES), *frames[source]), "one for each gate")
         clip = None if cell_clip is None else float(cell_clip)
         return cls(T, F, conv, recurrent, activation, recurrent_activation, output_activation, kind, peephole_conv,
-                   clip, bool(go_backwards), bool(return_sequences))  # fmt: skip
+                   normalization, clip, bool(go_backwards), bool(return_sequences))  # fmt: skip
+
+    @staticmethod
+    def _check_normalization(op: str, normalization: Any, shapes: Mapping[str, Shape] | None, state: Shape) -> None:
+        if normalization is None:
+            if shapes:
+                raise ValueError(f"{op}: normalization_weights need a normalization: 'layer', 'group' or 'batch'")
+            return
+        channels = len(GATES) * state[-1]
+        if channels % (groups := normalization.groups or len(GATES)):
+            raise ValueError(
+                f"{op}: the {channels} channels of the pre-activations (4 × filters) cannot be normalized in "
+                f"{groups} groups of equal size; choose a divisor of {channels}"
+            )
+        given = shapes or {}
+        parts = NORMALIZED_PARTS[normalization.separate]
+        weights = [f"{name}{part}" for part in parts for name in ("gamma", "beta")]
+        statistics = [f"{name}{part}" for part in parts for name in ("mean", "variance")]
+        known = {*weights, *(statistics if normalization.kind == "batch" else ())}
+        unknown = sorted(set(given) - known)
+        missing = [name for name in weights if name not in given]
+        if len(set(statistics) & set(given)) not in (0, len(statistics)):
+            missing += [name for name in statistics if name not in given]
+        if unknown or missing:
+            raise ValueError(f"{op}: normalization_weights must map {', '.join(sorted(known))} to arrays; "
+                             f"missing {missing}, unknown {unknown}")  # fmt: skip
+        for name, shape in given.items():
+            expected = (*state[1:3], channels) if normalization.elementwise else (channels,)
+            expect_shape(op, f"normalization weight {name!r}", shape, expected, "one value a pre-activation channel"
+                         + (" and pixel" if normalization.elementwise else ""))  # fmt: skip
 
     @staticmethod
     def _peephole(

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 import fastclstm
 from fastclstm import dispatch, functional
+from fastclstm.nn.normalization import Normalization
+from fastclstm.spec import NORMALIZED_PARTS
 
 ALGORITHMS = {name: dispatch.get_engine(name).ALGORITHMS for name in ("reference", "cpu")}
 CASES = [("reference", np.float32, "auto"), ("cpu", np.float32, "auto"), ("cpu", np.float32, "direct"),
@@ -66,6 +68,7 @@ def agree(op, arguments, cotangents, engine, dtype, algorithm):
     results = run(op, *single, dtype, engine=engine, algorithm=algorithm)
     assert results.keys() == oracle.keys()
     eps = np.finfo(dtype).eps
+    roundings = ROUNDINGS[algorithm] * (8 if "normalization" in arguments else 1)  # it divides by what may be small
     for name, expected in oracle.items():
         result = results[name]
         assert result.dtype == dtype, name
@@ -73,7 +76,7 @@ def agree(op, arguments, cotangents, engine, dtype, algorithm):
         if expected.size == 0:
             continue
         numpy_error = np.abs(plain[name] - expected).max() * (eps / np.finfo(np.float32).eps)
-        bound = TIMES_NUMPY[algorithm] * numpy_error + ROUNDINGS[algorithm] * eps * max(1, np.abs(expected).max())
+        bound = TIMES_NUMPY[algorithm] * numpy_error + roundings * eps * max(1, np.abs(expected).max())
         np.testing.assert_allclose(result, expected, rtol=0, atol=bound, err_msg=name)
 
 
@@ -145,6 +148,16 @@ def convlstm2d_cases(draw, winograd):
     for name in ("activation", "recurrent_activation", "output_activation"):
         if draw(st.booleans()):
             arguments[name] = draw(st.sampled_from(ACTIVATIONS))
+    if (normalization := draw(st.sampled_from([None, None, "layer", "group", "batch"]))) is not None:
+        elementwise = normalization == "layer" and draw(st.booleans())
+        options = Normalization(normalization, separate=draw(st.booleans()), elementwise=elementwise, epsilon=0.1)
+        shape = (*state[1:3], 4 * F) if elementwise else (4 * F,)
+        names = ["gamma", "beta"] + ["mean", "variance"] * (normalization == "batch" and draw(st.booleans()))
+        weights = {f"{name}{part}": np.abs(normal(*shape)) for name in names for part in NORMALIZED_PARTS[options.separate]}
+        arguments |= {"normalization": options, "normalization_weights": weights}
+    if dropped := draw(st.sampled_from([(), (), ("x",), ("h",), ("x", "h")])):
+        frames = {"x": (B, H, W, C), "h": state}
+        arguments["dropout_masks"] = {name: np.abs(normal(4, *frames[name])) for name in dropped}
     for name in ("go_backwards", "return_sequences", "return_state"):
         if draw(st.booleans()):
             arguments[name] = name != "return_sequences"

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from fastclstm import functional
+from fastclstm.nn.normalization import Normalization
 from fastclstm.functional import (
     conv2d,
     conv2d_vjp,
@@ -37,13 +38,14 @@ def raises(message, error=ValueError):
     return pytest.raises(error, match=f"^{re.escape(message)}")
 
 
-SIGNATURES = {  # of SEMANTICS, section 8
+SIGNATURES = {  # of SEMANTICS, section 8, and normalization and dropout
     "conv2d": "x, kernel, bias=None, *, strides=1, padding='same', padding_mode='zeros', dilation=1, algorithm='auto', "
               "engine=None",
     "convlstm2d": "x, kernel, recurrent_kernel, bias=None, *, initial_state=None, strides=1, padding='same', "
                   "padding_mode='zeros', dilation=1, recurrent_dilation=1, activation='tanh', "
                   "recurrent_activation='sigmoid', output_activation=None, peephole=None, cell_clip=None, mask=None, "
-                  "go_backwards=False, return_sequences=True, return_state=False, algorithm='auto', engine=None",
+                  "go_backwards=False, return_sequences=True, return_state=False, normalization=None, "
+                  "normalization_weights=None, dropout_masks=None, algorithm='auto', engine=None",
     "max_pool3d": "x, pool_size=(2, 2, 2), strides=None, *, padding='valid', ceil_mode=False, "
                   "data_format='channels_last', return_indices=False, engine=None",
 }  # fmt: skip
@@ -255,7 +257,7 @@ def test_nothing_is_no_array(name):
 
 
 def test_peephole_is_a_mapping():
-    with raises("convlstm2d: peephole must map 'i', 'f' and 'o' to weights, got ndarray", TypeError):
+    with raises("convlstm2d: peephole must be a mapping from names to arrays, got ndarray", TypeError):
         convlstm2d(**convlstm_arguments(), peephole=draw(F))
 
 
@@ -412,3 +414,92 @@ class TestTorch:
     def test_x_decides_the_kind_of_result(self):
         torch = pytest.importorskip("torch")
         assert isinstance(conv2d(np.ones((1, 3, 3, 1)), torch.ones(3, 3, 1, 1)), np.ndarray)
+
+
+# Normalization and dropout.
+
+
+def normalized_arguments(kind, *, elementwise=False, separate=False, statistics=False):
+    options = Normalization(kind, separate=separate, elementwise=elementwise)
+    shape = (H, W, 4 * F) if elementwise else (4 * F,)
+    names = ["gamma", "beta"] + ["mean", "variance"] * statistics
+    weights = {f"{name}{part}": np.abs(draw(*shape, dtype=np.float64, seed=n)) + 0.5
+               for n, name in enumerate(names) for part in (("_x", "_h") if separate else ("",))}  # fmt: skip
+    return convlstm_arguments(np.float64) | {"normalization": options, "normalization_weights": weights}
+
+
+@pytest.mark.parametrize("separate", [False, True])
+@pytest.mark.parametrize("kind", ["layer", "group", "batch"])
+def test_normalized_preactivations_have_mean_zero_and_variance_one(kind, separate):
+    arguments = normalized_arguments(kind, separate=separate)
+    kernels = arguments["kernel"], arguments["recurrent_kernel"]
+    h = draw(B, H, W, F, dtype=np.float64, seed=5)
+    parts = [functional.conv2d(x, k) for x, k in zip((arguments["x"][:, 0], h), kernels, strict=True)]
+    z = 0
+    for part, name in zip(parts if separate else [sum(parts)], ("_x", "_h") if separate else ("",), strict=True):
+        groups = part.reshape(B, H, W, {"layer": 1, "group": 4, "batch": 4 * F}[kind], -1)
+        axes = (0, 1, 2, 4) if kind == "batch" else (1, 2, 4)
+        standard = (groups - groups.mean(axes, keepdims=True)) / np.sqrt(groups.var(axes, keepdims=True) + 1e-5)
+        weights = arguments["normalization_weights"]
+        z = z + weights[f"gamma{name}"] * standard.reshape(part.shape) + weights[f"beta{name}"]
+    i, f, g, o = np.split(z, 4, -1)
+    c = np.tanh(g) / (1 + np.exp(-i))
+    arguments["x"] = arguments["x"][:, :1]
+    result = functional.convlstm2d(**arguments, initial_state=(h, None), return_sequences=False)
+    np.testing.assert_allclose(result, np.tanh(c) / (1 + np.exp(-o)), rtol=1e-12)
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_given_statistics_are_used_and_fold_into_the_weights(separate):
+    arguments = normalized_arguments("batch", separate=separate, statistics=True)
+    folded = functional.convlstm2d(**arguments)
+    y, pullback = functional.convlstm2d_vjp(**arguments)
+    np.testing.assert_allclose(folded, y, rtol=1e-12)
+    assert set(pullback(np.ones_like(y))["normalization_weights"]) == {
+        name for name in arguments["normalization_weights"] if name.startswith(("gamma", "beta"))
+    }
+
+
+def test_statistics_of_each_step_are_told():
+    arguments = normalized_arguments("batch")
+    mask = np.array([[True, True, False], [True, False, False]])[:, :T]
+    _, pullback = functional.convlstm2d_vjp(**arguments, mask=mask)
+    assert [step["count"] for step in pullback.statistics] == [mask[:, t].sum() * H * W for t in range(T)]
+    z = functional.conv2d(arguments["x"][:, 0], arguments["kernel"])
+    np.testing.assert_allclose(pullback.statistics[0]["mean"], z.mean((0, 1, 2)), rtol=1e-10)
+    np.testing.assert_allclose(pullback.statistics[0]["variance"], z.var((0, 1, 2)), rtol=1e-10)
+
+
+def test_dropout_masks_scale_what_each_gate_sees():
+    arguments = convlstm_arguments(np.float64)
+    masks = {"x": np.ones((4, B, H, W, C)), "h": np.ones((4, B, H, W, F))}
+    plain = functional.convlstm2d(**arguments)
+    np.testing.assert_allclose(functional.convlstm2d(**arguments, dropout_masks=masks), plain, rtol=1e-12)
+    masks["x"][2], masks["h"][2] = 0, 0  # nothing reaches g
+    closed = functional.convlstm2d(**arguments, dropout_masks=masks)
+    np.testing.assert_array_equal(closed, 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"normalization": "middle"}, "unknown normalization 'middle'; known are layer, group, batch"),
+        ({"normalization": None}, "convlstm2d: normalization_weights need a normalization"),
+        ({"normalization_weights": {}}, "convlstm2d: normalization_weights must map beta, gamma to arrays; missing"),
+        ({"normalization_weights": {"gamma": np.ones(3), "beta": np.ones(3)}},
+         "convlstm2d: normalization weight 'gamma' has shape (3,) but must be"),
+        ({"normalization": Normalization("group", groups=7)}, "convlstm2d: the"),
+        ({"normalization": "batch", "normalization_weights": {n: np.ones(4 * F) for n in ("gamma", "beta", "mean")}},
+         "convlstm2d: normalization_weights must map beta, gamma, mean, variance to arrays; missing ['variance']"),
+        ({"dropout_masks": {"y": np.ones(1)}}, "convlstm2d: a key of dropout_masks must be one of 'x', 'h', got 'y'"),
+        ({"dropout_masks": {"x": np.ones((4, 1))}}, "convlstm2d: dropout mask 'x' has shape (4, 1) but must be"),
+    ],
+)  # fmt: skip
+def test_wrong_normalization_and_dropout(changes, message):
+    with raises(message):
+        functional.convlstm2d(**normalized_arguments("layer") | changes)
+
+
+def test_weights_that_are_no_mapping():
+    with raises("convlstm2d: dropout_masks must be a mapping from names to arrays, got list", TypeError):
+        functional.convlstm2d(**convlstm_arguments(), dropout_masks=[])

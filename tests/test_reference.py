@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from fastclstm.engines import reference
 from fastclstm.nn import activations
-from fastclstm.spec import ConvLSTMSpec, ConvSpec, PoolSpec
+from fastclstm.nn.normalization import Normalization
+from fastclstm.spec import NORMALIZED_PARTS, ConvLSTMSpec, ConvSpec, PoolSpec
 
 STEP = 1e-30
 
@@ -22,7 +23,8 @@ class Problem:
 
     def __init__(self, seed=0, *, B=2, T=3, H=5, W=4, C=2, F=3, kernel=(3, 3), recurrent=None, peephole=None,
                  peephole_biases=False, mask=None, state=True, bias=True, dtype=np.float64, activation="tanh",
-                 recurrent_activation="sigmoid", output_activation="tanh", **options):  # fmt: skip
+                 recurrent_activation="sigmoid", output_activation="tanh", normalization=None, statistics=False,
+                 dropout=(), **options):  # fmt: skip
         rng = np.random.default_rng(seed)
         draw = lambda *shape: (0.6 * rng.standard_normal(shape)).astype(dtype)  # noqa: E731
         named = {"activation": activation, "recurrent_activation": recurrent_activation,
@@ -40,8 +42,18 @@ class Problem:
             biases = {f"bias_{gate}": draw(F) for gate in "ifo"} if peephole_biases else {}
             self.arrays["peephole"] = {gate: draw(*shape) for gate in "ifo"} | biases
         self.arrays["mask"] = None if mask is None else np.array(mask, bool)
-        peephole_shapes = {gate: weight.shape for gate, weight in (self.arrays["peephole"] or {}).items()}
-        self.spec = ConvLSTMSpec.infer(x_shape, kernel_shape, recurrent_shape, peephole_shapes=peephole_shapes or None,
+        self.arrays |= {"normalization": None, "dropout": None}
+        if normalization is not None:
+            names = ["gamma", "beta"] + ["mean", "variance"] * statistics
+            shape = (*state_shape[1:3], 4 * F) if normalization.elementwise else (4 * F,)
+            parts = NORMALIZED_PARTS[normalization.separate]
+            self.arrays["normalization"] = {f"{name}{part}": 1 + draw(*shape) ** 2 for name in names for part in parts}
+        if dropout:
+            sizes = {"x": (B, H, W, C), "h": state_shape}
+            self.arrays["dropout"] = {name: draw(4, *sizes[name]) for name in dropout}
+        shapes = {f"{group}_shapes": {name: array.shape for name, array in self.arrays[group].items()}
+                  for group in ("peephole", "normalization", "dropout") if self.arrays[group]}  # fmt: skip
+        self.spec = ConvLSTMSpec.infer(x_shape, kernel_shape, recurrent_shape, normalization=normalization, **shapes,
                                        **options)  # fmt: skip
         shapes = {"dy": self.spec.output_shape, "dh": self.spec.state_shape, "dc": self.spec.state_shape}
         self.cotangents = {name: draw(*shape) for name, shape in shapes.items()}
@@ -53,8 +65,9 @@ class Problem:
         """Gradients by the engine's backward pass, flat: peephole weights under "peephole i" and so on."""
         saved = self.run(save=True)[3]
         gradients = reference.convlstm2d_backward(self.spec, saved, **(self.cotangents | changes))
-        peephole = gradients.pop("peephole")
-        return gradients | {f"peephole {name}": value for name, value in (peephole or {}).items()}
+        groups = {name: gradients.pop(name) or {} for name in ("peephole", "normalization")}
+        learnt = {f"{group} {name}": array for group, named in groups.items() for name, array in named.items()}
+        return gradients | {name: array for name, array in learnt.items() if "mean" not in name and "var" not in name}
 
     def loss(self, arrays):
         """The scalar whose gradient the cotangents are."""
@@ -64,9 +77,11 @@ class Problem:
     def derivative_along(self, name, direction):
         """Derivative of the loss as argument `name` moves in `direction`, by a complex step."""
         widen = lambda value: None if value is None else value.astype(complex)  # noqa: E731
-        arrays = {key: widen(value) for key, value in self.arrays.items() if key not in ("mask", "peephole")}
-        peephole = self.arrays["peephole"]
-        arrays["peephole"] = None if peephole is None else {key: widen(value) for key, value in peephole.items()}
+        groups = ("peephole", "normalization", "dropout")
+        arrays = {key: widen(value) for key, value in self.arrays.items() if key not in ("mask", *groups)}
+        for group_ in groups:
+            named = self.arrays[group_]
+            arrays[group_] = None if named is None else {key: widen(value) for key, value in named.items()}
         arrays["mask"] = self.arrays["mask"]
         group, _, key = name.partition(" ")
         (arrays[group] if key else arrays)[key or group] += 1j * STEP * direction
@@ -156,7 +171,7 @@ def test_gates_by_hand():
 
 def test_one_pixel_is_the_peephole_lstm_of_scalars():
     p = Problem(H=1, W=1, C=1, F=1, B=1, T=4, kernel=(1, 1), peephole="elementwise")
-    a = {name: value for name, value in p.arrays.items() if name not in ("peephole", "mask")}
+    a = {name: value for name, value in p.arrays.items() if isinstance(value, np.ndarray)}
     x, kernel, recurrent, bias, h, c = (value.ravel().tolist() for value in a.values())
     wi, wf, wo = (p.arrays["peephole"][gate].item() for gate in "ifo")
     h, c, outputs = h[0], c[0], []
@@ -293,6 +308,16 @@ VARIANTS = {
     },
     "three more": {"activation": "silu", "recurrent_activation": "hard_sigmoid_keras2", "output_activation": "elu"},
     "linear and relu": {"activation": "linear", "recurrent_activation": "sigmoid", "output_activation": "relu"},
+    "dropout": {"dropout": ("x", "h"), "strides": 2},
+    "dropout of the frames": {"dropout": ("x",), "mask": MASK},
+    "dropout of the state": {"dropout": ("h",), "bias": False},
+    "layer normalization": {"normalization": Normalization("layer")},
+    "layer normalization, each its own": {"normalization": Normalization("layer", separate=True, elementwise=True)},
+    "group normalization": {"normalization": Normalization("group", groups=6), "peephole": "conv", "mask": MASK},
+    "batch normalization": {"normalization": Normalization("batch"), "state": False},
+    "batch normalization, masked": {"normalization": Normalization("batch", separate=True), "mask": MASK},
+    "batch normalization, given": {"normalization": Normalization("batch", separate=True), "statistics": True},
+    "dropout and normalization": {"normalization": Normalization("batch"), "dropout": ("x", "h"), "cell_clip": 0.4},
     "a caller's own": {"activation": (np.sin, np.cos), "output_activation": (np.arctan, lambda c: 1 / (1 + c * c))},
 }
 
@@ -505,7 +530,8 @@ def test_what_the_caller_does_to_results_reaches_nothing_else(variant):
         overwritten[...] = np.nan
         assert not any(np.shares_memory(overwritten, other) for other in (*others, p.arrays["h"], p.arrays["c"]))
     gradients = reference.convlstm2d_backward(p.spec, saved, **p.cotangents)
-    gradients.pop("peephole")
+    for group in ("peephole", "normalization"):
+        gradients.pop(group)
     for name, gradient in gradients.items():
         np.testing.assert_array_equal(gradient, expected[name])
 

@@ -6,12 +6,12 @@ The reference engine is this with its own convolutions; the cpu engine computes 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from fastclstm.spec import GATES, ConvLSTMSpec
+from fastclstm.spec import GATES, NORMALIZED_PARTS, ConvLSTMSpec, ConvSpec
 
 Arrays = dict[str, np.ndarray]
 Convolution = Callable[..., np.ndarray]
@@ -30,8 +30,28 @@ class Saved:
     recurrent_kernel: np.ndarray
     peephole: Arrays | None
     mask: np.ndarray | None
-    steps: list[tuple[np.ndarray, np.ndarray, np.ndarray]]
-    """Of each step the h and c it started from, and its pre-activations (B, HO, WO, 4F)."""
+    normalization: Arrays | None
+    dropout: Arrays | None
+    steps: list[tuple[np.ndarray, np.ndarray, np.ndarray, tuple[Normalized, ...]]] = field(default_factory=list)
+    """Of each step the h and c it started from, its pre-activations (B, HO, WO, 4F), and how they were normalized."""
+
+
+@dataclass(frozen=True)
+class Normalized:
+    """Pre-activations brought to mean 0 and variance 1, and what that took."""
+
+    values: np.ndarray
+    """(B, HO, WO, groups, 4F / groups)."""
+    scale: np.ndarray
+    """One over the standard deviation."""
+    axes: tuple[int, ...] | None
+    """Those over which the mean and the variance were taken; None: they were given."""
+    weight: Any
+    """1, or of each sample 1 where it counts and 0 where it is masked (B, 1, 1, 1, 1)."""
+    count: Any
+    """Number of values that a mean was taken of."""
+    mean: np.ndarray
+    variance: np.ndarray
 
 
 def forward(
@@ -46,12 +66,16 @@ def forward(
     peephole: Arrays | None,
     mask: np.ndarray | None,
     *,
+    normalization: Arrays | None = None,
+    dropout: Arrays | None = None,
     save: bool = False,
     out: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, Saved | None]:
     """Run a ConvLSTM over x (B, T, H, W, C): output (B, T, HO, WO, F) or its last step, h, c, and what backward needs.
 
-    The last h and c are copied to `out`, a pair of arrays, where there is one.
+    The last h and c are copied to `out`, a pair of arrays, where there is one. `normalization` holds the weights of
+    spec.normalization; `dropout` factors of the frames "x" (4, B, H, W, C) and of the hidden state "h"
+    (4, B, HO, WO, F) before each gate's convolution.
 
     Equation 3 of Shi et al., "Convolutional LSTM Network" (NeurIPS 2015)::
 
@@ -66,14 +90,16 @@ def forward(
     c = np.zeros(spec.state_shape, x.dtype) if c is None else c.copy()
     output = np.zeros(spec.state_shape, x.dtype)
     sequence = np.empty(spec.output_shape, x.dtype) if spec.return_sequences else None
-    saved = Saved(x, kernel, recurrent_kernel, peephole, mask, []) if save else None
+    saved = Saved(x, kernel, recurrent_kernel, peephole, mask, normalization, dropout) if save else None
+    masks = dropout or {}
 
     for t in range(spec.T):
         x_t, valid = _frame(spec, x, mask, t)
-        z = conv2d(spec.input, x_t, kernel, bias)
-        z += conv2d(spec.recurrent, h, recurrent_kernel, None)
+        z_x = _convolve(spec.input, conv2d, x_t, kernel, bias, masks.get("x"))
+        z_h = _convolve(spec.recurrent, conv2d, h, recurrent_kernel, None, masks.get("h"))
+        z, normalized = _normalize(spec, normalization, z_x, z_h, bias, valid)
         if saved is not None:
-            saved.steps.append((h, c, z))
+            saved.steps.append((h, c, z, normalized))
         z_i, z_f, z_g, z_o = _gates(z)
         if peephole is not None:
             z_i += _peep(spec, conv2d, peephole, "i", c)
@@ -113,7 +139,7 @@ def backward(
     -------
     dict
         Gradients under "x", "kernel", "recurrent_kernel", "bias", of the initial states under "h" and "c", and under
-        "peephole" a dict of the given weights' gradients, or None.
+        "peephole" and "normalization" a dict of the given weights' gradients, or None.
     """
     sigma, tanh, tanh_c = spec.recurrent_activation, spec.activation, spec.output_activation
     x, peephole = saved.x, saved.peephole
@@ -124,10 +150,12 @@ def backward(
     dkernel, drecurrent = np.zeros_like(saved.kernel), np.zeros_like(saved.recurrent_kernel)
     dbias = np.zeros(4 * spec.F, x.dtype)
     dpeephole = {name: np.zeros_like(weight) for name, weight in (peephole or {}).items()}
+    dnormalization = {name: np.zeros_like(weight) for name, weight in (saved.normalization or {}).items()}
+    masks = saved.dropout or {}
 
     for t in reversed(range(spec.T)):
         x_t, valid = _frame(spec, x, saved.mask, t)
-        h, c, z = saved.steps[t]
+        h, c, z, normalized = saved.steps[t]
         z_i, z_f, z_g, z_o = _gates(z)
         i, f, g, o = sigma.forward(z_i), sigma.forward(z_f), tanh.forward(z_g), sigma.forward(z_o)
         unclipped = f * c + i * g
@@ -153,14 +181,20 @@ def backward(
             dc += _peep_backward(spec, conv2d_backward, peephole, dpeephole, "i", c, dz_i)
             dc += _peep_backward(spec, conv2d_backward, peephole, dpeephole, "f", c, dz_f)
 
-        dx[:, spec.source_step(t)], dkernel_t, dbias_t = conv2d_backward(spec.input, x_t, saved.kernel, dz)
-        dh_from_z, drecurrent_t, _ = conv2d_backward(spec.recurrent, h, saved.recurrent_kernel, dz)
+        dz_x, dz_h, dbias_t = _normalize_backward(spec, saved.normalization, dnormalization, normalized, dz)
+        dx[:, spec.source_step(t)], dkernel_t = _convolve_backward(
+            spec.input, conv2d_backward, x_t, saved.kernel, masks.get("x"), dz_x
+        )
+        dh_from_z, drecurrent_t = _convolve_backward(
+            spec.recurrent, conv2d_backward, h, saved.recurrent_kernel, masks.get("h"), dz_h
+        )
         dh = dh + dh_from_z
         dkernel += dkernel_t
         drecurrent += drecurrent_t
         dbias += dbias_t
     return {"x": dx, "kernel": dkernel, "recurrent_kernel": drecurrent, "bias": dbias, "h": dh, "c": dc,
-            "peephole": None if peephole is None else dpeephole}  # fmt: skip
+            "peephole": None if peephole is None else dpeephole,
+            "normalization": None if saved.normalization is None else dnormalization}  # fmt: skip
 
 
 def _frame(spec: ConvLSTMSpec, x: np.ndarray, mask: np.ndarray | None, t: int) -> tuple[np.ndarray, np.ndarray | None]:
@@ -218,3 +252,101 @@ def _peep_backward(
     if f"bias_{gate}" in dpeephole:
         dpeephole[f"bias_{gate}"] += dbias
     return dc
+
+
+def _convolve(
+    spec: ConvSpec, conv2d: Convolution, x: np.ndarray, kernel: np.ndarray, bias: np.ndarray | None,
+    masks: np.ndarray | None,
+) -> np.ndarray:  # fmt: skip
+    """Convolve frames x with a kernel (KH, KW, C, 4F); with masks (4, B, H, W, C) each gate has frames of its own."""
+    if masks is None:
+        return conv2d(spec, x, kernel, bias)
+    one, parts = _one_gate(spec, kernel)
+    biases = [None] * len(GATES) if bias is None else np.split(bias, len(GATES))
+    gates = zip(masks, parts, biases, strict=True)
+    return np.concatenate([conv2d(one, x * mask, part, b) for mask, part, b in gates], axis=-1)
+
+
+def _convolve_backward(
+    spec: ConvSpec, conv2d_backward: ConvolutionBackward, x: np.ndarray, kernel: np.ndarray, masks: np.ndarray | None,
+    dz: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """Pull dz back through `_convolve`: dx and dkernel."""
+    if masks is None:
+        dx, dkernel, _ = conv2d_backward(spec, x, kernel, dz)
+        return dx, dkernel
+    one, parts = _one_gate(spec, kernel)
+    gates = zip(masks, parts, map(np.ascontiguousarray, _gates(dz)), strict=True)
+    dxs, dkernels, _ = zip(*(conv2d_backward(one, x * mask, part, dz_g) for mask, part, dz_g in gates), strict=True)
+    return sum(mask * dx for mask, dx in zip(masks, dxs, strict=True)), np.concatenate(dkernels, axis=-1)
+
+
+def _one_gate(spec: ConvSpec, kernel: np.ndarray) -> tuple[ConvSpec, list[np.ndarray]]:
+    """Return the geometry of one gate's convolution, and the kernel of each."""
+    return replace(spec, F=spec.F // len(GATES)), list(map(np.ascontiguousarray, _gates(kernel)))
+
+
+def _normalize(
+    spec: ConvLSTMSpec, weights: Arrays | None, z_x: np.ndarray, z_h: np.ndarray, bias: np.ndarray | None,
+    valid: np.ndarray | None,
+) -> tuple[np.ndarray, tuple[Normalized, ...]]:  # fmt: skip
+    """Add the convolutions of x (with the bias) and of h, normalized together or each by itself.
+
+    ``γ (z - mean) / √(variance + ε) + β``: "batch" over samples and pixels (Ioffe & Szegedy 2015), "layer" over
+    pixels and channels (Ba, Kiros & Hinton 2016), "group" over pixels and a group of channels (Wu & He 2018).
+    """
+    if spec.normalization is None:
+        return z_x + z_h, ()
+    assert weights is not None
+    if not spec.normalization.separate:
+        normalized = _standardize(spec, weights, "", z_x + z_h, valid)
+        return weights["gamma"] * normalized.values.reshape(z_x.shape) + weights["beta"], (normalized,)
+    if bias is not None:  # it is not normalized
+        z_x = z_x - bias
+    both = _standardize(spec, weights, "_x", z_x, valid), _standardize(spec, weights, "_h", z_h, valid)
+    z = sum(
+        weights[f"gamma{part}"] * normalized.values.reshape(z_x.shape) + weights[f"beta{part}"]
+        for part, normalized in zip(NORMALIZED_PARTS[spec.normalization.separate], both, strict=True)
+    )
+    return z if bias is None else z + bias, both
+
+
+def _standardize(
+    spec: ConvLSTMSpec, weights: Arrays, part: str, z: np.ndarray, valid: np.ndarray | None
+) -> Normalized:
+    kind, F = spec.normalization.kind, spec.F
+    groups = {"layer": 1, "group": spec.normalization.groups or len(GATES), "batch": 4 * F}[kind]
+    z = z.reshape(*z.shape[:3], groups, 4 * F // groups)
+    if f"mean{part}" in weights:
+        mean, variance = weights[f"mean{part}"][:, None], weights[f"variance{part}"][:, None]
+        axes, weight, count = None, 1, 0
+    else:
+        axes = (0, 1, 2, 4) if kind == "batch" else (1, 2, 4)
+        weight = valid[..., None].astype(z.dtype) if kind == "batch" and valid is not None else 1
+        samples = (z.shape[0] if valid is None else int(valid.sum())) if kind == "batch" else 1
+        count = samples * spec.HO * spec.WO * z.shape[-1]
+        mean = (weight * z).sum(axes, keepdims=True) / max(count, 1)
+        variance = (weight * (z - mean) ** 2).sum(axes, keepdims=True) / max(count, 1)
+    scale = 1 / np.sqrt(variance + spec.normalization.epsilon)
+    return Normalized((z - mean) * scale, scale, axes, weight, count, mean, variance)
+
+
+def _normalize_backward(
+    spec: ConvLSTMSpec, weights: Arrays | None, dweights: Arrays, normalized: tuple[Normalized, ...], dz: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Pull dz back through `_normalize`: to the convolutions of x and of h, and to the bias."""
+    if weights is None:
+        return dz, dz, dz.sum((0, 1, 2))
+    pulled = []
+    for part, n in zip(NORMALIZED_PARTS[spec.normalization.separate], normalized, strict=True):
+        gamma, values = weights[f"gamma{part}"], n.values.reshape(dz.shape)
+        over = tuple(range(4 - gamma.ndim))
+        dweights[f"gamma{part}"] += (dz * values).sum(over)
+        dweights[f"beta{part}"] += dz.sum(over)
+        d = (dz * gamma).reshape(n.values.shape)
+        if n.axes is not None:
+            count = max(n.count, 1)
+            along = (d * n.values).sum(n.axes, keepdims=True) / count
+            d = n.weight * (d - d.sum(n.axes, keepdims=True) / count - n.values * along)
+        pulled.append(np.ascontiguousarray((d * n.scale).reshape(dz.shape)))
+    return pulled[0], pulled[-1], (dz if spec.normalization.separate else pulled[0]).sum((0, 1, 2))

@@ -73,13 +73,17 @@ def convlstm2d(
     peephole: Arrays | None,
     mask: np.ndarray | None,
     *,
+    normalization: Arrays | None = None,
+    dropout: Arrays | None = None,
     algorithm: str = "auto",
     save: bool = False,
     out: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, recurrence.Saved | None]:
     """Run a ConvLSTM over x (B, T, H, W, C): see `recurrence.forward` for the equations."""
     arguments = x, kernel, recurrent_kernel, bias, h, c, peephole, mask
-    return recurrence.forward(spec, conv2d, *arguments, save=save, out=out)
+    return recurrence.forward(
+        spec, conv2d, *arguments, normalization=normalization, dropout=dropout, save=save, out=out
+    )
 
 
 def convlstm2d_backward(

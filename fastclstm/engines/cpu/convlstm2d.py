@@ -31,6 +31,8 @@ def convlstm2d(
     peephole: Arrays | None,
     mask: np.ndarray | None,
     *,
+    normalization: Arrays | None = None,
+    dropout: Arrays | None = None,
     algorithm: str = "auto",
     save: bool = False,
     out: tuple[np.ndarray, np.ndarray] | None = None,
@@ -40,10 +42,12 @@ def convlstm2d(
     `out` are arrays for the last h, whose memory the output of a single step shares, and the last c, which may be `c`.
     """
     m = sequence.choose("convlstm2d", (spec.recurrent, spec.input), algorithm, x.itemsize)
-    if save or not _is_fused(spec):
+    if save or dropout is not None or not _is_fused(spec):
         convolution = partial(conv2d, algorithm="auto" if m else "direct")
         arguments = x, kernel, recurrent_kernel, bias, h, c, peephole, mask
-        return recurrence.forward(spec, convolution, *arguments, save=save, out=out)
+        return recurrence.forward(
+            spec, convolution, *arguments, normalization=normalization, dropout=dropout, save=save, out=out
+        )
     dtype, state = x.dtype, spec.state_shape
     h_first = np.zeros(state, dtype) if h is None else h
     c_first = np.zeros(state, dtype) if c is None else c
@@ -87,7 +91,7 @@ def convlstm2d_backward(
 
 def _is_fused(spec: ConvLSTMSpec) -> bool:
     """Whether the kernels know everything that the cell does."""
-    return spec.peephole != "conv" and gates.activation_codes(spec) is not None
+    return spec.peephole != "conv" and spec.normalization is None and gates.activation_codes(spec) is not None
 
 
 def _cell(spec: ConvLSTMSpec, peephole: Arrays | None) -> np.ndarray:
