@@ -24,17 +24,22 @@ def get_engine(name: str | None = None) -> ModuleType:
 
     Raises ValueError for an unknown name and ImportError, saying what to install, for one that cannot be imported.
     """
+    check_engine(name)
     name = DEFAULT_ENGINE if name is None else name
-    if name == "cuda":
-        raise ValueError(f"engine 'cuda' is not part of this version of fastclstm; it has {_names()}")
-    if name not in ENGINES:
-        raise ValueError(f"unknown engine {name!r}; this version of fastclstm has {_names()}")
     try:
         return importlib.import_module(ENGINES[name])
     except ImportError as error:
         raise ImportError(
             f"engine {name!r} cannot be used: {error}; install numba, or pass engine='reference'"
         ) from error
+
+
+def check_engine(name: str | None) -> None:
+    """Raise ValueError unless `name` is None or that of an engine; nothing is imported."""
+    if name == "cuda":
+        raise ValueError(f"engine 'cuda' is not part of this version of fastclstm; it has {_names()}")
+    if name is not None and not (isinstance(name, str) and name in ENGINES):
+        raise ValueError(f"unknown engine {name!r}; this version of fastclstm has {_names()}")
 
 
 def _names() -> str:

@@ -17,10 +17,20 @@ import numpy as np
 from fastclstm import dispatch
 from fastclstm.nn import activations
 from fastclstm.nn import normalization as normalizations
-from fastclstm.spec import DATA_FORMATS, Conv3DSpec, NORMALIZED_PARTS, ConvLSTMSpec, ConvSpec, PoolSpec, choice, expect_shape
+from fastclstm.spec import (
+    DATA_FORMATS,
+    NORMALIZED_PARTS,
+    Conv3DSpec,
+    ConvLSTMSpec,
+    ConvSpec,
+    PoolSpec,
+    choice,
+    expect_shape,
+)
 
 __all__ = [
-    "conv2d", "conv2d_vjp", "conv3d", "conv3d_vjp", "convlstm2d", "convlstm2d_step", "convlstm2d_vjp", "max_pool3d", "max_pool3d_vjp",
+    "conv2d", "conv2d_vjp", "conv3d", "conv3d_vjp", "convlstm2d", "convlstm2d_step", "convlstm2d_vjp", "max_pool3d",
+    "max_pool3d_vjp",
 ]  # fmt: skip
 
 Gradients = dict[str, Any]
@@ -324,7 +334,7 @@ def convlstm2d(
 
 def convlstm2d_vjp(
     x: Any, kernel: Any, recurrent_kernel: Any, bias: Any = None, *, return_state: bool = False, **options: Any
-) -> tuple[Any, Callable[[Any], Gradients]]:
+) -> tuple[Any, ConvLSTMPullback]:
     """Compute `convlstm2d` and the function that pulls gradients back through time.
 
     Parameters are those of `convlstm2d`.
@@ -343,7 +353,7 @@ def convlstm2d_vjp(
     call = _ConvLSTMCall(x, kernel, recurrent_kernel, bias, **options)
     output, h, c, saved = call.forward(save=True)
     restore = call.restore
-    pullback = _ConvLSTMPullback(call, saved, return_state, bias is not None, options.get("initial_state") is not None)
+    pullback = ConvLSTMPullback(call, saved, return_state, bias is not None, options.get("initial_state") is not None)
     outputs = tuple(map(restore, (output, h, c))) if return_state else restore(output)
     return outputs, pullback
 
@@ -645,7 +655,9 @@ class _ConvLSTMCall:
             **geometry,
         )
         mappings = peepholes, normalizers, dropouts
-        self.dtype = dispatch.working_dtype(*arrays.values(), *(a for named in mappings for a in (named or {}).values()))
+        self.dtype = dispatch.working_dtype(
+            *arrays.values(), *(a for named in mappings for a in (named or {}).values())
+        )
         self.arrays = {name: dispatch.native(array, self.dtype) for name, array in arrays.items()}
         self.peephole, self.normalization, self.dropout = (
             None if named is None else {key: dispatch.native(array, self.dtype) for key, array in named.items()}
@@ -703,7 +715,7 @@ class _ConvLSTMCall:
 
 
 @dataclass(frozen=True)
-class _ConvLSTMPullback:
+class ConvLSTMPullback:
     """The function that pulls gradients of the outputs of `convlstm2d` back to its arguments."""
 
     call: _ConvLSTMCall

@@ -29,9 +29,13 @@ _PEEPHOLE_KINDS = {1: "channel", 3: "elementwise", 4: "conv"}
 _AXES = {2: ("height", "width"), 3: ("time", "height", "width")}
 
 
+LARGEST = 2**31 - 1
+"""Of all sizes, strides and paddings: kernels multiply them in 64 bits."""
+
+
 def integers(op: str, name: str, value: Any, count: int, minimum: int) -> Shape:
     """Return `value`, an integer or a sequence of `count` integers, as a tuple of `count` integers >= `minimum`."""
-    if type(value) is int and value >= minimum:
+    if type(value) is int and minimum <= value <= LARGEST:
         return (value,) * count
     expected = f"{op}: {name} must be an integer >= {minimum} or {count} of them, got {value!r}"
     items = list(value) if np.iterable(value) else [value] * count
@@ -39,7 +43,8 @@ def integers(op: str, name: str, value: Any, count: int, minimum: int) -> Shape:
         result = tuple(operator.index(item) for item in items)
     except TypeError:
         raise TypeError(expected) from None
-    if len(result) != count or min(result) < minimum or any(isinstance(item, bool | np.bool_) for item in items):
+    fits = len(result) == count and all(minimum <= n <= LARGEST for n in result)
+    if not fits or any(isinstance(item, bool | np.bool_) for item in items):
         raise ValueError(expected)
     return result
 

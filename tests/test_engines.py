@@ -153,7 +153,9 @@ def convlstm2d_cases(draw, winograd):
         options = Normalization(normalization, separate=draw(st.booleans()), elementwise=elementwise, epsilon=0.1)
         shape = (*state[1:3], 4 * F) if elementwise else (4 * F,)
         names = ["gamma", "beta"] + ["mean", "variance"] * (normalization == "batch" and draw(st.booleans()))
-        weights = {f"{name}{part}": np.abs(normal(*shape)) for name in names for part in NORMALIZED_PARTS[options.separate]}
+        weights = {
+            f"{name}{part}": np.abs(normal(*shape)) for name in names for part in NORMALIZED_PARTS[options.separate]
+        }
         arguments |= {"normalization": options, "normalization_weights": weights}
     if dropped := draw(st.sampled_from([(), (), ("x",), ("h",), ("x", "h")])):
         frames = {"x": (B, H, W, C), "h": state}

@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 
 from fastclstm import functional
-from fastclstm.nn.normalization import Normalization
 from fastclstm.functional import (
     conv2d,
     conv2d_vjp,
@@ -15,6 +14,7 @@ from fastclstm.functional import (
     max_pool3d,
     max_pool3d_vjp,
 )
+from fastclstm.nn.normalization import Normalization
 
 B, T, H, W, C, F = 2, 3, 5, 4, 2, 3
 
@@ -442,7 +442,7 @@ def test_normalized_preactivations_have_mean_zero_and_variance_one(kind, separat
         standard = (groups - groups.mean(axes, keepdims=True)) / np.sqrt(groups.var(axes, keepdims=True) + 1e-5)
         weights = arguments["normalization_weights"]
         z = z + weights[f"gamma{name}"] * standard.reshape(part.shape) + weights[f"beta{name}"]
-    i, f, g, o = np.split(z, 4, -1)
+    i, _, g, o = np.split(z, 4, -1)
     c = np.tanh(g) / (1 + np.exp(-i))
     arguments["x"] = arguments["x"][:, :1]
     result = functional.convlstm2d(**arguments, initial_state=(h, None), return_sequences=False)

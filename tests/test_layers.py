@@ -70,20 +70,45 @@ SHARED_OPTIONS = {
     "kernel_initializer": "glorot_uniform",
     "recurrent_initializer": "orthogonal",
     "bias_initializer": "zeros",
+    "kernel_regularizer": None,
+    "recurrent_regularizer": None,
+    "bias_regularizer": None,
+    "kernel_constraint": None,
+    "recurrent_constraint": None,
+    "bias_constraint": None,
     "activation": "tanh",
     "recurrent_activation": "sigmoid",
     "output_activation": None,
     "dilation": 1,
     "padding_mode": "zeros",
+    "recurrent_kernel_size": None,
     "recurrent_dilation": 1,
+    "peephole": None,
+    "peephole_size": None,
+    "peephole_initializer": "zeros",
+    "normalization": None,
+    "frame_size": None,
     "cell_clip": None,
+    "dropout": 0.0,
+    "recurrent_dropout": 0.0,
     "data_format": "channels_last",
     "dtype": "float32",
     "seed": None,
     "engine": None,
     "algorithm": "auto",
 }
-SEQUENCE_OPTIONS = {"return_sequences": True, "return_state": False, "go_backwards": False}
+SEQUENCE_OPTIONS = {
+    "return_sequences": True,
+    "return_state": False,
+    "go_backwards": False,
+    "stateful": False,
+    "bidirectional": False,
+    "merge_mode": "concat",
+    "zero_output_for_mask": False,
+    "time_major": False,
+    "time_dropout": 0.0,
+    "activity_regularizer": None,
+}
 POOLING_OPTIONS = {
     "padding": "valid",
     "ceil_mode": False,
@@ -428,8 +453,10 @@ def test_step_refuses_what_it_cannot_write_to(engine):
     with pytest.raises(ValueError, match="out needs data_format='channels_last'"):
         ConvLSTM2DCell(3, 3, 3, data_format="channels_first").step(x, out=(new_h, new_c))
     with pytest.raises(ValueError, match="ConvLSTM2DCell: x must be 4D"):
-        cell.step(x[0], out=(new_h, new_c))
-    with pytest.raises(ValueError, match="initial state h has shape"):
+        cell.step(x[0, 0], out=(new_h, new_c))
+    with pytest.raises(ValueError, match=r"out needs .* with its batch axis"):
+        cell.step(x[0], out=(new_h[0], new_c[0]))
+    with pytest.raises(ValueError, match="initial state: h has shape"):
         cell.step(x, h[:1], c, out=(new_h, new_c))
     cell.step(x, h, c[:], out=(new_h, c))  # the same memory is the same array
 
@@ -775,7 +802,7 @@ def test_torch_in_torch_out(build, engine):
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        ((4, 8, 8, 3), r"x must be 5D \(batch, time, height, width, channels\), got 4D \(4, 8, 8, 3\); add the missing "
+        ((4, 8, 8, 2), r"x must be 5D \(batch, time, height, width, channels\), got 4D \(4, 8, 8, 2\); add the missing "
                        r"axis: x\[np.newaxis\] for a batch of one, x\[..., np.newaxis\] for one channel"),
         ((2, 3, 4, 8, 8, 3), r"x must be 5D .* got 6D \(2, 3, 4, 8, 8, 3\)$"),
         ((1, 4, 8, 8, 2), r"ConvLSTM2D: x has 2 channels but kernel \(3, 3, 3, 8\) takes 3"),
@@ -790,7 +817,7 @@ def test_wrong_x(build, shape, message):
 
 def test_wrong_x_of_other_layers(build, engine):
     with pytest.raises(ValueError, match=r"5D \(batch, time, channels, height, width\), got 4D .*for a batch of one$"):
-        build(3, 2, 3, data_format="channels_first")(np.zeros((4, 3, 8, 8)))
+        build(3, 2, 3, data_format="channels_first")(np.zeros((4, 8, 8, 3)))
     with pytest.raises(ValueError, match="ConvLSTM2D layer 1: a window of 3 does not fit the height of 2"):
         build(3, 2, 3, "valid", num_layers=2)(np.zeros((1, 2, 4, 9, 3)))
     with pytest.raises(ValueError, match=r"ConvLSTM2DCell: x must be 4D \(batch, height, width, channels\), got 5D"):

@@ -292,7 +292,7 @@ def _normalize(
 ) -> tuple[np.ndarray, tuple[Normalized, ...]]:  # fmt: skip
     """Add the convolutions of x (with the bias) and of h, normalized together or each by itself.
 
-    ``γ (z - mean) / √(variance + ε) + β``: "batch" over samples and pixels (Ioffe & Szegedy 2015), "layer" over
+    ``gamma (z - mean) / √(variance + ε) + beta``: "batch" over samples and pixels (Ioffe & Szegedy 2015), "layer" over
     pixels and channels (Ba, Kiros & Hinton 2016), "group" over pixels and a group of channels (Wu & He 2018).
     """
     if spec.normalization is None:
@@ -311,15 +311,15 @@ def _normalize(
     return z if bias is None else z + bias, both
 
 
-def _standardize(
-    spec: ConvLSTMSpec, weights: Arrays, part: str, z: np.ndarray, valid: np.ndarray | None
-) -> Normalized:
+def _standardize(spec: ConvLSTMSpec, weights: Arrays, part: str, z: np.ndarray, valid: np.ndarray | None) -> Normalized:
     kind, F = spec.normalization.kind, spec.F
     groups = {"layer": 1, "group": spec.normalization.groups or len(GATES), "batch": 4 * F}[kind]
     z = z.reshape(*z.shape[:3], groups, 4 * F // groups)
     if f"mean{part}" in weights:
         mean, variance = weights[f"mean{part}"][:, None], weights[f"variance{part}"][:, None]
-        axes, weight, count = None, 1, 0
+        axes: tuple[int, ...] | None = None
+        weight: Any = 1
+        count = 0
     else:
         axes = (0, 1, 2, 4) if kind == "batch" else (1, 2, 4)
         weight = valid[..., None].astype(z.dtype) if kind == "batch" and valid is not None else 1

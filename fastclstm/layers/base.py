@@ -99,6 +99,10 @@ class Layer(Described):
         """Pull the gradient of the last training call's output back to its input, keeping those of the parameters."""
         raise NotImplementedError
 
+    def output_shape(self, input_shape: Shape) -> Shape:
+        """Return the shape of the output for an input of `input_shape`."""
+        raise NotImplementedError
+
     def get_gradients(self) -> dict[str, np.ndarray]:
         """Return the gradients that the last `backward` left, under the names of `trainable_parameters`.
 
@@ -261,7 +265,7 @@ def _immutable(array: np.ndarray) -> np.ndarray:
 def layer_dtype(op: str, dtype: Any) -> str:
     """Return the name of a layer's dtype; raise ValueError unless it is float32 or float64."""
     try:
-        name = np.dtype(dtype).name
+        name = "None" if dtype is None else np.dtype(dtype).name  # to NumPy None is float64
     except TypeError:
         name = dtype
     choice(op, "dtype", name, DTYPES)

@@ -1,330 +1,30 @@
-"""ConvLSTM2D, stacked layers over whole sequences, and ConvLSTM2DCell, one layer one step at a time."""
+"""ConvLSTM2D: stacked ConvLSTM layers over whole sequences, in one direction or both."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import numpy as np
 
-from fastclstm import dispatch, functional
-from fastclstm.layers.base import Layer, Parameter, layer_dtype
-from fastclstm.nn import activations, initializers
-from fastclstm.spec import DATA_FORMATS, ConvSpec, Pair, Shape, choice, expect_shape, integers, positive_or_none
+from fastclstm import dispatch
+from fastclstm.layers.convlstm2d_cell import ConvLSTM2DCell, ConvLSTMLayer, State, own_generator
+from fastclstm.layers.gate_weights import GateWeights
+from fastclstm.layers.layout import Layout
+from fastclstm.layers.time_distribution import TimeDistributionCalculator
+from fastclstm.nn import regularizers
+from fastclstm.spec import Pair, Shape, choice, expect_shape, integers
 
-State = tuple[np.ndarray | None, np.ndarray | None]
+MERGE_MODES = ("concat", "sum", "mul", "ave", None)
+_DIRECTIONS = ("forward", "backward")
 
-_LAYOUTS = {"channels_last": "height, width, channels", "channels_first": "channels, height, width"}
-_GATES = "ifco"
-"""The gates' names in `GateWeights`, where g is called c, in their order on the 4F axis."""
-
-
-@dataclass(eq=False, repr=False)
-class _ConvLSTMLayer(Layer):
-    """The options that the cell and the stacked layers share."""
-
-    in_channels: int
-    out_channels: Any
-    kernel_size: Any
-    padding: Any = "same"
-    stride: Any = 1
-    leaky_relu_slope: float | None = None
-    _: KW_ONLY
-    use_bias: bool = True
-    unit_forget_bias: bool = True
-    kernel_initializer: Any = "glorot_uniform"
-    recurrent_initializer: Any = "orthogonal"
-    bias_initializer: Any = "zeros"
-    activation: Any = "tanh"
-    recurrent_activation: Any = "sigmoid"
-    output_activation: Any = None
-    dilation: Any = 1
-    padding_mode: str = "zeros"
-    recurrent_dilation: Any = 1
-    cell_clip: float | None = None
-    data_format: str = "channels_last"
-    dtype: Any = "float32"
-    seed: int | np.random.Generator | None = None
-    engine: str | None = None
-    algorithm: str = "auto"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        op = type(self).__name__
-        (self.in_channels,) = integers(op, "in_channels", self.in_channels, 1, 1)
-        self.dtype = layer_dtype(op, self.dtype)
-        choice(op, "data_format", self.data_format, DATA_FORMATS)
-        slope = self.leaky_relu_slope
-        if slope is not None and not (isinstance(slope, int | float) and math.isfinite(slope)):
-            raise ValueError(f"{op}: leaky_relu_slope must be a finite number or None, got {slope!r}")
-
-    def _read(self, name: str, value: Any, channel_axis: int) -> np.ndarray:
-        """Return `value` as an array of the layer's dtype with the channels last."""
-        array = dispatch.as_numpy(type(self).__name__, name, value)
-        if self.data_format == "channels_first" and array.ndim > channel_axis:
-            array = np.moveaxis(array, channel_axis, -1)
-        return dispatch.native(array, np.dtype(self.dtype))
-
-    def _write(self, array: np.ndarray, channel_axis: int) -> np.ndarray:
-        """Return a channels-last array in the layer's data format."""
-        if self.data_format == "channels_last":
-            return array
-        return np.ascontiguousarray(np.moveaxis(array, -1, channel_axis))
-
-    def _frame_shape(self, shape: Sequence[int]) -> Shape:
-        """Return (H, W, C) of a frame's shape in the layer's data format."""
-        return tuple(shape) if self.data_format == "channels_last" else (*shape[1:], shape[0])
-
-    def _check_rank(self, shape: Shape, *leading: str) -> None:
-        """Raise ValueError unless `shape` has the `leading` axes, then those of a frame."""
-        rank = len(leading) + 3
-        if len(shape) != rank:
-            axes = f"{', '.join(leading)}, {_LAYOUTS[self.data_format]}"
-            channel = ", x[..., np.newaxis] for one channel" if self.data_format == "channels_last" else ""
-            hint = f"; add the missing axis: x[np.newaxis] for a batch of one{channel}" if len(shape) < rank else ""
-            op = type(self).__name__
-            raise ValueError(f"{op}: x must be {rank}D ({axes}), got {len(shape)}D {tuple(shape)}{hint}")
+Merged = Any
+"""An array, or with merge_mode=None the pair of the directions' arrays."""
 
 
 @dataclass(eq=False, repr=False)
-class ConvLSTM2DCell(_ConvLSTMLayer):
-    """One ConvLSTM layer, one time step at a time: ``h, c = cell(x_t, h, c)``.
-
-    With ``z = kernel * x + recurrent_kernel * h + bias`` split into z_i, z_f, z_g, z_o on its last axis:
-    ``i, f, o = σ(z_i), σ(z_f), σ(z_o)``, ``g = tanh(z_g)``, ``c' = f∘c + i∘g``, ``h' = o∘tanh(c')``.
-
-    Parameters
-    ----------
-    in_channels, out_channels : int
-        C and F.
-    kernel_size : int or (int, int)
-        Of the input's and of the hidden state's convolution.
-    padding, stride
-        Of the input's convolution, as in `ConvLSTM2D`; the hidden state's is always "same" with stride 1.
-    leaky_relu_slope : float, optional
-        Accepted for symmetry with `ConvLSTM2D`, without effect: the LeakyReLU stands between stacked layers only.
-    use_bias, unit_forget_bias, kernel_initializer, recurrent_initializer, bias_initializer, activation, \
-recurrent_activation, output_activation, dilation, padding_mode, recurrent_dilation, cell_clip, data_format, dtype, \
-seed, engine, algorithm
-        As in `ConvLSTM2D`.
-
-    Attributes
-    ----------
-    kernel : array (KH, KW, C, 4F)
-    recurrent_kernel : array (KH, KW, F, 4F)
-    bias : array (4F,) or None
-        The parameters, gates in the order i, f, g, o: read-only; assign a new array to change one.
-
-    Raises
-    ------
-    ValueError, TypeError
-        Options or shapes that do not fit together.
-
-    References
-    ----------
-    Shi et al., "Convolutional LSTM Network: A Machine Learning Approach for Precipitation Nowcasting", NeurIPS 2015,
-    eq. 3, without its peepholes.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> cell = ConvLSTM2DCell(1, 4, 3, "same", 1, None, seed=0, engine="reference")
-    >>> h, c = cell(np.ones((2, 8, 8, 1)), None, None)
-    >>> h.shape, cell.weights["W_hi"].shape
-    ((2, 8, 8, 4), (4, 4, 3, 3))
-    """
-
-    kernel = Parameter()
-    recurrent_kernel = Parameter()
-    bias = Parameter()
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        op = "ConvLSTM2DCell"
-        (self.out_channels,) = integers(op, "out_channels", self.out_channels, 1, 1)
-        KH, KW = self.kernel_size = integers(op, "kernel_size", self.kernel_size, 2, 1)
-        rng, C, F = np.random.default_rng(self.seed), self.in_channels, self.out_channels
-        self._add_parameter("kernel", (KH, KW, C, 4 * F), initializers.get(self.kernel_initializer), rng, self.dtype)
-        self._add_parameter(
-            "recurrent_kernel", (KH, KW, F, 4 * F), initializers.get(self.recurrent_initializer), rng, self.dtype
-        )
-        bias_initializer = initializers.get(self.bias_initializer)
-        if self.use_bias:
-            initializer = _unit_forget(bias_initializer) if self.unit_forget_bias else bias_initializer
-            self._add_parameter("bias", (4 * F,), initializer, rng, self.dtype)
-        self._check_options()
-
-    @property
-    def weights(self) -> GateWeights:
-        """The parameters gate by gate: see `GateWeights`."""
-        return GateWeights({"": self})
-
-    def forward(self, x_t: Any, h: Any = None, c: Any = None, training: bool = False) -> tuple[Any, Any]:
-        """Return the next (h, c).
-
-        Parameters
-        ----------
-        x_t : array (B, H, W, C), or (B, C, H, W) with data_format="channels_first"
-            Converted to the layer's dtype.
-        h, c : array (B, HO, WO, F), or (B, F, HO, WO), optional
-            The states so far; None is zeros.
-        training : bool
-            Keep what `backward` needs.
-
-        Raises
-        ------
-        ValueError
-            Shapes that do not fit the layer.
-        TypeError
-            Anything but real arrays in the processor's memory.
-        """
-        restore = dispatch.restorer(x_t)
-        x = self._read("x", x_t, 1)
-        self._check_rank(np.shape(x_t), "batch")
-        geometry = self._geometry(x.shape, "ConvLSTM2DCell")
-        state = self._read_state("ConvLSTM2DCell: initial state", (h, c), geometry)
-        self._pullback = None
-        outputs, pullback = self._run(x[:, np.newaxis], state, training=training, return_sequences=False)
-        if pullback is not None:
-            self._pullback = lambda dh, dc: self._pull(pullback, geometry, dh, dc, restore)
-        return restore(self._write(outputs[1], 1)), restore(self._write(outputs[2], 1))
-
-    def step(self, x_t: Any, h: Any = None, c: Any = None, *, out: Any = None) -> tuple[Any, Any]:
-        """Return the next (h, c), as `forward` does, or write them to `out` and return that.
-
-        Parameters
-        ----------
-        x_t, h, c
-            As in `forward`.
-        out : (h, c), optional
-            NumPy arrays (B, HO, WO, F) of the layer's dtype, writeable and C-contiguous, that receive the new states.
-            Their memory is their own, but the new c may be the old c itself. See `functional.convlstm2d_step`.
-
-        Raises
-        ------
-        ValueError
-            Shapes that do not fit the layer; an `out` that cannot be written as said, or with "channels_first".
-        TypeError
-            Anything but real arrays in the processor's memory.
-
-        Examples
-        --------
-        >>> import numpy as np
-        >>> cell = ConvLSTM2DCell(1, 4, 3, seed=0, engine="reference")
-        >>> state = cell.step(np.ones((2, 8, 8, 1)))
-        >>> spare = np.empty_like(state[0]), np.empty_like(state[1])
-        >>> for frame in np.ones((5, 2, 8, 8, 1), np.float32):
-        ...     state, spare = cell.step(frame, *state, out=spare), state
-        """
-        if out is None:
-            return self.forward(x_t, h, c)
-        if self.data_format == "channels_first":
-            raise ValueError("ConvLSTM2DCell: out needs data_format='channels_last'; leave it out, or use that format")
-        self._check_rank(np.shape(x_t), "batch")
-        x, *state = (None if a is None else self._read(name, a, 1) for name, a in (("x", x_t), ("h", h), ("c", c)))
-        self._pullback = None
-        return functional.convlstm2d_step(
-            x, self.kernel, self.recurrent_kernel, self.bias, initial_state=state, out=out, **self._options()
-        )
-
-    def backward(self, dh: Any = None, dc: Any = None) -> tuple[Any, Any, Any]:
-        """Return (dx_t, dh, dc) of the last call's inputs, given the gradients `dh` of its h and `dc` of its c.
-
-        Raises
-        ------
-        RuntimeError
-            The last call was not a training call.
-        ValueError
-            A gradient has not its state's shape.
-        """
-        return self._recorded()(dh, dc)
-
-    def output_shape(self, input_shape: Shape) -> Shape:
-        """Return the shape of h and of c for an x_t of `input_shape`."""
-        self._check_rank(input_shape, "batch")
-        B, *frame = input_shape
-        return self._state_shape(self._geometry((B, *self._frame_shape(frame)), "ConvLSTM2DCell"))
-
-    def _geometry(self, frames: Shape, op: str) -> ConvSpec:
-        """Return the geometry of the input convolution of frames (B, H, W, C)."""
-        return ConvSpec.infer(frames, self._parameters["kernel"].shape, strides=self.stride, padding=self.padding,
-                              padding_mode=self.padding_mode, dilation=self.dilation, op=op)  # fmt: skip
-
-    def _state_shape(self, geometry: ConvSpec) -> Shape:
-        """Return the shape of h and of c in the layer's data format."""
-        size, F = (geometry.HO, geometry.WO), self.out_channels
-        return (geometry.B, *size, F) if self.data_format == "channels_last" else (geometry.B, F, *size)
-
-    def _read_state(self, what: str, pair: tuple[Any, Any], geometry: ConvSpec) -> State:
-        """Check (h, c), each of which may be None, and return them channels-last."""
-        shape = self._state_shape(geometry)
-        for name, value in zip("hc", pair, strict=True):
-            if value is not None:
-                expect_shape(what, name, np.shape(value), shape, "the shape of the layer's states")
-        h, c = (None if value is None else self._read(name, value, 1) for name, value in zip("hc", pair, strict=True))
-        return h, c
-
-    def _run(
-        self, x: np.ndarray, state: State, *, mask: np.ndarray | None = None, go_backwards: bool = False,
-        return_sequences: bool = True, training: bool = False,
-    ) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], Callable[..., Any] | None]:  # fmt: skip
-        """Run over a channels-last sequence: (output, h, c) and, while training, their pullback."""
-        arguments = x, self.kernel, self.recurrent_kernel, self.bias
-        options = {
-            "initial_state": state,
-            "mask": mask,
-            "go_backwards": go_backwards,
-            "return_sequences": return_sequences,
-            **self._options(),
-        }
-        if training:
-            return functional.convlstm2d_vjp(*arguments, return_state=True, **options)
-        return functional.convlstm2d(*arguments, return_state=True, **options), None
-
-    def _options(self) -> dict[str, Any]:
-        """Options of `functional.convlstm2d` that are the cell's."""
-        return {
-            "strides": self.stride,
-            "padding": self.padding,
-            "padding_mode": self.padding_mode,
-            "dilation": self.dilation,
-            "recurrent_dilation": self.recurrent_dilation,
-            "activation": self.activation,
-            "recurrent_activation": self.recurrent_activation,
-            "output_activation": self.output_activation,
-            "cell_clip": self.cell_clip,
-            "algorithm": self.algorithm,
-            "engine": self.engine,
-        }
-
-    def _named_gradients(self, gradients: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        """Pick the parameters' gradients from what a pullback returned."""
-        return {name: gradients[name] for name in self._parameters}
-
-    def _pull(
-        self, pullback: Callable[..., Any], geometry: ConvSpec, dh: Any, dc: Any, restore: Callable[..., Any]
-    ) -> tuple[Any, ...]:
-        dstate = self._read_state("ConvLSTM2DCell: gradient of", (dh, dc), geometry)
-        gradients = pullback((None, *dstate))
-        self._keep_gradients(self._named_gradients(gradients))
-        before = gradients["x"][:, 0], *gradients["initial_state"]
-        return tuple(restore(self._write(array, 1)) for array in before)
-
-    def _check_options(self) -> None:
-        """Raise now, not at the first call, where an option is wrong for every input."""
-        for option in (self.activation, self.recurrent_activation, self.output_activation or "tanh"):
-            activations.get(option)
-        KH, KW = self.kernel_size
-        dilation = integers("ConvLSTM2D", "dilation", self.dilation, 2, 1)
-        integers("ConvLSTM2D", "recurrent_dilation", self.recurrent_dilation, 2, 1)
-        self._geometry((1, KH * dilation[0], KW * dilation[1], self.in_channels), "ConvLSTM2D")
-        positive_or_none("ConvLSTM2D", "cell_clip", self.cell_clip)
-
-
-@dataclass(eq=False, repr=False)
-class ConvLSTM2D(_ConvLSTMLayer):
+class ConvLSTM2D(ConvLSTMLayer):
     """ConvLSTM layers, one on the other, over whole sequences.
 
     ``layer(x)`` takes x (B, T, H, W, C) and returns the last layer's hidden sequence (B, T, HO, WO, F) in the layer's
@@ -338,7 +38,7 @@ class ConvLSTM2D(_ConvLSTMLayer):
     out_channels : int or sequence of int
         F: of every layer, or one number a layer.
     kernel_size : int, tuple (KH, KW), or list
-        Of every layer's two convolutions; a list (or any sequence of pairs) has one item, int or pair, a layer. So
+        Of every layer's input convolution; a list (or any sequence of pairs) has one item, int or pair, a layer. So
         with two layers ``(3, 5)`` is 3 high and 5 wide twice, ``[3, 5]`` is 3×3, then 5×5.
     padding : "same", "valid", int, (int, int) or ((top, bottom), (left, right))
         Of every input convolution; "same" keeps ``ceil(H / stride)``. The hidden state's is always "same".
@@ -351,44 +51,92 @@ class ConvLSTM2D(_ConvLSTMLayer):
     use_bias : bool
     unit_forget_bias : bool
         The forget gate's part of the bias starts at 1.
-    kernel_initializer, recurrent_initializer, bias_initializer : str or function
-        Names of `fastclstm.nn.initializers`, or functions ``(shape, rng, dtype) -> array``.
+    kernel_initializer, recurrent_initializer, bias_initializer : str, number, object or function
+        Of `fastclstm.nn.initializers`; a number is that constant; functions are ``(shape, rng, dtype) -> array``.
+    kernel_regularizer, recurrent_regularizer, bias_regularizer : str, object or pair of functions, optional
+        Of `fastclstm.nn.regularizers`: `penalty` sums them up, `get_gradients` includes their gradients.
+    kernel_constraint, recurrent_constraint, bias_constraint : str, object or function, optional
+        Of `fastclstm.nn.constraints`: `apply_constraints` applies them.
     activation, recurrent_activation, output_activation : str or pair of functions (forward, derivative)
         On g; on i, f and o; on the new cell state (None: as `activation`).
     padding_mode : "zeros" or "circular"
         What the padding of all convolutions holds.
+    recurrent_kernel_size : int, tuple or list, optional
+        Of the hidden state's convolution, in the forms of kernel_size. None: the same as the input's.
     recurrent_dilation : int or (int, int)
         Of the hidden state's convolution.
+    peephole : None, "elementwise", "channel" or "conv"
+        What the gates see of the cell state: i and f of the old one, o of the new one. "elementwise" (Shi et al. 2015)
+        has weights (HO, WO, F) and needs frame_size, "channel" (F,), "conv" convolves with kernels (K, K, F, F) and,
+        with use_bias, adds biases (F,).
+    peephole_size : int or (int, int), optional
+        K of "conv". None: that of the hidden state's convolution.
+    peephole_initializer : str, number, object or function
+    normalization : None, "layer", "group", "batch" or fastclstm.nn.normalization.Normalization
+        Of the pre-activations. "batch" takes the statistics of each step's batch while training, and moves its moving
+        mean and variance towards them; otherwise, or where frozen, it uses those.
+    frame_size : int or (int, int), optional
+        (H, W) of x, for what has a weight for every pixel. Other frames are then refused.
     cell_clip : float, optional
         Limits every cell state to [-cell_clip, cell_clip].
+    dropout, recurrent_dropout : float
+        Share in [0, 1) of the input's and of the hidden state's values that each gate's convolution does not see while
+        training: four masks (B, H, W, C) and four (B, HO, WO, F), drawn once a call, the same for all steps; what is
+        kept is scaled by 1 / (1 - rate).
     data_format : "channels_last" or "channels_first"
         The latter: x (B, T, C, H, W), output (B, T, F, HO, WO), states (B, F, HO, WO).
     dtype : "float32" or "float64"
         Of parameters, states and results; inputs are converted to it.
     seed : int or numpy.random.Generator, optional
-        The same seed gives the same parameters.
+        The same seed gives the same parameters and the same dropout.
     engine : str, optional
         "cpu" (the default) or "reference"; may be changed later.
     algorithm : "auto", "direct" or "winograd"
         How the cpu engine convolves; may be changed later.
     return_sequences : bool
-        False: only the last step's output (B, HO, WO, F).
+        False: only the last step's output (B, HO, WO, F), and only that is kept in memory.
     return_state : bool
-        Return ``(output, [(h, c), …])`` with the last states, one pair a layer.
+        Return ``(output, [(h, c), …])`` with the last states, one pair a layer, or two with bidirectional.
     go_backwards : bool
         Process the last frame first, through all layers; outputs stay in processing order.
+    stateful : bool
+        Start each call from the states that the call before ended with, sample by sample; see `reset_state`.
+    bidirectional : bool
+        Two cells a layer: one processes the frames forward, the other backward, whose outputs are flipped back.
+    merge_mode : "concat", "sum", "mul", "ave" or None
+        How the two directions' outputs become one, on which the next layer works: "concat" has 2F channels, the others
+        F; None, for a single layer, returns the pair (forward, backward).
+    zero_output_for_mask : bool
+        Where a step is masked its output is zero, instead of the output before. The last output too, where the last
+        step is masked.
+    time_major : bool
+        Sequences, masks and outputs have the time axis first: x (T, B, H, W, C), mask (T, B).
+    time_dropout : float
+        Probability in [0, 1] that a whole frame of x is set to zero while training, for all samples alike and without
+        scaling: see `TimeDistributionCalculator`.
+    activity_regularizer : str, object or pair of functions, optional
+        Penalty on the output of a training call, divided by the size of the batch; a part of `penalty`, whose gradient
+        `backward` adds.
 
     Attributes
     ----------
     cells : tuple of ConvLSTM2DCell
-        The layers' parameters: ``cells[l].kernel``, ``.recurrent_kernel``, ``.bias``, ``.weights``.
+        The layers' parameters: ``cells[l].kernel``, ``.recurrent_kernel``, ``.bias``, ``.weights``; with bidirectional
+        those of each layer's forward direction, then of its backward direction.
     state_gradients : list of (dh, dc), optional
         Gradients of initial_state that the last `backward` left; None before, or where no initial state was given.
+    states : list of (h, c), optional
+        Where stateful: what the next call starts from.
 
     Raises
     ------
     ValueError, TypeError
         Options or shapes that do not fit together.
+
+    References
+    ----------
+    Shi et al., "Convolutional LSTM Network", NeurIPS 2015 (eq. 3); the dropout of Gal & Ghahramani, "A Theoretically
+    Grounded Application of Dropout in Recurrent Neural Networks", NeurIPS 2016, with a mask for each gate.
 
     Examples
     --------
@@ -408,87 +156,151 @@ engine='reference')
     return_sequences: bool = True
     return_state: bool = False
     go_backwards: bool = False
+    stateful: bool = False
+    bidirectional: bool = False
+    merge_mode: str | None = "concat"
+    zero_output_for_mask: bool = False
+    time_major: bool = False
+    time_dropout: float = 0.0
+    activity_regularizer: Any = None
 
     def __post_init__(self) -> None:
-        (self.num_layers,) = integers("ConvLSTM2D", "num_layers", self.num_layers, 1, 1)
-        filters = integers("ConvLSTM2D", "out_channels", self.out_channels, self.num_layers, 1)
+        op = "ConvLSTM2D"
+        (self.num_layers,) = integers(op, "num_layers", self.num_layers, 1, 1)
+        filters = integers(op, "out_channels", self.out_channels, self.num_layers, 1)
         self.out_channels = filters[0] if np.ndim(self.out_channels) == 0 else filters
-        kernel_sizes = _kernel_sizes(self.kernel_size, self.num_layers)
+        kernel_sizes = _kernel_sizes("kernel_size", self.kernel_size, self.num_layers)
         self.kernel_size = kernel_sizes if _is_per_layer(self.kernel_size) else kernel_sizes[0]
+        recurrent_sizes = kernel_sizes
+        if self.recurrent_kernel_size is not None:
+            recurrent_sizes = _kernel_sizes("recurrent_kernel_size", self.recurrent_kernel_size, self.num_layers)
+            per_layer = _is_per_layer(self.recurrent_kernel_size)
+            self.recurrent_kernel_size = recurrent_sizes if per_layer else recurrent_sizes[0]
         super().__post_init__()
-        rng = np.random.default_rng(self.seed)
-        shared = {name: value for name, value in self.options.items() if name in ConvLSTM2DCell.__dataclass_fields__}
-        self.cells = tuple(
-            ConvLSTM2DCell(**shared | {"in_channels": C, "out_channels": F, "kernel_size": size, "seed": rng})
-            for C, F, size in zip((self.in_channels, *filters), filters, kernel_sizes, strict=False)
+        choice(op, "merge_mode", self.merge_mode, MERGE_MODES)
+        if self.bidirectional and self.merge_mode is None and self.num_layers > 1:
+            raise ValueError(
+                f"{op}: merge_mode=None gives two outputs, which {self.num_layers} stacked layers cannot hand on; "
+                f"choose 'concat', 'sum', 'mul' or 'ave', or stack layers of your own"
+            )
+        TimeDistributionCalculator(self.time_dropout, 1)  # raises where the rate is wrong
+        self._activity_regularizer = (
+            None if self.activity_regularizer is None else regularizers.get(self.activity_regularizer)
         )
-        self._sublayers = {f"layers.{index}": cell for index, cell in enumerate(self.cells)}
+        self._activity_penalty = 0.0
+        self._build_cells(filters, kernel_sizes, recurrent_sizes)
         self.state_gradients: list[tuple[Any, Any]] | None = None
+        self._states: list[tuple[np.ndarray, np.ndarray]] | None = None
+
+    def _build_cells(
+        self, filters: Sequence[int], kernel_sizes: Sequence[Pair], recurrent_sizes: Sequence[Pair]
+    ) -> None:
+        rng = np.random.default_rng(self.seed)
+        self._time_dropout_rng = own_generator(rng)
+        options = {name: value for name, value in self.options.items() if name in ConvLSTM2DCell.__dataclass_fields__}
+        self._sublayers = {}
+        self._layers: list[tuple[ConvLSTM2DCell, ...]] = []
+        C, frame = self.in_channels, self.frame_size
+        for index, F in enumerate(filters):
+            options |= {"in_channels": C, "out_channels": F, "kernel_size": kernel_sizes[index], "seed": rng,
+                        "recurrent_kernel_size": recurrent_sizes[index], "frame_size": frame}  # fmt: skip
+            cells = tuple(ConvLSTM2DCell(**options) for _ in range(2 if self.bidirectional else 1))
+            for direction, cell in zip(_DIRECTIONS, cells, strict=False):
+                self._sublayers[f"layers.{index}" + (f".{direction}" if self.bidirectional else "")] = cell
+            self._layers.append(cells)
+            if frame is not None:
+                frame = cells[0]._state_shape((1, *frame, C))[1:3]
+            C = 2 * F if self.bidirectional and self.merge_mode == "concat" else F
+
+    @property
+    def cells(self) -> tuple[ConvLSTM2DCell, ...]:
+        """The cells, layer by layer; with bidirectional the forward and the backward one of each."""
+        return tuple(cell for cells in self._layers for cell in cells)
 
     @property
     def weights(self) -> GateWeights:
-        """The parameters gate by gate: see `GateWeights`. Stacked layers have their number before each name: 0.W_xi."""
-        return GateWeights({f"{n}." if self.num_layers > 1 else "": cell for n, cell in enumerate(self.cells)})
+        """The parameters gate by gate: see `GateWeights`.
+
+        Stacked layers have their number before each name, 0.W_xi; directions their name, forward.W_xi, 0.forward.W_xi.
+        """
+        prefixes = (name.removeprefix("layers.0").removeprefix("layers.").removeprefix(".") if self.num_layers == 1
+                    else name.removeprefix("layers.") for name in self._sublayers)  # fmt: skip
+        return GateWeights({f"{p}." if p else "": cell for p, cell in zip(prefixes, self.cells, strict=True)})
+
+    @property
+    def penalty(self) -> float:
+        """Sum of the penalties on the parameters, and on the output of the last training call."""
+        return super().penalty + self._activity_penalty
+
+    @property
+    def states(self) -> list[tuple[np.ndarray, np.ndarray]] | None:
+        """Where stateful: the states (B, HO, WO, F), or (B, F, HO, WO), that the next call starts from."""
+        layout = Layout("ConvLSTM2D", self.dtype, self.data_format)
+        held = self._states
+        return None if held is None else [(layout.write(h.copy()), layout.write(c.copy())) for h, c in held]
+
+    def reset_state(self) -> None:
+        """Forget the states: the next call starts from zeros."""
+        self._states = None
 
     def forward(
         self, x: Any, initial_state: Any = None, mask: Any = None, lengths: Any = None, training: bool = False
     ) -> Any:
-        """Return the hidden sequence, or what return_sequences and return_state make of it.
+        """Return the hidden sequence, or what return_sequences, merge_mode and return_state make of it.
 
         Parameters
         ----------
         x : array (B, T, H, W, C), or (B, T, C, H, W) with data_format="channels_first"
-            Any real dtype; converted to the layer's.
+            Any real dtype; converted to the layer's. With time_major T stands before B. A single sequence without the
+            batch axis will do: outputs, states and mask then have none either.
         initial_state : list of (h, c), optional
-            One pair of arrays (B, HO, WO, F) a layer, where None is zeros; for a single layer the pair itself will do.
+            One pair of arrays (B, HO, WO, F) a cell, where None is zeros; for a single cell the pair itself will do.
         mask : array of bool (B, T), optional
             Where False, the step is skipped: states are carried on and the previous output is repeated (zeros before
             the first valid step).
         lengths : array of int (B,), optional
             Instead of a mask: the number of valid steps at the start of each sequence, 0 to T.
         training : bool
-            Keep what `backward` needs.
+            Keep what `backward` needs, and apply dropout.
 
         Raises
         ------
         ValueError
-            Shapes that do not fit the layer; both mask and lengths.
+            Shapes that do not fit the layer; both mask and lengths; stateful, and a batch of another size.
         TypeError
             Anything but real arrays in the processor's memory.
         """
         restore = dispatch.restorer(x)
-        sequence = self._read("x", x, 2)
-        self._check_rank(np.shape(x), "batch", "time")
-        geometries = self._geometries(sequence.shape)
-        states = self._states("initial_state", initial_state, geometries)
-        steps_mask = _steps_mask(mask, lengths, sequence.shape[:2])
+        layout = self._layout(np.shape(x))
+        sequence = layout.read("x", x, sequence=True)
+        shapes = self._state_shapes((sequence.shape[0], *sequence.shape[2:]))
+        states = self._initial_states(layout, initial_state, shapes)
+        steps_mask = _steps_mask(layout.read_steps("mask", mask, sequence.shape[:2]), lengths, sequence.shape[:2])
         self._pullback = None
-        last_states, pullbacks, slopes = [], [], []
-        for index, (cell, state) in enumerate(zip(self.cells, states, strict=True)):
+        tape = _Tape(layout, restore, shapes, initial_state is not None)
+        if training and self.time_dropout > 0:
+            sequence = sequence * tape.drop_steps(self.time_dropout, sequence, self._time_dropout_rng)
+        if self.go_backwards:
+            sequence = np.ascontiguousarray(sequence[:, ::-1])
+            steps_mask = None if steps_mask is None else steps_mask[:, ::-1]
+        last_states: list[tuple[np.ndarray, np.ndarray]] = []
+        for index in range(self.num_layers):
             if index > 0 and self.leaky_relu_slope is not None:
-                one, slope = np.array([1, self.leaky_relu_slope], sequence.dtype)
-                slopes.append(np.where(sequence > 0, one, slope) if training else None)
-                sequence = sequence * slopes[-1] if training else np.where(sequence > 0, sequence, slope * sequence)
-            if index == 1 and self.go_backwards and steps_mask is not None:
-                steps_mask = steps_mask[:, ::-1]  # what layer 0 hands on is in processing order
-            cell.engine, cell.algorithm = self.engine, self.algorithm
-            (sequence, h, c), pullback = cell._run(
-                sequence,
-                state,
-                mask=steps_mask,
-                go_backwards=self.go_backwards and index == 0,
-                return_sequences=self.return_sequences or index < self.num_layers - 1,
-                training=training,
-            )
-            last_states.append((h, c))
-            pullbacks.append(pullback)
-        output = self._write(sequence, 2 if self.return_sequences else 1)
+                sequence = tape.leaky_relu(sequence, self.leaky_relu_slope, training)
+            outputs = self._run_layer(index, sequence, states, steps_mask, last_states, tape, training)
+            sequence = _merge(self.merge_mode, outputs) if self.bidirectional else outputs[0]
+            tape.outputs.append(outputs if self.merge_mode == "mul" else ())
+        if self.stateful:
+            self._states = [(h.copy(), c.copy()) for h, c in last_states]
         if training:
-            kept = output.shape, geometries, pullbacks, slopes, initial_state is not None, restore
-            self._pullback = lambda dy, dstates: self._pull(dy, dstates, *kept)
+            tape.output = sequence
+            self._activity_penalty = sum(map(self._activity, _several(sequence)))
+            self._pullback = lambda dy, dstates: self._pull(tape, dy, dstates)
+        written = [restore(layout.write(array)) for array in _several(sequence)]
+        output = tuple(written) if isinstance(sequence, tuple) else written[0]
         if not self.return_state:
-            return restore(output)
-        return restore(output), [tuple(restore(self._write(s, 1)) for s in pair) for pair in last_states]
+            return output
+        return output, [tuple(restore(layout.write(s)) for s in pair) for pair in last_states]
 
     def backward(self, dy: Any, dstates: Any = None) -> Any:
         """Return dx of the last call, in x's shape and as its kind of array.
@@ -496,6 +308,7 @@ engine='reference')
         Parameters
         ----------
         dy : array of the output's shape, or None for zeros
+            With merge_mode=None a pair of these.
         dstates : list of (dh, dc), optional
             Gradients of the last states, in initial_state's form.
 
@@ -508,145 +321,192 @@ engine='reference')
         """
         return self._recorded()(dy, dstates)
 
-    def output_shape(self, input_shape: Shape) -> Shape:
-        """Return the shape of the output for an x of `input_shape`."""
-        self._check_rank(input_shape, "batch", "time")
-        B, T, *frame = input_shape
-        state = self.cells[-1]._state_shape(self._geometries((B, T, *self._frame_shape(frame)))[-1])
-        return (B, T, *state[1:]) if self.return_sequences else state
+    def output_shape(self, input_shape: Shape) -> Any:
+        """Return the shape of the output for an x of `input_shape`; with merge_mode=None the pair of shapes."""
+        layout = self._layout(input_shape)
+        B, T, *frame = layout.read("x", np.broadcast_to(np.zeros((), self.dtype), input_shape), sequence=True).shape
+        B, HO, WO, F = self._state_shapes((B, *frame))[-1]
+        F = 2 * F if self.bidirectional and self.merge_mode == "concat" else F
+        shape = layout.shape((B, T, HO, WO, F) if self.return_sequences else (B, HO, WO, F))
+        return (shape, shape) if self.bidirectional and self.merge_mode is None else shape
 
-    def _geometries(self, shape: Shape) -> list[ConvSpec]:
-        """Return the geometry of each layer's input convolution for x (B, T, H, W, C)."""
-        B, _, H, W, C = shape
-        geometries: list[ConvSpec] = []
-        for index, cell in enumerate(self.cells):
+    def _layout(self, shape: Shape) -> Layout:
+        """Return how arrays lie where x has `shape`."""
+        channel_axis = 1 if self.data_format == "channels_first" else -1
+        batched = len(shape) != 4 or shape[channel_axis] != self.in_channels
+        return Layout("ConvLSTM2D", self.dtype, self.data_format, self.time_major, batched)
+
+    def _state_shapes(self, frames: Shape) -> list[Shape]:
+        """Return the shape (B, HO, WO, F) of each cell's states for frames (B, H, W, C)."""
+        shapes: list[Shape] = []
+        for index, cells in enumerate(self._layers):
             op = f"ConvLSTM2D layer {index}" if self.num_layers > 1 else "ConvLSTM2D"
-            geometries.append(cell._geometry((B, H, W, C), op))
-            H, W, C = geometries[-1].HO, geometries[-1].WO, cell.out_channels
-        return geometries
+            state = cells[0]._state_shape(frames, op)
+            shapes += [state] * len(cells)
+            frames = *state[:3], self._layers[min(index + 1, self.num_layers - 1)][0].in_channels
+        return shapes
 
-    def _states(self, name: str, value: Any, geometries: list[ConvSpec]) -> list[State]:
-        """Return one pair of channels-last states a layer."""
-        count = self.num_layers
+    def _initial_states(self, layout: Layout, value: Any, shapes: list[Shape]) -> list[State]:
+        if value is not None or not self.stateful or self._states is None:
+            return self._read_states(layout, "initial_state", value, shapes)
+        held = [h.shape for h, _ in self._states]
+        if held != shapes:
+            raise ValueError(
+                f"ConvLSTM2D: the states kept from the last call are {held}, but this x needs {shapes}; "
+                f"call reset_state() before another batch, or leave stateful out"
+            )
+        return list(self._states)
+
+    def _read_states(self, layout: Layout, name: str, value: Any, shapes: list[Shape]) -> list[State]:
+        """Return one pair of channels-last states a cell."""
+        count = len(shapes)
         if value is None:
             return [(None, None)] * count
         pairs = [value] if count == 1 and _is_pair(value) else value
         fits = isinstance(pairs, list | tuple) and len(pairs) == count
         if not fits or not all(pair is None or _is_pair(pair) for pair in pairs):
+            each = "one a layer and direction, forward first" if self.bidirectional else "one a layer"
             raise ValueError(
-                f"ConvLSTM2D: {name} must be a list of {count} {'pairs' if count > 1 else 'pair'} (h, c), one a layer"
+                f"ConvLSTM2D: {name} must be a list of {count} {'pairs' if count > 1 else 'pair'} (h, c), {each}"
             )
         return [
-            cell._read_state(f"ConvLSTM2D: {name} {index}", pair or (None, None), geometry)
-            for index, (cell, pair, geometry) in enumerate(zip(self.cells, pairs, geometries, strict=True))
+            ConvLSTM2DCell._read_state(layout, f"ConvLSTM2D: {name} {index}", pair or (None, None), shape)
+            for index, (pair, shape) in enumerate(zip(pairs, shapes, strict=True))
         ]
 
-    def _pull(
-        self, dy: Any, dstates: Any, output_shape: Shape, geometries: list[ConvSpec], pullbacks: Sequence[Any],
-        slopes: list[Any], initial_state: bool, restore: Callable[..., Any],
-    ) -> Any:  # fmt: skip
-        dstates = self._states("dstates", dstates, geometries)
-        if dy is not None:
-            expect_shape("ConvLSTM2D", "dy", np.shape(dy), output_shape, "the shape of the output")
-            dy = self._read("dy", dy, 2 if self.return_sequences else 1)
+    def _run_layer(
+        self, index: int, sequence: np.ndarray, states: list[State], mask: np.ndarray | None,
+        last_states: list[tuple[np.ndarray, np.ndarray]], tape: _Tape, training: bool,
+    ) -> tuple[np.ndarray, ...]:  # fmt: skip
+        """Run a layer's cells over what is in processing order: their outputs, in that order too."""
+        last = index == self.num_layers - 1
+        many = self.return_sequences or not last
+        outputs = []
+        for backwards, cell in enumerate(self._layers[index]):
+            cell.engine, cell.algorithm = self.engine, self.algorithm
+            (output, h, c), pullback = cell._run(
+                sequence, states[len(last_states)], mask=mask, go_backwards=bool(backwards), return_sequences=many,
+                training=training, frozen=not self.trainable,
+            )  # fmt: skip
+            last_states.append((h, c))
+            tape.pullbacks.append(pullback)
+            if many and backwards:
+                output = output[:, ::-1]
+            if last and mask is not None and self.zero_output_for_mask:
+                kept = mask if many else mask[:, 0 if backwards else -1]
+                kept = kept.reshape(*kept.shape, 1, 1, 1)
+                tape.kept.append(kept)
+                output = np.where(kept, output, np.zeros((), output.dtype))
+            outputs.append(output)
+        return tuple(outputs)
+
+    def _activity(self, output: np.ndarray) -> float:
+        """Return the penalty on one of the outputs."""
+        regularizer = self._activity_regularizer
+        return 0.0 if regularizer is None or not output.size else regularizer(output) / output.shape[0]
+
+    def _pull(self, tape: _Tape, dy: Any, dstates: Any) -> Any:
+        layout = tape.layout
+        dlast = self._read_states(layout, "dstates", dstates, tape.shapes)
+        merged = self._read_cotangent(tape, dy)
         gradients: dict[str, np.ndarray] = {}
-        state_gradients = []
+        pulled_states: list[tuple[Any, Any]] = []
+        names, number = list(self._sublayers), len(tape.pullbacks)
+        dx: Any = None
         for index in reversed(range(self.num_layers)):
-            pulled = pullbacks[index]((dy, *dstates[index]))
-            named = self.cells[index]._named_gradients(pulled)
-            gradients = {f"layers.{index}.{name}": array for name, array in named.items()} | gradients
-            state_gradients.append(tuple(restore(self._write(array, 1)) for array in pulled["initial_state"]))
-            dy = pulled["x"] * slopes[index - 1] if index and slopes else pulled["x"]
-        self.state_gradients = state_gradients[::-1] if initial_state else None
+            cells, last = self._layers[index], index == self.num_layers - 1
+            many = self.return_sequences or not last
+            each = _unmerge(self.merge_mode, merged, tape.outputs[index]) if self.bidirectional else (merged,)
+            dx = None
+            for backwards in reversed(range(len(cells))):
+                number -= 1
+                d = each[backwards]
+                if d is not None and last and tape.kept:
+                    d = np.where(tape.kept[backwards], d, np.zeros((), d.dtype))
+                if d is not None and many and backwards:
+                    d = d[:, ::-1]
+                pulled = tape.pullbacks[number]((d, *dlast[number]))
+                named = cells[backwards]._named_gradients(pulled)
+                gradients |= {f"{names[number]}.{name}": array for name, array in named.items()}
+                pulled_states.insert(0, pulled["initial_state"])
+                dx = pulled["x"] if dx is None else dx + pulled["x"]
+            merged = dx * tape.slopes[index - 1] if index and tape.slopes else dx
+        if self.go_backwards:
+            dx = dx[:, ::-1]
+        if tape.kept_steps is not None:
+            dx = dx * tape.kept_steps
+        restore = tape.restore
+        written = [(restore(layout.write(dh)), restore(layout.write(dc))) for dh, dc in pulled_states]
+        self.state_gradients = written if tape.with_state else None
         self._keep_gradients(gradients)
-        return restore(self._write(dy, 2))
+        return restore(layout.write(dx))
+
+    def _read_cotangent(self, tape: _Tape, dy: Any) -> Merged:
+        """Return the gradient of the output channels-last, with that of its penalty."""
+        outputs = _several(tape.output)
+        if isinstance(tape.output, tuple) and dy is not None and not _is_pair(dy):
+            raise ValueError("ConvLSTM2D: with merge_mode=None dy must be a pair (forward, backward)")
+        read = []
+        for output, d in zip(outputs, dy if len(outputs) > 1 and dy is not None else [dy] * len(outputs), strict=True):
+            array = tape.layout.read_like("ConvLSTM2D", "dy", d, output.shape, "the shape of the output")
+            if self._activity_regularizer is not None and output.size:
+                penalty = self._activity_regularizer.gradient(output) / output.dtype.type(output.shape[0])
+                array = penalty if array is None else array + penalty
+            read.append(array)
+        return tuple(read) if isinstance(tape.output, tuple) else read[0]
 
 
-class GateWeights(MutableMapping[str, np.ndarray]):
-    """A layer's parameters gate by gate, in the layout (F, C, KH, KW).
+class _Tape:
+    """What a training call of `ConvLSTM2D` keeps for its backward pass."""
 
-    The keys are W_xi W_hi W_xf W_hf W_xc W_hc W_xo W_ho (F, C, KH, KW) for the kernels of x and of h, and b_i b_f b_c
-    b_o (F, 1, 1) for the biases, where c is the gate that the equations call g. What is read is a read-only view; what
-    is assigned, any real array of that shape, is copied into the layer.
+    def __init__(self, layout: Layout, restore: Callable[..., Any], shapes: list[Shape], with_state: bool):
+        self.layout, self.restore, self.shapes, self.with_state = layout, restore, shapes, with_state
+        self.pullbacks: list[Any] = []
+        self.slopes: list[np.ndarray] = []
+        self.outputs: list[tuple[np.ndarray, ...]] = []
+        self.kept: list[np.ndarray] = []
+        self.kept_steps: np.ndarray | None = None
+        self.output: Merged = None
 
-    Raises
-    ------
-    KeyError
-        A name that is not among the keys.
-    ValueError, TypeError
-        An assigned value of another shape, or not a real array.
-    """
+    def drop_steps(self, rate: float, sequence: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Draw which frames are kept, as factors (T, 1, 1, 1)."""
+        drawn = TimeDistributionCalculator(rate, sequence.shape[1], seed=rng).calculate_time_distribution()
+        self.kept_steps = drawn.astype(sequence.dtype).reshape(-1, 1, 1, 1)
+        return self.kept_steps
 
-    def __init__(self, cells: Mapping[str, ConvLSTM2DCell]):
-        self._places = {
-            f"{prefix}{kind}{gate}": (cell, parameter, slice(n * cell.out_channels, (n + 1) * cell.out_channels))
-            for prefix, cell in cells.items()
-            for kind, parameter in (("W_x", "kernel"), ("W_h", "recurrent_kernel"), ("b_", "bias"))
-            if parameter in cell.parameters
-            for n, gate in enumerate(_GATES)
-        }
-
-    def __getitem__(self, key: str) -> np.ndarray:
-        cell, parameter, block = self._place(key)
-        part = getattr(cell, parameter)[..., block]
-        return part.transpose(3, 2, 0, 1) if part.ndim == 4 else part[:, np.newaxis, np.newaxis]
-
-    def __setitem__(self, key: str, value: Any) -> None:
-        cell, parameter, block = self._place(key)
-        array = dispatch.as_numpy("weights", key, value)
-        expect_shape("weights", key, array.shape, self[key].shape, "(filters, channels, height, width) of the layer")
-        new = getattr(cell, parameter).copy()
-        new[..., block] = array.transpose(2, 3, 1, 0) if array.ndim == 4 else array[:, 0, 0]
-        setattr(cell, parameter, new)
-
-    def __delitem__(self, key: str) -> None:
-        raise TypeError(f"weights: {key} is part of the layer and cannot be deleted")
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def __repr__(self) -> str:
-        return f"GateWeights({{{', '.join(f'{key!r}: {array.shape}' for key, array in self.items())}}})"
-
-    def _place(self, key: str) -> tuple[ConvLSTM2DCell, str, slice]:
-        if key not in self._places:
-            raise KeyError(f"no weight {key!r}; the keys are {', '.join(self._places)}")
-        return self._places[key]
+    def leaky_relu(self, sequence: np.ndarray, slope: float, training: bool) -> np.ndarray:
+        """Return the LeakyReLU of what one layer hands to the next."""
+        one, low = np.array([1, slope], sequence.dtype)
+        if not training:
+            return np.where(sequence > 0, sequence, low * sequence)
+        self.slopes.append(np.where(sequence > 0, one, low))
+        return sequence * self.slopes[-1]
 
 
-def _unit_forget(initializer: initializers.Initializer) -> initializers.Initializer:
-    """Return the initializer of a bias (4F,) whose forget block is one."""
-
-    def initialize(shape: Shape, rng: np.random.Generator, dtype: Any) -> np.ndarray:
-        F = shape[0] // 4
-        parts = initializer((F,), rng, dtype), np.ones(F, dtype), initializer((2 * F,), rng, dtype)
-        return np.concatenate(parts)
-
-    return initialize
-
-
-def _is_pair(value: Any) -> bool:
-    return isinstance(value, list | tuple) and len(value) == 2
+def _merge(mode: str | None, outputs: tuple[np.ndarray, ...]) -> Merged:
+    """Make one output of those of the two directions."""
+    forward, backward = outputs
+    if mode is None:
+        return forward, np.ascontiguousarray(backward)
+    if mode == "concat":
+        return np.concatenate(outputs, axis=-1)
+    if mode == "mul":
+        return forward * backward
+    return (forward + backward) / forward.dtype.type(2 if mode == "ave" else 1)
 
 
-def _is_per_layer(kernel_size: Any) -> bool:
-    """Tell sizes given layer by layer from one size for all."""
-    return isinstance(kernel_size, list) or (isinstance(kernel_size, tuple) and any(map(np.ndim, kernel_size)))
-
-
-def _kernel_sizes(kernel_size: Any, num_layers: int) -> tuple[Pair, ...]:
-    """Return (KH, KW) of each layer."""
-    sizes = list(kernel_size) if _is_per_layer(kernel_size) else [kernel_size] * num_layers
-    if len(sizes) != num_layers:
-        raise ValueError(
-            f"ConvLSTM2D: kernel_size {kernel_size!r} lists {len(sizes)} layers but num_layers is {num_layers}; "
-            f"a tuple (height, width) of integers serves every layer"
-        )
-    pairs = (integers("ConvLSTM2D", "kernel_size", size, 2, 1) for size in sizes)
-    return tuple((KH, KW) for KH, KW in pairs)
+def _unmerge(mode: str | None, dy: Merged, outputs: tuple[np.ndarray, ...]) -> Sequence[np.ndarray | None]:
+    """Pull dy back through `_merge`; `outputs` are the directions' where the mode is "mul"."""
+    if dy is None:
+        return None, None
+    if mode is None:
+        return dy
+    if mode == "concat":
+        return np.split(dy, 2, axis=-1)
+    if mode == "mul":
+        return dy * outputs[1], dy * outputs[0]
+    half = dy / dy.dtype.type(2 if mode == "ave" else 1)
+    return half, half
 
 
 def _steps_mask(mask: Any, lengths: Any, shape: Shape) -> np.ndarray | None:
@@ -659,10 +519,35 @@ def _steps_mask(mask: Any, lengths: Any, shape: Shape) -> np.ndarray | None:
         return array != 0
     if lengths is None:
         return None
-    counts = dispatch.as_numpy("ConvLSTM2D", "lengths", lengths)
+    counts = np.atleast_1d(dispatch.as_numpy("ConvLSTM2D", "lengths", lengths))
     expect_shape("ConvLSTM2D", "lengths", counts.shape, shape[:1], "(batch,)")
     if counts.dtype.kind not in "iu" and counts.size:
         raise TypeError(f"ConvLSTM2D: lengths must be integers, got dtype {counts.dtype}")
     if counts.size and (counts.min() < 0 or counts.max() > shape[1]):
         raise ValueError(f"ConvLSTM2D: lengths must lie between 0 and the {shape[1]} steps of x, got {counts.tolist()}")
     return np.arange(shape[1]) < counts[:, np.newaxis]
+
+
+def _several(output: Merged) -> tuple[np.ndarray, ...]:
+    return output if isinstance(output, tuple) else (output,)
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2
+
+
+def _is_per_layer(kernel_size: Any) -> bool:
+    """Tell sizes given layer by layer from one size for all."""
+    return isinstance(kernel_size, list) or (isinstance(kernel_size, tuple) and any(map(np.ndim, kernel_size)))
+
+
+def _kernel_sizes(name: str, kernel_size: Any, num_layers: int) -> tuple[Pair, ...]:
+    """Return (KH, KW) of each layer."""
+    sizes = list(kernel_size) if _is_per_layer(kernel_size) else [kernel_size] * num_layers
+    if len(sizes) != num_layers:
+        raise ValueError(
+            f"ConvLSTM2D: {name} {kernel_size!r} lists {len(sizes)} layers but num_layers is {num_layers}; "
+            f"a tuple (height, width) of integers serves every layer"
+        )
+    pairs = (integers("ConvLSTM2D", name, size, 2, 1) for size in sizes)
+    return tuple((KH, KW) for KH, KW in pairs)

@@ -1,0 +1,89 @@
+"""How a caller's sequences and states lie in memory, and the way to (B, T, H, W, C) and (B, H, W, C) and back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fastclstm import dispatch
+from fastclstm.spec import Shape, expect_shape
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which axis of the caller's arrays is which; those of the engines are channels-last, batch first."""
+
+    op: str
+    dtype: str
+    data_format: str
+    time_major: bool = False
+    batched: bool = True
+
+    def axes(self, sequence: bool) -> str:
+        """Name the axes of a caller's sequence or of a single frame of it."""
+        frame = ["height", "width"]
+        frame.insert(0 if self.data_format == "channels_first" else 2, "channels")
+        leading = [*["batch"] * self.batched, *["time"] * sequence]
+        return ", ".join((leading[::-1] if self.time_major else leading) + frame)
+
+    def read(self, name: str, value: Any, *, sequence: bool = False) -> np.ndarray:
+        """Return a caller's sequence, frame or state as the engines take it, of the layer's dtype."""
+        array = dispatch.as_numpy(self.op, name, value)
+        rank = 3 + self.batched + sequence
+        if array.ndim != rank:
+            raise ValueError(
+                f"{self.op}: {name} must be {rank}D ({self.axes(sequence)}), got {array.ndim}D {array.shape}"
+                + self._hint(rank - array.ndim)
+            )
+        if not self.batched:
+            array = np.expand_dims(array, 1 if self.time_major and sequence else 0)
+        if self.time_major and sequence:
+            array = array.swapaxes(0, 1)
+        if self.data_format == "channels_first":
+            array = np.moveaxis(array, 2 if sequence else 1, -1)
+        return dispatch.native(array, np.dtype(self.dtype))
+
+    def write(self, array: np.ndarray) -> np.ndarray:
+        """Return an engine's sequence (B, T, H, W, C) or frame (B, H, W, C) as the caller's arrays lie."""
+        return np.ascontiguousarray(self._arranged(array))
+
+    def shape(self, shape: Shape) -> Shape:
+        """Return the shape that `write` gives an array of `shape`."""
+        return self._arranged(np.broadcast_to(np.zeros(()), shape)).shape
+
+    def read_like(self, what: str, name: str, value: Any, shape: Shape, why: str) -> np.ndarray | None:
+        """Return a caller's array, or None, as the engines take it, where its shape must be that of an engine's."""
+        if value is None:
+            return None
+        expect_shape(what, name, np.shape(value), self.shape(shape), why)
+        return self.read(name, value, sequence=len(shape) == 5)
+
+    def read_steps(self, name: str, value: Any, shape: Shape) -> np.ndarray | None:
+        """Return a caller's array with one item a step, or None, in the shape (B, T)."""
+        if value is None:
+            return None
+        array = dispatch.as_numpy(self.op, name, value)
+        if self.batched and not self.time_major:
+            return array
+        theirs, axes = (shape[::-1], "(time, batch)") if self.batched else (shape[1:], "(time,)")
+        expect_shape(self.op, name, array.shape, theirs, axes)
+        return array.T if self.batched else array.reshape(shape)
+
+    def _arranged(self, array: np.ndarray) -> np.ndarray:
+        sequence = array.ndim == 5
+        if self.data_format == "channels_first":
+            array = np.moveaxis(array, -1, 2 if sequence else 1)
+        if self.time_major and sequence:
+            array = array.swapaxes(0, 1)
+        if not self.batched:
+            array = array.squeeze(1 if self.time_major and sequence else 0)
+        return array
+
+    def _hint(self, missing: int) -> str:
+        if missing < 1:
+            return ""
+        batch = "x[:, np.newaxis]" if self.time_major else "x[np.newaxis]"
+        channel = ", x[..., np.newaxis] for one channel" if self.data_format == "channels_last" else ""
+        return f"; add the missing axis: {batch} for a batch of one{channel}"
