@@ -30,9 +30,9 @@ def run_file(
     """Run a saved layer over the sequences of a ``.npy`` file and write its output to another.
 
     The input is memory-mapped and passes through the layer in chunks of time steps, the state being handed on, so that
-    only one chunk is in memory. The result has the bits that one call on the whole would give, as long as it
-    holds no NaN (after one the cpu engine may compute in another way). Files appear complete or not at all; what was
-    there before stays until then.
+    only one chunk is in memory; bidirectional layers, which begin with the last frame too, take all at once. The result
+    has the bits that one call on the whole would give, as long as it holds no NaN (after one the cpu engine may compute
+    in another way). Files appear complete or not at all; what was there before stays until then.
 
     Parameters
     ----------
@@ -66,7 +66,10 @@ def run_file(
     if chunk < 1:
         raise ValueError(f"run: chunk must be at least 1 time step, got {chunk}")
     _check_distinct((source, weights, state_source), (target, state_target))
-    layer = ConvLSTM2D.load(weights, return_state=True, **({} if engine is None else {"engine": engine}))
+    options = {"return_state": True, "time_major": False, "stateful": False}
+    layer = ConvLSTM2D.load(weights, **options, **({} if engine is None else {"engine": engine}))
+    if layer.bidirectional and layer.merge_mode is None:
+        raise ValueError(f"run: {weights} has merge_mode=None: two outputs; save the layer with another merge_mode")
     x, batched = _open_sequences(source, channel_axis=-1 if layer.data_format == "channels_last" else -3)
     states = None if state_source is None else _load_states(state_source)
     with ExitStack() as files:
@@ -124,6 +127,8 @@ def _stream(
     from tqdm import tqdm
 
     steps = x.shape[1]
+    if layer.bidirectional:
+        chunk = max(steps, 1)
     writer: _SequenceWriter | None = None
     last_states: Any = states
     with target.open("wb") as file, tqdm(total=steps, unit="step", disable=True if quiet else None) as progress:

@@ -104,6 +104,16 @@ def test_run_gives_the_bits_of_one_call(job, engine, chunk, go_backwards):
     assert job.names() == ["frames.npy", "out.npy", "weights.safetensors"]
 
 
+@pytest.mark.parametrize(
+    "options", [{"bidirectional": True}, {"time_major": True, "stateful": True}, {"peephole": "conv", "dropout": 0.5}]
+)
+def test_run_knows_every_kind_of_layer(job, options):
+    job.save_layer(**options)
+    assert job.run("--chunk", 3, "--state-out", job.folder / "states.npz").exit_code == 0
+    expected = ConvLSTM2D.load(job.weights, time_major=False)(job.x)
+    np.testing.assert_array_equal(job.result(), expected, strict=True)
+
+
 @pytest.mark.parametrize("batched", [True, False])
 def test_run_without_return_sequences_writes_the_last_output(job, batched):
     job.save_layer(return_sequences=False)
@@ -212,6 +222,10 @@ def cut_weights(job):
     job.weights.write_bytes(job.weights.read_bytes()[:-100])
 
 
+def save_two_outputs(job):
+    ConvLSTM2D(3, 2, 3, bidirectional=True, merge_mode=None).save(job.weights)
+
+
 def block_out(job):
     job.out.mkdir()
 
@@ -236,6 +250,7 @@ USER_ERRORS = {
     "damaged weights": (cut_weights, [], ["weights.safetensors", "damaged"]),
     "foreign weights": (lambda job: job.weights.write_text("text"), [], ["weights.safetensors", "damaged"]),
     "another layer": (lambda job: MaxPooling3D().save(job.weights), [], ["weights.safetensors", "MaxPooling3D"]),
+    "two outputs": (save_two_outputs, [], ["weights.safetensors has merge_mode=None"]),
     "out is a folder": (block_out, [], ["out.npy", "not a regular file"]),
     "out in no folder": (lambda job: None, ["--out", "no/such/out.npy"], ["no/such/out.npy", "cannot write here"]),
     "out is the input": (lambda job: None, ["--out", "{frames}"], ["frames.npy would overwrite"]),
