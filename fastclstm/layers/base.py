@@ -16,7 +16,7 @@ from fastclstm import dispatch
 from fastclstm.io import weights
 from fastclstm.nn import constraints, initializers, regularizers
 from fastclstm.nn.constraints import Constraint
-from fastclstm.nn.described import Described, describe, is_tellable, plain, restore
+from fastclstm.nn.described import Described, class_name, describe, is_tellable, plain, restore
 from fastclstm.nn.regularizers import Regularizer
 from fastclstm.spec import Shape, choice, expect_shape
 
@@ -188,7 +188,7 @@ class Layer(Described):
             A damaged or foreign file, another class of layer, parameters that do not fit the options.
         """
         arrays, metadata = weights.load(path)
-        name, own = os.fspath(path), cls.__name__
+        name, own = os.fspath(path), class_name(cls)
         if metadata.get("class") != own:
             raise ValueError(f"{name} holds a {metadata.get('class')}, not a {own}; load it with that class")
         try:

@@ -1,4 +1,4 @@
-"""What training is made of, by name: small functions and frozen sets of options, from plain NumPy."""
+"""What training is made of, by name: small functions and sets of options, from plain NumPy."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 class Options(Described):
-    """A frozen dataclass of options, checked when made and held by files as they are: Python numbers and tuples."""
+    """A dataclass of options, checked when made and held by files as they are: Python numbers and tuples."""
 
     def __post_init__(self) -> None:
         for name, value in self.options.items():

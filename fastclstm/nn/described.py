@@ -19,12 +19,18 @@ class Described:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        _CLASSES[cls.__name__] = cls
+        _CLASSES[class_name(cls)] = cls
 
     @property
     def options(self) -> dict[str, Any]:
         """The constructor's arguments, by name."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+
+
+def class_name(cls: type) -> str:
+    """Return the name under which files tell a class: of others' classes with its module, so that it is ours alone."""
+    ours = cls.__module__.partition(".")[0] == "fastclstm"
+    return cls.__name__ if ours else f"{cls.__module__}.{cls.__qualname__}"
 
 
 def describe(thing: Described) -> Description:
@@ -35,7 +41,7 @@ def describe(thing: Described) -> Description:
     """
     told = {name: _tell(value) for name, value in thing.options.items() if is_tellable(value)}
     lost = [n for n in thing.options if n not in told and n != "seed" and not n.endswith("_initializer")]
-    return {"class": type(thing).__name__, "options": told, "functions": lost}
+    return {"class": class_name(type(thing)), "options": told, "functions": lost}
 
 
 def restore(description: Mapping[str, Any], **options: Any) -> Any:
@@ -52,7 +58,8 @@ def restore(description: Mapping[str, Any], **options: Any) -> Any:
     if lost := [option for option in description.get("functions", ()) if option not in options]:
         given = ", ".join(f"{option}=…" for option in lost)
         raise ValueError(
-            f"{name} had functions as options, which files do not hold; give them: {name}.load(path, {given})"
+            f"{name} had functions as options, which files do not hold; give them: {name}.load(path, {given}), or, where "
+            f"it is part of another layer, build that anew and use set_parameters(fastclstm.io.weights.load(path)[0])"
         )
     told = {key: _restored(value) for key, value in description["options"].items()}
     return _CLASSES[name](**told | options)

@@ -1,0 +1,193 @@
+"""Metrics: how good a prediction is, as numbers for people, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from fastclstm.nn import look_up
+from fastclstm.nn.losses import MeanAbsoluteError, MeanSquaredError, SSIMLoss, real_array
+from fastclstm.spec import expect_shape
+
+Metric = Callable[[Any, Any], Any]
+
+
+def mse(prediction: Any, target: Any) -> float:
+    """Return the mean squared error of two arrays of one shape."""
+    return MeanSquaredError()(prediction, target)
+
+
+def mae(prediction: Any, target: Any) -> float:
+    """Return the mean absolute error of two arrays of one shape."""
+    return MeanAbsoluteError()(prediction, target)
+
+
+def ssim(prediction: Any, target: Any, max_value: float = 1) -> float:
+    """Return the mean structural similarity of frames (…, H, W, C), 1 for equal ones; see `SSIMLoss`."""
+    return 1 - SSIMLoss(max_value)(prediction, target)
+
+
+def psnr(prediction: Any, target: Any, max_value: float = 1) -> float:
+    """Return the peak signal-to-noise ratio in dB, the mean over all frames (…, H, W, C); Inf where two are equal.
+
+    Examples
+    --------
+    >>> round(psnr(np.full((2, 4, 4, 1), 0.1), np.zeros((2, 4, 4, 1))), 6)
+    20.0
+    """
+    p, t = _pair("psnr", prediction, target)
+    if p.ndim < 3:
+        raise ValueError(f"psnr: prediction must be frames (…, H, W, C), got shape {p.shape}")
+    errors = np.square(p - t).mean((-3, -2, -1), dtype=np.float64)
+    with np.errstate(divide="ignore"):
+        return _mean(10 * np.log10(max_value**2 / errors))
+
+
+def accuracy(prediction: Any, target: Any, threshold: float = 0.5) -> float:
+    """Return the share of right answers; which are right is told by the shapes.
+
+    Parameters
+    ----------
+    prediction : array (…, C)
+        Probabilities or logits: of C classes, or with C = 1 of one event.
+    target : array
+        With C = 1, (…, 1) or (…): the event happened where above 0.5, and is foretold where the prediction is above
+        `threshold` (0 for logits). With C > 1, (…): the numbers of the classes; or (…, C): one-hot vectors; foretold
+        is the class with the largest prediction.
+
+    Returns
+    -------
+    float
+
+    Raises
+    ------
+    ValueError
+        Shapes that do not fit together.
+
+    Examples
+    --------
+    >>> accuracy([[0.1, 0.9], [0.8, 0.2]], [1, 1])
+    0.5
+    """
+    p, t = real_array("accuracy", "prediction", prediction), real_array("accuracy", "target", target)
+    if p.ndim == 0 or t.shape not in (p.shape, p.shape[:-1]):
+        raise ValueError(
+            f"accuracy: target has shape {t.shape} but must be that of the prediction {p.shape}, or that without the "
+            f"last axis"
+        )
+    if p.shape[-1] == 1:
+        return _mean((p > threshold) == (t.reshape(p.shape) > 0.5))
+    return _mean(p.argmax(-1) == (t.argmax(-1) if t.ndim == p.ndim else t))
+
+
+def csi(prediction: Any, target: Any, thresholds: Any = 0.5) -> Any:
+    """Return the critical success index: hits / (hits + misses + false alarms).
+
+    Parameters
+    ----------
+    prediction, target : array
+        Of one shape. An event is a value >= the threshold; where the target is NaN, nothing is counted.
+    thresholds : float or sequence of float
+        In the units of the data, such as rain rates.
+
+    Returns
+    -------
+    float or array of float64
+        One for each threshold, NaN where it is 0 / 0: without an event, seen or foretold.
+
+    Notes
+    -----
+    Schaefer, "The critical success index as an indicator of warning skill", Weather Forecast. 5 (1990).
+
+    Examples
+    --------
+    >>> csi([0.0, 1.0, 5.0, 9.0], [0.0, 2.0, 0.0, 9.0], thresholds=[1, 5, 10])
+    array([0.66666667, 0.5       ,        nan])
+    """
+    hits, misses, false_alarms = _contingencies("csi", prediction, target, thresholds)
+    return _quotient(hits, hits + misses + false_alarms)
+
+
+def pod(prediction: Any, target: Any, thresholds: Any = 0.5) -> Any:
+    """Return the probability of detection, hits / (hits + misses), NaN without an event seen; else as `csi`."""
+    hits, misses, _ = _contingencies("pod", prediction, target, thresholds)
+    return _quotient(hits, hits + misses)
+
+
+def far(prediction: Any, target: Any, thresholds: Any = 0.5) -> Any:
+    """Return the false alarm ratio, false alarms / (hits + false alarms), NaN without an event foretold; else as `csi`.
+
+    The less, the better.
+    """
+    hits, _, false_alarms = _contingencies("far", prediction, target, thresholds)
+    return _quotient(false_alarms, hits + false_alarms)
+
+
+def _pair(op: str, prediction: Any, target: Any) -> tuple[np.ndarray, np.ndarray]:
+    p, t = real_array(op, "prediction", prediction), real_array(op, "target", target)
+    expect_shape(op, "target", t.shape, p.shape, "that of the prediction; nothing is broadcast")
+    return p, t
+
+
+def _contingencies(
+    op: str, prediction: Any, target: Any, thresholds: Any
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
+    """Count hits, misses and false alarms, of the thresholds' shape."""
+    p, t = _pair(op, prediction, target)
+    levels = np.asarray(thresholds, float)
+    seen = ~np.isnan(t)
+    counts = np.empty((3, levels.size), np.int64)
+    for count, level in zip(counts.T, levels.ravel().tolist(), strict=True):
+        foretold, happened = (p >= level) & seen, t >= level
+        count[0] = np.count_nonzero(foretold & happened)
+        count[1] = np.count_nonzero(happened) - count[0]
+        count[2] = np.count_nonzero(foretold) - count[0]
+    hits, misses, false_alarms = counts.reshape(3, *levels.shape)
+    return hits, misses, false_alarms
+
+
+def _quotient(part: np.ndarray, whole: np.ndarray) -> Any:
+    with np.errstate(invalid="ignore"):
+        result = part / whole
+    return result if np.ndim(result) else float(result)
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean()) if values.size else float("nan")
+
+
+TABLE: dict[str, Metric] = {
+    "mse": mse,
+    "mae": mae,
+    "ssim": ssim,
+    "psnr": psnr,
+    "accuracy": accuracy,
+    "csi": csi,
+    "pod": pod,
+    "far": far,
+}
+"""The metrics by name."""
+
+
+def get(spec: Any) -> Metric:
+    """Return the metric that `spec` means: a name or a function of (prediction, target).
+
+    Raises
+    ------
+    ValueError
+        An unknown name.
+    TypeError
+        Anything else.
+
+    Examples
+    --------
+    >>> get("mae")([1.0], [3.0])
+    2.0
+    """
+    if isinstance(spec, str):
+        return look_up("metric", TABLE, spec)
+    if callable(spec):
+        return spec
+    raise TypeError(f"a metric must be a name ({', '.join(TABLE)}) or a function of (prediction, target), got {spec!r}")
