@@ -11,11 +11,31 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
+    "Activation": "fastclstm.layers",
+    "AveragePooling2D": "fastclstm.layers",
+    "BatchNormalization": "fastclstm.layers",
+    "Conv2D": "fastclstm.layers",
+    "Conv3D": "fastclstm.layers",
     "ConvLSTM2D": "fastclstm.layers",
     "ConvLSTM2DCell": "fastclstm.layers",
+    "Dense": "fastclstm.layers",
+    "Dropout": "fastclstm.layers",
+    "EncoderForecaster": "fastclstm.layers",
+    "Flatten": "fastclstm.layers",
+    "GlobalAveragePooling": "fastclstm.layers",
+    "GlobalMaxPooling": "fastclstm.layers",
+    "LayerNormalization": "fastclstm.layers",
+    "LeakyReLU": "fastclstm.layers",
+    "MaxPooling2D": "fastclstm.layers",
     "MaxPooling3D": "fastclstm.layers",
+    "Sequential": "fastclstm.layers",
+    "Softmax": "fastclstm.layers",
+    "TimeDistributed": "fastclstm.layers",
     "TimeDistributionCalculator": "fastclstm.layers",
+    "UpSampling": "fastclstm.layers",
+    "ZeroPadding2D": "fastclstm.layers",
     "conv2d": "fastclstm.functional",
+    "conv3d": "fastclstm.functional",
     "convlstm2d": "fastclstm.functional",
     "get_num_threads": "fastclstm.engines.cpu.threads",
     "max_pool3d": "fastclstm.functional",
@@ -27,12 +47,32 @@ if TYPE_CHECKING:
     from fastclstm.engines.cpu.threads import get_num_threads as get_num_threads
     from fastclstm.engines.cpu.threads import set_num_threads as set_num_threads
     from fastclstm.functional import conv2d as conv2d
+    from fastclstm.functional import conv3d as conv3d
     from fastclstm.functional import convlstm2d as convlstm2d
     from fastclstm.functional import max_pool3d as max_pool3d
+    from fastclstm.layers import Activation as Activation
+    from fastclstm.layers import AveragePooling2D as AveragePooling2D
+    from fastclstm.layers import BatchNormalization as BatchNormalization
+    from fastclstm.layers import Conv2D as Conv2D
+    from fastclstm.layers import Conv3D as Conv3D
     from fastclstm.layers import ConvLSTM2D as ConvLSTM2D
     from fastclstm.layers import ConvLSTM2DCell as ConvLSTM2DCell
+    from fastclstm.layers import Dense as Dense
+    from fastclstm.layers import Dropout as Dropout
+    from fastclstm.layers import EncoderForecaster as EncoderForecaster
+    from fastclstm.layers import Flatten as Flatten
+    from fastclstm.layers import GlobalAveragePooling as GlobalAveragePooling
+    from fastclstm.layers import GlobalMaxPooling as GlobalMaxPooling
+    from fastclstm.layers import LayerNormalization as LayerNormalization
+    from fastclstm.layers import LeakyReLU as LeakyReLU
+    from fastclstm.layers import MaxPooling2D as MaxPooling2D
     from fastclstm.layers import MaxPooling3D as MaxPooling3D
+    from fastclstm.layers import Sequential as Sequential
+    from fastclstm.layers import Softmax as Softmax
+    from fastclstm.layers import TimeDistributed as TimeDistributed
     from fastclstm.layers import TimeDistributionCalculator as TimeDistributionCalculator
+    from fastclstm.layers import UpSampling as UpSampling
+    from fastclstm.layers import ZeroPadding2D as ZeroPadding2D
 
 
 def __getattr__(name: str) -> Any:

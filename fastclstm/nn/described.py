@@ -59,7 +59,7 @@ def restore(description: Mapping[str, Any], **options: Any) -> Any:
         given = ", ".join(f"{option}=…" for option in lost)
         raise ValueError(
             f"{name} had functions as options, which files do not hold; give them: {name}.load(path, {given}), or, where "
-            f"it is part of another layer, build that anew and use set_parameters(fastclstm.io.weights.load(path)[0])"
+            f"it is a part of something else, build that anew and use set_parameters(fastclstm.io.weights.load(path)[0])"
         )
     told = {key: _restored(value) for key, value in description["options"].items()}
     return _CLASSES[name](**told | options)
