@@ -60,7 +60,7 @@ def test_what_a_description_looks_like():
 def test_functions_are_asked_for():
     description = through_json(describe(Outer(activation=(math.sin, math.cos), size=math.sin)))
     assert description["functions"] == ["size", "activation"]
-    with pytest.raises(ValueError, match=r"Outer had functions as options.*give them: .*Outer\.load\(path, size=…, act"):
+    with pytest.raises(ValueError, match=r"Outer had functions.*give them: .*Outer\.load\(path, size=…, act"):
         restore(description)
     with pytest.raises(ValueError, match=r"give them: .*Outer\.load\(path, activation=…\)"):
         restore(description, size=1)

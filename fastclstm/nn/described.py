@@ -58,8 +58,8 @@ def restore(description: Mapping[str, Any], **options: Any) -> Any:
     if lost := [option for option in description.get("functions", ()) if option not in options]:
         given = ", ".join(f"{option}=…" for option in lost)
         raise ValueError(
-            f"{name} had functions as options, which files do not hold; give them: {name}.load(path, {given}), or, where "
-            f"it is a part of something else, build that anew and use set_parameters(fastclstm.io.weights.load(path)[0])"
+            f"{name} had functions as options, which files do not hold; give them: {name}.load(path, {given}), or, "
+            f"where it is part of another layer, build that and use set_parameters(fastclstm.io.weights.load(path)[0])"
         )
     told = {key: _restored(value) for key, value in description["options"].items()}
     return _CLASSES[name](**told | options)
