@@ -9,7 +9,7 @@ import numpy as np
 
 from fastclstm import dispatch
 from fastclstm.layers.base import Layer
-from fastclstm.spec import integers
+from fastclstm.spec import Shape, integers
 
 
 @dataclass(eq=False, repr=False)
@@ -96,11 +96,16 @@ class TimeDistributionCalculator(Layer):
         """
         return self._recorded()(dy)
 
+    def output_shape(self, input_shape: Shape) -> Shape:
+        """Return the shape of the output: that of the input."""
+        if len(input_shape) < 2 or input_shape[1] != self.num_timesteps:
+            raise ValueError(
+                f"TimeDistributionCalculator: x must be (batch, {self.num_timesteps}, …) since num_timesteps is "
+                f"{self.num_timesteps}, got shape {tuple(input_shape)}"
+            )
+        return tuple(input_shape)
+
     def _floats(self, name: str, value: Any) -> np.ndarray:
         array = dispatch.as_numpy("TimeDistributionCalculator", name, value)
-        if array.ndim < 2 or array.shape[1] != self.num_timesteps:
-            raise ValueError(
-                f"TimeDistributionCalculator: {name} must be (batch, {self.num_timesteps}, …) since num_timesteps is "
-                f"{self.num_timesteps}, got shape {array.shape}"
-            )
+        self.output_shape(array.shape)
         return array.astype(dispatch.working_dtype(array), copy=False)

@@ -61,7 +61,7 @@ def restore(description: Mapping[str, Any], **options: Any) -> Any:
             f"{name} had functions as options, which files do not hold; give them: {name}.load(path, {given}), or, "
             f"where it is part of another layer, build that and use set_parameters(fastclstm.io.weights.load(path)[0])"
         )
-    told = {key: _restored(value) for key, value in description["options"].items()}
+    told = {key: _restored(value) for key, value in description["options"].items() if key not in options}
     return _CLASSES[name](**told | options)
 
 

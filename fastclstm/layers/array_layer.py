@@ -1,0 +1,157 @@
+"""What the layers share that turn one array into one array, and those that hold other layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fastclstm import dispatch
+from fastclstm.layers.base import Layer
+from fastclstm.spec import Shape, expect_shape
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+Pullback = Callable[[np.ndarray], np.ndarray]
+"""Takes dy, the gradient of a layer's output, and returns dx."""
+
+FRAME_AXES = {"channels_last": "height, width, channels", "channels_first": "channels, height, width"}
+
+
+@dataclass(eq=False, repr=False)
+class ArrayLayer(Layer):
+    """A layer of one array in and one array out; a subclass has `output_shape` and `_apply`."""
+
+    def forward(self, x: Any, training: bool = False) -> Any:
+        """Return the layer's output, of `output_shape` of x's shape, as x's kind of array.
+
+        Parameters
+        ----------
+        x : array
+            Any real dtype. Computed in the layer's `dtype`, where it has one; else in float64 where x is, in float32
+            where not.
+        training : bool
+            Compute as training does, and keep what `backward` needs.
+
+        Raises
+        ------
+        ValueError
+            A shape that does not fit the layer.
+        TypeError
+            Anything but real arrays in the processor's memory.
+        """
+        op, restore = type(self).__name__, dispatch.restorer(x)
+        array = dispatch.as_numpy(op, "x", x)
+        shape = self.output_shape(array.shape)
+        dtype = np.dtype(self.options.get("dtype") or dispatch.working_dtype(array))
+        self._pullback = None
+        y, pull = self._apply(dispatch.native(array, dtype), training)
+
+        def pullback(dy: Any) -> Any:
+            cotangent = dispatch.as_numpy(op, "dy", dy)
+            expect_shape(op, "dy", cotangent.shape, shape, "the shape of the output")
+            return restore(pull(dispatch.native(cotangent, dtype)))
+
+        if training:
+            self._pullback = pullback
+        return restore(y)
+
+    def backward(self, dy: Any) -> Any:
+        """Return dx of the last call, which was a training call, given dy of its output's shape.
+
+        Raises
+        ------
+        RuntimeError
+            The last call was not a training call.
+        ValueError
+            dy has not the output's shape.
+        """
+        return self._recorded()(dy)
+
+    def output_shape(self, input_shape: Sequence[int]) -> Shape:
+        """Return the shape of the output for an x of `input_shape`; raise ValueError where that does not fit."""
+        raise NotImplementedError
+
+    def _apply(self, x: np.ndarray, training: bool) -> tuple[np.ndarray, Pullback]:
+        """Return the output for a C-contiguous x of the dtype computed in, and its pullback."""
+        raise NotImplementedError
+
+
+@dataclass(eq=False, repr=False)
+class FrameLayer(ArrayLayer):
+    """An `ArrayLayer` on frames (B, H, W, C) or, frame by frame, on sequences (B, T, H, W, C).
+
+    A subclass has the option `data_format`, `_frame_shape`, from (H, W, C) to that of the output, and `_frames`.
+    """
+
+    def output_shape(self, input_shape: Sequence[int]) -> Shape:
+        """Return the shape of the output for an x of `input_shape`; raise ValueError where that does not fit."""
+        op, axes = type(self).__name__, FRAME_AXES[self._data_format]
+        if len(input_shape) not in (4, 5):
+            raise ValueError(
+                f"{op}: x must be (batch, {axes}) or (batch, time, {axes}), got "
+                f"{len(input_shape)}D {tuple(input_shape)}"
+            )
+        *leading, a, b, c = input_shape
+        if self._data_format == "channels_last":
+            return (*leading, *self._frame_shape((a, b, c)))
+        HO, WO, F = self._frame_shape((b, c, a))
+        return (*leading, F, HO, WO)
+
+    def _apply(self, x: np.ndarray, training: bool) -> tuple[np.ndarray, Pullback]:
+        leading = x.shape[:-3]
+        y, pull = self._frames(self._fold(x), training)
+
+        def unfold(frames: np.ndarray) -> np.ndarray:
+            array = frames.reshape(*leading, *frames.shape[1:])
+            return array if self._data_format == "channels_last" else np.ascontiguousarray(np.moveaxis(array, -1, -3))
+
+        return unfold(y), lambda dy: unfold(pull(self._fold(dy)))
+
+    def _fold(self, array: np.ndarray) -> np.ndarray:
+        """Return an array in the layer's data format as channels-last frames (N, H, W, C)."""
+        if self._data_format == "channels_first":
+            array = np.ascontiguousarray(np.moveaxis(array, -3, -1))
+        return array.reshape(int(np.prod(array.shape[:-3])), *array.shape[-3:])
+
+    @property
+    def _data_format(self) -> str:
+        return self.options["data_format"]
+
+    def _frame_shape(self, frame: Shape) -> Shape:
+        """Return (HO, WO, F) for frames (H, W, C)."""
+        raise NotImplementedError
+
+    def _frames(self, x: np.ndarray, training: bool) -> tuple[np.ndarray, Pullback]:
+        """Return the output for frames (N, H, W, C), and its pullback."""
+        raise NotImplementedError
+
+
+@dataclass(eq=False, repr=False)
+class Container(Layer):
+    """A layer made of layers: freezing it freezes them."""
+
+    @property
+    def trainable(self) -> bool:
+        """False freezes the parameters of all layers within; their `trainable` is set with it."""
+        return self._trainable
+
+    @trainable.setter
+    def trainable(self, value: bool) -> None:
+        self._trainable = value
+        for layer in getattr(self, "_sublayers", {}).values():  # none yet while the options are being read
+            layer.trainable = value
+
+
+@contextmanager
+def told_of(where: str) -> Iterator[None]:
+    """Add to any error inside a note that says `where` it came up."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"in {where}")
+        raise
