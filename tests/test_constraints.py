@@ -17,12 +17,6 @@ def normal(*shape):
     return np.random.default_rng(0).standard_normal(shape)
 
 
-@pytest.fixture
-def keras(monkeypatch):
-    monkeypatch.setenv("KERAS_BACKEND", "torch")
-    return pytest.importorskip("keras")
-
-
 def norms(x, axis):
     return np.sqrt((x**2).sum(axis))
 

@@ -1,7 +1,5 @@
 """ConvLSTM2D beside Keras's own layer: every option that both have, alone and drawn together."""
 
-import os
-
 import numpy as np
 import pytest
 
@@ -10,15 +8,6 @@ from fastclstm.layers import ConvLSTM2D
 pytestmark = pytest.mark.keras
 
 B, T, H, W, C, F = 2, 4, 5, 6, 2, 3
-
-
-@pytest.fixture(scope="module")
-def keras():
-    os.environ.setdefault("KERAS_BACKEND", "torch")
-    pytest.importorskip("torch")
-    module = pytest.importorskip("keras")
-    assert module.backend.backend() == "torch"
-    return module
 
 
 @pytest.fixture(params=["reference", "cpu"])

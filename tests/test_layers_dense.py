@@ -1,5 +1,3 @@
-import os
-
 import numpy as np
 import pytest
 from layer_checks import check_gradients, check_laws, check_saving, close, equal, normal
@@ -31,12 +29,6 @@ def test_float32_is_the_default_and_inputs_are_converted():
     assert layer(np.ones((2, 3), np.int64)).dtype == np.float32
     assert Dense(3, 2, dtype=np.float64)(np.ones((2, 3), np.float16)).dtype == np.float64
     close(Dense(3, 2, seed=0, dtype="float64").kernel, layer.kernel, 1e-7)
-
-
-@pytest.fixture
-def keras():
-    os.environ.setdefault("KERAS_BACKEND", "torch")
-    return pytest.importorskip("keras")
 
 
 @pytest.mark.keras

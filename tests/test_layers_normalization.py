@@ -1,5 +1,3 @@
-import os
-
 import numpy as np
 import pytest
 from layer_checks import check_gradients, check_laws, check_saving, close, equal, normal
@@ -107,12 +105,6 @@ def test_many_pixels_in_float32_give_the_gradients_of_float64():
     for narrow, wide in zip(*both, strict=True):
         assert narrow.dtype == np.float32
         np.testing.assert_allclose(narrow, wide, rtol=3e-6, atol=1e-7 * dy.size if narrow.ndim == 1 else 1e-5)
-
-
-@pytest.fixture
-def keras():
-    os.environ.setdefault("KERAS_BACKEND", "torch")
-    return pytest.importorskip("keras")
 
 
 @pytest.mark.keras

@@ -42,12 +42,6 @@ every_case = pytest.mark.parametrize(("loss", "prediction", "target"), CASES, id
 KERAS_CASES = [case for case in CASES if not isinstance(case[0], SSIMLoss)]
 
 
-@pytest.fixture
-def keras(monkeypatch):
-    monkeypatch.setenv("KERAS_BACKEND", "torch")
-    return pytest.importorskip("keras")
-
-
 @every_case
 @pytest.mark.parametrize("weighted", [False, True])
 def test_gradient(loss, prediction, target, weighted):

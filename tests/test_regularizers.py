@@ -15,12 +15,6 @@ def normal(*shape):
     return np.random.default_rng(0).standard_normal(shape)
 
 
-@pytest.fixture
-def keras(monkeypatch):
-    monkeypatch.setenv("KERAS_BACKEND", "torch")
-    return pytest.importorskip("keras")
-
-
 def central_differences(function, x, step=1e-6):
     gradient = np.empty_like(x)
     for index in np.ndindex(x.shape):

@@ -17,12 +17,6 @@ OBJECTS = [
 ]
 
 
-@pytest.fixture
-def keras(monkeypatch):
-    monkeypatch.setenv("KERAS_BACKEND", "torch")
-    return pytest.importorskip("keras")
-
-
 @pytest.mark.keras
 @pytest.mark.parametrize(
     ("ours", "name", "theirs"),
