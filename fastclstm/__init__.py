@@ -37,13 +37,19 @@ _HOME = {
     "conv2d": "fastclstm.functional",
     "conv3d": "fastclstm.functional",
     "convlstm2d": "fastclstm.functional",
+    "from_keras": "fastclstm.adapters.keras",
+    "from_torch": "fastclstm.adapters.torch",
     "get_num_threads": "fastclstm.engines.cpu.threads",
     "max_pool3d": "fastclstm.functional",
     "set_num_threads": "fastclstm.engines.cpu.threads",
+    "to_torch": "fastclstm.adapters.torch",
 }
 __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
+    from fastclstm.adapters.keras import from_keras as from_keras
+    from fastclstm.adapters.torch import from_torch as from_torch
+    from fastclstm.adapters.torch import to_torch as to_torch
     from fastclstm.engines.cpu.threads import get_num_threads as get_num_threads
     from fastclstm.engines.cpu.threads import set_num_threads as set_num_threads
     from fastclstm.functional import conv2d as conv2d

@@ -10,7 +10,7 @@ import fastclstm
 MODULES = ["fastclstm", *(
     module.name
     for module in pkgutil.walk_packages(fastclstm.__path__, "fastclstm.")
-    if not module.name.startswith("fastclstm.adapters.") and not module.name.endswith("__main__")
+    if not module.name.endswith("__main__")
 )]  # fmt: skip
 WITH_EXAMPLES = {"fastclstm.functional"}
 
