@@ -37,7 +37,8 @@ def integers(op: str, name: str, value: Any, count: int, minimum: int) -> Shape:
     """Return `value`, an integer or a sequence of `count` integers, as a tuple of `count` integers >= `minimum`."""
     if type(value) is int and minimum <= value <= LARGEST:
         return (value,) * count
-    expected = f"{op}: {name} must be an integer >= {minimum} or {count} of them, got {value!r}"
+    several = f" or {count} of them" if count > 1 else ""
+    expected = f"{op}: {name} must be an integer >= {minimum}{several}, got {value!r}"
     items = list(value) if np.iterable(value) else [value] * count
     try:
         result = tuple(operator.index(item) for item in items)
@@ -55,9 +56,16 @@ def choice(op: str, name: str, value: Any, allowed: Sequence[Any]) -> None:
         raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
+def flag(op: str, name: str, value: Any) -> None:
+    """Raise ValueError unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{op}: {name} must be True or False, got {value!r}")
+
+
 def positive_or_none(op: str, name: str, value: Any) -> None:
     """Raise ValueError unless `value` is a positive real number or None."""
-    if value is not None and not (isinstance(value, int | float | np.integer | np.floating) and value > 0):
+    real = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+    if value is not None and not (real and value > 0):
         raise ValueError(f"{op}: {name} must be a positive number or None, got {value!r}")
 
 

@@ -194,6 +194,13 @@ def test_conv2d(engine, dtype, algorithm):
     check()
 
 
+@every_engine
+def test_sums_over_many_pixels_keep_their_digits(engine):
+    x, dy = np.ones((8, 128, 128, 1), np.float32), np.full((8, 128, 128, 3), 0.1, np.float32)
+    _, pullback = functional.conv2d_vjp(x, np.ones((1, 1, 1, 3), np.float32), np.zeros(3, np.float32), engine=engine)
+    np.testing.assert_allclose(pullback(dy)["bias"], np.float64(np.float32(0.1)) * 8 * 128 * 128, rtol=1e-6)
+
+
 @every_case
 def test_convlstm2d(engine, dtype, algorithm):
     @settings(max_examples=80)

@@ -1,6 +1,7 @@
 """The options of ConvLSTM2D and its cell, beyond those of a plain stack (tests/test_layers.py)."""
 
 import itertools
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -9,6 +10,8 @@ from hypothesis import strategies as st
 
 from fastclstm import functional
 from fastclstm.layers import ConvLSTM2D, ConvLSTM2DCell
+from fastclstm.nn import regularizers
+from fastclstm.nn.constraints import MaxNorm
 from fastclstm.nn.normalization import Normalization
 
 B, T, H, W, C, F = 2, 4, 5, 6, 2, 3
@@ -452,7 +455,16 @@ def test_saved_layers_come_back(tmp_path, name):
         ({"bidirectional": True, "merge_mode": None, "num_layers": 2}, "merge_mode=None gives two outputs"),
         ({"dropout": 1.0}, r"dropout must be a number in \[0, 1\)"),
         ({"recurrent_dropout": -0.1}, r"recurrent_dropout must be a number in \[0, 1\)"),
-        ({"time_dropout": 1.5}, r"dropout_rate must lie in \[0, 1\]"),
+        ({"time_dropout": 1.5}, r"time_dropout must be a number in \[0, 1\]"),
+        ({"time_dropout": "0.5"}, r"time_dropout must be a number in \[0, 1\]"),
+        ({"use_bias": "no"}, "use_bias must be True or False, got 'no'"),
+        ({"bidirectional": 1}, "bidirectional must be True or False, got 1"),
+        ({"leaky_relu_slope": True}, "leaky_relu_slope must be a finite number or None, got True"),
+        ({"cell_clip": True}, "cell_clip must be a positive number or None, got True"),
+        ({"output_activation": ""}, "output_activation: unknown activation ''"),
+        ({"peephole_initializer": "bogus"}, "unknown initializer 'bogus'"),
+        ({"bias_regularizer": "orthogonal"}, "ConvLSTM2DCell: bias: "),
+        ({"bias_constraint": MaxNorm(axis=5)}, "ConvLSTM2DCell: bias: "),
         ({"recurrent_kernel_size": 0}, "recurrent_kernel_size must be an integer >= 1"),
         ({"recurrent_kernel_size": [3, 3]}, "recurrent_kernel_size .* lists 2 layers but num_layers is 1"),
         ({"frame_size": 0}, "frame_size must be an integer >= 1"),
@@ -471,6 +483,158 @@ def test_saved_layers_come_back(tmp_path, name):
 def test_impossible_options(options, message):
     with pytest.raises(ValueError, match=message):
         ConvLSTM2D(C, F, 3, **options)
+
+
+def test_seeds_are_checked():
+    with pytest.raises(TypeError, match=r"ConvLSTM2D: seed must be None, an integer >= 0 or a .*Generator, got 'now'"):
+        ConvLSTM2D(C, F, 3, seed="now")
+
+
+def test_options_that_are_fixed_cannot_be_assigned():
+    layer = make()
+    for name, value in (("activation", "relu"), ("dropout", 0.9), ("bidirectional", True), ("merge_mode", "sum")):
+        with pytest.raises(AttributeError, match=f"ConvLSTM2D: {name} is fixed when the layer is made"):
+            setattr(layer, name, value)
+    with pytest.raises(AttributeError, match=r"kernel is a parameter of a cell; assign to layer\.cells\[0\]\.kernel"):
+        layer.kernel = layer.cells[0].kernel
+    with pytest.raises(AttributeError, match="ConvLSTM2DCell: activation is fixed"):
+        layer.cells[0].activation = "relu"
+    layer.return_sequences, layer.engine = False, "reference"
+    assert layer(normal(B, T, H, W, C)).shape == (B, H, W, F)
+
+
+def test_ragged_lists_are_told():
+    for wrong in ([[1, 2], [3]], [[[[[1.0]]], 2]]):
+        with pytest.raises(TypeError, match="ConvLSTM2D: x is not a rectangular array"):
+            make()(wrong)
+    layer = make()
+    layer(normal(B, T, H, W, C), training=True)
+    with pytest.raises(TypeError, match="ConvLSTM2D: dy is not a rectangular array"):
+        layer.backward([[1, 2], [3]])
+
+
+def test_no_time_steps():
+    with pytest.raises(ValueError, match="x has no time steps"):
+        make(time_dropout=0.5)(np.zeros((B, 0, H, W, C)), training=True)
+    with pytest.raises(ValueError, match="x has no time steps"):
+        make().output_shape((B, 0, H, W, C))
+
+
+def test_output_shapes_of_unknown_sizes():
+    assert make().output_shape((None, T, H, W, C)) == (None, T, H, W, F)
+    assert make(return_sequences=False).output_shape((None, None, H, W, C)) == (None, H, W, F)
+    assert make(time_major=True).output_shape((None, B, H, W, C)) == (None, B, H, W, F)
+    assert make(time_major=True, return_sequences=False).output_shape((T, None, H, W, C)) == (None, H, W, F)
+    assert make(return_sequences=False).output_shape((T, H, W, C)) == (H, W, F)
+
+
+def test_a_wrong_initial_state_is_told():
+    with pytest.raises(ValueError, match=r"a list of 2 pairs \(h, c\), one a layer; got 1 items"):
+        make(num_layers=2)(normal(B, T, H, W, C), initial_state=[(None, None)])
+
+
+# What calls leave behind
+
+
+@pytest.mark.parametrize("go_backwards", [False, True])
+def test_only_the_last_output_of_a_stack_is_kept_in_memory(engine, go_backwards):
+    options = {"num_layers": 2, "out_channels": 8, "go_backwards": go_backwards, "leaky_relu_slope": 0.2}
+    layer, whole = (make(engine, return_sequences=flag, return_state=True, **options) for flag in (False, True))
+    peaks = []
+    for steps in (40, 160):
+        x = normal(1, steps, 16, 16, C)
+        layer(x)
+        tracemalloc.start()
+        output, states = layer(x)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        expected, expected_states = whole(x)
+        np.testing.assert_array_equal(output, expected[:, -1])
+        for one, other in zip(flat(states), flat(expected_states), strict=True):
+            np.testing.assert_array_equal(one, other)
+    assert peaks[1] < 1.1 * peaks[0]
+
+
+def test_what_the_caller_does_to_the_output_does_not_reach_backward(engine):
+    x, dy = normal(B, T, H, W, C), normal(B, T, H, W, F, seed=4)
+    results = []
+    for spoil in (False, True):
+        layer = make(engine, activity_regularizer="l2", bidirectional=True, merge_mode="mul")
+        y = layer(x, training=True)
+        if spoil:
+            y[...] = 0
+        results.append([layer.backward(dy), *layer.get_gradients().values()])
+    close(*results, rtol=0)
+
+
+def test_the_penalty_is_on_the_output_as_it_is_returned():
+    last = make(activity_regularizer="orthogonal")
+    first = make(activity_regularizer="orthogonal", data_format="channels_first")
+    y = first(np.moveaxis(normal(B, T, H, W, C), -1, 2), training=True)
+    last(normal(B, T, H, W, C), training=True)
+    assert first.penalty == pytest.approx(regularizers.get("orthogonal")(y) / B, rel=1e-12)
+    assert first.penalty != last.penalty
+
+
+def test_interrupted_training_leaves_no_statistics_half_moved(monkeypatch):
+    layer = make(num_layers=2, normalization="batch")
+    before = layer.parameters
+    original = ConvLSTM2DCell._run
+
+    def interrupted(self, *args, **options):
+        if self is layer.cells[1]:
+            raise KeyboardInterrupt
+        return original(self, *args, **options)
+
+    monkeypatch.setattr(ConvLSTM2DCell, "_run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        layer(normal(B, T, H, W, C), training=True)
+    assert all(layer.parameters[name] is array for name, array in before.items())
+
+
+def test_dropped_frames_are_zeros_whatever_they_held():
+    x = np.full((B, T, H, W, C), np.nan)
+    y = make(time_dropout=1.0)(x, training=True)
+    assert np.isfinite(y).all()
+
+
+# Training switches
+
+
+def test_gradients_can_be_scaled_and_left_out(engine):
+    x, dy = normal(B, T, H, W, C), normal(B, T, H, W, F)
+    plain = make(engine)
+    plain(x, training=True)
+    dx, gradients = plain.backward(dy), plain.get_gradients()
+    plain.gradient_scale = 0.5
+    close(plain.backward(dy), dx / 2)
+    close(list(plain.get_gradients().values()), list(gradients.values()))
+    plain.store_gradients = False
+    plain.backward(dy)
+    assert plain.get_gradients() == {}
+    cell = plain.cells[0]
+    cell(x[:, 0], training=True)
+    whole = cell.backward(dy[:, 0])
+    cell.gradient_scale = 3.0
+    scaled = cell.backward(dy[:, 0])
+    close(scaled, (3 * whole[0], *whole[1:]))
+
+
+def test_frozen_layers_stay_as_they_are(tmp_path):
+    layer = make(kernel_constraint="unit_norm", kernel_regularizer="l2", num_layers=2)
+    layer.cells[0].trainable = False
+    kernel, penalty = layer.cells[0].kernel, layer.cells[1].penalty
+    layer.apply_constraints()
+    assert layer.cells[0].kernel is kernel
+    assert layer.penalty == layer.cells[1].penalty != penalty
+    layer.save(tmp_path / "w")
+    loaded = ConvLSTM2D.load(tmp_path / "w")
+    assert [cell.trainable for cell in loaded.cells] == [False, True]
+    assert loaded.trainable
+    layer.trainable = False
+    assert layer.penalty == 0
+    layer.save(tmp_path / "w")
+    assert not ConvLSTM2D.load(tmp_path / "w").trainable
 
 
 def test_other_frames_than_the_weights_are_for():

@@ -197,6 +197,12 @@ def backward(
             "normalization": None if saved.normalization is None else dnormalization}  # fmt: skip
 
 
+def total(array: np.ndarray, axes: tuple[int, ...], *, keepdims: bool = False) -> np.ndarray:
+    """Sum over axes in double precision, rounded once: float32 would lose digits over so many pixels."""
+    precise = np.result_type(array.dtype, np.float64)
+    return array.sum(axes, dtype=precise, keepdims=keepdims).astype(array.dtype, copy=False)
+
+
 def _frame(spec: ConvLSTMSpec, x: np.ndarray, mask: np.ndarray | None, t: int) -> tuple[np.ndarray, np.ndarray | None]:
     """Return the frames (B, H, W, C) read by step t, zeros where it is masked, and where it is not (B, 1, 1, 1)."""
     source = spec.source_step(t)
@@ -245,7 +251,7 @@ def _peep_backward(
 ) -> np.ndarray:
     """Pull dz back through `_peep`: add the weights' gradients to `dpeephole` and return dc."""
     if spec.peephole_conv is None:
-        dpeephole[gate] += (dz * c).sum(tuple(range(4 - peephole[gate].ndim)))
+        dpeephole[gate] += total(dz * c, tuple(range(4 - peephole[gate].ndim)))
         return dz * peephole[gate]
     dc, dweight, dbias = conv2d_backward(spec.peephole_conv, c, peephole[gate], np.ascontiguousarray(dz))
     dpeephole[gate] += dweight
@@ -325,8 +331,8 @@ def _standardize(spec: ConvLSTMSpec, weights: Arrays, part: str, z: np.ndarray, 
         weight = valid[..., None].astype(z.dtype) if kind == "batch" and valid is not None else 1
         samples = (z.shape[0] if valid is None else int(valid.sum())) if kind == "batch" else 1
         count = samples * spec.HO * spec.WO * z.shape[-1]
-        mean = (weight * z).sum(axes, keepdims=True) / max(count, 1)
-        variance = (weight * (z - mean) ** 2).sum(axes, keepdims=True) / max(count, 1)
+        mean = total(weight * z, axes, keepdims=True) / max(count, 1)
+        variance = total(weight * (z - mean) ** 2, axes, keepdims=True) / max(count, 1)
     scale = 1 / np.sqrt(variance + spec.normalization.epsilon)
     return Normalized((z - mean) * scale, scale, axes, weight, count, mean, variance)
 
@@ -336,17 +342,17 @@ def _normalize_backward(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Pull dz back through `_normalize`: to the convolutions of x and of h, and to the bias."""
     if weights is None:
-        return dz, dz, dz.sum((0, 1, 2))
+        return dz, dz, total(dz, (0, 1, 2))
     pulled = []
     for part, n in zip(NORMALIZED_PARTS[spec.normalization.separate], normalized, strict=True):
         gamma, values = weights[f"gamma{part}"], n.values.reshape(dz.shape)
         over = tuple(range(4 - gamma.ndim))
-        dweights[f"gamma{part}"] += (dz * values).sum(over)
-        dweights[f"beta{part}"] += dz.sum(over)
+        dweights[f"gamma{part}"] += total(dz * values, over)
+        dweights[f"beta{part}"] += total(dz, over)
         d = (dz * gamma).reshape(n.values.shape)
         if n.axes is not None:
             count = max(n.count, 1)
-            along = (d * n.values).sum(n.axes, keepdims=True) / count
-            d = n.weight * (d - d.sum(n.axes, keepdims=True) / count - n.values * along)
+            along = total(d * n.values, n.axes, keepdims=True) / count
+            d = n.weight * (d - total(d, n.axes, keepdims=True) / count - n.values * along)
         pulled.append(np.ascontiguousarray((d * n.scale).reshape(dz.shape)))
-    return pulled[0], pulled[-1], (dz if spec.normalization.separate else pulled[0]).sum((0, 1, 2))
+    return pulled[0], pulled[-1], total(dz if spec.normalization.separate else pulled[0], (0, 1, 2))

@@ -59,7 +59,7 @@ def conv2d_backward(
         dcolumns = (block @ matrix.T).reshape(-1, spec.WO, spec.KH, spec.KW, spec.C)
         for kh, kw in np.ndindex(spec.KH, spec.KW):
             _tap(spec, dpadded, kh, kw)[b, rows] += dcolumns[:, :, kh, kw]
-    return _unpad(spec, dpadded), dkernel, dy.sum((0, 1, 2))
+    return _unpad(spec, dpadded), dkernel, recurrence.total(dy, (0, 1, 2))
 
 
 def convlstm2d(

@@ -54,19 +54,27 @@ class Layer(Described):
 
     A subclass is a dataclass whose fields are its options, under the names of the constructor's arguments. Its
     parameters are read-only arrays, and change by assignment only: that gives engines a sign when packed copies of
-    them are out of date.
+    them are out of date. A training call keeps what `backward` needs, the caller's own arrays included: they must not
+    change until then.
 
     Attributes
     ----------
     trainable : bool
         False freezes the parameters, those of inner layers too: `backward` still returns the gradient of the input,
-        `get_gradients` nothing.
+        `get_gradients` nothing, and penalties and constraints leave them alone. Saved with the layer.
+    gradient_scale : float
+        Multiplies the gradient that `backward` hands to what stands before. 1 at first.
+    store_gradients : bool
+        False: `backward` keeps no gradients of the parameters for `get_gradients`.
     """
 
     def __post_init__(self) -> None:
         for name, value in self.options.items():
             setattr(self, name, plain(value))
+        _check_seed(type(self).__name__, self.options.get("seed"))
         self.trainable = True
+        self.gradient_scale = 1.0
+        self.store_gradients = True
         self._parameters: dict[str, np.ndarray] = {}
         self._statistics: set[str] = set()
         self._regularizers: dict[str, Regularizer] = {}
@@ -108,7 +116,7 @@ class Layer(Described):
 
         Those of regularized parameters include the gradient of their penalty.
         """
-        return dict(self._gradients)
+        return {name: self._gradients[name] for name in self.trainable_parameters if name in self._gradients}
 
     @property
     def parameters(self) -> dict[str, np.ndarray]:
@@ -131,12 +139,16 @@ class Layer(Described):
 
     @property
     def penalty(self) -> float:
-        """Sum of the regularizers' penalties on the parameters, to be added to the loss."""
+        """Sum of the regularizers' penalties on the parameters that are not frozen, to be added to the loss."""
+        if not self.trainable:
+            return 0.0
         own = sum(regularizer(self._parameters[name]) for name, regularizer in self._regularizers.items())
         return float(own + sum(layer.penalty for layer in self._sublayers.values()))
 
     def apply_constraints(self) -> None:
-        """Bring the parameters to where their constraints want them, as after each step of an optimizer."""
+        """Bring the parameters that are not frozen to where their constraints want them, after an optimizer's step."""
+        if not self.trainable:
+            return
         for name, constraint in self._constraints.items():
             setattr(self, name, constraint(self._parameters[name]))
         for layer in self._sublayers.values():
@@ -174,7 +186,7 @@ class Layer(Described):
         OSError
             The file cannot be written.
         """
-        weights.save(path, self.parameters, describe(self))
+        weights.save(path, self.parameters, describe(self) | {"frozen": self._frozen()})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], **options: Any) -> Self:
@@ -195,9 +207,21 @@ class Layer(Described):
             with _uninitialized():
                 layer: Self = restore(metadata, **options)
             layer.set_parameters(arrays)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            for place in metadata.get("frozen", ()):
+                layer._part(place).trainable = False
+        except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
             raise ValueError(f"{name} does not fit: {error}") from error
         return layer
+
+    def _frozen(self) -> list[str]:
+        """Return the places of the layers in here that are frozen; "" is this one."""
+        inner = ((name, place) for name, layer in self._sublayers.items() for place in layer._frozen())
+        return [""] * (not self.trainable) + [f"{name}/{place}" for name, place in inner]
+
+    def _part(self, place: str) -> Layer:
+        """Return the layer at a place that `_frozen` returned."""
+        name, _, rest = place.partition("/")
+        return self._sublayers[name]._part(rest) if place else self
 
     def _owners(self) -> dict[str, tuple[Layer, str]]:
         """Full name of each parameter -> the layer that has it and its name there."""
@@ -210,16 +234,23 @@ class Layer(Described):
         regularizer: Any = None, constraint: Any = None, statistic: bool = False,
     ) -> None:  # fmt: skip
         """Make the parameter `name`; the options are what `nn`'s `get` takes, a statistic has no gradient."""
-        initializer = initializers.get(initializer)
-        if regularizer is not None:
-            self._regularizers[name] = regularizers.get(regularizer)
-        if constraint is not None:
-            self._constraints[name] = constraints.get(constraint)
-        if statistic:
-            self._statistics.add(name)
-        self._parameters[name] = np.broadcast_to(np.zeros((), dtype), shape)  # the shape, without its memory
-        if _initializing.get():
-            self._parameters[name] = self._checked(name, initializer(shape, rng, dtype))
+        try:
+            initializer = initializers.get(initializer)
+            if regularizer is not None:
+                self._regularizers[name] = regularizers.get(regularizer)
+            if constraint is not None:
+                self._constraints[name] = constraints.get(constraint)
+            if statistic:
+                self._statistics.add(name)
+            self._parameters[name] = np.broadcast_to(np.zeros((), dtype), shape)  # the shape, without its memory
+            if _initializing.get():
+                self._parameters[name] = self._checked(name, initializer(shape, rng, dtype))
+                for function in (self._regularizers.get(name), self._constraints.get(name)):
+                    if function is not None:  # one that does not fit fails now
+                        function(self._parameters[name])
+        except (TypeError, ValueError) as error:
+            op = type(self).__name__
+            raise error if str(error).startswith(op) else type(error)(f"{op}: {name}: {error}") from error
 
     def _checked(self, key: str, value: Any, name: str | None = None) -> np.ndarray:
         """Return `value` as a new read-only array that can replace the parameter `key`."""
@@ -235,7 +266,7 @@ class Layer(Described):
         """Keep for `get_gradients` those of `gradients`, by full name, that are of trainable parameters."""
         owners = self._owners()
         self._gradients = {}
-        for name in self.trainable_parameters:
+        for name in self.trainable_parameters if self.store_gradients else ():
             owner, key = owners[name]
             regularizer = owner._regularizers.get(key)
             gradient = gradients[name]
@@ -247,14 +278,25 @@ class Layer(Described):
         """Keep for `get_gradients` what the inner layers' own `backward` left there."""
         gradients = {f"{prefix}.{name}": array for prefix, layer in self._sublayers.items()
                      for name, array in layer.get_gradients().items()}  # fmt: skip
-        self._gradients = {name: gradients[name] for name in self.trainable_parameters}
+        kept = self.trainable_parameters if self.store_gradients else ()
+        self._gradients = {name: gradients[name] for name in kept}
 
     def _recorded(self) -> Callable[..., Any]:
         """Return what the last call left for `backward`."""
-        if self._pullback is None:
+        pullback = self._pullback
+        if pullback is None:
             name = type(self).__name__
             raise RuntimeError(f"{name}: backward needs what a training call keeps; first call layer(x, training=True)")
-        return self._pullback
+        if self.gradient_scale == 1:
+            return pullback
+
+        def scaled(*gradients: Any) -> Any:
+            before = pullback(*gradients)
+            if isinstance(before, tuple):  # the gradient of the input, then those of states
+                return before[0] * self.gradient_scale, *before[1:]
+            return before * self.gradient_scale
+
+        return scaled
 
 
 def _immutable(array: np.ndarray) -> np.ndarray:
@@ -270,6 +312,14 @@ def layer_dtype(op: str, dtype: Any) -> str:
         name = dtype
     choice(op, "dtype", name, DTYPES)
     return name
+
+
+def _check_seed(op: str, seed: Any) -> None:
+    try:
+        np.random.default_rng(seed)
+    except (TypeError, ValueError):
+        expected = "None, an integer >= 0 or a numpy.random.Generator"
+        raise TypeError(f"{op}: seed must be {expected}, got {seed!r}") from None
 
 
 def _same(value: Any, default: Any) -> bool:

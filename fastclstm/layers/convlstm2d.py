@@ -4,23 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from fastclstm import dispatch
+from fastclstm.layers.base import Parameter
 from fastclstm.layers.convlstm2d_cell import ConvLSTM2DCell, ConvLSTMLayer, State, own_generator
 from fastclstm.layers.gate_weights import GateWeights
 from fastclstm.layers.layout import Layout
 from fastclstm.layers.time_distribution import TimeDistributionCalculator
 from fastclstm.nn import regularizers
-from fastclstm.spec import Pair, Shape, choice, expect_shape, integers
+from fastclstm.spec import Pair, Shape, choice, expect_shape, flag, integers
 
 MERGE_MODES = ("concat", "sum", "mul", "ave", None)
+CHUNK_STEPS = 16
+"""Time steps that stacked layers work on at once where only the last output is wanted."""
+
 _DIRECTIONS = ("forward", "backward")
+_FLAGS = ("return_sequences", "return_state", "go_backwards", "stateful", "bidirectional", "zero_output_for_mask",
+          "time_major")  # fmt: skip
 
 Merged = Any
 """An array, or with merge_mode=None the pair of the directions' arrays."""
+
+LastStates = list[tuple[np.ndarray, np.ndarray]]
 
 
 @dataclass(eq=False, repr=False)
@@ -151,6 +159,8 @@ class ConvLSTM2D(ConvLSTMLayer):
 engine='reference')
     """
 
+    CHANGEABLE: ClassVar[frozenset[str]] = ConvLSTMLayer.CHANGEABLE | {*_FLAGS, "time_dropout"} - {"bidirectional"}
+
     num_layers: int = 1
     _: KW_ONLY
     return_sequences: bool = True
@@ -177,20 +187,29 @@ engine='reference')
             per_layer = _is_per_layer(self.recurrent_kernel_size)
             self.recurrent_kernel_size = recurrent_sizes if per_layer else recurrent_sizes[0]
         super().__post_init__()
+        for name in _FLAGS:
+            flag(op, name, getattr(self, name))
         choice(op, "merge_mode", self.merge_mode, MERGE_MODES)
         if self.bidirectional and self.merge_mode is None and self.num_layers > 1:
             raise ValueError(
                 f"{op}: merge_mode=None gives two outputs, which {self.num_layers} stacked layers cannot hand on; "
                 f"choose 'concat', 'sum', 'mul' or 'ave', or stack layers of your own"
             )
-        TimeDistributionCalculator(self.time_dropout, 1)  # raises where the rate is wrong
-        self._activity_regularizer = (
-            None if self.activity_regularizer is None else regularizers.get(self.activity_regularizer)
-        )
+        rate = self.time_dropout
+        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate <= 1:
+            raise ValueError(f"{op}: time_dropout must be a number in [0, 1], the share that is dropped; got {rate!r}")
+        given = self.activity_regularizer
+        self._activity_regularizer = None if given is None else regularizers.get(given)
         self._activity_penalty = 0.0
         self._build_cells(filters, kernel_sizes, recurrent_sizes)
         self.state_gradients: list[tuple[Any, Any]] | None = None
-        self._states: list[tuple[np.ndarray, np.ndarray]] | None = None
+        self._states: LastStates | None = None
+        self._made = True
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(getattr(ConvLSTM2DCell, name, None), Parameter):
+            raise AttributeError(f"ConvLSTM2D: {name} is a parameter of a cell; assign to layer.cells[0].{name}")
+        super().__setattr__(name, value)
 
     def _build_cells(
         self, filters: Sequence[int], kernel_sizes: Sequence[Pair], recurrent_sizes: Sequence[Pair]
@@ -233,7 +252,7 @@ engine='reference')
         return super().penalty + self._activity_penalty
 
     @property
-    def states(self) -> list[tuple[np.ndarray, np.ndarray]] | None:
+    def states(self) -> LastStates | None:
         """Where stateful: the states (B, HO, WO, F), or (B, F, HO, WO), that the next call starts from."""
         layout = Layout("ConvLSTM2D", self.dtype, self.data_format)
         held = self._states
@@ -271,36 +290,70 @@ engine='reference')
             Anything but real arrays in the processor's memory.
         """
         restore = dispatch.restorer(x)
-        layout = self._layout(np.shape(x))
-        sequence = layout.read("x", x, sequence=True)
+        array = dispatch.as_numpy("ConvLSTM2D", "x", x)
+        layout = self._layout(array.shape)
+        sequence = layout.read("x", array, sequence=True)
+        if sequence.shape[1] == 0:
+            raise ValueError(f"ConvLSTM2D: x has no time steps {array.shape}; at least one is needed")
         shapes = self._state_shapes((sequence.shape[0], *sequence.shape[2:]))
         states = self._initial_states(layout, initial_state, shapes)
         steps_mask = _steps_mask(layout.read_steps("mask", mask, sequence.shape[:2]), lengths, sequence.shape[:2])
         self._pullback = None
-        tape = _Tape(layout, restore, shapes, initial_state is not None)
-        if training and self.time_dropout > 0:
-            sequence = sequence * tape.drop_steps(self.time_dropout, sequence, self._time_dropout_rng)
-        if self.go_backwards:
-            sequence = np.ascontiguousarray(sequence[:, ::-1])
-            steps_mask = None if steps_mask is None else steps_mask[:, ::-1]
-        last_states: list[tuple[np.ndarray, np.ndarray]] = []
-        for index in range(self.num_layers):
-            if index > 0 and self.leaky_relu_slope is not None:
-                sequence = tape.leaky_relu(sequence, self.leaky_relu_slope, training)
-            outputs = self._run_layer(index, sequence, states, steps_mask, last_states, tape, training)
-            sequence = _merge(self.merge_mode, outputs) if self.bidirectional else outputs[0]
-            tape.outputs.append(outputs if self.merge_mode == "mul" else ())
+        tape = _Tape(layout, restore, shapes, initial_state is not None) if training else None
+        if tape is not None and self.time_dropout > 0:
+            sequence = tape.drop_steps(self.time_dropout, sequence, self._time_dropout_rng)
+        output, last_states = self._run(sequence, states, steps_mask, tape)
         if self.stateful:
             self._states = [(h.copy(), c.copy()) for h, c in last_states]
-        if training:
-            tape.output = sequence
-            self._activity_penalty = sum(map(self._activity, _several(sequence)))
-            self._pullback = lambda dy, dstates: self._pull(tape, dy, dstates)
-        written = [restore(layout.write(array)) for array in _several(sequence)]
-        output = tuple(written) if isinstance(sequence, tuple) else written[0]
+        written = [layout.write(part) for part in _several(output)]
+        if tape is not None:
+            self._finish(tape, output, written)
+        result = tuple(map(restore, written)) if isinstance(output, tuple) else restore(written[0])
         if not self.return_state:
-            return output
-        return output, [tuple(restore(layout.write(s)) for s in pair) for pair in last_states]
+            return result
+        return result, [tuple(restore(layout.write(s)) for s in pair) for pair in last_states]
+
+    def _run(
+        self, sequence: np.ndarray, states: list[State], mask: np.ndarray | None, tape: _Tape | None
+    ) -> tuple[Merged, LastStates]:
+        """Run all layers over x (B, T, H, W, C): the output and the last states."""
+        steps = sequence.shape[1]
+        in_parts = tape is None and mask is None and not (self.return_sequences or self.bidirectional)
+        if not in_parts or self.num_layers == 1 or steps <= CHUNK_STEPS:
+            return self._run_part(sequence, states, mask, tape)
+        for start in range(0, steps, CHUNK_STEPS):  # the sequences between layers would be as long as x
+            stop = min(start + CHUNK_STEPS, steps)
+            part = sequence[:, steps - stop : steps - start] if self.go_backwards else sequence[:, start:stop]
+            output, last_states = self._run_part(np.ascontiguousarray(part), states, mask, tape)
+            states = list(last_states)
+        return output, last_states
+
+    def _run_part(
+        self, sequence: np.ndarray, states: list[State], mask: np.ndarray | None, tape: _Tape | None
+    ) -> tuple[Merged, LastStates]:
+        last_states: LastStates = []
+        output: Merged = sequence
+        for index in range(self.num_layers):
+            if index > 0 and self.leaky_relu_slope is not None:
+                output = _leaky_relu(output, self.leaky_relu_slope, tape)
+            if index == 1 and self.go_backwards and mask is not None:
+                mask = mask[:, ::-1]  # what layer 0 hands on is in processing order
+            outputs = self._run_layer(index, output, states, mask, last_states, tape)
+            output = _merge(self.merge_mode, outputs) if self.bidirectional else outputs[0]
+            if tape is not None:
+                tape.outputs.append(outputs if self.merge_mode == "mul" else ())
+        return output, last_states
+
+    def _finish(self, tape: _Tape, output: Merged, written: list[np.ndarray]) -> None:
+        """Take from a training call what lasts: moving statistics, the penalty on the output, the way back."""
+        for cell, pullback in zip(self.cells, tape.pullbacks, strict=True):
+            cell._learn(pullback)
+        tape.output_shapes = [part.shape for part in _several(output)]
+        self._activity_penalty, count = 0.0, tape.output_shapes[0][0]
+        if self._activity_regularizer is not None and count:
+            self._activity_penalty = sum(map(self._activity_regularizer, written)) / count
+            tape.penalties = [self._activity_regularizer.gradient(part) / part.dtype.type(count) for part in written]
+        self._pullback = lambda dy, dstates=None: self._pull(tape, dy, dstates)
 
     def backward(self, dy: Any, dstates: Any = None) -> Any:
         """Return dx of the last call, in x's shape and as its kind of array.
@@ -323,12 +376,20 @@ engine='reference')
 
     def output_shape(self, input_shape: Shape) -> Any:
         """Return the shape of the output for an x of `input_shape`; with merge_mode=None the pair of shapes."""
-        layout = self._layout(input_shape)
-        B, T, *frame = layout.read("x", np.broadcast_to(np.zeros((), self.dtype), input_shape), sequence=True).shape
+        unknown = [axis for axis in (0, 1) if len(input_shape) == 5 and input_shape[axis] is None]
+        shape = tuple(1 if axis in unknown else n for axis, n in enumerate(input_shape))
+        layout = self._layout(shape)
+        B, T, *frame = layout.read("x", np.broadcast_to(np.zeros((), self.dtype), shape), sequence=True).shape
+        if T == 0:
+            raise ValueError(f"ConvLSTM2D: x has no time steps {input_shape}; at least one is needed")
         B, HO, WO, F = self._state_shapes((B, *frame))[-1]
         F = 2 * F if self.bidirectional and self.merge_mode == "concat" else F
-        shape = layout.shape((B, T, HO, WO, F) if self.return_sequences else (B, HO, WO, F))
-        return (shape, shape) if self.bidirectional and self.merge_mode is None else shape
+        whole = layout.shape((B, T, HO, WO, F))
+        known = tuple(None if axis in unknown else n for axis, n in enumerate(whole))
+        if not self.return_sequences:
+            time = (0 if self.time_major else 1) if layout.batched else 0
+            known = (*known[:time], *known[time + 1 :])
+        return (known, known) if self.bidirectional and self.merge_mode is None else known
 
     def _layout(self, shape: Shape) -> Layout:
         """Return how arrays lie where x has `shape`."""
@@ -366,44 +427,43 @@ engine='reference')
         fits = isinstance(pairs, list | tuple) and len(pairs) == count
         if not fits or not all(pair is None or _is_pair(pair) for pair in pairs):
             each = "one a layer and direction, forward first" if self.bidirectional else "one a layer"
-            raise ValueError(
-                f"ConvLSTM2D: {name} must be a list of {count} {'pairs' if count > 1 else 'pair'} (h, c), {each}"
-            )
+            came = f"{len(pairs)} items" if isinstance(pairs, list | tuple) else type(pairs).__name__
+            pair = "pairs" if count > 1 else "pair"
+            raise ValueError(f"ConvLSTM2D: {name} must be a list of {count} {pair} (h, c), {each}; got {came}")
         return [
             ConvLSTM2DCell._read_state(layout, f"ConvLSTM2D: {name} {index}", pair or (None, None), shape)
             for index, (pair, shape) in enumerate(zip(pairs, shapes, strict=True))
         ]
 
     def _run_layer(
-        self, index: int, sequence: np.ndarray, states: list[State], mask: np.ndarray | None,
-        last_states: list[tuple[np.ndarray, np.ndarray]], tape: _Tape, training: bool,
+        self, index: int, sequence: np.ndarray, states: list[State], mask: np.ndarray | None, last_states: LastStates,
+        tape: _Tape | None,
     ) -> tuple[np.ndarray, ...]:  # fmt: skip
-        """Run a layer's cells over what is in processing order: their outputs, in that order too."""
+        """Run a layer's cells: their outputs in processing order. Layer 0 gets x, which may be processed backwards."""
         last = index == self.num_layers - 1
         many = self.return_sequences or not last
+        turned = self.go_backwards and index == 0
         outputs = []
         for backwards, cell in enumerate(self._layers[index]):
             cell.engine, cell.algorithm = self.engine, self.algorithm
             (output, h, c), pullback = cell._run(
-                sequence, states[len(last_states)], mask=mask, go_backwards=bool(backwards), return_sequences=many,
-                training=training, frozen=not self.trainable,
+                sequence, states[len(last_states)], mask=mask, go_backwards=bool(backwards) != turned,
+                return_sequences=many, training=tape is not None, frozen=not self.trainable,
             )  # fmt: skip
             last_states.append((h, c))
-            tape.pullbacks.append(pullback)
             if many and backwards:
                 output = output[:, ::-1]
+            kept = None
             if last and mask is not None and self.zero_output_for_mask:
-                kept = mask if many else mask[:, 0 if backwards else -1]
+                processed = mask[:, ::-1] if turned else mask
+                kept = processed if many else processed[:, 0 if backwards else -1]
                 kept = kept.reshape(*kept.shape, 1, 1, 1)
-                tape.kept.append(kept)
                 output = np.where(kept, output, np.zeros((), output.dtype))
+            if tape is not None:
+                tape.pullbacks.append(pullback)
+                tape.kept.append(kept)
             outputs.append(output)
         return tuple(outputs)
-
-    def _activity(self, output: np.ndarray) -> float:
-        """Return the penalty on one of the outputs."""
-        regularizer = self._activity_regularizer
-        return 0.0 if regularizer is None or not output.size else regularizer(output) / output.shape[0]
 
     def _pull(self, tape: _Tape, dy: Any, dstates: Any) -> Any:
         layout = tape.layout
@@ -420,9 +480,9 @@ engine='reference')
             dx = None
             for backwards in reversed(range(len(cells))):
                 number -= 1
-                d = each[backwards]
-                if d is not None and last and tape.kept:
-                    d = np.where(tape.kept[backwards], d, np.zeros((), d.dtype))
+                d, kept = each[backwards], tape.kept[number]
+                if d is not None and kept is not None:
+                    d = np.where(kept, d, np.zeros((), d.dtype))
                 if d is not None and many and backwards:
                     d = d[:, ::-1]
                 pulled = tape.pullbacks[number]((d, *dlast[number]))
@@ -431,10 +491,8 @@ engine='reference')
                 pulled_states.insert(0, pulled["initial_state"])
                 dx = pulled["x"] if dx is None else dx + pulled["x"]
             merged = dx * tape.slopes[index - 1] if index and tape.slopes else dx
-        if self.go_backwards:
-            dx = dx[:, ::-1]
         if tape.kept_steps is not None:
-            dx = dx * tape.kept_steps
+            dx = np.where(tape.kept_steps, dx, np.zeros((), dx.dtype))
         restore = tape.restore
         written = [(restore(layout.write(dh)), restore(layout.write(dc))) for dh, dc in pulled_states]
         self.state_gradients = written if tape.with_state else None
@@ -443,17 +501,20 @@ engine='reference')
 
     def _read_cotangent(self, tape: _Tape, dy: Any) -> Merged:
         """Return the gradient of the output channels-last, with that of its penalty."""
-        outputs = _several(tape.output)
-        if isinstance(tape.output, tuple) and dy is not None and not _is_pair(dy):
-            raise ValueError("ConvLSTM2D: with merge_mode=None dy must be a pair (forward, backward)")
+        shapes, layout = tape.output_shapes, tape.layout
+        if len(shapes) == 2 and dy is not None and not _is_pair(dy):
+            raise ValueError(
+                f"ConvLSTM2D: with merge_mode=None dy must be a pair (forward, backward), got {type(dy).__name__}"
+            )
         read = []
-        for output, d in zip(outputs, dy if len(outputs) > 1 and dy is not None else [dy] * len(outputs), strict=True):
-            array = tape.layout.read_like("ConvLSTM2D", "dy", d, output.shape, "the shape of the output")
-            if self._activity_regularizer is not None and output.size:
-                penalty = self._activity_regularizer.gradient(output) / output.dtype.type(output.shape[0])
+        for index, shape in enumerate(shapes):
+            part = dy[index] if len(shapes) == 2 and dy is not None else dy
+            array = layout.read_like("ConvLSTM2D", "dy", part, shape, "the shape of the output")
+            if tape.penalties:
+                penalty = layout.read("dy", tape.penalties[index], sequence=len(shape) == 5)
                 array = penalty if array is None else array + penalty
             read.append(array)
-        return tuple(read) if isinstance(tape.output, tuple) else read[0]
+        return tuple(read) if len(shapes) == 2 else read[0]
 
 
 class _Tape:
@@ -464,23 +525,25 @@ class _Tape:
         self.pullbacks: list[Any] = []
         self.slopes: list[np.ndarray] = []
         self.outputs: list[tuple[np.ndarray, ...]] = []
-        self.kept: list[np.ndarray] = []
+        self.kept: list[np.ndarray | None] = []
         self.kept_steps: np.ndarray | None = None
-        self.output: Merged = None
+        self.output_shapes: list[Shape] = []
+        self.penalties: list[np.ndarray] = []
 
     def drop_steps(self, rate: float, sequence: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Draw which frames are kept, as factors (T, 1, 1, 1)."""
+        """Draw which frames are kept, and return the sequence with zeros in place of the others."""
         drawn = TimeDistributionCalculator(rate, sequence.shape[1], seed=rng).calculate_time_distribution()
-        self.kept_steps = drawn.astype(sequence.dtype).reshape(-1, 1, 1, 1)
-        return self.kept_steps
+        self.kept_steps = drawn.reshape(-1, 1, 1, 1) != 0
+        return np.where(self.kept_steps, sequence, np.zeros((), sequence.dtype))
 
-    def leaky_relu(self, sequence: np.ndarray, slope: float, training: bool) -> np.ndarray:
-        """Return the LeakyReLU of what one layer hands to the next."""
-        one, low = np.array([1, slope], sequence.dtype)
-        if not training:
-            return np.where(sequence > 0, sequence, low * sequence)
-        self.slopes.append(np.where(sequence > 0, one, low))
-        return sequence * self.slopes[-1]
+
+def _leaky_relu(sequence: np.ndarray, slope: float, tape: _Tape | None) -> np.ndarray:
+    """Return the LeakyReLU of what one layer hands to the next."""
+    one, low = np.array([1, slope], sequence.dtype)
+    if tape is None:
+        return np.where(sequence > 0, sequence, low * sequence)
+    tape.slopes.append(np.where(sequence > 0, one, low))
+    return sequence * tape.slopes[-1]
 
 
 def _merge(mode: str | None, outputs: tuple[np.ndarray, ...]) -> Merged:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from fastclstm.spec import (
     ConvSpec,
     Shape,
     choice,
+    flag,
     integers,
 )  # fmt: skip
 
@@ -35,6 +36,9 @@ PEEPHOLES = (None, "elementwise", "channel", "conv")
 @dataclass(eq=False, repr=False)
 class ConvLSTMLayer(Layer):
     """The options that the cell and the stacked layers share."""
+
+    CHANGEABLE: ClassVar[frozenset[str]] = frozenset({"engine", "algorithm"})
+    """Options that may be assigned to later."""
 
     in_channels: int
     out_channels: Any
@@ -75,15 +79,26 @@ class ConvLSTMLayer(Layer):
     engine: str | None = None
     algorithm: str = "auto"
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if "_made" in self.__dict__ and name in type(self).__dataclass_fields__.keys() - self.CHANGEABLE:
+            op = type(self).__name__
+            raise AttributeError(
+                f"{op}: {name} is fixed when the layer is made; make a new one, with {op}(…, {name}=…)"
+            )
+        super().__setattr__(name, value)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         op = type(self).__name__
+        for name in ("use_bias", "unit_forget_bias"):
+            flag(op, name, getattr(self, name))
         (self.in_channels,) = integers(op, "in_channels", self.in_channels, 1, 1)
         self.dtype = layer_dtype(op, self.dtype)
         choice(op, "data_format", self.data_format, DATA_FORMATS)
         dispatch.check_engine(self.engine)
         slope = self.leaky_relu_slope
-        if slope is not None and not (isinstance(slope, int | float) and math.isfinite(slope)):
+        real = isinstance(slope, int | float) and not isinstance(slope, bool) and math.isfinite(slope)
+        if slope is not None and not real:
             raise ValueError(f"{op}: leaky_relu_slope must be a finite number or None, got {slope!r}")
         for name in ("dropout", "recurrent_dropout"):
             check_rate(op, name, getattr(self, name))
@@ -181,11 +196,17 @@ dtype, seed, engine, algorithm
         if self.peephole_size is not None:
             self.peephole_size = integers(op, "peephole_size", self.peephole_size, 2, 1)
         for name in ("activation", "recurrent_activation", "output_activation"):
-            activations.get(getattr(self, name) or self.activation)
+            option = getattr(self, name)
+            try:
+                activations.get(self.activation if name == "output_activation" and option is None else option)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{op}: {name}: {error}") from None
+        initializers.get(self.peephole_initializer)
         rng = np.random.default_rng(self.seed)
         self._dropout_rng = own_generator(rng)
         self._add_parameters(rng)
         self._check_options()
+        self._made = True
 
     def _add_parameters(self, rng: np.random.Generator) -> None:
         C, F, dtype = self.in_channels, self.out_channels, self.dtype
@@ -251,6 +272,7 @@ dtype, seed, engine, algorithm
         self._pullback = None
         outputs, pullback = self._run(x[:, np.newaxis], state, training=training, return_sequences=False)
         if pullback is not None:
+            self._learn(pullback)
             self._pullback = lambda dh, dc: self._pull(pullback, layout, outputs[1].shape, dh, dc, restore)
         return restore(layout.write(outputs[1])), restore(layout.write(outputs[2]))
 
@@ -350,10 +372,10 @@ dtype, seed, engine, algorithm
     def _run(
         self, x: np.ndarray, state: State, *, mask: np.ndarray | None = None, go_backwards: bool = False,
         return_sequences: bool = True, training: bool = False, frozen: bool = False,
-    ) -> tuple[Outputs, Callable[..., Any] | None]:  # fmt: skip
+    ) -> tuple[Outputs, functional.ConvLSTMPullback | None]:  # fmt: skip
         """Run over a channels-last sequence: (output, h, c) and, while training, their pullback.
 
-        Where the layer is `frozen`, batch normalization uses and keeps its moving statistics.
+        Where the layer is `frozen`, batch normalization uses its moving statistics.
         """
         learning = training and self.trainable and not frozen
         arguments = x, self.kernel, self.recurrent_kernel, self.bias
@@ -370,11 +392,7 @@ dtype, seed, engine, algorithm
         masks = {"x": self._draw(self.dropout, frames),
                  "h": self._draw(self.recurrent_dropout, self._state_shape(frames))}  # fmt: skip
         options["dropout_masks"] = {name: mask for name, mask in masks.items() if mask is not None} or None
-        outputs, pullback = functional.convlstm2d_vjp(*arguments, return_state=True, **options)
-        if learning:
-            for step in pullback.statistics:
-                self._update_statistics(step)
-        return outputs, pullback
+        return functional.convlstm2d_vjp(*arguments, return_state=True, **options)
 
     def _draw(self, rate: float, shape: Shape) -> np.ndarray | None:
         """Draw the inverted dropout mask of each gate: what is kept is scaled up."""
@@ -383,15 +401,16 @@ dtype, seed, engine, algorithm
         kept = self._dropout_rng.random((4, *shape), np.float32) >= rate
         return kept * np.dtype(self.dtype).type(1 / (1 - rate))
 
-    def _update_statistics(self, step: Mapping[str, Any]) -> None:
-        """Move the moving mean and variance towards those of a step."""
-        for part in NORMALIZED_PARTS[self.normalization.separate]:
-            count, momentum = step[f"count{part}"], self.normalization.momentum
-            unbiased = step[f"variance{part}"] * (count / max(count - 1, 1))
-            for name, value in (("mean", step[f"mean{part}"]), ("variance", unbiased)):
-                old = self._parameters[f"moving_{name}{part}"]
-                if count:
-                    setattr(self, f"moving_{name}{part}", momentum * old + (1 - momentum) * value)
+    def _learn(self, pullback: functional.ConvLSTMPullback) -> None:
+        """Move the moving means and variances towards those that a training call took of its steps, if it took any."""
+        for step in pullback.statistics:
+            for part in NORMALIZED_PARTS[self.normalization.separate]:
+                count, momentum = step[f"count{part}"], self.normalization.momentum
+                unbiased = step[f"variance{part}"] * (count / max(count - 1, 1))
+                for name, value in (("mean", step[f"mean{part}"]), ("variance", unbiased)):
+                    old = self._parameters[f"moving_{name}{part}"]
+                    if count:
+                        setattr(self, f"moving_{name}{part}", momentum * old + (1 - momentum) * value)
 
     def _options(self, learning: bool = False) -> dict[str, Any]:
         """Options of `functional.convlstm2d` that are the cell's."""

@@ -57,8 +57,9 @@ class Layout:
         """Return a caller's array, or None, as the engines take it, where its shape must be that of an engine's."""
         if value is None:
             return None
-        expect_shape(what, name, np.shape(value), self.shape(shape), why)
-        return self.read(name, value, sequence=len(shape) == 5)
+        array = dispatch.as_numpy(self.op, name, value)
+        expect_shape(what, name, array.shape, self.shape(shape), why)
+        return self.read(name, array, sequence=len(shape) == 5)
 
     def read_steps(self, name: str, value: Any, shape: Shape) -> np.ndarray | None:
         """Return a caller's array with one item a step, or None, in the shape (B, T)."""

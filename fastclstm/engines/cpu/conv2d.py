@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from fastclstm.engines import recurrence
 from fastclstm.engines.cpu import sequence, threads
 from fastclstm.engines.cpu.flow import slots
 from fastclstm.engines.cpu.gates import CELL
@@ -51,7 +52,7 @@ def conv2d_backward(
     for kh, kw in np.ndindex(spec.KH, spec.KW):
         tap = padded[:, kh * dh :: sh, kw * dw :: sw][:, : spec.HO, : spec.WO]
         dkernel[kh, kw] = tap.reshape(-1, spec.C).T @ pixels
-    return _input_gradient(spec, kernel, dy), dkernel, pixels.sum(0)
+    return _input_gradient(spec, kernel, dy), dkernel, recurrence.total(pixels, (0,))
 
 
 def _positions(spec: ConvSpec, axis: int) -> np.ndarray:
