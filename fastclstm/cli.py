@@ -1,4 +1,4 @@
-"""The command line: ``python -m fastclstm info | demo | run | warmup | bench``.
+"""The command line: ``python -m fastclstm info | demo | run | train | warmup | bench``.
 
 Each command imports what it needs when it runs, so that help is quick.
 """
@@ -132,6 +132,43 @@ def run(
     )
     if not quiet:
         print(f"{out}: {shape}")
+
+
+@app.command()
+def train(
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Films (N, T, H, W[, C]): .npy, or .npz with x, or x and y.", show_default=False
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the results.")] = Path("fastclstm-train"),
+    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the films.  [default: 10]")] = None,
+    minutes: Annotated[float | None, typer.Option(min=0.01, help="Train so long instead.", show_default=False)] = None,
+    steps_in: Annotated[int, typer.Option(min=2, help="Frames that the network is given.")] = 10,
+    steps_out: Annotated[int, typer.Option(min=1, help="Frames to forecast in the end, one from the other.")] = 10,
+    filters: Annotated[int, typer.Option(min=1, help="Hidden channels.")] = 16,
+    batch: Annotated[int, typer.Option(min=1, help="Films a step.")] = 8,
+    seed: Annotated[int, typer.Option(min=0, help="Of films, weights and order.")] = 0,
+    restart: Annotated[bool, typer.Option("--restart", help="Forget the training that DIR holds.")] = False,
+    engine: Engine = None,
+    threads: Threads = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+) -> None:
+    """Train a network to foretell the next frame, and compare it with what needs no training.
+
+    On films of moving digits, or on your own. What needs no training is to repeat the last frame, or to shift it by
+    what lies between the last two. Interrupted, the same command goes on where it was.
+    """
+    from fastclstm import train
+
+    if epochs is not None and minutes is not None:
+        raise typer.BadParameter("give --epochs or --minutes, not both")
+    _set_threads(threads)
+    train.run(
+        data, out, epochs=epochs or train.EPOCHS, minutes=minutes, steps_in=steps_in, steps_out=steps_out,
+        filters=filters, batch=batch, seed=seed, restart=restart, engine=engine, quiet=quiet,
+    )  # fmt: skip
 
 
 @app.command()

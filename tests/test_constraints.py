@@ -1,3 +1,4 @@
+import pickle
 import re
 
 import numpy as np
@@ -98,3 +99,8 @@ def test_axes_that_are_not_there(axis):
 def test_options_that_are_refused(make, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         make()
+
+
+def test_an_own_function_can_be_pickled():
+    constraint = pickle.loads(pickle.dumps(constraints.get(np.abs)))
+    np.testing.assert_array_equal(constraint(np.array([-1.0, 2.0])), [1, 2])

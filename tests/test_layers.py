@@ -1067,6 +1067,16 @@ def test_wrong_pooling_options_fail_at_once(options, message):
         MaxPooling3D(**options)
 
 
+def test_pooling_checks_names_flags_and_arrays_as_others_do():
+    with pytest.raises(ValueError, match="unknown engine 'gpu'"):
+        MaxPooling3D(engine="gpu")
+    for name in ("ceil_mode", "return_indices"):
+        with pytest.raises(ValueError, match=f"MaxPooling3D: {name} must be True or False, got 'no'"):
+            MaxPooling3D(**{name: "no"})
+    with pytest.raises(TypeError, match="MaxPooling3D: x is not a rectangular array"):
+        MaxPooling3D()([[1, 2], [3]])
+
+
 # TimeDistributionCalculator
 
 
@@ -1108,10 +1118,24 @@ def test_dropout_as_a_layer():
     equal(layer.backward(dy), np.where(y == 0, 0, dy))
 
 
+def test_steps_of_nan_are_dropped_too_and_gradients_are_checked():
+    layer = TimeDistributionCalculator(1.0, 2)
+    equal(layer(np.full((1, 2, 3), np.nan, np.float32), training=True), np.zeros((1, 2, 3), np.float32))
+    dx = layer.backward(np.full((1, 2, 3), np.nan))
+    assert dx.dtype == np.float32
+    equal(dx, np.zeros((1, 2, 3)))
+    with pytest.raises(
+        ValueError, match=r"TimeDistributionCalculator: dy has shape \(2, 2, 3\) but must be \(1, 2, 3\)"
+    ):
+        layer.backward(np.zeros((2, 2, 3)))
+    assert layer([[1, 2]]).dtype == np.float32
+
+
 @pytest.mark.parametrize("shape", [(2, 4, 3), (3,), (3, 2)])
-def test_wrong_number_of_steps(shape):
+@pytest.mark.parametrize("training", [False, True])
+def test_wrong_number_of_steps(shape, training):
     with pytest.raises(ValueError, match=r"x must be .*since num_timesteps is 3"):
-        TimeDistributionCalculator(0.5, 3).apply_dropout(np.zeros(shape))
+        TimeDistributionCalculator(0.5, 3)(np.zeros(shape), training=training)
 
 
 @pytest.mark.parametrize(
@@ -1121,6 +1145,8 @@ def test_wrong_number_of_steps(shape):
         ((1.1, 3), ValueError, r"dropout_rate must lie in \[0, 1\]"),
         ((float("nan"), 3), ValueError, r"dropout_rate must lie in \[0, 1\]"),
         (("much", 3), TypeError, "dropout_rate must be a number"),
+        (("0.5", 3), TypeError, r"dropout_rate must be a number in \[0, 1\], got '0.5'"),
+        ((True, 3), TypeError, r"dropout_rate must be a number in \[0, 1\], got True"),
         ((0.5, 0), ValueError, "num_timesteps must be an integer >= 1"),
         ((0.5, 2.5), TypeError, "num_timesteps must be an integer >= 1"),
     ],

@@ -73,3 +73,23 @@ def test_wrong_options():
 def test_saving(tmp_path):
     for index, layer in enumerate((LeakyReLU(0.1), Softmax(), Activation("selu"))):
         check_saving(layer, normal(2, 3), tmp_path / f"{index}.safetensors")
+
+
+@pytest.mark.parametrize("layer", [Softmax(), Activation("softmax"), Activation((lambda z: z, np.cos))], ids=repr)
+def test_what_is_returned_may_be_written_to(layer):
+    x, dy = normal(3, 4), normal(3, 4, seed=2)
+    layer(x, training=True)
+    expected = layer.backward(dy)
+    y = layer(x.copy(), training=True)
+    y[:, 0] -= 1
+    equal(layer.backward(dy), expected)
+
+
+def test_leaky_relu_at_zero_and_without_a_slope():
+    layer = LeakyReLU(0.3)
+    layer(np.array([0.0, -0.0, 1.0]), training=True)
+    equal(layer.backward(np.ones(3)), [0.3, 0.3, 1])
+    x = np.array([-np.inf, -1, 0, 2, np.inf, np.nan])
+    layer, relu = LeakyReLU(0.0), Activation("relu")
+    equal(layer(x, training=True), relu(x, training=True))
+    equal(layer.backward(np.ones(6)), relu.backward(np.ones(6)))

@@ -124,3 +124,29 @@ def test_saving(tmp_path):
     check_saving(Conv2D(2, 3, (3, 1), stride=2, seed=0, engine="reference"), normal(2, 5, 6, 2), tmp_path / "2d")
     layer = Conv3D(2, 3, 3, ((1, 1), (2, 0), (0, 0)), activation="tanh", seed=0, engine="reference")
     check_saving(layer, normal(2, 3, 5, 6, 2), tmp_path / "3d")
+
+
+@pytest.mark.parametrize("kind", [Conv2D, Conv3D])
+def test_names_and_flags_are_checked_when_made(kind):
+    with pytest.raises(
+        ValueError, match=f"{kind.__name__}: algorithm must be one of 'auto', 'direct', 'winograd', got 'f"
+    ):
+        kind(1, 1, 3, algorithm="fft")
+    with pytest.raises(ValueError, match=f"{kind.__name__}: use_bias must be True or False, got 'no'"):
+        kind(1, 1, 3, use_bias="no")
+
+
+def test_channels_first_volumes_are_not_sequences_of_frames():
+    with pytest.raises(
+        ValueError, match=r"Conv3D: x must be \(batch, 2, time, height, width\), .* np.swapaxes\(x, 1, 2\)"
+    ):
+        Conv3D(2, 1, 3, data_format="channels_first")(np.zeros((1, 5, 2, 6, 6)))
+
+
+def test_the_softmax_returned_may_be_written_to():
+    layer = Conv2D(2, 3, 1, activation="softmax", dtype="float64", seed=0, engine="reference")
+    x, dy = normal(1, 3, 3, 2), normal(1, 3, 3, 3, seed=2)
+    layer(x, training=True)
+    expected = layer.backward(dy)
+    layer(x, training=True)[..., 0] -= 1
+    equal(layer.backward(dy), expected)

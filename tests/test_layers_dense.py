@@ -84,3 +84,27 @@ def test_flatten():
 def test_saving(tmp_path):
     check_saving(Dense(3, 2, "softmax", dtype="float64", seed=0), normal(2, 3), tmp_path / "dense.safetensors")
     check_saving(Dense(3, 2, use_bias=False), normal(2, 3), tmp_path / "plain.safetensors")
+
+
+def test_the_softmax_returned_may_be_written_to():
+    layer = Dense(3, 4, "softmax", dtype="float64", seed=0)
+    x, dy = normal(5, 3), normal(5, 4, seed=2)
+    layer(x, training=True)
+    expected = layer.backward(dy)
+    p = layer(x, training=True)
+    p[:, 0] -= 1
+    equal(layer.backward(dy), expected)
+
+
+def test_the_bias_gradient_of_many_rows_keeps_its_digits():
+    layer = Dense(1, 3)
+    layer(np.zeros((400_000, 1), np.float32), training=True)
+    layer.backward(np.full((400_000, 3), 0.1, np.float32))
+    bias = layer.get_gradients()["bias"]
+    assert bias.dtype == np.float32
+    close(bias, [40_000] * 3, 1e-6)
+
+
+def test_a_flag_is_true_or_false():
+    with pytest.raises(ValueError, match="Dense: use_bias must be True or False, got 'no'"):
+        Dense(1, 1, use_bias="no")

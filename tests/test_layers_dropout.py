@@ -64,3 +64,18 @@ def test_wrong_options_and_shapes():
 def test_saving(tmp_path):
     back = check_saving(Dropout(0.3, noise_shape=(None, 1), seed=4), normal(2, 3), tmp_path / "dropout.safetensors")
     close(back(np.ones((5, 3)), training=True), Dropout(0.3, noise_shape=(None, 1), seed=4)(np.ones((5, 3)), True))
+
+
+@pytest.mark.parametrize("rate", [0.5, 1])
+def test_nan_is_dropped_too(rate):
+    layer, bad = Dropout(rate, seed=0), np.full(64, np.nan)
+    dropped = Dropout(rate, seed=0)(np.ones(64), training=True) == 0
+    assert dropped.any()
+    equal(np.isnan(layer(bad, training=True)), ~dropped)
+    equal(np.isnan(layer.backward(bad)), ~dropped)
+
+
+@pytest.mark.parametrize("rate", ["0.5", True])
+def test_rates_that_are_no_numbers(rate):
+    with pytest.raises(ValueError, match=r"Dropout: rate must be a number in \[0, 1\]"):
+        Dropout(rate)

@@ -215,3 +215,34 @@ def test_saving_keeps_every_byte(tmp_path):
             return super().forward(frames, steps, **options)
 
     check_saving(Forecast(1, (3, 2), 3, seed=0, engine="reference"), normal(1, 3, 5, 5, 1), tmp_path / "model")
+
+
+def test_a_list_of_kernel_sizes_has_one_a_layer(tmp_path):
+    model = EncoderForecaster(1, (4, 2), [3, 5], seed=0, engine="reference")
+    assert model.kernel_size == ((3, 3), (5, 5))
+    shapes = [layer.parameters["layers.0.kernel"].shape[:2] for layer in model.forecaster]
+    assert shapes == [(3, 3), (5, 5)]
+    assert model.encoder.parameters["layers.1.kernel"].shape[:2] == (5, 5)
+    assert EncoderForecaster(1, (4, 2), (3, 5)).kernel_size == (3, 5)
+    model.save(tmp_path / "model.safetensors")
+    assert EncoderForecaster.load(tmp_path / "model.safetensors").kernel_size == ((3, 3), (5, 5))
+    with pytest.raises(ValueError, match=r"EncoderForecaster: kernel_size \[3, 5, 3\] lists 3 layers but .* names 2"):
+        EncoderForecaster(1, (4, 2), [3, 5, 3])
+
+
+def test_forecasts_between_a_training_call_and_backward_do_no_harm():
+    model, frames = EncoderForecaster(1, (2, 2), 3, **FIXED, engine="reference"), normal(2, 3, 4, 4, 1)
+    y = model(frames, 2, training=True)
+    dx, gradients = model.backward(y), model.get_gradients()
+    model(frames, 2, training=True)
+    model.encode(frames[:1])
+    model.forecast(frames[:1], 3)
+    equal(model.backward(y), dx)
+    for name, gradient in model.get_gradients().items():
+        equal(gradient, gradients[name])
+
+
+@pytest.mark.parametrize("name", ["use_bias", "unit_forget_bias"])
+def test_flags_are_true_or_false(name):
+    with pytest.raises(ValueError, match=f"EncoderForecaster: {name} must be True or False, got 'no'"):
+        EncoderForecaster(1, (2,), 3, **{name: "no"})

@@ -179,3 +179,24 @@ def test_saving(tmp_path):
     layer = drawn(BatchNormalization(3, momentum=0.5))
     check_saving(layer, normal(4, 3), tmp_path / "batch.safetensors")
     check_saving(drawn(LayerNormalization((2, 3))), normal(4, 2, 3), tmp_path / "layer.safetensors")
+
+
+@pytest.mark.parametrize("kind", [BatchNormalization, LayerNormalization])
+def test_initializers_draw_from_the_seed(kind):
+    options = {"gamma_initializer": "random_normal", "beta_initializer": "random_normal"}
+    layers = [kind(5, **options, seed=seed) for seed in (1, 1, 2, None, None)]
+    equal(layers[0].gamma, layers[1].gamma)
+    assert len({layer.gamma.tobytes() for layer in layers}) == 4
+    assert (layers[0].gamma != layers[0].beta).any()
+
+
+@pytest.mark.parametrize("kind", [BatchNormalization, LayerNormalization])
+@pytest.mark.parametrize("name", ["center", "scale"])
+def test_flags_are_true_or_false(kind, name):
+    with pytest.raises(ValueError, match=f"{kind.__name__}: {name} must be True or False, got 'no'"):
+        kind(3, **{name: "no"})
+
+
+def test_the_error_tells_where_channels_may_be():
+    with pytest.raises(ValueError, match=r"on axis -3.*'channels_first'.*axis=1 for \(batch, channels, time, height, "):
+        BatchNormalization(3, data_format="channels_first")(np.zeros((2, 3, 4, 5, 6)))

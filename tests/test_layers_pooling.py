@@ -137,3 +137,39 @@ def test_saving(tmp_path):
     check_saving(MaxPooling2D(3, 2, padding=(1, 0), engine="reference"), x, tmp_path / "max")
     check_saving(AveragePooling2D(3, 2, padding=((1, 0), (0, 1))), x, tmp_path / "average")
     check_saving(GlobalAveragePooling("channels_first", keep_dims=True), x, tmp_path / "global")
+
+
+def test_the_mean_of_large_values_does_not_overflow():
+    x = np.full((1, 2, 2, 1), 3e38, np.float32)
+    y = AveragePooling2D()(x)
+    assert y.dtype == np.float32
+    equal(y, x[:, :1, :1])
+
+
+def test_global_pooling_of_channels_first_volumes():
+    x = normal(2, 3, 4, 5, 6)
+    for data_format in ("channels_last", "channels_first"):
+        close(GlobalAveragePooling(data_format, channel_axis=1)(x), x.mean((2, 3, 4)))
+        equal(GlobalMaxPooling(data_format, channel_axis=-4, keep_dims=True)(x), x.max((2, 3, 4), keepdims=True))
+    for kind in (GlobalAveragePooling, GlobalMaxPooling):
+        check_gradients(kind(channel_axis=2), x)
+        check_laws(kind(channel_axis=2), x)
+    for axis in (0, 5, -5):
+        with pytest.raises(
+            ValueError, match=rf"GlobalMaxPooling: x must be .* channel_axis={axis} another one; got 5D"
+        ):
+            GlobalMaxPooling(channel_axis=axis)(x)
+    with pytest.raises(TypeError, match="GlobalMaxPooling: channel_axis must be an integer or None, got 'C'"):
+        GlobalMaxPooling(channel_axis="C")
+    with pytest.raises(ValueError, match=r"channel_axis=1, \(batch, channels, time, height, width\); got 3D"):
+        GlobalMaxPooling("channels_first")(x[0, 0])
+
+
+def test_flags_are_true_or_false():
+    for make, name in (
+        (lambda: MaxPooling2D(ceil_mode="no"), "MaxPooling2D: ceil_mode"),
+        (lambda: AveragePooling2D(ceil_mode=1), "AveragePooling2D: ceil_mode"),
+        (lambda: GlobalMaxPooling(keep_dims="no"), "GlobalMaxPooling: keep_dims"),
+    ):
+        with pytest.raises(ValueError, match=f"{name} must be True or False"):
+            make()

@@ -91,3 +91,15 @@ def test_wrong_options_and_shapes():
         ZeroPadding2D(-1)
     with pytest.raises(ValueError, match=r"UpSampling: x must be .* got 3D"):
         UpSampling()(np.zeros((4, 4, 2)))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_bad_pixel_reaches_what_is_made_of_it_alone(bad):
+    layer, x = UpSampling((3, 5), "bilinear"), normal(1, 4, 4, 1)
+    x[0, 1, 2, 0] = bad
+    reached = ~np.isfinite(layer(x, training=True)[0, :, :, 0])
+    weights = UpSampling((3, 5), "bilinear")(np.eye(16).reshape(16, 4, 4, 1))[6, :, :, 0]
+    equal(reached, weights != 0)
+    dy = np.zeros((1, 12, 20, 1))
+    dy[0, 4, 2, 0] = bad  # the centres of pixels 1 and 0
+    equal(np.argwhere(~np.isfinite(layer.backward(dy))), [[0, 1, 0, 0]])

@@ -16,9 +16,11 @@ from fastclstm.layers import (
     ConvLSTM2DCell,
     Dense,
     Dropout,
+    EncoderForecaster,
     Flatten,
     GlobalAveragePooling,
     GlobalMaxPooling,
+    Layer,
     LayerNormalization,
     LeakyReLU,
     MaxPooling2D,
@@ -78,7 +80,7 @@ CONVOLUTION = (
 )
 NORMALIZATION = (
     "beta_initializer='zeros', gamma_initializer='ones', {}beta_regularizer=None, gamma_regularizer=None, "
-    "beta_constraint=None, gamma_constraint=None, {}dtype='float32'"
+    "beta_constraint=None, gamma_constraint=None, {}dtype='float32', seed=None"
 )
 POOLING = "pool_size=(2, 2), stride=None, *, padding='valid', ceil_mode=False, data_format='channels_last'"
 
@@ -107,8 +109,8 @@ POOLING = "pool_size=(2, 2), stride=None, *, padding='valid', ceil_mode=False, d
         (LeakyReLU, "negative_slope=0.3"),
         (MaxPooling2D, POOLING + ", engine=None"),
         (AveragePooling2D, POOLING),
-        (GlobalAveragePooling, "data_format='channels_last', *, keep_dims=False"),
-        (GlobalMaxPooling, "data_format='channels_last', *, keep_dims=False"),
+        (GlobalAveragePooling, "data_format='channels_last', *, keep_dims=False, channel_axis=None"),
+        (GlobalMaxPooling, "data_format='channels_last', *, keep_dims=False, channel_axis=None"),
         (UpSampling, "size=(2, 2), interpolation='nearest', *, data_format='channels_last'"),
         (ZeroPadding2D, "padding=1, *, data_format='channels_last'"),
         (TimeDistributed, "layer"),
@@ -323,3 +325,142 @@ def test_summary():
     lines = model.summary().splitlines()
     assert lines[0] == "#  layer               parameters"
     assert lines[2] == "0  Conv2D                   1,000"
+
+
+class Untold(Layer):
+    """A layer of others, without an output_shape."""
+
+    def forward(self, x, training=False):
+        return x + 1
+
+
+def last_step(*before, **options):
+    """A network that hands the last step of one ConvLSTM2D to another."""
+    return Sequential([*before, ConvLSTM2D(1, 8, 3, return_sequences=False, **PLAIN), ConvLSTM2D(8, 4, 3, **PLAIN)])
+
+
+LOST = r"takes \(batch, time, height, width, channels\) but gets 4D \(2, 5, 5, 8\); give layer 0 return_sequences=True"
+
+
+def test_a_batch_is_never_read_as_time():
+    x = np.zeros((2, 3, 5, 5, 1))
+    for call in (
+        last_step(),
+        Sequential([last_step()]),
+        lambda x: last_step().output_shape(x.shape),
+        lambda x: last_step().summary(x.shape),
+    ):
+        with pytest.raises(ValueError, match=rf"Sequential: layer 1 \(ConvLSTM2D\) {LOST}"):
+            call(x)
+    first, second = last_step()
+    for model in (Sequential([first, Sequential([second])]), Sequential([Sequential([first]), second])):
+        with pytest.raises(ValueError, match=r"\(ConvLSTM2D\) takes \(batch, time, .* but gets 4D \(2, 5, 5, 8\)"):
+            model(x)
+    for model in (last_step(Untold()), Sequential([first, Untold(), second])):
+        with pytest.raises(ValueError, match=r"layer 2 \(ConvLSTM2D\) takes \(batch, time, .* but gets 4D"):
+            model(x)
+
+
+def test_all_have_the_time_axis_at_the_same_place():
+    model = Sequential([ConvLSTM2D(1, 2, 3, time_major=True, **PLAIN), ConvLSTM2D(2, 2, 3, **PLAIN)])
+    with pytest.raises(ValueError, match=r"layer 1 \(ConvLSTM2D\) has time_major=False, but one before has .*=True"):
+        model(np.zeros((3, 2, 5, 5, 1)))
+
+
+def test_options_may_change_but_not_make_two_outputs():
+    model = Sequential([ConvLSTM2D(1, 2, 3, **PLAIN), Flatten()])
+    model[0].return_state = True
+    with pytest.raises(ValueError, match=r"layer 0, ConvLSTM2D returns more than one array.*return_state=False"):
+        model(np.zeros((3, 2, 5, 5, 1)))
+
+
+def test_a_single_sequence_stays_one():
+    x = np.zeros((3, 5, 5, 1))
+    model = Sequential([ConvLSTM2D(1, 2, 3, **PLAIN), ConvLSTM2D(2, 4, 3, **PLAIN)])
+    assert model(x).shape == model.output_shape(x.shape) == (3, 5, 5, 4)
+    with pytest.raises(ValueError, match=r"layer 1 \(ConvLSTM2D\) takes \(time, height, width, channels\) but gets 3D"):
+        last_step()(x)
+
+
+def test_lengths_are_those_of_the_sequences_given():
+    lengths, x = np.array([4, 2]), normal(2, 4, 5, 5, 2)
+    second = ConvLSTM2D(2, 2, 3, **FIXED, **PLAIN)
+    model = Sequential([MaxPooling3D((2, 1, 1), **PLAIN), second])
+    for options in ({"lengths": lengths}, {"mask": np.arange(4) < lengths[:, np.newaxis]}):
+        with pytest.raises(
+            ValueError, match=r"Sequential: mask has shape \(2, 4\) but must be \(2, 2\) \(the steps that"
+        ):
+            model(x, **options)
+    model = Sequential([MaxPooling3D((1, 2, 2), **PLAIN), second])
+    equal(model(x, lengths=lengths), second(MaxPooling3D((1, 2, 2), **PLAIN)(x), lengths=lengths))
+    with pytest.raises(ValueError, match="lengths must lie between 0 and the 4 steps"):
+        model(x, lengths=[5, 2])
+    with pytest.raises(ValueError, match="Sequential: give mask or lengths, not both"):
+        model(x, lengths=lengths, mask=np.ones((2, 4), bool))
+
+
+@pytest.mark.parametrize(
+    ("rest", "options"),
+    [
+        ([Dense(3, 1)], {}),
+        ([Sequential([Dense(3, 1)])], {}),
+        ([ConvLSTM2D(2, 2, 3, **PLAIN)], {"mask": np.ones((2, 4), bool)}),
+        ([MaxPooling3D((2, 1, 1), **PLAIN), ConvLSTM2D(2, 2, 3, **PLAIN)], {"mask": np.ones((2, 3), bool)}),
+    ],
+)
+def test_a_call_that_fails_has_learned_nothing(rest, options):
+    norm = BatchNormalization(2)
+    with pytest.raises(ValueError, match="must be"):
+        Sequential([norm, *rest])(np.ones((2, 3, 4, 4, 2)), training=True, **options)
+    equal(norm.moving_mean, np.zeros(2))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        Sequential([Flatten()]),
+        Sequential([Activation("linear"), Dropout(0.5)]),
+        Sequential([Sequential([TimeDistributionCalculator(0.5, 3)])]),
+        Sequential([TimeDistributed(Flatten())]),
+    ],
+    ids=repr,
+)
+def test_results_are_memory_of_their_own(model):
+    x = np.ones((2, 3, 4))
+    y = model(x)
+    y += 1
+    equal(x, np.ones((2, 3, 4)))
+
+
+def test_a_forecaster_is_refused_unless_it_knows_how_many_frames():
+    with pytest.raises(ValueError, match="Sequential: layer 0, EncoderForecaster must be told how many frames to make"):
+        Sequential([EncoderForecaster(1, (1,), 1)])
+
+    class Forecast(EncoderForecaster):
+        def forward(self, frames, training=False):
+            return super().forward(frames, 3, training)
+
+        def output_shape(self, input_shape):
+            return super().output_shape(input_shape, 3)
+
+    model = Sequential([Forecast(1, (2,), 3, engine="reference"), Flatten()])
+    assert model(np.zeros((2, 2, 4, 4, 1))).shape == model.output_shape((2, 2, 4, 4, 1)) == (2, 48)
+
+
+def test_summaries_tell_the_batch_wherever_it_is():
+    pair = Sequential([Activation("tanh"), ConvLSTM2D(1, 2, 3, bidirectional=True, merge_mode=None)])
+    shape = (None, 3, 4, 4, 2)
+    assert pair.output_shape((None, 3, 4, 4, 1)) == (shape, shape)
+    assert "((None, 3, 4, 4, 2), (None, 3, 4, 4, 2))" in pair.summary((None, 3, 4, 4, 1))
+    first = Sequential(
+        [ConvLSTM2D(1, 2, 3, time_major=True), ConvLSTM2D(2, 2, 3, time_major=True, return_sequences=False)]
+    )
+    assert first._shapes((3, None, 4, 4, 1)) == [(3, None, 4, 4, 2), (None, 4, 4, 2)]
+    assert "(None, 4, 4, 2)" in first.summary((3, None, 4, 4, 1))
+    for model, wrong, axis in (
+        (pair, (None, None, 4, 4, 1), 0),
+        (pair, (2, None, 4, 4, 1), 0),
+        (first, (None, 3, 4, 4, 1), 1),
+    ):
+        with pytest.raises(ValueError, match=f"Sequential: of input_shape .* only the batch, axis {axis}, may be None"):
+            model.summary(wrong)

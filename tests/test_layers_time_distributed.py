@@ -2,7 +2,21 @@ import numpy as np
 import pytest
 from layer_checks import check_gradients, check_laws, check_saving, close, equal, normal
 
-from fastclstm.layers import BatchNormalization, Conv2D, Dense, Dropout, Flatten, MaxPooling2D, TimeDistributed
+from fastclstm.layers import (
+    Activation,
+    BatchNormalization,
+    Conv2D,
+    ConvLSTM2D,
+    ConvLSTM2DCell,
+    Dense,
+    Dropout,
+    EncoderForecaster,
+    Flatten,
+    MaxPooling2D,
+    MaxPooling3D,
+    Sequential,
+    TimeDistributed,
+)
 
 
 @pytest.mark.parametrize(
@@ -67,3 +81,53 @@ def test_saving(tmp_path):
     layer = TimeDistributed(Dense(2, 3, "tanh", seed=0))
     assert repr(layer) == "TimeDistributed(layer=Dense(in_features=2, out_features=3, activation='tanh', seed=0))"
     check_saving(layer, normal(2, 3, 2), tmp_path / "layer.safetensors")
+
+
+def test_a_convlstm_takes_whole_sequences():
+    layer = TimeDistributed(ConvLSTM2D(1, 2, 3, engine="reference"))
+    assert layer(np.zeros((2, 3, 4, 5, 5, 1))).shape == (2, 3, 4, 5, 5, 2)
+    assert layer.output_shape((None, 3, 4, 5, 5, 1)) == (None, 3, 4, 5, 5, 2)
+    for call in (layer, lambda x: layer.output_shape(x.shape)):
+        with pytest.raises(
+            ValueError, match=r"TimeDistributed: ConvLSTM2D takes whole sequences, so x must be 6D .* 5D"
+        ):
+            call(np.zeros((2, 3, 5, 5, 1)))
+    inner = Sequential([Activation("tanh"), ConvLSTM2D(1, 2, 3, engine="reference")])
+    assert TimeDistributed(inner)(np.zeros((2, 3, 4, 5, 5, 1))).shape == (2, 3, 4, 5, 5, 2)
+    with pytest.raises(ValueError, match=r"layer 1 \(ConvLSTM2D\) takes \(batch, time, .* but gets 4D \(6, 5, 5, 1\)"):
+        TimeDistributed(inner)(np.zeros((2, 3, 5, 5, 1)))
+
+
+def test_nothing_is_learned_where_the_frames_do_not_fit():
+    norm = BatchNormalization(2)
+    layer = TimeDistributed(Sequential([norm, Dense(3, 1)]))
+    with pytest.raises(ValueError, match="Dense: x must be"):
+        layer(np.ones((2, 3, 2)), training=True)
+    equal(norm.moving_mean, np.zeros(2))
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (ConvLSTM2DCell(1, 1, 3), "ConvLSTM2DCell takes one step at a time; use ConvLSTM2D"),
+        (ConvLSTM2D(1, 1, 3, return_state=True), "ConvLSTM2D returns more than one array; give it return_state=False"),
+        (MaxPooling3D(return_indices=True), "MaxPooling3D returns more than one array; give it return_indices=False"),
+        (EncoderForecaster(1, (1,), 1), "EncoderForecaster must be told how many frames to make; call it by itself"),
+        (ConvLSTM2D(1, 1, 3, time_major=True), "give its ConvLSTM2D time_major=False"),
+    ],
+)
+def test_layers_that_do_not_turn_one_array_into_one(layer, message):
+    with pytest.raises(ValueError, match=f"TimeDistributed: .*{message}"):
+        TimeDistributed(layer)
+
+
+def test_states_within_are_forgotten():
+    layer = TimeDistributed(ConvLSTM2D(1, 2, 3, stateful=True, seed=0, engine="reference"))
+    x = normal(2, 3, 4, 5, 5, 1)
+    first = layer(x)
+    assert not np.array_equal(layer(x), first)
+    layer.reset_state()
+    equal(layer(x), first)
+    model = Sequential([TimeDistributed(Sequential([layer.layer]))])
+    model.reset_state()
+    equal(model(x), first)

@@ -24,25 +24,30 @@ def check_activation(op: str, spec: Any) -> None:
 
 
 def activate(spec: Any, z: np.ndarray) -> tuple[np.ndarray, Pullback]:
-    """Return the activation of z, softmax being over the last axis, and its pullback."""
+    """Return the activation of z, softmax being over the last axis, and its pullback, which keeps z but not the output.
+
+    What is returned is the caller's to write to; only "linear" returns z itself, which its pullback does not need.
+    """
     if isinstance(spec, str) and spec == "softmax":
         return _softmax(z)
     activation = activations.get(spec)
     if activation.name == "linear":
         return z, lambda dy: dy
-    return activation.forward(z), lambda dy: dy * activation.derivative(z)
+    y = activation.forward(z)
+    return y.copy() if np.may_share_memory(y, z) else y, lambda dy: dy * activation.derivative(z)
 
 
 def _softmax(z: np.ndarray) -> tuple[np.ndarray, Pullback]:
     """Return exp(z) / Σ exp(z) over the last axis, shifted so that nothing overflows, and its pullback."""
     y = np.exp(z - z.max(-1, keepdims=True, initial=-np.inf))
     y /= y.sum(-1, keepdims=True)
-    return y, lambda dy: y * (dy - (y * dy).sum(-1, keepdims=True))
+    kept = y.copy()
+    return y, lambda dy: kept * (dy - (kept * dy).sum(-1, keepdims=True))
 
 
 @dataclass(eq=False, repr=False)
 class Activation(ArrayLayer):
-    """An activation as a layer: ``layer(x)`` takes any array and returns one of its shape.
+    """An activation as a layer: ``layer(x)`` takes any array and returns one of its shape ("linear": x itself).
 
     Parameters
     ----------
@@ -96,7 +101,7 @@ class Softmax(ArrayLayer):
 
 @dataclass(eq=False, repr=False)
 class LeakyReLU(ArrayLayer):
-    """x where that is above zero, else ``negative_slope · x``.
+    """x where that is above zero, else ``negative_slope · x``, whose derivative is the slope at zero too.
 
     Parameters
     ----------
@@ -127,5 +132,7 @@ class LeakyReLU(ArrayLayer):
         return tuple(input_shape)
 
     def _apply(self, x: np.ndarray, training: bool) -> tuple[np.ndarray, Pullback]:
-        slope = np.where(x < 0, x.dtype.type(self.negative_slope), x.dtype.type(1))
-        return x * slope, lambda dy: dy * slope
+        low, one = x.dtype.type(self.negative_slope), x.dtype.type(1)
+        above = x > 0
+        y = np.where(above, x, low * x) if low else np.maximum(x, 0)  # as 0 · Inf is NaN
+        return y, lambda dy: dy * np.where(above, one, low)

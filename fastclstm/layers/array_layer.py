@@ -29,13 +29,16 @@ class ArrayLayer(Layer):
     def forward(self, x: Any, training: bool = False) -> Any:
         """Return the layer's output, of `output_shape` of x's shape, as x's kind of array.
 
+        Where the layer changes no value (Flatten, dropout without training, "linear") that may be x itself or a view.
+
         Parameters
         ----------
         x : array
             Any real dtype. Computed in the layer's `dtype`, where it has one; else in float64 where x is, in float32
             where not.
         training : bool
-            Compute as training does, and keep what `backward` needs.
+            Compute as training does, and keep what `backward` needs: x too, uncopied, which is not to change until
+            then.
 
         Raises
         ------
@@ -135,6 +138,17 @@ class FrameLayer(ArrayLayer):
 class Container(Layer):
     """A layer made of layers: freezing it freezes them."""
 
+    def reset_state(self) -> None:
+        """Forget what stateful layers within keep from one call to the next."""
+        for layer in self._sublayers.values():
+            for part in parts(layer):
+                if hasattr(part, "reset_state"):
+                    part.reset_state()
+
+    def _shape_within(self, shape: Shape, walk: Any) -> Shape:
+        """Return `output_shape` of `shape`; `walk` is a `sequential.Walk`, what is known of the network so far."""
+        return self.output_shape(shape)
+
     @property
     def trainable(self) -> bool:
         """False freezes the parameters of all layers within; their `trainable` is set with it."""
@@ -145,6 +159,13 @@ class Container(Layer):
         self._trainable = value
         for layer in getattr(self, "_sublayers", {}).values():  # none yet while the options are being read
             layer.trainable = value
+
+
+def parts(layer: Layer) -> Iterator[Layer]:
+    """Yield a layer and all within it."""
+    yield layer
+    for inner in layer._sublayers.values():
+        yield from parts(inner)
 
 
 @contextmanager

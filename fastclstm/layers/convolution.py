@@ -12,7 +12,7 @@ from fastclstm import dispatch, functional
 from fastclstm.layers.activation import activate, check_activation
 from fastclstm.layers.array_layer import ArrayLayer, FrameLayer, Pullback
 from fastclstm.layers.base import Parameter, layer_dtype
-from fastclstm.spec import DATA_FORMATS, Conv3DSpec, ConvSpec, Shape, choice, integers
+from fastclstm.spec import DATA_FORMATS, Conv3DSpec, ConvSpec, Shape, choice, flag, integers
 
 
 @dataclass(eq=False, repr=False)
@@ -54,10 +54,12 @@ class _Convolution(ArrayLayer):
         (self.out_channels,) = integers(op, "out_channels", self.out_channels, 1, 1)
         self.kernel_size = integers(op, "kernel_size", self.kernel_size, self._rank, 1)
         dilation = integers(op, "dilation", self.dilation, self._rank, 1)
+        flag(op, "use_bias", self.use_bias)
         self.dtype = layer_dtype(op, self.dtype)
         choice(op, "data_format", self.data_format, DATA_FORMATS)
         check_activation(op, self.activation)
         dispatch.check_engine(self.engine)
+        choice(op, "algorithm", self.algorithm, ("auto", "direct", "winograd"))
         rng, shape = np.random.default_rng(self.seed), (*self.kernel_size, self.in_channels, self.out_channels)
         self._add_parameter("kernel", shape, self.kernel_initializer, rng, self.dtype,
                             regularizer=self.kernel_regularizer, constraint=self.kernel_constraint)  # fmt: skip
@@ -168,7 +170,8 @@ class Conv3D(_Convolution):
     stride, dilation : int or (int, int, int)
         At most one of them above 1.
     data_format : "channels_last" or "channels_first"
-        The latter: (B, C, T, H, W) to (B, F, TO, HO, WO).
+        The latter: volumes (B, C, T, H, W) to (B, F, TO, HO, WO), other than layers of frames, whose sequences are
+        (B, T, C, H, W).
     padding_mode, use_bias, activation, kernel_initializer, bias_initializer, kernel_regularizer, bias_regularizer, \
 kernel_constraint, bias_constraint, dtype, seed, engine, algorithm
         As in `Conv2D`.
@@ -203,6 +206,12 @@ kernel_constraint, bias_constraint, dtype, seed, engine, algorithm
         if self.data_format == "channels_last":
             return self._geometry(tuple(input_shape)).output_shape
         B, C, *volume_shape = input_shape
+        if self.in_channels != C:
+            raise ValueError(
+                f"Conv3D: x must be (batch, {self.in_channels}, time, height, width), as in_channels and "
+                f"data_format='channels_first' say, got {tuple(input_shape)}; of sequences of frames (batch, time, "
+                f"channels, height, width) np.swapaxes(x, 1, 2) makes such volumes"
+            )
         _, *sizes, F = self._geometry((B, *volume_shape, C)).output_shape
         return B, F, *sizes
 

@@ -12,12 +12,12 @@ import numpy as np
 from fastclstm.layers.activation import activate, check_activation
 from fastclstm.layers.array_layer import ArrayLayer, Pullback
 from fastclstm.layers.base import Parameter, layer_dtype
-from fastclstm.spec import Shape, integers
+from fastclstm.spec import Shape, flag, integers
 
 
 @dataclass(eq=False, repr=False)
 class Flatten(ArrayLayer):
-    """All axes but the batch as one: (B, …) to (B, N).
+    """All axes but the batch as one: (B, …) to (B, N), a view of x where x allows one.
 
     Examples
     --------
@@ -93,6 +93,7 @@ class Dense(ArrayLayer):
         super().__post_init__()
         (self.in_features,) = integers("Dense", "in_features", self.in_features, 1, 1)
         (self.out_features,) = integers("Dense", "out_features", self.out_features, 1, 1)
+        flag("Dense", "use_bias", self.use_bias)
         self.dtype = layer_dtype("Dense", self.dtype)
         check_activation("Dense", self.activation)
         rng, shape = np.random.default_rng(self.seed), (self.in_features, self.out_features)
@@ -120,7 +121,8 @@ class Dense(ArrayLayer):
 
         def pullback(dy: np.ndarray) -> np.ndarray:
             dz = pull(dy.reshape(z.shape))
-            self._keep_gradients({"kernel": rows.T @ dz, "bias": dz.sum(0)})
+            bias = dz.sum(0, dtype=np.float64).astype(dz.dtype)  # in float32 many rows would lose digits
+            self._keep_gradients({"kernel": rows.T @ dz, "bias": bias})
             return (dz @ kernel.T).reshape(x.shape)
 
         return y.reshape(self.output_shape(x.shape)), pullback

@@ -15,7 +15,7 @@ from fastclstm.spec import Shape, integers
 
 @dataclass(eq=False, repr=False)
 class Dropout(ArrayLayer):
-    """While training, sets values to zero at random and scales the others by ``1 / (1 - rate)``; else x itself.
+    """While training, sets values to zero at random, NaN too, and scales the others by ``1 / (1 - rate)``; else x.
 
     Parameters
     ----------
@@ -77,6 +77,10 @@ class Dropout(ArrayLayer):
             return x, lambda dy: dy
         sizes = self.noise_shape or (None,) * x.ndim
         shape = tuple(n if size is None else size for size, n in zip(sizes, x.shape, strict=True))
-        kept = (self._rng.random(shape, np.float32) >= self.rate).astype(x.dtype)
-        kept *= x.dtype.type(1 / (1 - self.rate) if self.rate < 1 else 0)
-        return x * kept, lambda dy: dy * kept
+        kept = self._rng.random(shape, np.float32) >= self.rate
+        zero, factor = x.dtype.type(0), x.dtype.type(1 / (1 - self.rate) if self.rate < 1 else 0)
+
+        def drop(array: np.ndarray) -> np.ndarray:
+            return np.where(kept, array * factor, zero)
+
+        return drop(x), drop

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from fastclstm import dispatch
-from fastclstm.layers.array_layer import FRAME_AXES, Container
+from fastclstm.layers.array_layer import FRAME_AXES
 from fastclstm.layers.base import layer_dtype
 from fastclstm.layers.convlstm2d import ConvLSTM2D
 from fastclstm.layers.convolution import Conv2D
-from fastclstm.spec import DATA_FORMATS, Shape, choice, expect_shape, integers
+from fastclstm.layers.training import Batch, History, Trainable
+from fastclstm.spec import DATA_FORMATS, Shape, choice, expect_shape, flag, integers
 
 ENCODED_STEPS = 16
 """Time steps read at once where nothing is kept for backward."""
@@ -28,7 +29,7 @@ which it adds; returns the gradients of the steps' input and of the states befor
 
 
 @dataclass(eq=False, repr=False)
-class EncoderForecaster(Container):
+class EncoderForecaster(Trainable):
     """A ConvLSTM stack that reads frames, and one that goes on from its last states and makes the frames that follow.
 
     The encoder's last (h, c) of every layer are those that the forecaster's layers start from. At each step the hidden
@@ -42,7 +43,7 @@ class EncoderForecaster(Container):
     hidden_channels : int or sequence of int
         F of each layer; encoder and forecaster have the same.
     kernel_size : int, tuple (KH, KW), or list
-        As in `ConvLSTM2D`.
+        As in `ConvLSTM2D`: a list has one item, int or pair, a layer.
     head_activation : str or pair of functions (forward, derivative)
         Of the frames made: "sigmoid" for values in (0, 1), "linear" for any.
     peephole, frame_size, normalization, use_bias, unit_forget_bias, kernel_initializer, recurrent_initializer, \
@@ -106,6 +107,7 @@ bias_initializer, activation, recurrent_activation, output_activation, padding_m
     algorithm: str = "auto"
 
     def __post_init__(self) -> None:
+        kernel_size = self.kernel_size  # before lists become tuples: a list has one size a layer
         super().__post_init__()
         op = "EncoderForecaster"
         (self.in_channels,) = integers(op, "in_channels", self.in_channels, 1, 1)
@@ -113,13 +115,20 @@ bias_initializer, activation, recurrent_activation, output_activation, padding_m
         if count == 0:
             raise ValueError(f"{op}: hidden_channels must name the filters of at least one layer, got ()")
         self.hidden_channels = integers(op, "hidden_channels", self.hidden_channels, count, 1)
+        if isinstance(kernel_size, list) and len(kernel_size) != count:
+            raise ValueError(
+                f"{op}: kernel_size {kernel_size!r} lists {len(kernel_size)} layers but hidden_channels "
+                f"{self.hidden_channels} names {count}; a tuple (height, width) of integers serves every layer"
+            )
+        flag(op, "use_bias", self.use_bias)
+        flag(op, "unit_forget_bias", self.unit_forget_bias)
         self.dtype = layer_dtype(op, self.dtype)
         choice(op, "data_format", self.data_format, DATA_FORMATS)
         rng = np.random.default_rng(self.seed)
         own = {"in_channels", "hidden_channels", "kernel_size", "head_activation", "data_format"}
         options = {name: value for name, value in self.options.items() if name not in own and value is not None}
         options |= {"seed": rng, "return_state": True}
-        self.encoder = ConvLSTM2D(self.in_channels, self.hidden_channels, self.kernel_size, num_layers=count,
+        self.encoder = ConvLSTM2D(self.in_channels, self.hidden_channels, kernel_size, num_layers=count,
                                   return_sequences=False, **options)  # fmt: skip
         self.kernel_size = self.encoder.kernel_size
         sizes = self.kernel_size if isinstance(self.kernel_size[0], tuple) else (self.kernel_size,) * count
@@ -132,6 +141,7 @@ bias_initializer, activation, recurrent_activation, output_activation, padding_m
                            algorithm=self.algorithm)  # fmt: skip
         layers = {f"forecaster.{index}": layer for index, layer in enumerate(self.forecaster)}
         self._sublayers = {"encoder": self.encoder, **layers, "head": self.head}
+        self._teacher_forcing = False
 
     def forecast(self, frames: Any, steps: int, states: States | None = None) -> Any:
         """Return the `steps` frames that follow, each computed once from the states before it.
@@ -229,6 +239,7 @@ bias_initializer, activation, recurrent_activation, output_activation, padding_m
         if not training:
             return self.forecast(frames, steps)
         _, states = self.encoder(x, training=True)
+        encoded = self.encoder._pullback
         made, pulls = [], []
         inputs = x[:, -1:] if truth is None else np.concatenate([x[:, -1:], truth[:, :-1]], 1)
         for _ in range(steps if truth is None else 1):
@@ -239,7 +250,7 @@ bias_initializer, activation, recurrent_activation, output_activation, padding_m
 
         def pullback(dy: Any) -> Any:
             expect_shape(op, "dy", np.shape(dy), y.shape, "the shape of the output")
-            return restore(self._write(self._pull(self._read("dy", dy), pulls)))
+            return restore(self._write(self._pull(self._read("dy", dy), pulls, encoded)))
 
         self._pullback = pullback
         return restore(y)
@@ -248,6 +259,7 @@ bias_initializer, activation, recurrent_activation, output_activation, padding_m
         """Return the gradient of the last call's frames, given dy of the frames it made.
 
         It flows back through the whole roll-out, also from each input to the frame that it was. `targets` get none.
+        `encode` and `forecast` in between do no harm.
 
         Raises
         ------
@@ -258,10 +270,31 @@ bias_initializer, activation, recurrent_activation, output_activation, padding_m
         """
         return self._recorded()(dy)
 
+    def fit(self, x: Any, y: Any = None, *, teacher_forcing: bool = False, **options: Any) -> History:
+        """Fit the parameters to frames x and the frames y that follow: see `Sequential.fit`, for all `options` too.
+
+        Parameters
+        ----------
+        x, y : array (N, T, H, W, C) and (N, steps, H, W, C), or batches of these
+        teacher_forcing : bool
+            While training, the forecaster's inputs are the true frames, which is faster and learns the next frame; else
+            each is the frame that it made itself, as in `forecast`.
+        """
+        self._teacher_forcing = bool(teacher_forcing)
+        return super().fit(x, y, **options)
+
     def output_shape(self, input_shape: Sequence[int], steps: int = 1) -> Shape:
         """Return the shape of `steps` frames made from frames of `input_shape`."""
         self._check(tuple(input_shape), "frames")
         return (input_shape[0], steps, *input_shape[2:])
+
+    def _predict_batch(self, batch: Batch, training: bool) -> Any:
+        if training and self._teacher_forcing:
+            return self.forward(batch["x"], training=True, targets=batch["y"])
+        return self.forward(batch["x"], steps=batch["y"].shape[1], training=training)
+
+    def _fit_options(self) -> dict[str, Any]:
+        return {"teacher_forcing": self._teacher_forcing}
 
     def _encode(self, x: np.ndarray, states: States | None) -> States:
         """Return the encoder's states after channels-last frames x."""
@@ -299,7 +332,7 @@ bias_initializer, activation, recurrent_activation, output_activation, padding_m
 
         return y, after, pull
 
-    def _pull(self, dy: np.ndarray, pulls: list[_Pull]) -> np.ndarray:
+    def _pull(self, dy: np.ndarray, pulls: list[_Pull], encoded: Callable[..., Any] | None) -> np.ndarray:
         """Pull dy (B, steps, H, W, C) back to the frames that the encoder read."""
         gradients: dict[str, np.ndarray] = {}
         dstates: States | None = None
@@ -307,6 +340,7 @@ bias_initializer, activation, recurrent_activation, output_activation, padding_m
         for step in reversed(range(len(pulls))):
             part = dy if len(pulls) == 1 else dy[:, step : step + 1]
             dinput, dstates = pulls[step](part if dinput is None else part + dinput, dstates, gradients)
+        self.encoder._pullback = encoded  # of this call, which `encode` may have followed
         dx = self.encoder.backward(None, dstates)
         dx[:, -1] += dinput[:, 0]  # type: ignore[index]  # there is at least one step
         encoder = {f"encoder.{name}": gradient for name, gradient in self.encoder.get_gradients().items()}

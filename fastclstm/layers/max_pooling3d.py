@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
-import numpy as np
-
-from fastclstm import functional
+from fastclstm import dispatch, functional
 from fastclstm.layers.base import Layer
-from fastclstm.spec import DATA_FORMATS, PoolSpec, choice, integers
+from fastclstm.spec import DATA_FORMATS, PoolSpec, choice, flag, integers
 
 
 @dataclass(eq=False, repr=False)
@@ -31,6 +29,7 @@ class MaxPooling3D(Layer):
     ceil_mode : bool
         Keep a last, partial window that starts inside the input.
     data_format : "channels_last" or "channels_first"
+        The latter: (B, C, T, H, W), other than layers of frames, whose sequences are (B, T, C, H, W).
     return_indices : bool
         Also return where each maximum stands, as flat int64 indices into the (T, H, W) volume.
     engine : str, optional
@@ -38,7 +37,7 @@ class MaxPooling3D(Layer):
 
     Raises
     ------
-    ValueError
+    ValueError, TypeError
         Options or shapes that do not fit together.
 
     Examples
@@ -61,12 +60,15 @@ class MaxPooling3D(Layer):
     def __post_init__(self) -> None:
         super().__post_init__()
         choice("MaxPooling3D", "data_format", self.data_format, DATA_FORMATS)
+        flag("MaxPooling3D", "ceil_mode", self.ceil_mode)
+        flag("MaxPooling3D", "return_indices", self.return_indices)
+        dispatch.check_engine(self.engine)
         window = integers("MaxPooling3D", "pool_size", self.pool_size, 3, 1)
         self._geometry((1, *window, 1))  # wrong options are errors now, not at the first call
 
     def forward(self, x: Any, training: bool = False) -> Any:
         """Return the pooled x, or (that, indices) with return_indices; `training` keeps what `backward` needs."""
-        self._check_rank(np.shape(x))
+        self._check_rank(dispatch.as_numpy("MaxPooling3D", "x", x).shape)
         options = {
             "padding": self.padding,
             "ceil_mode": self.ceil_mode,

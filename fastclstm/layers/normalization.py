@@ -12,7 +12,7 @@ import numpy as np
 from fastclstm.layers.array_layer import ArrayLayer, Pullback
 from fastclstm.layers.base import Parameter, layer_dtype
 from fastclstm.nn import is_number
-from fastclstm.spec import DATA_FORMATS, Shape, choice, integers
+from fastclstm.spec import DATA_FORMATS, Shape, choice, flag, integers
 
 
 @dataclass(eq=False, repr=False)
@@ -22,13 +22,14 @@ class _Affine(ArrayLayer):
     gamma = Parameter()
     beta = Parameter()
 
-    def _add_affine(self, shape: Shape) -> None:
+    def _add_affine(self, shape: Shape, rng: np.random.Generator) -> None:
         """Check the options that both have, and add gamma and beta of `shape`."""
         op, options = type(self).__name__, self.options
         if not (is_number(options["epsilon"]) and options["epsilon"] > 0):
             raise ValueError(f"{op}: epsilon must be a number > 0, got {options['epsilon']!r}")
+        flag(op, "center", options["center"])
+        flag(op, "scale", options["scale"])
         self.dtype = layer_dtype(op, options["dtype"])
-        rng = np.random.default_rng(0)  # as every parameter needs one, though ones and zeros draw nothing
         for name, wanted in (("gamma", options["scale"]), ("beta", options["center"])):
             if wanted:
                 self._add_parameter(name, shape, options[f"{name}_initializer"], rng, self.dtype,
@@ -79,9 +80,12 @@ class BatchNormalization(_Affine):
     beta_regularizer, gamma_regularizer, beta_constraint, gamma_constraint : optional
         As `fastclstm.nn.regularizers.get` and `fastclstm.nn.constraints.get` take them.
     data_format : "channels_last" or "channels_first"
-        The latter is ``axis=-3``: frames (…, C, H, W).
+        The latter is ``axis=-3``: frames (B, C, H, W) and sequences of them (B, T, C, H, W). For the volumes
+        (B, C, T, H, W) of Conv3D and MaxPooling3D give ``axis=1``.
     dtype : "float32" or "float64"
         Of parameters and results; inputs are converted to it.
+    seed : int or numpy.random.Generator, optional
+        The same seed gives the same parameters, where an initializer draws them.
 
     Attributes
     ----------
@@ -126,6 +130,7 @@ class BatchNormalization(_Affine):
     gamma_constraint: Any = None
     data_format: str = "channels_last"
     dtype: Any = "float32"
+    seed: int | np.random.Generator | None = None
 
     moving_mean = Parameter()
     moving_variance = Parameter()
@@ -144,8 +149,8 @@ class BatchNormalization(_Affine):
         if not (is_number(self.momentum) and 0 <= self.momentum <= 1):
             raise ValueError(f"{op}: momentum must be a number in [0, 1], got {self.momentum!r}")
         shape = (self.num_features,)
-        self._add_affine(shape)
-        rng = np.random.default_rng(0)
+        rng = np.random.default_rng(self.seed)
+        self._add_affine(shape, rng)
         self._add_parameter("moving_mean", shape, self.moving_mean_initializer, rng, self.dtype, statistic=True)
         self._add_parameter("moving_variance", shape, self.moving_variance_initializer, rng, self.dtype, statistic=True)
 
@@ -155,7 +160,8 @@ class BatchNormalization(_Affine):
         if not (len(shape) >= 2 and -len(shape) <= axis < len(shape)) or shape[axis] != self.num_features:
             raise ValueError(
                 f"BatchNormalization: x must have at least 2 axes and {self.num_features} channels on axis {axis}, as "
-                f"num_features says, got shape {shape}"
+                f"num_features and data_format={self.data_format!r} or axis say, got shape {shape}; where the channels "
+                f"are on another axis give axis=…, such as axis=1 for (batch, channels, time, height, width)"
             )
         return shape
 
@@ -200,7 +206,8 @@ class LayerNormalization(_Affine):
         Above 0.
     center, scale : bool
         Have beta, have gamma: one value for each element of `shape`.
-    beta_initializer, gamma_initializer, beta_regularizer, gamma_regularizer, beta_constraint, gamma_constraint, dtype
+    beta_initializer, gamma_initializer, beta_regularizer, gamma_regularizer, beta_constraint, gamma_constraint, \
+dtype, seed
         As in `BatchNormalization`.
 
     Attributes
@@ -234,6 +241,7 @@ class LayerNormalization(_Affine):
     beta_constraint: Any = None
     gamma_constraint: Any = None
     dtype: Any = "float32"
+    seed: int | np.random.Generator | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -241,7 +249,7 @@ class LayerNormalization(_Affine):
         if count == 0:
             raise ValueError("LayerNormalization: shape must name at least one axis, got ()")
         self.shape = integers("LayerNormalization", "shape", self.shape, count, 1)
-        self._add_affine(self.shape)
+        self._add_affine(self.shape, np.random.default_rng(self.seed))
 
     def output_shape(self, input_shape: Sequence[int]) -> Shape:
         """Return `input_shape`; raise ValueError where that does not fit."""

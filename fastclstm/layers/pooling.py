@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 
 from fastclstm import dispatch, functional
 from fastclstm.layers.array_layer import ArrayLayer, FrameLayer, Pullback
-from fastclstm.spec import DATA_FORMATS, PoolSpec, Shape, choice, integers
+from fastclstm.spec import DATA_FORMATS, PoolSpec, Shape, choice, flag, integers
 
 
 @dataclass(eq=False, repr=False)
@@ -29,6 +30,7 @@ class _Pooling2D(FrameLayer):
         super().__post_init__()
         op = type(self).__name__
         choice(op, "data_format", self.data_format, DATA_FORMATS)
+        flag(op, "ceil_mode", self.ceil_mode)
         self.pool_size = integers(op, "pool_size", self.pool_size, 2, 1)
         if self.stride is not None:
             self.stride = integers(op, "stride", self.stride, 2, 1)
@@ -132,9 +134,9 @@ class AveragePooling2D(_Pooling2D):
         counts = np.zeros((1, spec.HO, spec.WO, 1), x.dtype)
         for tap in _taps(spec, _surround(spec, np.ones((1, spec.H, spec.W, 1), x.dtype))):
             counts += tap
-        y = np.zeros((len(x), spec.HO, spec.WO, spec.C), x.dtype)
+        sums = np.zeros((len(x), spec.HO, spec.WO, spec.C))  # in float64, as those of large float32 overflow
         for tap in _taps(spec, _surround(spec, x)):
-            y += tap
+            sums += tap
 
         def pullback(dy: np.ndarray) -> np.ndarray:
             share, dx = dy / counts, _surround(spec, np.zeros_like(x))
@@ -143,7 +145,7 @@ class AveragePooling2D(_Pooling2D):
             _, (top, _), (left, _) = spec.padding
             return np.ascontiguousarray(dx[:, top : top + spec.H, left : left + spec.W])
 
-        return y / counts, pullback
+        return (sums / counts).astype(x.dtype, copy=False), pullback
 
 
 @dataclass(eq=False, repr=False)
@@ -153,10 +155,18 @@ class _GlobalPooling(ArrayLayer):
     data_format: str = "channels_last"
     _: KW_ONLY
     keep_dims: bool = False
+    channel_axis: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        choice(type(self).__name__, "data_format", self.data_format, DATA_FORMATS)
+        op = type(self).__name__
+        choice(op, "data_format", self.data_format, DATA_FORMATS)
+        flag(op, "keep_dims", self.keep_dims)
+        if self.channel_axis is not None:
+            try:
+                self.channel_axis = operator.index(self.channel_axis)
+            except TypeError:
+                raise TypeError(f"{op}: channel_axis must be an integer or None, got {self.channel_axis!r}") from None
 
     def output_shape(self, input_shape: Sequence[int]) -> Shape:
         """Return the shape of the output for an x of `input_shape`; raise ValueError where that does not fit."""
@@ -169,12 +179,17 @@ class _GlobalPooling(ArrayLayer):
     def _axes(self, shape: Sequence[int]) -> Shape:
         """Return the axes between batch and channels."""
         rank, first = len(shape), self.data_format == "channels_first"
-        if rank < 3 or (first and rank not in (4, 5)):
-            axes = "(batch, channels, height, width) or (batch, time, channels, height, width)" if first else (
-                "(batch, …, channels) with at least one axis between")  # fmt: skip
-            raise ValueError(f"{type(self).__name__}: x must be {axes}, got {rank}D {tuple(shape)}")
-        channel = rank - 3 if first else rank - 1
-        return tuple(axis for axis in range(1, rank) if axis != channel)
+        given = self.channel_axis
+        axis = given if given is not None else -3 if first else -1
+        if rank < 3 or (given is None and first and rank not in (4, 5)) or not -rank < axis < rank or axis == 0:
+            axes = "(batch, …, channels) with at least one axis between"
+            if given is not None:
+                axes = f"of at least 3 axes, the first that of the batch and channel_axis={given} another one"
+            elif first:
+                axes = ("(batch, channels, height, width) or (batch, time, channels, height, width), or, with "
+                        "channel_axis=1, (batch, channels, time, height, width)")  # fmt: skip
+            raise ValueError(f"{type(self).__name__}: x must be {axes}; got {rank}D {tuple(shape)}")
+        return tuple(other for other in range(1, rank) if other != axis % rank)
 
 
 @dataclass(eq=False, repr=False)
@@ -184,13 +199,16 @@ class GlobalAveragePooling(_GlobalPooling):
     Parameters
     ----------
     data_format : "channels_last" or "channels_first"
-        The latter: (B, C, H, W) or (B, T, C, H, W).
+        The latter: frames (B, C, H, W) and sequences of them (B, T, C, H, W).
     keep_dims : bool
         Keep those axes, with size 1.
+    channel_axis : int, optional
+        Where the channels are, whatever data_format says: 1 for the channels-first volumes (B, C, T, H, W) of Conv3D
+        and MaxPooling3D.
 
     Raises
     ------
-    ValueError
+    ValueError, TypeError
         Options or shapes that do not fit together.
 
     Examples
@@ -217,12 +235,12 @@ class GlobalMaxPooling(_GlobalPooling):
 
     Parameters
     ----------
-    data_format, keep_dims
+    data_format, keep_dims, channel_axis
         As in `GlobalAveragePooling`.
 
     Raises
     ------
-    ValueError
+    ValueError, TypeError
         Options or shapes that do not fit together.
 
     Examples

@@ -126,7 +126,8 @@ def _interpolate(x: np.ndarray, axis: int, factor: int) -> np.ndarray:
     for phase, offset in enumerate(_offsets(factor)):
         near, far = x.dtype.type(1 - abs(offset)), x.dtype.type(abs(offset))
         y[phase::factor] = near * x
-        y[phase::factor] += far * _neighbours(x, offset)
+        if offset:  # else no neighbour counts, be it NaN
+            y[phase::factor] += far * _neighbours(x, offset)
     return np.moveaxis(y, 0, axis)
 
 
@@ -141,7 +142,7 @@ def _interpolate_back(dy: np.ndarray, axis: int, factor: int) -> np.ndarray:
         if offset < 0:
             dx[:-1] += far * part[1:]
             dx[:1] += far * part[:1]
-        else:
+        elif offset > 0:
             dx[1:] += far * part[:-1]
             dx[-1:] += far * part[-1:]
     return np.ascontiguousarray(np.moveaxis(dx, 0, axis))

@@ -9,20 +9,26 @@ from typing import Any
 import numpy as np
 
 from fastclstm import dispatch
-from fastclstm.layers.array_layer import Container, told_of
+from fastclstm.layers.array_layer import Container, parts, told_of
 from fastclstm.layers.base import Layer
-from fastclstm.layers.convlstm2d import ConvLSTM2D
+from fastclstm.layers.convlstm2d import ConvLSTM2D, _steps_mask
 from fastclstm.layers.convlstm2d_cell import ConvLSTM2DCell
+from fastclstm.layers.encoder_forecaster import EncoderForecaster
+from fastclstm.layers.layout import Layout
 from fastclstm.layers.max_pooling3d import MaxPooling3D
-from fastclstm.spec import Shape
+from fastclstm.layers.training import Trainable
+from fastclstm.spec import Shape, expect_shape
 
 
 @dataclass(eq=False, repr=False)
-class Sequential(Container):
+class Sequential(Trainable):
     """Layers one after the other: each takes what the one before returned.
 
-    ``model[i]``, ``len(model)`` and iteration give the layers; their parameters appear as ``{index}.NAME``. An error
-    in a layer carries a note that says which one it was.
+    Whether the layers fit x, and each other, is checked before anything is computed, as far as their `output_shape`
+    tells. Where the first ConvLSTM2D gets a batch of sequences (B, T, H, W, C), all of them must; where it gets a
+    single sequence (T, H, W, C), likewise. An error in a layer carries a note that says which one it was.
+
+    ``model[i]``, ``len(model)`` and iteration give the layers; their parameters appear as ``{index}.NAME``.
 
     Parameters
     ----------
@@ -59,15 +65,14 @@ class Sequential(Container):
             if not isinstance(layer, Layer):
                 raise TypeError(f"Sequential: layer {index} must be a layer, got {type(layer).__name__}")
             where = _name(index, layer)
-            if isinstance(layer, ConvLSTM2DCell):
-                raise ValueError(f"Sequential: {where} takes one step at a time; use ConvLSTM2D")
-            if index < len(self.layers) - 1 and (remedy := _single_output(layer)):
-                raise ValueError(f"Sequential: {where} returns more than one array, which no layer takes; {remedy}")
-            for part in _parts(layer):
+            if why := unfit(layer):
+                raise ValueError(f"Sequential: {where} {why}")
+            self._check_outputs(index)
+            for part in parts(layer):
                 if id(part) in seen:
                     raise ValueError(f"Sequential: {where} shares a layer with {seen[id(part)]}, whose call it would "
                                      f"forget before backward; make two layers")  # fmt: skip
-            seen |= {id(part): where for part in _parts(layer)}
+            seen |= {id(part): where for part in parts(layer)}
         self._sublayers = {str(index): layer for index, layer in enumerate(self.layers)}
 
     def __getitem__(self, index: int) -> Layer:
@@ -80,15 +85,16 @@ class Sequential(Container):
         return iter(self.layers)
 
     def forward(self, x: Any, mask: Any = None, lengths: Any = None, training: bool = False) -> Any:
-        """Return what the last layer makes of x.
+        """Return what the last layer makes of x, in memory of its own.
 
         Parameters
         ----------
         x : array
             What the first layer takes.
         mask : array of bool (B, T), optional
+            Handed to every ConvLSTM2D; see there. No layer before may change the number of steps.
         lengths : array of int (B,), optional
-            Handed to every ConvLSTM2D; see there.
+            Instead of a mask: the number of valid steps at the start of each sequence of x.
         training : bool
             Compute as training does, and keep what `backward` needs.
 
@@ -99,23 +105,26 @@ class Sequential(Container):
         TypeError
             Anything but real arrays in the processor's memory.
         """
-        if (mask is not None or lengths is not None) and not any(map(_takes_mask, self.layers)):
-            raise ValueError("Sequential: mask and lengths are for ConvLSTM2D layers, and there is none")
         restore = dispatch.restorer(x)
+        array = y = dispatch.as_numpy("Sequential", "x", x)
+        steps = self._steps(mask, lengths, array.shape)
+        walk, checked = Walk(mask=None if steps is None else steps.shape), 0
         self._pullback = None
-        y = dispatch.as_numpy("Sequential", "x", x)
         for index, layer in enumerate(self.layers):
+            if index == checked:
+                checked = self._check(index, y.shape, walk)
             with told_of(_name(index, layer)):
-                if not _takes_mask(layer):
+                if steps is None or not any(_masked(layer)):
                     y = layer(y, training=training)
                     continue
-                shape = y.shape
-                y = layer(y, mask=mask, lengths=lengths, training=training)
-                if _reverses(layer) and (mask is not None or lengths is not None):
-                    mask, lengths = _reversed_mask(_time_axis(layer, shape), shape, mask, lengths), None
+                y = layer(y, mask=steps, training=training)
+                if _reverses(layer):
+                    steps = np.flip(steps, _time_axis(next(_masked(layer)), steps.ndim == 2))
         if training:
             self._pullback = lambda *gradients: restore(self._pull(*gradients))
-        return restore(y) if not isinstance(y, tuple) else _restored(restore, y)
+        if isinstance(y, tuple):
+            return _restored(restore, y)
+        return restore(y.copy() if np.may_share_memory(y, array) else y)
 
     def backward(self, *gradients: Any) -> Any:
         """Return dx of the last call, which was a training call, given dy: what the last layer's `backward` takes.
@@ -130,17 +139,16 @@ class Sequential(Container):
         return self._recorded()(*gradients)
 
     def output_shape(self, input_shape: Sequence[int]) -> Shape:
-        """Return the shape of the output for an x of `input_shape`; raise ValueError where a layer does not fit."""
-        return self._shapes(input_shape)[-1]
+        """Return the shape of the output for an x of `input_shape`; raise ValueError where a layer does not fit.
 
-    def reset_state(self) -> None:
-        """Forget what stateful layers keep from one call to the next."""
-        for layer in self.layers:
-            if hasattr(layer, "reset_state"):
-                layer.reset_state()
+        The batch may be None, and is None in the output's shape then.
+        """
+        return self._shapes(input_shape)[-1]
 
     def summary(self, input_shape: Sequence[int] | None = None) -> str:
         """Return a table of the layers: output shapes, if `input_shape` is given, and numbers of parameters.
+
+        The batch of `input_shape` may be None.
 
         Examples
         --------
@@ -173,14 +181,78 @@ class Sequential(Container):
 
     def _shapes(self, input_shape: Sequence[int]) -> list[Shape]:
         """Return the output shape of each layer."""
-        if input_shape and input_shape[0] is None:  # any batch, as tables often say
-            return [(None, *shape[1:]) for shape in self._shapes((1, *input_shape[1:]))]
-        shapes, shape = [], tuple(input_shape)
-        for index, layer in enumerate(self.layers):
-            with told_of(_name(index, layer)):
-                shape = layer.output_shape(shape)
-            shapes.append(shape)
-        return shapes
+        shape = tuple(input_shape)
+        unknown = [axis for axis, n in enumerate(shape) if n is None]
+        if not unknown:
+            return self._known_shapes(shape)
+        lstm = next((part for part in parts(self) if isinstance(part, ConvLSTM2D)), None)
+        batch = int(lstm is not None and lstm.time_major)
+        if unknown != [batch]:
+            raise ValueError(
+                f"Sequential: of input_shape {shape} only the batch, axis {batch}, may be None; give the other sizes"
+            )
+        two, three = (self._known_shapes((*shape[:batch], count, *shape[batch + 1 :])) for count in (2, 3))
+        return [_where_equal(a, b) for a, b in zip(two, three, strict=True)]
+
+    def _known_shapes(self, shape: Shape) -> list[Shape]:
+        """Return the output shape of each layer for an x of `shape`, without None."""
+        walk, shapes = Walk(), [shape]
+        for index in range(len(self)):
+            shapes.append(self._told_shape(index, shapes[-1], walk))
+        return shapes[1:]
+
+    def _shape_within(self, shape: Shape, walk: Walk) -> Shape:
+        for index in range(len(self)):
+            shape = self._told_shape(index, shape, walk)
+        return shape
+
+    def _told_shape(self, index: int, shape: Shape, walk: Walk) -> Shape:
+        """Return the shape that a layer makes of `shape`; raise ValueError where it does not fit."""
+        layer = self.layers[index]
+        self._check_outputs(index)  # as options may have changed
+        with told_of(_name(index, layer)):
+            if isinstance(layer, ConvLSTM2D):
+                walk.enter(layer, shape, f"layer {index}")
+            return layer._shape_within(shape, walk) if isinstance(layer, Container) else layer.output_shape(shape)
+
+    def _check_outputs(self, index: int) -> None:
+        """Raise ValueError unless a layer returns one array or is the last."""
+        layer = self.layers[index]
+        if index < len(self) - 1 and (remedy := several_outputs(layer)):
+            raise ValueError(
+                f"Sequential: {_name(index, layer)} returns more than one array, which no layer takes; {remedy}"
+            )
+
+    def _check(self, start: int, shape: Shape, walk: Walk) -> int:
+        """Raise ValueError where the layers from `start` on do not fit; return which is the first not checked.
+
+        That is the one after a layer that has no `output_shape`.
+        """
+        for index in range(start, len(self)):
+            try:
+                shape = self._told_shape(index, shape, walk)
+            except NotImplementedError:
+                return index + 1
+        return len(self)
+
+    def _steps(self, mask: Any, lengths: Any, shape: Shape) -> np.ndarray | None:
+        """Return the mask that mask or lengths describe for an x of `shape`."""
+        if mask is None and lengths is None:
+            return None
+        lstm = next(_masked(self), None)
+        if lstm is None:
+            raise ValueError("Sequential: mask and lengths are for ConvLSTM2D layers, and there is none")
+        if mask is not None and lengths is not None:
+            raise ValueError("Sequential: give mask or lengths, not both")
+        if mask is not None:
+            return dispatch.as_numpy("Sequential", "mask", mask)
+        if len(shape) not in (4, 5):
+            raise ValueError(f"Sequential: lengths need an x (batch, time, …) of frames, got {len(shape)}D {shape}")
+        batched = len(shape) == 5
+        time = _time_axis(lstm, batched)
+        valid = _steps_mask(None, lengths, (shape[1 - time] if batched else 1, shape[time]))
+        assert valid is not None
+        return valid if time else valid.T if batched else valid[0]
 
     def _pull(self, *gradients: Any) -> Any:
         for index, layer in reversed(list(enumerate(self.layers))):
@@ -190,50 +262,56 @@ class Sequential(Container):
         return gradients[0]
 
 
-def _name(index: int, layer: Layer) -> str:
-    return f"layer {index}, {type(layer).__name__}"
+@dataclass
+class Walk:
+    """What is known on the way through a network's shapes."""
+
+    batched: bool | None = None
+    """Whether sequences have a batch axis; None before the first ConvLSTM2D."""
+    time_major: bool | None = None
+    """That of all ConvLSTM2D."""
+    mask: Shape | None = None
+    """Of the mask that every ConvLSTM2D gets."""
+    last_step: str = "the ConvLSTM2D before"
+    """Which layer has returned its last step alone."""
+
+    def enter(self, layer: ConvLSTM2D, shape: Shape, where: str) -> None:
+        """Raise ValueError unless `shape` is one of sequences as all ConvLSTM2D of the network get them."""
+        if self.time_major not in (None, layer.time_major):
+            raise ValueError(
+                f"Sequential: {where} (ConvLSTM2D) has time_major={layer.time_major}, but one before has "
+                f"time_major={self.time_major}; give all the same"
+            )
+        self.time_major = layer.time_major
+        if self.batched is None:
+            self.batched = len(shape) != 4
+        elif len(shape) != 4 + self.batched:
+            axes = Layout("", layer.dtype, layer.data_format, layer.time_major, self.batched).axes(True)
+            raise ValueError(
+                f"Sequential: {where} (ConvLSTM2D) takes ({axes}) but gets {len(shape)}D {shape}; give "
+                f"{self.last_step} return_sequences=True"
+            )
+        if self.mask is not None:
+            why = f"the steps that {where}, ConvLSTM2D, gets; no layer before it may change those of a mask or lengths"
+            expect_shape("Sequential", "mask", self.mask, shape[:-3], why)
+        if not layer.return_sequences:
+            self.last_step = where
 
 
-def _parts(layer: Layer) -> Iterator[Layer]:
-    """Yield a layer and all within it."""
-    yield layer
-    for inner in layer._sublayers.values():
-        yield from _parts(inner)
+def unfit(layer: Layer) -> str | None:
+    """Return why a layer cannot be called on one array and return some; None where it can."""
+    if isinstance(layer, ConvLSTM2DCell):
+        return "takes one step at a time; use ConvLSTM2D"
+    if type(layer).forward is EncoderForecaster.forward:
+        return ("must be told how many frames to make; call it by itself, or give a subclass of it a forward(frames, "
+                "training=False) and an output_shape that know the number")  # fmt: skip
+    return None
 
 
-def _takes_mask(layer: Layer) -> bool:
-    if isinstance(layer, Sequential):
-        return any(map(_takes_mask, layer.layers))
-    return isinstance(layer, ConvLSTM2D)
-
-
-def _reverses(layer: Layer) -> bool:
-    """Whether a layer that takes a mask returns the time steps last first."""
-    if isinstance(layer, Sequential):
-        return sum(map(_reverses, layer.layers)) % 2 == 1
-    return isinstance(layer, ConvLSTM2D) and layer.go_backwards
-
-
-def _time_axis(layer: Layer, shape: Shape) -> int:
-    """Return which axis of a mask for an x of `shape` is that of the time steps."""
-    lstm = next(part for part in _parts(layer) if isinstance(part, ConvLSTM2D))
-    return 0 if lstm.time_major or len(shape) < 5 else 1  # without a batch axis x is 4D
-
-
-def _reversed_mask(axis: int, shape: Shape, mask: Any, lengths: Any) -> np.ndarray:
-    """Return a mask or lengths, whose time steps lie on `axis` of an x of `shape`, as the mask of its reversal."""
-    if mask is None:
-        valid = (
-            np.arange(shape[axis]) < np.atleast_1d(dispatch.as_numpy("Sequential", "lengths", lengths))[:, np.newaxis]
-        )
-        mask = valid if axis == 1 else valid.T if len(shape) == 5 else valid[0]
-    return np.flip(dispatch.as_numpy("Sequential", "mask", mask), axis)
-
-
-def _single_output(layer: Layer) -> str | None:
+def several_outputs(layer: Layer) -> str | None:
     """Return what to change so that a layer returns one array; None where it does."""
     if isinstance(layer, Sequential):
-        return _single_output(layer.layers[-1])
+        return several_outputs(layer.layers[-1])
     if isinstance(layer, ConvLSTM2D) and layer.return_state:
         return "give it return_state=False"
     if isinstance(layer, ConvLSTM2D) and layer.bidirectional and layer.merge_mode is None:
@@ -241,6 +319,36 @@ def _single_output(layer: Layer) -> str | None:
     if isinstance(layer, MaxPooling3D) and layer.return_indices:
         return "give it return_indices=False"
     return None
+
+
+def _name(index: int, layer: Layer) -> str:
+    return f"layer {index}, {type(layer).__name__}"
+
+
+def _masked(layer: Layer) -> Iterator[ConvLSTM2D]:
+    """Yield the layers within that get a mask."""
+    if isinstance(layer, ConvLSTM2D):
+        yield layer
+    elif isinstance(layer, Sequential):
+        for inner in layer.layers:
+            yield from _masked(inner)
+
+
+def _reverses(layer: Layer) -> bool:
+    """Whether a layer returns the time steps last first."""
+    return sum(lstm.go_backwards for lstm in _masked(layer)) % 2 == 1
+
+
+def _time_axis(lstm: ConvLSTM2D, batched: bool) -> int:
+    """Return which axis of sequences, and of masks, is that of the time steps."""
+    return 1 if batched and not lstm.time_major else 0
+
+
+def _where_equal(a: Any, b: Any) -> Any:
+    """Return a shape, or a tuple of shapes, with None where `a` and `b` differ."""
+    if isinstance(a, tuple):
+        return tuple(_where_equal(i, j) for i, j in zip(a, b, strict=True))
+    return a if a == b else None
 
 
 def _restored(restore: Any, outputs: Any) -> Any:

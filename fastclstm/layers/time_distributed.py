@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from fastclstm import dispatch
-from fastclstm.layers.array_layer import Container, told_of
+from fastclstm.layers.array_layer import Container, parts, told_of
 from fastclstm.layers.base import Layer
+from fastclstm.layers.convlstm2d import ConvLSTM2D
+from fastclstm.layers.sequential import Walk, several_outputs, unfit
 from fastclstm.spec import Shape, expect_shape
 
 
@@ -16,7 +19,8 @@ from fastclstm.spec import Shape, expect_shape
 class TimeDistributed(Container):
     """Applies a layer to every time step: ``layer(x)`` takes x (B, T, …) and returns (B, T, …).
 
-    The inner layer sees the frames of all sequences as one batch (B·T, …); dropout is thus drawn for every frame.
+    The inner layer sees the frames of all sequences as one batch (B·T, …); dropout is thus drawn for every frame. A
+    ConvLSTM2D takes whole sequences, so for it x is (B, N, T, H, W, C): N sequences a sample.
 
     Parameters
     ----------
@@ -26,7 +30,8 @@ class TimeDistributed(Container):
     Raises
     ------
     ValueError, TypeError
-        No layer; an x without a time axis, or one whose frames do not fit the layer.
+        No layer, or one that does not turn one array into one; an x without a time axis, or one whose frames do not
+        fit the layer.
 
     Examples
     --------
@@ -42,10 +47,22 @@ class TimeDistributed(Container):
         super().__post_init__()
         if not isinstance(self.layer, Layer):
             raise TypeError(f"TimeDistributed: layer must be a layer, got {type(self.layer).__name__}")
+        name = type(self.layer).__name__
+        if why := unfit(self.layer):
+            raise ValueError(f"TimeDistributed: {name} {why}")
+        if remedy := several_outputs(self.layer):
+            raise ValueError(f"TimeDistributed: {name} returns more than one array; {remedy}")
+        if any(isinstance(part, ConvLSTM2D) and part.time_major for part in parts(self.layer)):
+            raise ValueError(
+                "TimeDistributed: the layer sees all steps as a batch, on its first axis; give its ConvLSTM2D "
+                "time_major=False"
+            )
         self._sublayers = {"layer": self.layer}
 
     def forward(self, x: Any, training: bool = False) -> Any:
         """Return the layer's output for every time step of x (B, T, …), as x's kind of array.
+
+        A view of x where the layer's is one.
 
         Raises
         ------
@@ -54,19 +71,20 @@ class TimeDistributed(Container):
         TypeError
             Anything but real arrays in the processor's memory.
         """
-        restore, where = dispatch.restorer(x), f"TimeDistributed({type(self.layer).__name__})"
+        restore = dispatch.restorer(x)
         array = dispatch.as_numpy("TimeDistributed", "x", x)
-        self._check(array.shape)
+        with suppress(NotImplementedError):  # a layer of others may have no output_shape
+            self.output_shape(array.shape)
         frames = array.reshape(array.shape[0] * array.shape[1], *array.shape[2:])
         self._pullback = None
-        with told_of(where):
+        with told_of(self._where):
             y = self.layer(frames, training=training)
         shape = (*array.shape[:2], *y.shape[1:])
 
         def pullback(dy: Any) -> Any:
             cotangent = dispatch.as_numpy("TimeDistributed", "dy", dy)
             expect_shape("TimeDistributed", "dy", cotangent.shape, shape, "the shape of the output")
-            with told_of(where):
+            with told_of(self._where):
                 dx = self.layer.backward(cotangent.reshape(y.shape))
             self._collect_gradients()
             return restore(dx.reshape(array.shape))
@@ -89,12 +107,22 @@ class TimeDistributed(Container):
 
     def output_shape(self, input_shape: Sequence[int]) -> Shape:
         """Return the shape of the output for an x of `input_shape` (B, T, …)."""
-        self._check(input_shape)
-        with told_of(f"TimeDistributed({type(self.layer).__name__})"):
-            shape = self.layer.output_shape((input_shape[0], *input_shape[2:]))
-        return (*input_shape[:2], *shape[1:])
-
-    def _check(self, shape: Sequence[int]) -> None:
-        """Raise ValueError unless `shape` has a batch and a time axis."""
+        shape = tuple(input_shape)
         if len(shape) < 2:
-            raise ValueError(f"TimeDistributed: x must be (batch, time, …), got {len(shape)}D {tuple(shape)}")
+            raise ValueError(f"TimeDistributed: x must be (batch, time, …), got {len(shape)}D {shape}")
+        if isinstance(self.layer, ConvLSTM2D) and len(shape) != 6:
+            raise ValueError(
+                f"TimeDistributed: ConvLSTM2D takes whole sequences, so x must be 6D (batch, sequences, time, …), got "
+                f"{len(shape)}D {shape}; a ConvLSTM2D by itself takes (batch, time, …)"
+            )
+        frames = (1 if None in shape[:2] else shape[0] * shape[1], *shape[2:])
+        with told_of(self._where):
+            if isinstance(self.layer, Container):
+                made = self.layer._shape_within(frames, Walk(batched=True))
+            else:
+                made = self.layer.output_shape(frames)
+        return (*shape[:2], *made[1:])
+
+    @property
+    def _where(self) -> str:
+        return f"TimeDistributed({type(self.layer).__name__})"

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import numpy as np
 
-from fastclstm import dispatch
-from fastclstm.layers.base import Layer
+from fastclstm.layers.array_layer import ArrayLayer, Pullback
 from fastclstm.spec import Shape, integers
 
 
 @dataclass(eq=False, repr=False)
-class TimeDistributionCalculator(Layer):
+class TimeDistributionCalculator(ArrayLayer):
     """Draws which time steps are kept, and sets the others to zero.
 
     Every step is kept with probability ``1 - dropout_rate``, independently, the same steps for the whole batch. What is
-    kept is not scaled. As a layer, ``layer(x, training=True)`` is `apply_dropout` and ``layer(x)`` is x.
+    kept is not scaled. As a layer, ``layer(x, training=True)`` is `apply_dropout`, ``layer(x)`` is x: the array itself
+    where that is contiguous and of float32 or float64.
 
     Parameters
     ----------
@@ -29,8 +30,8 @@ class TimeDistributionCalculator(Layer):
 
     Raises
     ------
-    ValueError
-        A rate outside [0, 1], less than one step.
+    ValueError, TypeError
+        A rate that is no number in [0, 1], less than one step.
 
     Examples
     --------
@@ -50,10 +51,9 @@ class TimeDistributionCalculator(Layer):
     def __post_init__(self) -> None:
         super().__post_init__()
         op = "TimeDistributionCalculator"
-        try:
-            self.dropout_rate = float(self.dropout_rate)
-        except (TypeError, ValueError):
-            raise TypeError(f"{op}: dropout_rate must be a number in [0, 1], got {self.dropout_rate!r}") from None
+        if isinstance(self.dropout_rate, bool) or not isinstance(self.dropout_rate, int | float):
+            raise TypeError(f"{op}: dropout_rate must be a number in [0, 1], got {self.dropout_rate!r}")
+        self.dropout_rate = float(self.dropout_rate)
         if not 0 <= self.dropout_rate <= 1:
             raise ValueError(f"{op}: dropout_rate must lie in [0, 1], got {self.dropout_rate}")
         (self.num_timesteps,) = integers(op, "num_timesteps", self.num_timesteps, 1, 1)
@@ -64,7 +64,9 @@ class TimeDistributionCalculator(Layer):
         return (self._rng.random(self.num_timesteps) >= self.dropout_rate).astype(np.int64)
 
     def apply_dropout(self, x: Any) -> Any:
-        """Return x (B, T, …) times a newly drawn vector on the time axis, float32 or float64, as x's kind of array.
+        """Return x (B, T, …) with the steps that a newly drawn vector drops set to zero.
+
+        In float32 or float64, as x's kind of array. NaN and Inf are dropped too.
 
         Raises
         ------
@@ -75,28 +77,7 @@ class TimeDistributionCalculator(Layer):
         """
         return self.forward(x, training=True)
 
-    def forward(self, x: Any, training: bool = False) -> Any:
-        """Return `apply_dropout` of x where training, else x itself."""
-        self._pullback = None
-        if not training:
-            return x
-        array = self._floats("x", x)
-        kept = self.calculate_time_distribution().astype(array.dtype).reshape(-1, *(1,) * (array.ndim - 2))
-        restore = dispatch.restorer(x)
-        self._pullback = lambda dy: restore(self._floats("dy", dy) * kept)
-        return restore(array * kept)
-
-    def backward(self, dy: Any) -> Any:
-        """Return dx, given dy of the last call's output.
-
-        Raises
-        ------
-        RuntimeError
-            The last call was not a training call.
-        """
-        return self._recorded()(dy)
-
-    def output_shape(self, input_shape: Shape) -> Shape:
+    def output_shape(self, input_shape: Sequence[int]) -> Shape:
         """Return the shape of the output: that of the input."""
         if len(input_shape) < 2 or input_shape[1] != self.num_timesteps:
             raise ValueError(
@@ -105,7 +86,9 @@ class TimeDistributionCalculator(Layer):
             )
         return tuple(input_shape)
 
-    def _floats(self, name: str, value: Any) -> np.ndarray:
-        array = dispatch.as_numpy("TimeDistributionCalculator", name, value)
-        self.output_shape(array.shape)
-        return array.astype(dispatch.working_dtype(array), copy=False)
+    def _apply(self, x: np.ndarray, training: bool) -> tuple[np.ndarray, Pullback]:
+        if not training:
+            return x, lambda dy: dy
+        kept = self.calculate_time_distribution().reshape(-1, *(1,) * (x.ndim - 2)) != 0
+        zero = x.dtype.type(0)
+        return np.where(kept, x, zero), lambda dy: np.where(kept, dy, zero)

@@ -122,6 +122,18 @@ def _scaled(array: np.ndarray, factor: np.ndarray) -> np.ndarray:
     return (array * factor).astype(array.dtype)
 
 
+class _Function:
+    """A caller's own function."""
+
+    def __init__(self, function: Callable[[np.ndarray], Any]):
+        self._function = function
+
+    def __call__(self, array: np.ndarray) -> np.ndarray:
+        result = np.asarray(self._function(array), array.dtype)
+        expect_shape("constraint", "result", result.shape, array.shape, "that of the array constrained")
+        return result
+
+
 TABLE: dict[str, Constraint] = {
     "max_norm": MaxNorm(),
     "non_neg": NonNeg(),
@@ -154,14 +166,5 @@ def get(spec: Any) -> Constraint:
     if isinstance(spec, Options) and callable(spec):
         return spec
     if callable(spec):
-        return _same_shape(spec)
+        return _Function(spec)
     raise TypeError(f"a constraint must be a name ({', '.join(TABLE)}) or a function array -> array, got {spec!r}")
-
-
-def _same_shape(function: Callable[[np.ndarray], Any]) -> Constraint:
-    def constraint(array: np.ndarray) -> np.ndarray:
-        result = np.asarray(function(array), array.dtype)
-        expect_shape("constraint", "result", result.shape, array.shape, "that of the array constrained")
-        return result
-
-    return constraint

@@ -1,0 +1,644 @@
+"""The training loop: the numbers of a plain loop, checkpoints to the bit, and errors that name what is wrong."""
+
+import copy
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import fastclstm
+from fastclstm.io import weights
+from fastclstm.layers import (
+    BatchNormalization,
+    Conv2D,
+    ConvLSTM2D,
+    Dense,
+    Dropout,
+    EncoderForecaster,
+    Flatten,
+    Layer,
+    Sequential,
+    TimeDistributed,
+)
+from fastclstm.layers.training import EarlyStopping, History
+from fastclstm.nn import losses
+from fastclstm.nn.optimizers import SGD, Adam
+from fastclstm.nn.schedules import ExponentialDecay
+
+ROOT = Path(fastclstm.__file__).parents[1]
+
+
+def normal(*shape, seed=1):
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+X, Y = normal(10, 3), normal(10, 2, seed=2)
+
+
+def dense(**options):
+    return Sequential([Dense(3, 4, "tanh", seed=0, dtype="float64"), Dense(4, 2, seed=1, dtype="float64", **options)])
+
+
+def lossy(seed=0):
+    """A model in which everything draws: dropout of values, of gates and of steps, and batch statistics."""
+    lstm = ConvLSTM2D(1, 2, 3, seed=seed, dropout=0.3, recurrent_dropout=0.2, time_dropout=0.2, engine="reference")
+    inner = Sequential([TimeDistributed(Dropout(0.3, seed=5)), BatchNormalization(2)])
+    return Sequential([lstm, inner, TimeDistributed(Conv2D(2, 1, 3, seed=1, engine="reference"))])
+
+
+FILMS = normal(6, 4, 5, 5, 1).astype(np.float32)
+
+
+def same(model, other):
+    a, b = model.parameters, other.parameters
+    return list(a) == list(b) and all(a[n].tobytes() == b[n].tobytes() for n in a)
+
+
+def fit(model, x=X, y=Y, **options):
+    return model.fit(x, y, **{"batch_size": 4, "seed": 0, "quiet": True} | options)
+
+
+# --- the loop ---
+
+
+def test_fit_is_the_plain_loop():
+    options = {"kernel_regularizer": "l2", "bias_constraint": "non_neg"}
+    model, twin, optimizer = dense(**options), dense(**options), Adam(0.01, clip_norm=0.1)
+    weight = np.linspace(0.5, 2, 10)
+    history = fit(model, optimizer=Adam(0.01, clip_norm=0.1), epochs=3, sample_weight=weight, metrics=["mae", biggest])
+    rows = []
+    for epoch in range(3):
+        order, sums = np.random.default_rng([0, epoch]).permutation(10), np.zeros(3)
+        for part in (order[:4], order[4:8], order[8:]):
+            y = twin(X[part], training=True)
+            value, dy = losses.get("mse").value_and_gradient(y, Y[part], weight[part])
+            sums += len(part) * np.array([value + twin.penalty, np.abs(y - Y[part]).mean(), y.max()])
+            twin.backward(dy)
+            twin.set_parameters(twin.parameters | optimizer.step(twin.trainable_parameters, twin.get_gradients()))
+            twin.apply_constraints()
+        rows.append(sums / 10)
+    assert same(model, twin)
+    assert not same(model, dense(**options))
+    assert (model.parameters["1.bias"] >= 0).all()
+    np.testing.assert_allclose(np.transpose([history[n] for n in ("loss", "mae", "biggest")]), rows, rtol=1e-12)
+    assert list(history) == ["loss", "mae", "biggest", "learning_rate", "seconds"]
+    assert history["learning_rate"] == [0.01] * 3
+    assert all(seconds > 0 for seconds in history["seconds"])
+    assert model._pullback is None  # nothing of the last batch stays in memory
+
+
+def biggest(prediction, target):
+    return prediction.max()
+
+
+def test_the_seed_decides_the_order_and_shuffle_is_an_option():
+    models = [dense() for _ in range(4)]
+    for model, options in zip(models, [{}, {}, {"seed": 1}, {"shuffle": False}], strict=True):
+        fit(model, epochs=2, **options)
+    assert same(models[0], models[1])
+    assert not same(models[0], models[2])
+    assert not same(models[0], models[3])
+    batches = [(X[:4], Y[:4]), (X[4:8], Y[4:8]), (X[8:], Y[8:])]
+    fit(plain := dense(), batches, None, epochs=2)
+    assert same(models[3], plain)
+
+
+def test_every_kind_of_batches_gives_the_same():
+    batches = [(X[:4], Y[:4]), {"x": X[4:8], "y": Y[4:8]}, [X[8:], Y[8:], np.ones(2)]]
+    seen = []
+
+    def of_epoch(epoch):
+        seen.append(epoch)
+        return iter(batches)
+
+    sources = [(batches, {}), (of_epoch, {}), (iter(batches * 2), {"steps_per_epoch": 3})]
+    models = [dense() for _ in sources]
+    for model, (source, options) in zip(models, sources, strict=True):
+        fit(model, source, None, epochs=2, **options)
+    assert same(models[0], models[1])
+    assert same(models[0], models[2])
+    assert seen == [0, 1]
+    assert models[0].evaluate(batches) == pytest.approx(models[0].evaluate(X, Y), rel=1e-12)
+
+
+def test_steps_per_epoch_cuts_and_misses_batches():
+    batches = [(X[:4], Y[:4]), (X[4:8], Y[4:8])]
+    fit(model := dense(), batches, None, steps_per_epoch=1)
+    fit(other := dense(), batches[:1], None)
+    assert same(model, other)
+    with pytest.raises(ValueError, match=r"batches of epoch 1 ended after 2, not 3"):
+        fit(dense(), batches, None, steps_per_epoch=3)
+
+
+def test_validation_data_is_not_trained_on():
+    model, twin = dense(), dense()
+    history = fit(model, epochs=2, validation_split=0.3, metrics="mae")
+    other = fit(twin, X[:7], Y[:7], epochs=2, validation_data=(X[7:], Y[7:]), metrics="mae")
+    assert same(model, twin)
+    for name in ("loss", "val_loss", "val_mae"):
+        assert history[name] == other[name]
+    measured = model.evaluate(X[7:], Y[7:], metrics="mae")
+    assert measured == {"loss": history["val_loss"][-1], "mae": history["val_mae"][-1]}
+    in_batches = fit(dense(), X[:7], Y[:7], validation_data=[(X[7:9], Y[7:9]), (X[9:], Y[9:])])
+    assert in_batches["val_loss"] == pytest.approx(history["val_loss"][:1], rel=1e-12)
+
+
+def test_predict_and_evaluate_in_batches():
+    model = lossy()
+    whole = model(FILMS)
+    np.testing.assert_array_equal(model.predict(FILMS, 4), whole)
+    assert model.predict(FILMS[:0]).shape == (0, *whole.shape[1:])
+    lengths = np.array([1, 2, 3, 4, 4, 2])
+    np.testing.assert_array_equal(model.predict(FILMS, 4, lengths=lengths), model(FILMS, lengths=lengths))
+    mask = np.arange(4) < lengths[:, None]
+    measured = model.evaluate(FILMS, 0 * FILMS, batch_size=4, mask=mask, loss="mae", metrics=("mse",))
+    y = model(FILMS, mask=mask).astype(float)
+    assert measured == pytest.approx({"loss": np.abs(y).mean(), "mse": np.square(y).mean()}, rel=1e-6)
+    with pytest.raises(RuntimeError, match="training"):
+        model.backward(whole)
+
+
+def test_masks_are_trained_with():
+    lengths = np.array([1, 2, 3, 4, 4, 2])
+    models = [lossy() for _ in range(3)]
+    for model, options in zip(
+        models, [{"lengths": lengths}, {"mask": np.arange(4) < lengths[:, None]}, {}], strict=True
+    ):
+        fit(model, FILMS, FILMS, **options)
+    assert same(models[0], models[1])
+    assert not same(models[0], models[2])
+
+
+@pytest.mark.torch
+def test_arrays_of_other_libraries():
+    torch = pytest.importorskip("torch")
+    model, twin = dense(), dense()
+    fit(model, torch.from_numpy(X), torch.from_numpy(Y))
+    fit(twin)
+    assert same(model, twin)
+    assert isinstance(model.predict(torch.from_numpy(X)), torch.Tensor)
+
+
+def test_frozen_layers_stay():
+    model = dense()
+    model[0].trainable = False
+    fit(model)
+    before = dense().parameters
+    assert [n for n, a in model.parameters.items() if (a != before[n]).any()] == ["1.kernel", "1.bias"]
+
+
+def test_the_encoder_forecaster_learns_with_and_without_teacher_forcing():
+    for teacher_forcing in (True, False):
+        model = EncoderForecaster(1, 2, 3, seed=0, engine="reference")
+        twin = copy.deepcopy(model)
+        fit(model, FILMS[:, :2], FILMS[:, 2:], batch_size=6, shuffle=False, optimizer=SGD(0.5),
+            teacher_forcing=teacher_forcing)  # fmt: skip
+        x, y = FILMS[:, :2], FILMS[:, 2:]
+        made = twin.forward(x, training=True, **({"targets": y} if teacher_forcing else {"steps": 2}))
+        twin.backward(losses.get("mse").gradient(made, y))
+        gradients = twin.get_gradients()
+        twin.set_parameters({n: a - 0.5 * gradients[n] for n, a in twin.parameters.items()})
+        for name, array in twin.parameters.items():
+            np.testing.assert_allclose(model.parameters[name], array, rtol=1e-6, atol=1e-7)
+        assert model.predict(x, 4, steps=3).shape == (6, 3, 5, 5, 1)
+        assert model.evaluate(x, y)["loss"] == pytest.approx(np.square(model.forecast(x, 2) - y).mean(), rel=1e-5)
+
+
+def test_a_checkpoint_knows_of_teacher_forcing(tmp_path):
+    def fitted(teacher_forcing):
+        model = EncoderForecaster(1, 2, 3, seed=0, engine="reference")
+        return fit(model, FILMS[:, :2], FILMS[:, 2:], teacher_forcing=teacher_forcing, checkpoint=tmp_path / "c",
+                   resume=True)  # fmt: skip
+
+    assert fitted(True) == fitted(True)
+    with pytest.raises(ValueError, match=r"options\.teacher_forcing was True and is False"):
+        fitted(False)
+
+
+def test_the_learning_rate_of_each_epoch():
+    history = fit(dense(), optimizer=SGD(ExponentialDecay(0.1, 1, 0.5)), epochs=2)
+    assert history["learning_rate"] == [0.1 / 4, 0.1 / 32]
+
+
+def test_callbacks_see_the_history_and_may_end_it():
+    seen = []
+
+    def watch(history):
+        seen.append(history.epochs)
+        return history.epochs == 2
+
+    assert fit(dense(), epochs=5, callbacks=watch).epochs == 2
+    assert seen == [1, 2]
+    assert fit(dense(), epochs=2, callbacks=[seen.append, lambda history: 1]).epochs == 2
+
+
+def test_a_time_limit_cuts_the_epoch_short(monkeypatch):
+    now, steps = iter(range(100)), []
+    monkeypatch.setattr("fastclstm.layers.training.time.perf_counter", lambda: next(now))
+    history = fit(dense(), epochs=9, time_limit=6, metrics=lambda p, t: steps.append(len(p)) or 0.0)
+    assert steps == [4, 4, 2, 4, 4]  # a tick a step, and two to end an epoch and begin the next
+    assert history.epochs == 2
+    assert history["seconds"] == [4, 3]
+
+
+def test_progress_goes_to_the_terminal_when_asked(capsys):
+    fit(dense(), epochs=2, quiet=False)
+    shown = capsys.readouterr().err
+    assert "epoch 2/2: 100%" in shown
+    assert "6/6" in shown
+    assert "loss=" in shown
+    fit(dense(), epochs=2, quiet=None)
+    assert capsys.readouterr().err == ""
+
+
+# --- history and early stopping ---
+
+
+def test_history_files(tmp_path):
+    history = History(loss=[2.0, 1.0], val_csi=[math.nan, 0.5])
+    history.save(tmp_path / "h.json")
+    assert json.loads((tmp_path / "h.json").read_text()) == {"loss": [2.0, 1.0], "val_csi": [None, 0.5]}
+    history.save(tmp_path / "h.csv")
+    with (tmp_path / "h.csv").open() as file:
+        assert list(csv.reader(file)) == [["epoch", "loss", "val_csi"], ["1", "2.0", "nan"], ["2", "1.0", "0.5"]]
+    with pytest.raises(ValueError, match=r"suffix of path must be one of '\.csv', '\.json', got '\.txt'"):
+        history.save(tmp_path / "h.txt")
+
+
+@pytest.mark.parametrize("restore_best", [True, False])
+def test_early_stopping(restore_best):
+    model, kept = dense(), []
+    stopping = EarlyStopping(2, monitor="val_score", mode="max", min_delta=0.5, restore_best=restore_best)
+    scores = iter([0, 1, 0, 0, 0, 3, 0, 3.5, 0, math.nan, 0, 9])  # of an epoch's training and of its validation
+
+    def score(prediction, target):
+        return next(scores)
+
+    history = fit(model, X[:4], Y[:4], epochs=9, validation_data=(X[4:8], Y[4:8]), metrics=score,
+                  early_stopping=stopping, callbacks=lambda history: kept.append(copy.deepcopy(model)))  # fmt: skip
+    assert history.epochs == 5
+    assert same(model, kept[2 if restore_best else 4])
+
+
+def test_what_counts_as_improvement():
+    less, more = EarlyStopping(min_delta=0.5), EarlyStopping(mode="max", min_delta=0.5)
+    for stopping, values in ((less, (0.4, 0.5, math.nan)), (more, (1.6, 1.5, math.nan))):
+        assert [stopping.improves(value, 1.0) for value in values] == [True, False, False]
+        assert [stopping.improves(value, None) for value in values] == [True, True, False]
+
+
+def test_early_stopping_by_number_watches_the_validation():
+    assert fit(dense(), optimizer=SGD(0.0), epochs=9, validation_split=0.2, early_stopping=3).epochs == 4
+    assert fit(dense(), optimizer=SGD(0.0), epochs=9, shuffle=False, early_stopping=1).epochs == 2
+
+
+# --- checkpoints ---
+
+
+def train(path, model=None, **options):
+    model = lossy() if model is None else model
+    options = {"optimizer": Adam(0.01, amsgrad=True), "epochs": 3, "batch_size": 2, "validation_split": 0.34,
+               "early_stopping": EarlyStopping(9), "checkpoint": path, "resume": True} | options  # fmt: skip
+    return model, fit(model, options.pop("x", FILMS), 0.5 * FILMS, **options)
+
+
+def test_a_checkpoint_after_the_last_epoch_holds_everything(tmp_path):
+    path = tmp_path / "c.safetensors"
+    model, history = train(path)
+    before = path.read_bytes()
+    again, curves = train(path)
+    assert same(model, again)
+    assert curves == history
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["c.safetensors"]
+
+
+@pytest.mark.parametrize("seed", [0, None])
+def test_more_epochs_go_on_as_if_never_ended(tmp_path, seed):
+    path = tmp_path / "c.safetensors"
+    train(path, epochs=1, seed=seed if seed is None else np.int64(seed), batch_size=np.int64(2))
+    model, history = train(path, epochs=3, seed=seed)
+    used = weights.load(path)[1]["progress"]["seed"]
+    whole, curves = train(None, resume=False, seed=used)
+    assert same(model, whole)
+    for name in ("loss", "val_loss", "learning_rate"):
+        assert history[name] == curves[name]
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("bits", [np.random.MT19937, np.random.Philox, np.random.SFC64])
+def test_the_state_of_any_generator_is_kept(tmp_path, bits):
+    def model():
+        return Sequential([Dropout(0.5, seed=np.random.Generator(bits(3))), Dense(3, 2, seed=0)])
+
+    def fitted(path, epochs):
+        fit(made := model(), epochs=epochs, checkpoint=path, resume=True)
+        return made
+
+    fitted(tmp_path / "c", 1)
+    assert same(fitted(tmp_path / "c", 2), fitted(tmp_path / "d", 2))
+
+
+CHILD = """
+import os, signal, sys
+import numpy as np
+from fastclstm.layers import *
+from fastclstm.nn.optimizers import Adam
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the test run ignores Ctrl-C, in the background
+
+def batches(epoch):
+    rng = np.random.default_rng(epoch)
+    for step in range(4):
+        if "kill" in sys.argv and (epoch, step) == (1, 2):
+            os.kill(os.getpid(), getattr(signal, sys.argv[3]))
+        x = rng.standard_normal((2, 3, 4, 4, 1)).astype(np.float32)
+        yield x, x
+
+lstm = ConvLSTM2D(1, 2, 3, seed=0, dropout=0.3, recurrent_dropout=0.2, time_dropout=0.2, engine="reference")
+conv = TimeDistributed(Conv2D(2, 1, 3, seed=1, engine="reference"))
+model = Sequential([lstm, TimeDistributed(Dropout(0.3, seed=5)), BatchNormalization(2), conv])
+model.fit(batches, optimizer=Adam(0.01), epochs=3, checkpoint=sys.argv[1], checkpoint_every=int(sys.argv[2]),
+          resume=True, metrics="mae")
+model.save(sys.argv[1] + ".model")
+"""
+
+
+def run_child(path, every, *arguments):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, "-c", CHILD, str(path), str(every), *arguments], env=environment,
+                          capture_output=True, text=True, check=False)  # fmt: skip
+
+
+@pytest.mark.parametrize(("every", "end"), [(1, "SIGKILL"), (3, "SIGKILL"), (1, "SIGINT")])
+def test_a_killed_training_goes_on_to_the_same_bits(tmp_path, every, end):
+    path, whole = tmp_path / "killed", tmp_path / "whole"
+    assert run_child(whole, every).returncode == 0
+    killed = run_child(path, every, end, "kill")
+    assert killed.returncode == -getattr(signal, end)
+    if end == "SIGINT":
+        assert "KeyboardInterrupt" in killed.stderr
+    progress = weights.load(path)[1]["progress"]
+    assert (progress["epoch"], progress["step"]) == (1, 2 if every == 1 else 0)
+    again = run_child(path, every, end)
+    assert again.returncode == 0, again.stderr
+    assert Path(f"{path}.model").read_bytes() == Path(f"{whole}.model").read_bytes()
+    curves = [weights.load(p)[1]["progress"]["history"] for p in (path, whole)]
+    assert [{**c, "seconds": 0} for c in curves] == [{**c, "seconds": 0} for c in curves[::-1]]
+    assert sorted(os.listdir(tmp_path)) == ["killed", "killed.model", "whole", "whole.model"]
+
+
+def test_an_iterator_is_read_up_to_where_the_training_was(tmp_path):
+    batches = [(X[n : n + 1], Y[n : n + 1]) for n in range(10)]
+    path, options = tmp_path / "c", {"steps_per_epoch": 4, "checkpoint_every": 1, "resume": True}
+
+    def interrupted():
+        yield from batches[:6]
+        raise Interrupted
+
+    with pytest.raises(Interrupted):
+        fit(dense(), interrupted(), None, epochs=2, checkpoint=path, **options)
+    fit(again := dense(), iter(batches), None, epochs=2, checkpoint=path, **options)
+    fit(whole := dense(), iter(batches), None, epochs=2, steps_per_epoch=4)
+    assert same(again, whole)
+
+
+def test_the_best_epoch_survives_a_resume(tmp_path):
+    def fitted(path, epochs):
+        model = dense()
+        fit(model, X, Y, epochs=epochs, optimizer=SGD(ExponentialDecay(0.5, 1, 1.7)), early_stopping=EarlyStopping(20),
+            validation_split=0.3, checkpoint=path, resume=True)  # fmt: skip
+        return model
+
+    fitted(tmp_path / "c", 3)
+    again, whole = fitted(tmp_path / "c", 5), fitted(tmp_path / "d", 5)
+    assert same(again, whole)
+    arrays, metadata = weights.load(tmp_path / "c")
+    assert all((arrays[f"best/{n}"] == a).all() for n, a in again.parameters.items())
+    losses_seen = metadata["progress"]["history"]["val_loss"]
+    assert metadata["progress"]["best"] == min(losses_seen) != losses_seen[-1]
+
+
+def test_a_learning_rate_that_was_assigned_to_is_kept(tmp_path):
+    def fitted(path, epochs):
+        optimizer = SGD(0.1)
+        fit(made := dense(), optimizer=optimizer, epochs=epochs, checkpoint=path, resume=True,
+            callbacks=lambda history: setattr(optimizer, "learning_rate", optimizer.learning_rate / 2))  # fmt: skip
+        return made
+
+    fitted(tmp_path / "c", 2)
+    assert same(fitted(tmp_path / "c", 3), fitted(tmp_path / "d", 3))
+
+
+def other_model():
+    return Sequential([*lossy()[:2], TimeDistributed(Conv2D(2, 1, 3, seed=1, use_bias=False, engine="reference"))])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"model": other_model()}, r"model\.layers\[2\]\.layer\.use_bias was True and is False"),
+        ({"model": lossy(seed=4)}, r"model\.layers\[0\]\.seed was 0 and is 4"),
+        ({"optimizer": Adam(0.02, amsgrad=True)}, r"optimizer\.learning_rate was 0\.01 and is 0\.02"),
+        ({"optimizer": "sgd"}, r"optimizer\.class was 'Adam' and is 'SGD'"),
+        ({"loss": "mae"}, r"loss\.class was"),
+        ({"batch_size": 3}, r"data\.batch_size was 2 and is 3"),
+        ({"validation_split": 0.5}, r"data\.x\.shape\[0\] was 4 and is 3"),
+        ({"x": -FILMS}, r"data\.x\.checksum was"),
+        ({"seed": 1}, r"seed was 0 and is 1"),
+        ({"early_stopping": None}, r"early_stopping was .* and is None"),
+    ],
+)
+def test_a_checkpoint_of_another_training_is_refused(tmp_path, options, words):
+    path = tmp_path / "c.safetensors"
+    train(path, epochs=1)
+    before, model = path.read_bytes(), options.pop("model", lossy())
+    untouched = copy.deepcopy(model)
+    with pytest.raises(ValueError, match=rf"c\.safetensors is of another training: {words}"):
+        train(path, model, **options)
+    assert path.read_bytes() == before
+    assert same(model, untouched)
+
+
+def test_files_that_are_no_checkpoints(tmp_path):
+    path, model = tmp_path / "c.safetensors", lossy()
+    model.save(path)
+    with pytest.raises(ValueError, match="is no checkpoint of a training but holds a Sequential"):
+        train(path)
+    path.write_text("text")
+    with pytest.raises(ValueError, match="damaged"):
+        train(path)
+    for spoil in (
+        lambda arrays, metadata: arrays.pop("optimizer/steps"),
+        lambda arrays, metadata: arrays.pop("model/0.layers.0.bias"),
+        lambda arrays, metadata: metadata.pop("generators"),
+    ):
+        train(path, epochs=1, resume=False)
+        arrays, metadata = weights.load(path)
+        spoil(arrays, metadata)
+        weights.save(path, arrays, metadata)
+        model, optimizer = lossy(), Adam(0.01, amsgrad=True)
+        with pytest.raises(ValueError, match="is damaged"):
+            train(path, model, optimizer=optimizer)
+        assert same(model, lossy())
+        assert optimizer.steps == 0
+        assert optimizer.state == {}
+    with pytest.raises(OSError, match="cannot write here"):
+        train(tmp_path / "no" / "c")
+
+
+# --- what goes wrong ---
+
+
+class Spoil(Layer):
+    """Multiplies by a factor on the way there and by another on the way back."""
+
+    def __init__(self, there=1.0, back=1.0):
+        self.there, self.back = there, back
+
+    @property
+    def options(self):
+        return {}
+
+    def __new__(cls, *_):
+        layer = super().__new__(cls)
+        Layer.__post_init__(layer)
+        return layer
+
+    def forward(self, x, training=False):
+        return x * self.there
+
+    def backward(self, dy):
+        return dy * self.back
+
+
+@pytest.mark.parametrize(
+    ("factors", "words"),
+    [
+        ((np.nan, 1.0), r"the loss is nan; it began in the output of layer 1\.0, Spoil\."),
+        ((1e200, 1.0), r"the loss is inf; it began in the loss or the penalty, as all outputs are finite"),
+        ((1.0, np.inf), r"Adam: the gradient of 0\.\w+ holds NaN or Inf; .*; it began in the gradients of layer 1\.0"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_what_is_not_finite_is_traced_to_its_layer(factors, words):
+    norm = BatchNormalization(3, dtype="float64")
+    drop, spoil = Dropout(0.5, seed=0), Spoil()
+    model = Sequential([norm, Sequential([spoil, drop]), Dense(3, 2, seed=1, dtype="float64")])
+    states = []
+
+    def batches(epoch):
+        for step in range(3):
+            if (epoch, step) == (1, 2):
+                states.append((copy.deepcopy(model), drop._rng.bit_generator.state))
+                spoil.there, spoil.back = factors
+            yield X, Y
+
+    with pytest.raises(FloatingPointError, match=rf"^fit: at epoch 2, step 3, {words}") as caught:
+        fit(model, batches, None, epochs=3)
+    assert "The parameters are those before this step; lower the learning rate" in str(caught.value)
+    before, state = states[0]
+    assert same(model, before)
+    assert drop._rng.bit_generator.state == state
+    assert "forward" not in vars(spoil)
+
+
+def test_data_that_is_not_finite_is_named():
+    for name, spoiled in (("x", {"x": X + np.nan}), ("y", {"y": Y + np.inf})):
+        with pytest.raises(FloatingPointError, match=f"it began in the batch: {name} holds NaN or Inf"):
+            fit(model := dense(), **spoiled)
+        assert same(model, dense())
+
+
+def test_an_error_in_a_step_leaves_the_parameters_before_it():
+    model, metric_calls = lossy(), []
+
+    def failing(prediction, target):
+        metric_calls.append(copy.deepcopy(model))
+        if len(metric_calls) == 2:
+            raise KeyboardInterrupt
+        return 0.0
+
+    kept = []
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, lambda epoch: ((kept.append(copy.deepcopy(model)) or (FILMS, FILMS)) for _ in range(3)), None,
+            metrics=failing)  # fmt: skip
+    assert same(model, kept[1])
+    assert not same(model, kept[0])
+    assert not same(model, metric_calls[1])  # whose batch statistics had moved
+
+
+ERRORS = {
+    "no y": ({"y": None}, ValueError, "x is an array, but there is no y"),
+    "no data": ({"x": 3, "y": None}, TypeError, "x must be an array, or batches"),
+    "samples": ({"y": Y[:9]}, ValueError, r"all arrays must have as many samples.* x \(10, 3\), y \(9, 2\)"),
+    "empty": ({"x": X[:0], "y": Y[:0]}, ValueError, "no samples"),
+    "complex": ({"x": X * 1j}, TypeError, "real numbers"),
+    "target": ({"y": Y[:, :1]}, ValueError, "target has shape"),
+    "epochs": ({"epochs": 0}, ValueError, "fit: epochs must be an integer >= 1, got 0"),
+    "batch size": ({"batch_size": 1.5}, ValueError, "batch_size must be an integer >= 1, got 1.5"),
+    "steps": ({"steps_per_epoch": 2}, ValueError, "steps_per_epoch is for batches"),
+    "split": ({"validation_split": 1}, ValueError, r"validation_split must be a number in \[0, 1\), got 1"),
+    "little split": ({"validation_split": 0.01}, ValueError, "10 to train on and 0 to validate"),
+    "two validations": ({"validation_split": 0.1, "validation_data": (X, Y)}, ValueError, "not both"),
+    "validation": ({"validation_data": X}, ValueError, "there is no y"),
+    "validation once": ({"validation_data": iter([])}, TypeError, "is an iterator, which is empty after an epoch"),
+    "validation names": ({"validation_data": {"x": X, "z": Y}}, ValueError, "has 'z'; it may have x, y"),
+    "split of batches": ({"x": [(X, Y)], "y": None, "validation_split": 0.1}, ValueError, "needs arrays"),
+    "batch": ({"x": [X], "y": None}, TypeError, r"a batch must be \(x, y\)"),
+    "long batch": ({"x": [(X, Y, Y, Y)], "y": None}, ValueError, "got 4 items"),
+    "no batches": ({"x": [], "y": None}, ValueError, "ended after 0, not at least 1"),
+    "iterator": ({"x": iter([(X, Y)]), "y": None}, ValueError, "needs steps_per_epoch"),
+    "mask beside batches": ({"x": [(X, Y)], "y": None, "mask": X}, ValueError, "mask must be part of the batches"),
+    "loss": ({"loss": "mess"}, ValueError, "unknown loss 'mess'"),
+    "optimizer": ({"optimizer": 3}, TypeError, "an optimizer must be"),
+    "metric": ({"metrics": "mess"}, ValueError, "unknown metric"),
+    "metrics": ({"metrics": ["mse", "mse"]}, ValueError, "two have the same name"),
+    "array metric": ({"metrics": lambda p, t: p}, ValueError, "must return one number"),
+    "seed": ({"seed": -1}, ValueError, "seed must be an integer >= 0 or None, got -1"),
+    "patience": ({"early_stopping": 0}, ValueError, "patience must be an integer >= 1"),
+    "stopping": ({"early_stopping": "soon"}, TypeError, "a number of epochs or EarlyStopping"),
+    "monitor": ({"early_stopping": EarlyStopping(1, "val_loss")}, ValueError, "one of 'loss', got 'val_loss'"),
+    "resume": ({"resume": True}, ValueError, "need a checkpoint"),
+    "every": ({"checkpoint": "c", "checkpoint_every": 0}, ValueError, "checkpoint_every must be"),
+    "time": ({"time_limit": 0}, ValueError, "time_limit must be a number of seconds > 0, got 0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_errors(case, tmp_path, monkeypatch):
+    options, kind, words = ERRORS[case]
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(kind, match=words):
+        fit(model := dense(), **options)
+    assert same(model, dense())
+    assert os.listdir(tmp_path) == []
+
+
+def test_models_that_cannot_be_fitted():
+    with pytest.raises(ValueError, match="no trainable parameters"):
+        fit(Sequential([Flatten()]))
+    forgetful = dense()
+    forgetful.get_gradients = lambda: {"1.bias": np.zeros(2)}
+    with pytest.raises(ValueError, match=r"no gradient of 0\.bias, 0\.kernel, 1\.kernel; set store_gradients=True"):
+        fit(forgetful)
+    for option in ("time_major", "stateful"):
+        with pytest.raises(ValueError, match=f"layer 0, ConvLSTM2D has {option}=True"):
+            fit(Sequential([ConvLSTM2D(1, 1, 1, **{option: True})]), FILMS, FILMS)
+    pair = Sequential([ConvLSTM2D(1, 1, 1, return_state=True, engine="reference")])
+    with pytest.raises(TypeError, match="returns more than one array"):
+        fit(pair, FILMS, FILMS)
+    with pytest.raises(TypeError, match="returns more than one array"):
+        pair.predict(FILMS)
+    with pytest.raises(ValueError, match="mode must be one of 'min', 'max', got 'up'"):
+        EarlyStopping(mode="up")
