@@ -353,7 +353,8 @@ def convlstm2d_vjp(
     call = _ConvLSTMCall(x, kernel, recurrent_kernel, bias, **options)
     output, h, c, saved = call.forward(save=True)
     restore = call.restore
-    pullback = ConvLSTMPullback(call, saved, return_state, bias is not None, options.get("initial_state") is not None)
+    with_state = not {"h", "c"}.isdisjoint(call.arrays)
+    pullback = ConvLSTMPullback(call, saved, return_state, bias is not None, with_state)
     outputs = tuple(map(restore, (output, h, c))) if return_state else restore(output)
     return outputs, pullback
 

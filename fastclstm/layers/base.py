@@ -279,7 +279,7 @@ class Layer(Described):
         gradients = {f"{prefix}.{name}": array for prefix, layer in self._sublayers.items()
                      for name, array in layer.get_gradients().items()}  # fmt: skip
         kept = self.trainable_parameters if self.store_gradients else ()
-        self._gradients = {name: gradients[name] for name in kept}
+        self._gradients = {name: gradients[name] for name in kept if name in gradients}
 
     def _recorded(self) -> Callable[..., Any]:
         """Return what the last call left for `backward`."""

@@ -132,7 +132,8 @@ class ConvLSTM2D(ConvLSTMLayer):
         The layers' parameters: ``cells[l].kernel``, ``.recurrent_kernel``, ``.bias``, ``.weights``; with bidirectional
         those of each layer's forward direction, then of its backward direction.
     state_gradients : list of (dh, dc), optional
-        Gradients of initial_state that the last `backward` left; None before, or where no initial state was given.
+        Gradients of initial_state that the last `backward` left; None before, or where no initial state was given. So is
+        the pair of a cell for which none was given.
     states : list of (h, c), optional
         Where stateful: what the next call starts from.
 
@@ -202,7 +203,7 @@ engine='reference')
         self._activity_regularizer = None if given is None else regularizers.get(given)
         self._activity_penalty = 0.0
         self._build_cells(filters, kernel_sizes, recurrent_sizes)
-        self.state_gradients: list[tuple[Any, Any]] | None = None
+        self.state_gradients: list[tuple[Any, ...]] | None = None
         self._states: LastStates | None = None
         self._made = True
 
@@ -379,7 +380,7 @@ engine='reference')
         unknown = [axis for axis in (0, 1) if len(input_shape) == 5 and input_shape[axis] is None]
         shape = tuple(1 if axis in unknown else n for axis, n in enumerate(input_shape))
         layout = self._layout(shape)
-        B, T, *frame = layout.read("x", np.broadcast_to(np.zeros((), self.dtype), shape), sequence=True).shape
+        B, T, *frame = layout.read_shape("x", shape, sequence=True)
         if T == 0:
             raise ValueError(f"ConvLSTM2D: x has no time steps {input_shape}; at least one is needed")
         B, HO, WO, F = self._state_shapes((B, *frame))[-1]
@@ -488,14 +489,17 @@ engine='reference')
                 pulled = tape.pullbacks[number]((d, *dlast[number]))
                 named = cells[backwards]._named_gradients(pulled)
                 gradients |= {f"{names[number]}.{name}": array for name, array in named.items()}
-                pulled_states.insert(0, pulled["initial_state"])
+                pulled_states.insert(0, pulled.get("initial_state", (None, None)))
                 dx = pulled["x"] if dx is None else dx + pulled["x"]
             merged = dx * tape.slopes[index - 1] if index and tape.slopes else dx
         if tape.kept_steps is not None:
             dx = np.where(tape.kept_steps, dx, np.zeros((), dx.dtype))
         restore = tape.restore
-        written = [(restore(layout.write(dh)), restore(layout.write(dc))) for dh, dc in pulled_states]
-        self.state_gradients = written if tape.with_state else None
+        self.state_gradients = None
+        if tape.with_state:
+            self.state_gradients = [
+                tuple(None if d is None else restore(layout.write(d)) for d in pair) for pair in pulled_states
+            ]
         self._keep_gradients(gradients)
         return restore(layout.write(dx))
 

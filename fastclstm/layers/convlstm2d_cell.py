@@ -270,6 +270,9 @@ dtype, seed, engine, algorithm
         restore = dispatch.restorer(x_t)
         layout, x, state = self._read(x_t, h, c)
         self._pullback = None
+        if training:  # so that the gradients of both are there
+            zeros = np.zeros(self._state_shape(x.shape), x.dtype)
+            state = tuple(zeros if part is None else part for part in state)
         outputs, pullback = self._run(x[:, np.newaxis], state, training=training, return_sequences=False)
         if pullback is not None:
             self._learn(pullback)
@@ -332,8 +335,7 @@ dtype, seed, engine, algorithm
     def output_shape(self, input_shape: Shape) -> Shape:
         """Return the shape of h and of c for an x_t of `input_shape`."""
         layout = self._layout(input_shape)
-        frames = layout.read("x", np.broadcast_to(np.zeros((), self.dtype), input_shape)).shape
-        return layout.shape(self._state_shape(frames))
+        return layout.shape(self._state_shape(layout.read_shape("x", input_shape)))
 
     def _layout(self, shape: Shape) -> Layout:
         """Return how arrays lie where x has `shape`."""

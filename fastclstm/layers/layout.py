@@ -30,7 +30,14 @@ class Layout:
 
     def read(self, name: str, value: Any, *, sequence: bool = False) -> np.ndarray:
         """Return a caller's sequence, frame or state as the engines take it, of the layer's dtype."""
-        array = dispatch.as_numpy(self.op, name, value)
+        array = self._engine_axes(name, dispatch.as_numpy(self.op, name, value), sequence)
+        return dispatch.native(array, np.dtype(self.dtype))
+
+    def read_shape(self, name: str, shape: Shape, *, sequence: bool = False) -> Shape:
+        """Return the shape of what `read` gives for a caller's array of `shape`."""
+        return self._engine_axes(name, np.broadcast_to(np.zeros(()), shape), sequence).shape
+
+    def _engine_axes(self, name: str, array: np.ndarray, sequence: bool) -> np.ndarray:
         rank = 3 + self.batched + sequence
         if array.ndim != rank:
             raise ValueError(
@@ -43,7 +50,7 @@ class Layout:
             array = array.swapaxes(0, 1)
         if self.data_format == "channels_first":
             array = np.moveaxis(array, 2 if sequence else 1, -1)
-        return dispatch.native(array, np.dtype(self.dtype))
+        return array
 
     def write(self, array: np.ndarray) -> np.ndarray:
         """Return an engine's sequence (B, T, H, W, C) or frame (B, H, W, C) as the caller's arrays lie."""
