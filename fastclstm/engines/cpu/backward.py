@@ -1,0 +1,170 @@
+"""Backpropagation through time on the cpu engine: what the forward pass keeps, and the way back.
+
+Each step takes one pass over the gates and one convolution; the gradients of x and of the kernels wait until a few steps
+have come together. Images go back in groups small enough that what waits stays in the cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fastclstm.engines.cpu import gates, sequence, vmath, winograd
+from fastclstm.engines.cpu.conv2d import InputGradient, team_size
+from fastclstm.engines.cpu.flow import NOTHING, Slots, slots
+from fastclstm.engines.cpu.gates_backward import GateGradients
+from fastclstm.engines.cpu.weight_gradient import WeightGradient
+from fastclstm.spec import PEEPHOLE_GATES, ConvLSTMSpec
+
+Arrays = dict[str, np.ndarray]
+
+STEP_BYTES = 4 << 20
+"""Gradients of the pre-activations of one step of a group of images, about."""
+
+WAITING_BYTES = 16 << 20
+"""Those of the steps that wait, at most; one step always may."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What the way back needs of the forward pass, steps in the order of processing."""
+
+    x: np.ndarray
+    kernels: tuple[np.ndarray, np.ndarray]
+    """The recurrent and the input kernel."""
+    peephole: Arrays | None
+    mask: np.ndarray | None
+    algorithm: str
+    given_state: bool
+    """Whether the initial state was given, so that its gradients are of use."""
+    gates: np.ndarray
+    """Activated (B, T, HO, WO, 4F)."""
+    h: np.ndarray
+    c: np.ndarray
+    """States (B, T + 1, HO, WO, F), first the initial one."""
+
+    def replace(self, images: np.ndarray, others: Saved) -> None:
+        """Take the gates and states of some images, where `images` is true, from a run of those alone."""
+        for name in ("gates", "h", "c"):
+            getattr(self, name)[images] = getattr(others, name)
+
+
+def fits(spec: ConvLSTMSpec) -> bool:
+    """Whether the derivatives of the activations, which the kernels must know, follow from what is kept."""
+    codes = gates.activation_codes(spec)
+    return codes is not None and vmath.DERIVATIVE_CODES.issuperset(codes)
+
+
+def start(
+    spec: ConvLSTMSpec, x: np.ndarray, kernels: tuple[np.ndarray, np.ndarray], h: np.ndarray | None,
+    c: np.ndarray | None, peephole: Arrays | None, mask: np.ndarray | None, algorithm: str,
+) -> Saved:  # fmt: skip
+    """Memory for the forward pass to fill, the initial state in its place."""
+    B, *frame, F = spec.state_shape
+    states = [np.empty((B, spec.T + 1, *frame, F), x.dtype) for _ in range(2)]
+    for state, first in zip(states, (h, c), strict=True):
+        state[:, 0] = 0 if first is None else first
+    kept = np.empty((B, spec.T, *frame, 4 * F), x.dtype)
+    return Saved(x, kernels, peephole, mask, algorithm, h is not None or c is not None, kept, *states)
+
+
+def backward(
+    spec: ConvLSTMSpec, saved: Saved, dy: np.ndarray | None, dh: np.ndarray | None, dc: np.ndarray | None
+) -> dict[str, Any]:
+    """Pull gradients of the output, the last h and the last c back through time: see `recurrence.backward`.
+
+    The gradients of an initial state that was not given are not computed: they are None.
+    """
+    x, dtype = saved.x, saved.x.dtype
+    if saved.mask is not None:  # what is masked must not be read, were it NaN
+        x = np.where(saved.mask[:, :: -1 if spec.go_backwards else 1, None, None, None], x, x.dtype.type(0))
+    dx = np.empty_like(x)
+    dh, dc = (np.zeros(spec.state_shape, dtype) if d is None else d.copy() for d in (dh, dc))
+    peephole = None if saved.peephole is None else np.stack([saved.peephole[gate] for gate in PEEPHOLE_GATES])
+    gate_gradients = GateGradients(gates.cell(spec, saved.peephole), spec.HO * spec.WO, dtype, peephole)
+    frame = spec.HO * spec.WO * 4 * spec.F * dtype.itemsize
+    group = max(1, min(spec.B, STEP_BYTES // frame))
+    steps = max(1, min(spec.T, WAITING_BYTES // (group * frame)))
+    kernel_gradients = _kernel_gradients(spec, saved.algorithm, group * steps, dtype)
+    for b in range(0, spec.B, group):
+        part = slice(b, min(b + group, spec.B))
+        dy_part = None if dy is None else dy[part]
+        _group_backward(spec, saved, part, steps, x[part], dx[part], dy_part, dh[part], dc[part], gate_gradients,
+                        kernel_gradients)  # fmt: skip
+    dbias, dpeephole = gate_gradients.result()
+    gradients = {name: gradient for names, job in kernel_gradients for name, gradient in zip(names, job.result(), strict=True)}
+    return gradients | {
+        "x": dx, "bias": dbias, "h": dh if saved.given_state else None, "c": dc if saved.given_state else None,
+        "peephole": None if dpeephole is None else dict(zip(PEEPHOLE_GATES, dpeephole, strict=True)),
+    }  # fmt: skip
+
+
+def _kernel_gradients(
+    spec: ConvLSTMSpec, algorithm: str, frames: int, dtype: np.dtype
+) -> list[tuple[tuple[str, ...], WeightGradient]]:
+    """The gradients to gather: of both kernels together, or apart where Winograd's tiles fit only one."""
+    specs = {"recurrent_kernel": spec.recurrent, "kernel": spec.input}
+    together = winograd.fits(tuple(specs.values())) or not any(winograd.fits((part,)) for part in specs.values())
+    jobs = [tuple(specs)] if together else [(name,) for name in specs]
+    return [(names, WeightGradient(tuple(specs[n] for n in names), dtype, frames, algorithm)) for names in jobs]
+
+
+def _group_backward(
+    spec: ConvLSTMSpec, saved: Saved, part: slice, steps: int, x: np.ndarray, dx: np.ndarray, dy: np.ndarray | None,
+    dh: np.ndarray, dc: np.ndarray, gate_gradients: GateGradients,
+    kernel_gradients: list[tuple[tuple[str, ...], WeightGradient]],
+) -> None:  # fmt: skip
+    """Take a group of images back through time; dh and dc become the gradients of the initial state."""
+    B, T = len(x), spec.T
+    team = team_size(B * spec.recurrent.flops // spec.B)
+    recurrent, inputs = (
+        InputGradient(conv.with_batch(B), kernel, saved.algorithm, team)
+        for conv, kernel in zip((spec.recurrent, spec.input), saved.kernels, strict=True)
+    )
+    dz = sequence.scratch_array((B, steps, spec.HO, spec.WO, 4 * spec.F), x.dtype, "dz")
+    dz_slots, x_slots, dx_slots = slots(dz), slots(x, spec.go_backwards), slots(dx, spec.go_backwards)
+    h, c, kept = slots(saved.h[part]), slots(saved.c[part]), slots(saved.gates[part])
+    dh_slots = slots(dh)
+    mask = None if saved.mask is None else saved.mask[part]
+    sequences = dy if spec.return_sequences else None
+    doutput = np.zeros_like(dh)  # of an output that masked steps repeat
+    if dy is not None and not spec.return_sequences:
+        np.copyto(doutput, dy)
+    if mask is None:
+        dh += doutput
+
+    for last in range(T, 0, -steps):
+        first = max(0, last - steps)
+        for t in reversed(range(first, last)):
+            arrays = {"gates": kept.after(0, t), "c": c.after(0, t), "dh": dh_slots, "dc": slots(dc),
+                      "dz": dz_slots.after(0, t - first)}  # fmt: skip
+            if mask is not None:
+                if sequences is not None:
+                    doutput += sequences[:, t]
+                dz[:, t - first] = 0
+                _masked_step(mask[:, t], team, doutput, dh, arrays, gate_gradients, recurrent)
+                continue
+            dy_slot = NOTHING if sequences is None else slots(sequences).after(0, t)
+            gate_gradients.pull_back(B, team, dy=dy_slot, **arrays)
+            if t > 0 or saved.given_state:
+                recurrent.pull_back(arrays["dz"], dh_slots, 1)
+        inputs.pull_back(dz_slots, dx_slots.after(0, first), last - first)
+        sources = {"kernel": x_slots.after(0, first), "recurrent_kernel": h.after(0, first)}
+        for names, job in kernel_gradients:
+            job.add(tuple(sources[name] for name in names), dz_slots, B, last - first, team)
+
+
+def _masked_step(
+    valid: np.ndarray, team: int, doutput: np.ndarray, dh: np.ndarray, arrays: dict[str, Slots],
+    gate_gradients: GateGradients, recurrent: InputGradient,
+) -> None:  # fmt: skip
+    """Take back the images whose step was not masked; the gradients of the others' states stay as they are."""
+    for b in np.flatnonzero(valid):
+        here = {name: slot.after(int(b), 0) for name, slot in arrays.items()}
+        gate_gradients.pull_back(1, team, dy=slots(doutput[b : b + 1]), **here)
+    doutput[valid] = 0
+    dh_new = np.empty_like(dh)
+    recurrent.pull_back(arrays["dz"], slots(dh_new), 1)
+    np.copyto(dh, dh_new, where=valid[:, np.newaxis, np.newaxis, np.newaxis])
