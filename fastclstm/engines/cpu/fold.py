@@ -31,14 +31,23 @@ def _add_run(target, origin, count):
 @inline
 def _add_row(job, src, taps, ky, row):
     """Add what tap row ky of a row of outputs, taps (WO, KH, KW, C), gives to a row (W, C) of pixels."""
+    size = src.KH * src.KW * src.C
     for kx in range(src.KW):
-        for j in range(job.WO):
-            x = j * src.stride_x + kx * src.dilation_x - src.left
+        x0 = kx * src.dilation_x - src.left
+        origin = simd.shift(taps, (ky * src.KW + kx) * src.C)
+        first, last = 0, job.WO
+        if not src.circular:
+            first = min(max(0, -(x0 // src.stride_x)), last)
+            last = max(min(last, (src.W - 1 - x0) // src.stride_x + 1), first)
+        if src.C == 1 and not src.circular:
+            for j in range(first, last):
+                row[x0 + j * src.stride_x] += origin[j * size]
+            continue
+        for j in range(first, last):
+            x = x0 + j * src.stride_x
             if src.circular:
                 x = x % src.W
-            if x >= 0 and x < src.W:
-                origin = ((j * src.KH + ky) * src.KW + kx) * src.C
-                _add_run(simd.shift(row, x * src.C), simd.shift(taps, origin), src.C)
+            _add_run(simd.shift(row, x * src.C), simd.shift(origin, j * size), src.C)
 
 
 @inline

@@ -36,52 +36,67 @@ def _add(target, value, count):
 
 
 @inline
+def _standard(i, f, g, o, c, dh, dc):
+    """dz of i, f, g, o and the dc of the step before, with tanh, sigmoid, tanh and nothing else."""
+    y = vmath.tanh(simd.fma(f, c, i * g))
+    dz_o = dh * y * (o * (1.0 - o))
+    dc = simd.fma(dh * o, 1.0 - y * y, dc)
+    return dc * g * (i * (1.0 - i)), dc * c * (f * (1.0 - f)), dc * i * (1.0 - g * g), dz_o, dc * f
+
+
+@inline
+def _general(like, step, cell, sums, pixel, k, count, i, f, g, o, c, dh, dc):
+    """The same with any activations, peepholes and clipping; adds to the gradients of the peepholes."""
+    c_new = simd.maximum(-cell.clip, simd.minimum(cell.clip, simd.fma(f, c, i * g)))
+    y = vmath.activate(cell.output_activation, c_new)
+    dz_o = dh * y * vmath.derivative(cell.recurrent_activation, o)
+    dc = simd.fma(dh * o, vmath.derivative(cell.output_activation, y), dc)
+    own = (pixel if step.elementwise else 0) * step.F + k
+    size = (step.pixels if step.elementwise else 1) * step.F
+    weights = simd.at(like, step.weights)
+    if step.weights != 0:
+        dc = simd.fma(dz_o, take(simd.shift(weights, 2 * size + own), count), dc)
+    if cell.clip < np.inf:
+        dc = simd.select_less(simd.absolute(c_new), simd.broadcast(dc, cell.clip), dc, simd.zeros(sums))
+    dz_i = dc * g * vmath.derivative(cell.recurrent_activation, i)
+    dz_f = dc * c * vmath.derivative(cell.recurrent_activation, f)
+    dz_g = dc * i * vmath.derivative(cell.activation, g)
+    dc = dc * f
+    if step.weights != 0:
+        dc = simd.fma(dz_i, take(simd.shift(weights, own), count), dc)
+        dc = simd.fma(dz_f, take(simd.shift(weights, size + own), count), dc)
+        target = simd.shift(sums, 4 * step.F + k)
+        if step.elementwise:
+            target = simd.shift(simd.at(like, step.dweights), own)
+        _add(target, dz_i * c, count)
+        _add(simd.shift(target, size), dz_f * c, count)
+        _add(simd.shift(target, 2 * size), dz_o * c_new, count)
+    return dz_i, dz_f, dz_g, dz_o, dc
+
+
+@inline
 def _pull_back(like, step, cell, b, pixel, sums):
     """Compute dz and the new dc of one pixel, and add to the sums of its chunk."""
     F = step.F
     lanes = simd.vector_lanes(sums)
     for k in range(0, F, lanes):
         count = min(lanes, F - k)
-        index = pixel * F + k
-        gates = _place(like, step.gates, step.gates_image, b, 4 * pixel * F + k)
+        index, gate_index = pixel * F + k, 4 * pixel * F + k
+        gates = _place(like, step.gates, step.gates_image, b, gate_index)
         i, f = take(gates, count), take(simd.shift(gates, F), count)
         g, o = take(simd.shift(gates, 2 * F), count), take(simd.shift(gates, 3 * F), count)
         c = take(_place(like, step.c, step.c_image, b, index), count)
-        dh = simd.zeros(sums)
+        dh = take(_place(like, step.dh, step.dh_image, b, index), count)
         if step.dy != 0:
-            dh = take(_place(like, step.dy, step.dy_image, b, index), count)
-        if step.dh != 0:
-            dh = dh + take(_place(like, step.dh, step.dh_image, b, index), count)
+            dh = dh + take(_place(like, step.dy, step.dy_image, b, index), count)
         dc_place = _place(like, step.dc, step.dc_image, b, index)
         dc = take(dc_place, count)
-
-        c_new = simd.maximum(-cell.clip, simd.minimum(cell.clip, simd.fma(f, c, i * g)))
-        y = vmath.activate(cell.output_activation, c_new)
-        dz_o = dh * y * vmath.derivative(cell.recurrent_activation, o)
-        dc = simd.fma(dh * o, vmath.derivative(cell.output_activation, y), dc)
-        weight = step.weights
-        own = (pixel if step.elementwise else 0) * F + k
-        size = (step.pixels if step.elementwise else 1) * F
-        if weight != 0:
-            dc = simd.fma(dz_o, take(simd.shift(simd.at(like, weight), 2 * size + own), count), dc)
-        if cell.clip < np.inf:
-            dc = simd.select_less(simd.absolute(c_new), simd.broadcast(dc, cell.clip), dc, simd.zeros(sums))
-        dz_i = dc * g * vmath.derivative(cell.recurrent_activation, i)
-        dz_f = dc * c * vmath.derivative(cell.recurrent_activation, f)
-        dz_g = dc * i * vmath.derivative(cell.activation, g)
-        dc = dc * f
-        if weight != 0:
-            dc = simd.fma(dz_i, take(simd.shift(simd.at(like, weight), own), count), dc)
-            dc = simd.fma(dz_f, take(simd.shift(simd.at(like, weight), size + own), count), dc)
-            target = simd.shift(sums, 4 * F + k)
-            if step.elementwise:
-                target = simd.shift(simd.at(like, step.dweights), own)
-            _add(target, dz_i * c, count)
-            _add(simd.shift(target, size), dz_f * c, count)
-            _add(simd.shift(target, 2 * size), dz_o * c_new, count)
+        if cell.standard:
+            dz_i, dz_f, dz_g, dz_o, dc = _standard(i, f, g, o, c, dh, dc)
+        else:
+            dz_i, dz_f, dz_g, dz_o, dc = _general(like, step, cell, sums, pixel, k, count, i, f, g, o, c, dh, dc)
         put(dc_place, dc, count)
-        dz = _place(like, step.dz, step.dz_image, b, 4 * pixel * F + k)
-        bias = simd.shift(sums, k)
+        dz, bias = _place(like, step.dz, step.dz_image, b, gate_index), simd.shift(sums, k)
         put(dz, dz_i, count)
         put(simd.shift(dz, F), dz_f, count)
         put(simd.shift(dz, 2 * F), dz_g, count)

@@ -219,7 +219,7 @@ def _gather_tile(like, job, work, sources, index, slot, patch):
         src = sources[s]
         frame = simd.at(like, _source_frame(job, s, n))
         winograd.transform_tile(work, src, frame, ty - src.top, tx - src.left, target, step, work.point, patch)
-        target = simd.shift(target, (src.C + step - 1) // step * step)
+        target = simd.shift(target, src.C)  # over the zeros that end the channels before
     target = simd.shift(base, work.gradients + slot * step)
     frame = simd.at(like, _gradient_frame(job, n))
     gradient = sources[len(sources) - 1]
@@ -319,16 +319,18 @@ class WeightGradient:
 
     def result(self) -> list[np.ndarray]:
         """Return the gradients (KH, KW, C, F) of the kernels."""
-        F = self._specs[0].F
-        rows = np.moveaxis(self._sums, -3, -2).reshape(*self._sums.shape[:-3], self._sums.shape[-2], -1)[..., :F]
-        gradients = []
-        for s, spec in enumerate(self._specs):
-            parts = [rows[..., run[4] : run[4] + run[2], :] for run in self._plan.runs if run[0] == s]
-            if self._m:
-                gradients.append(winograd.weight_gradient(parts[0], self._m, spec.KH).astype(self._dtype))
-            else:
-                gradients.append(np.concatenate(parts).reshape(spec.KH, spec.KW, spec.C, F))
-        return gradients
+        sums, F = self._sums, self._specs[0].F
+        if self._m:
+            sums = winograd.weight_gradient(sums, self._m, self._specs[0].KH)
+        matrix = sums.swapaxes(-3, -2).reshape(*sums.shape[:-3], sums.shape[-2], -1)[..., :F]
+        if self._m:
+            ends = np.cumsum([spec.C for spec in self._specs])
+            return [matrix[:, :, end - spec.C : end].copy() for end, spec in zip(ends, self._specs, strict=True)]
+        return [
+            np.concatenate([matrix[row : row + length] for source, _, length, _, row in self._plan.runs if source == s])
+            .reshape(spec.KH, spec.KW, spec.C, F)
+            for s, spec in enumerate(self._specs)
+        ]  # fmt: skip
 
 
 def choose(specs: tuple[ConvSpec, ...], T: int, algorithm: str, itemsize: int) -> int:
@@ -402,13 +404,10 @@ def _winograd_plan(specs: tuple[ConvSpec, ...], m: int, frames: int, itemsize: i
     gradient = ConvSpec(spec.B, spec.HO, spec.WO, spec.F, 1, 1, 1, spec.HO, spec.WO, (1, 1), (1, 1), ((0, 0), (0, 0)),
                         "zeros")  # fmt: skip
     sources = np.array([source(s) for s in (*specs, gradient)], SOURCE)
-    runs, at, row = [], 0, 0
-    for n, s in enumerate(specs):
-        chunk = _chunk(s.C)
-        runs.append((n, at, s.C, chunk, row))
-        row += -(-s.C // chunk) * chunk
-        at += -(-s.C // lanes) * lanes
-    pitch = (-(-at // lanes) | 1) * lanes  # an odd number of vectors: tiles in different sets of the cache
+    channels = sum(s.C for s in specs)
+    chunk = _chunk(channels)
+    rows = -(-channels // chunk) * chunk
+    pitch = (-(-channels // lanes) + 1 | 1) * lanes  # an odd number of vectors: tiles in different sets of the cache
     tiles_x, tiles_y = -(-spec.WO // m), -(-spec.HO // m)
     size = points * (pitch + pairs * width)
     count = max(8, min(frames * tiles_x * tiles_y, BLOCK_TILES, SCRATCH_BYTES // (size * itemsize)))
@@ -416,9 +415,9 @@ def _winograd_plan(specs: tuple[ConvSpec, ...], m: int, frames: int, itemsize: i
     point = (gradients + pairs * count * width) // lanes * lanes + 2 * lanes
     work = np.zeros(1, WORK)
     for name, value in {"m": m, "k": k, "HO": spec.HO, "WO": spec.WO, "columns": spec.F, "tiles_x": tiles_x,
-                        "tiles": tiles_x * tiles_y, "count": count, "rows": row, "pairs": pairs, "point": point,
+                        "tiles": tiles_x * tiles_y, "count": count, "rows": rows, "pairs": pairs, "point": point,
                         "pitch": pitch, "gradients": gradients, "patches": points * point,
                         "patch_size": points * lanes}.items():  # fmt: skip
         work[0][name] = value
-    return _Plan(WINOGRAD, work, sources, np.array(runs, np.int64), (points, pairs, row, width), points * point,
-                 points * lanes)  # fmt: skip
+    return _Plan(WINOGRAD, work, sources, np.array([(0, 0, channels, chunk, 0)], np.int64), (points, pairs, rows, width),
+                 points * point, points * lanes)  # fmt: skip
