@@ -94,7 +94,9 @@ def backward(
         _group_backward(spec, saved, part, steps, x[part], dx[part], dy_part, dh[part], dc[part], gate_gradients,
                         kernel_gradients)  # fmt: skip
     dbias, dpeephole = gate_gradients.result()
-    gradients = {name: gradient for names, job in kernel_gradients for name, gradient in zip(names, job.result(), strict=True)}
+    gradients = {
+        name: gradient for names, job in kernel_gradients for name, gradient in zip(names, job.result(), strict=True)
+    }
     return gradients | {
         "x": dx, "bias": dbias, "h": dh if saved.given_state else None, "c": dc if saved.given_state else None,
         "peephole": None if dpeephole is None else dict(zip(PEEPHOLE_GATES, dpeephole, strict=True)),

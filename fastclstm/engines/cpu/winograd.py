@@ -20,8 +20,8 @@ from fastclstm.engines.cpu import simd
 from fastclstm.engines.cpu.compilation import inline, kernel
 from fastclstm.engines.cpu.direct import STREAMING_ROWS
 from fastclstm.engines.cpu.flow import Plan, place, share, skipped_sources, source_at, worker_scratch
-from fastclstm.engines.cpu.frames import SOURCE, copy_run, source
-from fastclstm.engines.cpu.gates import finish, skip_step
+from fastclstm.engines.cpu.frames import SOURCE, source
+from fastclstm.engines.cpu.gates import finish, skip_step, take
 from fastclstm.spec import ConvSpec
 
 POINTS = {4: (0, 1, -1), 6: (0, 1, -1, Fraction(1, 2), -2), 8: (0, 1, -1, 2, -2, Fraction(1, 2), Fraction(-1, 2))}
@@ -329,14 +329,14 @@ def _pixels(src, frame, y0, x0, side, c, count, patch):
         return simd.shift(frame, (y0 * src.W + x0) * src.C + c), src.W * src.C, src.C
     step = simd.vector_lanes(patch)
     for i in range(side):
+        y = (y0 + i) % src.H if src.circular else y0 + i
+        line = simd.shift(frame, y * src.W * src.C + c)
         for j in range(side):
-            y, x = y0 + i, x0 + j
-            if src.circular:
-                y, x = y % src.H, x % src.W
-            pixel = simd.shift(patch, (i * side + j) * step)
-            simd.store(pixel, simd.zeros(pixel))
+            x = (x0 + j) % src.W if src.circular else x0 + j
+            value = simd.zeros(patch)
             if y >= 0 and y < src.H and x >= 0 and x < src.W:
-                copy_run(pixel, simd.shift(frame, (y * src.W + x) * src.C + c), count)
+                value = take(simd.shift(line, x * src.C), count)
+            simd.store(simd.shift(patch, (i * side + j) * step), value)
     return patch, side * step, step
 
 
