@@ -1,7 +1,7 @@
 """Backpropagation through time on the cpu engine: what the forward pass keeps, and the way back.
 
-Each step takes one pass over the gates and one convolution; the gradients of x and of the kernels wait until a few steps
-have come together. Images go back in groups small enough that what waits stays in the cache.
+Each step takes one pass over the gates and one convolution; the gradients of x and of the kernels wait until a few
+steps have come together. Images go back in groups small enough that what waits stays in the cache.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ class Saved:
     peephole: Arrays | None
     mask: np.ndarray | None
     algorithm: str
+    h_first: np.ndarray | None
+    """The initial hidden state, where it was given."""
     given_state: bool
-    """Whether the initial state was given, so that its gradients are of use."""
+    """Whether an initial state was given, so that its gradients are of use."""
     gates: np.ndarray
     """Activated (B, T, HO, WO, 4F)."""
-    h: np.ndarray
     c: np.ndarray
-    """States (B, T + 1, HO, WO, F), first the initial one."""
+    """Cell states (B, T + 1, HO, WO, F), first the initial one. The hidden states follow from them and from o."""
 
     def replace(self, images: np.ndarray, others: Saved) -> None:
         """Take the gates and states of some images, where `images` is true, from a run of those alone."""
-        for name in ("gates", "h", "c"):
-            getattr(self, name)[images] = getattr(others, name)
+        self.gates[images], self.c[images] = others.gates, others.c
 
 
 def fits(spec: ConvLSTMSpec) -> bool:
@@ -63,11 +63,10 @@ def start(
 ) -> Saved:  # fmt: skip
     """Memory for the forward pass to fill, the initial state in its place."""
     B, *frame, F = spec.state_shape
-    states = [np.empty((B, spec.T + 1, *frame, F), x.dtype) for _ in range(2)]
-    for state, first in zip(states, (h, c), strict=True):
-        state[:, 0] = 0 if first is None else first
+    cells = np.empty((B, spec.T + 1, *frame, F), x.dtype)
+    cells[:, 0] = 0 if c is None else c
     kept = np.empty((B, spec.T, *frame, 4 * F), x.dtype)
-    return Saved(x, kernels, peephole, mask, algorithm, h is not None or c is not None, kept, *states)
+    return Saved(x, kernels, peephole, mask, algorithm, h, h is not None or c is not None, kept, cells)
 
 
 def backward(
@@ -125,11 +124,13 @@ def _group_backward(
         InputGradient(conv.with_batch(B), kernel, saved.algorithm, team)
         for conv, kernel in zip((spec.recurrent, spec.input), saved.kernels, strict=True)
     )
-    dz = sequence.scratch_array((B, steps, spec.HO, spec.WO, 4 * spec.F), x.dtype, "dz")
+    frame = (spec.HO, spec.WO)
+    dz = sequence.scratch_array((B, steps, *frame, 4 * spec.F), x.dtype, "dz")
+    h = sequence.scratch_array((B, steps, *frame, spec.F), x.dtype, "h")  # before each step
     dz_slots, x_slots, dx_slots = slots(dz), slots(x, spec.go_backwards), slots(dx, spec.go_backwards)
-    h, c, kept = slots(saved.h[part]), slots(saved.c[part]), slots(saved.gates[part])
-    dh_slots = slots(dh)
+    h_slots, c, kept, dh_slots = slots(h), slots(saved.c[part]), slots(saved.gates[part]), slots(dh)
     mask = None if saved.mask is None else saved.mask[part]
+    h_first = 0 if saved.h_first is None else saved.h_first[part]
     sequences = dy if spec.return_sequences else None
     doutput = np.zeros_like(dh)  # of an output that masked steps repeat
     if dy is not None and not spec.return_sequences:
@@ -140,32 +141,41 @@ def _group_backward(
     for last in range(T, 0, -steps):
         first = max(0, last - steps)
         for t in reversed(range(first, last)):
+            n = t - first
             arrays = {"gates": kept.after(0, t), "c": c.after(0, t), "dh": dh_slots, "dc": slots(dc),
-                      "dz": dz_slots.after(0, t - first)}  # fmt: skip
+                      "dz": dz_slots.after(0, n), "h": h_slots.after(0, n)}  # fmt: skip
             if mask is not None:
                 if sequences is not None:
                     doutput += sequences[:, t]
-                dz[:, t - first] = 0
-                _masked_step(mask[:, t], team, doutput, dh, arrays, gate_gradients, recurrent)
+                dz[:, n], h[:, n] = 0, h_first
+                _masked_step(mask, t, team, doutput, dh, arrays, gate_gradients, recurrent)
                 continue
+            before = NOTHING
+            if t > 0:
+                before = kept.after(0, t - 1)
+            else:
+                h[:, n] = h_first
             dy_slot = NOTHING if sequences is None else slots(sequences).after(0, t)
-            gate_gradients.pull_back(B, team, dy=dy_slot, **arrays)
+            gate_gradients.pull_back(B, team, dy=dy_slot, before=before, **arrays)
             if t > 0 or saved.given_state:
                 recurrent.pull_back(arrays["dz"], dh_slots, 1)
         inputs.pull_back(dz_slots, dx_slots.after(0, first), last - first)
-        sources = {"kernel": x_slots.after(0, first), "recurrent_kernel": h.after(0, first)}
+        sources = {"kernel": x_slots.after(0, first), "recurrent_kernel": h_slots}
         for names, job in kernel_gradients:
             job.add(tuple(sources[name] for name in names), dz_slots, B, last - first, team)
 
 
 def _masked_step(
-    valid: np.ndarray, team: int, doutput: np.ndarray, dh: np.ndarray, arrays: dict[str, Slots],
+    mask: np.ndarray, t: int, team: int, doutput: np.ndarray, dh: np.ndarray, arrays: dict[str, Slots],
     gate_gradients: GateGradients, recurrent: InputGradient,
 ) -> None:  # fmt: skip
     """Take back the images whose step was not masked; the gradients of the others' states stay as they are."""
+    valid = mask[:, t]
     for b in np.flatnonzero(valid):
         here = {name: slot.after(int(b), 0) for name, slot in arrays.items()}
-        gate_gradients.pull_back(1, team, dy=slots(doutput[b : b + 1]), **here)
+        earlier = np.flatnonzero(mask[b, :t])  # the last of these left the hidden state
+        before = here["gates"].after(0, int(earlier[-1]) - t) if earlier.size else NOTHING
+        gate_gradients.pull_back(1, team, dy=slots(doutput[b : b + 1]), before=before, **here)
     doutput[valid] = 0
     dh_new = np.empty_like(dh)
     recurrent.pull_back(arrays["dz"], slots(dh_new), 1)

@@ -48,19 +48,14 @@ def convlstm2d(
     h_last, c_last = (np.empty(state, dtype), np.empty(state, dtype)) if out is None else out
     if m and c is not None and np.may_share_memory(c, c_last):
         c = sequence.kept_copy(c)
-    # Where no step is skipped the outputs are the hidden states, and unless they are saved they are kept only once.
-    apart = mask is not None or (save and spec.return_sequences)
-    separate = np.empty(spec.output_shape, dtype) if apart else None
+    # Where no step is skipped the outputs are the hidden states, and are kept only once.
+    separate = np.empty(spec.output_shape, dtype) if mask is not None else None
     ordered = np.ascontiguousarray(mask[:, ::-1]) if mask is not None and spec.go_backwards else mask
-    saved = None
-    if save:
-        saved = backward.start(spec, x, (recurrent_kernel, kernel), h, c, peephole, ordered, algorithm)
-        h_first, h_states, c_first, c_states = saved.h[:, 0], saved.h[:, 1:], saved.c[:, 0], saved.c[:, 1:]
-    else:
-        kept = spec.T if spec.return_sequences and mask is None else min(2, spec.T)
-        h_states = h_last[:, np.newaxis] if kept == 1 else np.empty((spec.B, kept, *state[1:]), dtype)
-        h_first, c_first = (np.zeros(state, dtype) if first is None else first for first in (h, c))
-        c_states = c_last[:, np.newaxis]
+    saved = backward.start(spec, x, (recurrent_kernel, kernel), h, c, peephole, ordered, algorithm) if save else None
+    kept = spec.T if spec.return_sequences and mask is None else min(2, spec.T)
+    h_states = h_last[:, np.newaxis] if kept == 1 else np.empty((spec.B, kept, *state[1:]), dtype)
+    c_states = c_last[:, np.newaxis] if saved is None else saved.c[:, 1:]
+    h_first, c_first = (np.zeros(state, dtype) if first is None else first for first in (h, c))
     if c_last.size:
         _run_fused(spec, m, x, (recurrent_kernel, kernel), bias, (h_first, c_first), peephole, ordered,
                    (h_states, c_states), separate, None if saved is None else saved.gates, h is None)  # fmt: skip

@@ -16,8 +16,8 @@ CHUNK_PIXELS = 64
 
 STEP = np.dtype([
     ("B", np.int64), ("pixels", np.int64), ("F", np.int64), ("workers", np.int64),
-    *((f"{name}{field}", kind) for name in ("gates", "c", "dy", "dh", "dc", "dz")
-      for field, kind in (("", np.uint64), ("_image", np.int64))),  # addresses at this step (0: none), bytes to the next image
+    *((f"{name}{field}", kind) for name in ("gates", "before", "h", "c", "dy", "dh", "dc", "dz")
+      for field, kind in (("", np.uint64), ("_image", np.int64))),  # addresses at this step, bytes to the next image
     ("weights", np.uint64), ("dweights", np.uint64),  # addresses of peepholes i, f, o and of their gradients, 0: none
     ("elementwise", np.int64),  # whether each pixel has its own peepholes
     ("sums", np.uint64),  # address of the sums of each chunk: bias (4F), peepholes of channels (3F)
@@ -37,7 +37,7 @@ def _add(target, value, count):
 
 @inline
 def _standard(i, f, g, o, c, dh, dc):
-    """dz of i, f, g, o and the dc of the step before, with tanh, sigmoid, tanh and nothing else."""
+    """The dz of i, f, g, o and the dc of the step before, with tanh, sigmoid, tanh and nothing else."""
     y = vmath.tanh(simd.fma(f, c, i * g))
     dz_o = dh * y * (o * (1.0 - o))
     dc = simd.fma(dh * o, 1.0 - y * y, dc)
@@ -76,7 +76,7 @@ def _general(like, step, cell, sums, pixel, k, count, i, f, g, o, c, dh, dc):
 
 @inline
 def _pull_back(like, step, cell, b, pixel, sums):
-    """Compute dz and the new dc of one pixel, and add to the sums of its chunk."""
+    """Compute dz and the new dc of one pixel, and the h it began with, and add to the sums of its chunk."""
     F = step.F
     lanes = simd.vector_lanes(sums)
     for k in range(0, F, lanes):
@@ -91,6 +91,10 @@ def _pull_back(like, step, cell, b, pixel, sums):
             dh = dh + take(_place(like, step.dy, step.dy_image, b, index), count)
         dc_place = _place(like, step.dc, step.dc_image, b, index)
         dc = take(dc_place, count)
+        if step.before != 0:
+            o_before = take(_place(like, step.before, step.before_image, b, gate_index + 3 * F), count)
+            y = vmath.tanh(c) if cell.standard else vmath.activate(cell.output_activation, c)
+            put(_place(like, step.h, step.h_image, b, index), o_before * y, count)
         if cell.standard:
             dz_i, dz_f, dz_g, dz_o, dc = _standard(i, f, g, o, c, dh, dc)
         else:
@@ -156,7 +160,11 @@ class GateGradients:
             self._step[name] = value
 
     def pull_back(self, B: int, team: int, **arrays: Slots) -> None:
-        """Write dz of B images, and dc over dc, of the step at which the slots gates, c, dy, dh, dc and dz begin."""
+        """Write dz and h of B images, and dc over dc, of the step at which the slots begin.
+
+        They are: gates, before (the gates that left h; without them h is not written), h and c before the step, dy
+        (may be missing), dh, dc and dz.
+        """
         self._step["B"], self._step["workers"] = B, team
         for name, slot in arrays.items():
             self._step[name], self._step[f"{name}_image"] = slot.address, slot.image

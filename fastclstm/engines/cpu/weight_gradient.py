@@ -30,7 +30,7 @@ from fastclstm.spec import ConvSpec
 BLOCK_PIXELS = 512
 """Pixels of one block of the direct algorithm, at most."""
 
-BLOCK_TILES = 128
+BLOCK_TILES = 64
 """Tiles between two visits of the sums, at most: many make the visits rare."""
 
 SCRATCH_BYTES = 12 << 20
@@ -74,7 +74,9 @@ def accumulate(typingctx, rows, inputs, step, line, gradients, apart, lines, cou
 
     def codegen(context, builder, sig, args):
         _, inputs, step, line, gradients, apart, lines, count, sums = args
-        start = [simd.emit_load(builder, sums, vector, n) for n in range(nr * nv)]
+        start = [simd.constant(vector, 0.0)] * (nr * nv)  # what is added is summed apart: fewer roundings of large sums
+        for n in range(nr * nv):
+            simd.emit_prefetch(builder, builder.gep(sums, [simd.INT64(n * vector.count)]), 3)
 
         def outer(builder, i, carried):
             origin = builder.gep(inputs, [builder.mul(i, line)])
@@ -93,7 +95,7 @@ def accumulate(typingctx, rows, inputs, step, line, gradients, apart, lines, cou
 
         carried = simd.emit_loop(builder, simd.INT64(0), lines, 1, [gradients, *start], outer)
         for n, value in enumerate(carried[1:]):
-            simd.emit_store(builder, value, sums, n)
+            simd.emit_store(builder, builder.fadd(simd.emit_load(builder, sums, vector, n), value), sums, n)
         return context.get_dummy_value()
 
     return types.void(rows, inputs, types.intp, types.intp, inputs, types.intp, types.intp, types.intp, sums), codegen
@@ -319,18 +321,25 @@ class WeightGradient:
 
     def result(self) -> list[np.ndarray]:
         """Return the gradients (KH, KW, C, F) of the kernels."""
-        sums, F = self._sums, self._specs[0].F
         if self._m:
-            sums = winograd.weight_gradient(sums, self._m, self._specs[0].KH)
-        matrix = sums.swapaxes(-3, -2).reshape(*sums.shape[:-3], sums.shape[-2], -1)[..., :F]
-        if self._m:
-            ends = np.cumsum([spec.C for spec in self._specs])
-            return [matrix[:, :, end - spec.C : end].copy() for end, spec in zip(ends, self._specs, strict=True)]
+            return self._winograd_result()
+        matrix = self._sums.swapaxes(0, 1).reshape(self._sums.shape[1], -1)[:, : self._specs[0].F]
         return [
             np.concatenate([matrix[row : row + length] for source, _, length, _, row in self._plan.runs if source == s])
-            .reshape(spec.KH, spec.KW, spec.C, F)
+            .reshape(spec.KH, spec.KW, spec.C, spec.F)
             for s, spec in enumerate(self._specs)
         ]  # fmt: skip
+
+    def _winograd_result(self) -> list[np.ndarray]:
+        spec = self._specs[0]
+        ends = np.cumsum([spec.C for spec in self._specs])
+        gradients = np.empty((spec.KH, spec.KW, ends[-1], spec.F), self._dtype)
+        width = self._sums.shape[-1]
+        for pair in range(self._sums.shape[1]):  # what is beyond the channels may be anything
+            columns = gradients[..., pair * width : (pair + 1) * width]
+            taps = winograd.weight_gradient(self._sums[:, pair, : ends[-1]], self._m, spec.KH)
+            columns[...] = taps[..., : columns.shape[-1]]
+        return [part.copy() for part in np.split(gradients, ends[:-1], 2)]
 
 
 def choose(specs: tuple[ConvSpec, ...], T: int, algorithm: str, itemsize: int) -> int:
@@ -362,6 +371,14 @@ def _pairs(columns: int, itemsize: int) -> int:
     return -(-columns // (2 * simd.lanes(itemsize)))
 
 
+def _record(**fields: int) -> np.ndarray:
+    """One `WORK` with some fields."""
+    work = np.zeros(1, WORK)
+    for name, value in fields.items():
+        work[0][name] = value
+    return work
+
+
 def _round_up(count: int) -> int:
     return -(-count // 16) * 16 + 16
 
@@ -389,10 +406,8 @@ def _direct_plan(specs: tuple[ConvSpec, ...], frames: int, itemsize: int) -> _Pl
     item = at + _round_up(pairs * height * spec.WO * width)
     parts = -(-spec.HO // height)
     count = max(1, min(frames * parts, SCRATCH_BYTES // (item * itemsize)))
-    work = np.zeros(1, WORK)
-    for name, value in {"HO": spec.HO, "WO": spec.WO, "columns": spec.F, "height": height, "parts": parts,
-                        "count": count, "rows": row, "pairs": pairs, "item": item, "gradients": at}.items():  # fmt: skip
-        work[0][name] = value
+    work = _record(HO=spec.HO, WO=spec.WO, columns=spec.F, height=height, parts=parts, count=count, rows=row,
+                   pairs=pairs, item=item, gradients=at)  # fmt: skip
     return _Plan(DIRECT, work, sources, np.array(runs, np.int64), (pairs, row, width), item * count, 0)
 
 
@@ -413,11 +428,8 @@ def _winograd_plan(specs: tuple[ConvSpec, ...], m: int, frames: int, itemsize: i
     count = max(8, min(frames * tiles_x * tiles_y, BLOCK_TILES, SCRATCH_BYTES // (size * itemsize)))
     gradients = count * pitch + lanes
     point = (gradients + pairs * count * width) // lanes * lanes + 2 * lanes
-    work = np.zeros(1, WORK)
-    for name, value in {"m": m, "k": k, "HO": spec.HO, "WO": spec.WO, "columns": spec.F, "tiles_x": tiles_x,
-                        "tiles": tiles_x * tiles_y, "count": count, "rows": rows, "pairs": pairs, "point": point,
-                        "pitch": pitch, "gradients": gradients, "patches": points * point,
-                        "patch_size": points * lanes}.items():  # fmt: skip
-        work[0][name] = value
-    return _Plan(WINOGRAD, work, sources, np.array([(0, 0, channels, chunk, 0)], np.int64), (points, pairs, rows, width),
-                 points * point, points * lanes)  # fmt: skip
+    work = _record(m=m, k=k, HO=spec.HO, WO=spec.WO, columns=spec.F, tiles_x=tiles_x, tiles=tiles_x * tiles_y,
+                   count=count, rows=rows, pairs=pairs, point=point, pitch=pitch, gradients=gradients,
+                   patches=points * point, patch_size=points * lanes)  # fmt: skip
+    runs = np.array([(0, 0, channels, chunk, 0)], np.int64)
+    return _Plan(WINOGRAD, work, sources, runs, (points, pairs, rows, width), points * point, points * lanes)

@@ -479,11 +479,7 @@ def weight_transform(matrices: np.ndarray, m: int, k: int) -> np.ndarray:
 def weight_gradient(sums: np.ndarray, m: int, k: int) -> np.ndarray:
     """Gᵀ U G in float64 of sums of products U (α², …), the transpose of `weight_transform`: (k, k, …)."""
     G = transforms(m, k).G
-    matrix, columns = np.kron(G, G).T, sums.reshape(len(sums), -1)
-    taps = np.empty((k * k, columns.shape[1]), sums.dtype)
-    for first in range(0, columns.shape[1], 4096):  # as many as the cache holds
-        part = slice(first, first + 4096)
-        taps[:, part] = matrix @ columns[:, part].astype(np.float64, copy=False)
+    taps = np.kron(G, G).T @ sums.reshape(len(sums), -1).astype(np.float64, copy=False)
     return taps.reshape(k, k, *sums.shape[1:])
 
 
