@@ -52,11 +52,17 @@ def memory(field: str) -> float | None:
         return None
 
 
+def trim() -> None:
+    """Hand unused memory back to the system, where it can be asked to."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def held_memory(run: Callable[[], Any], before: float | None) -> float | None:
     """Return the peak of one more run in MB above `before`: input, weights, result, scratch and compiled code."""
     if before is None:
         return None
-    ctypes.CDLL(None).malloc_trim(0)
+    trim()
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     run()
     peak = memory("VmHWM")

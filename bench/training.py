@@ -120,6 +120,7 @@ def _work(pipe: Connection, name: str, case_name: str, threads: int, folder: Pat
     try:
         IMPLEMENTATIONS[name](_SMALL, threads)()
         run = IMPLEMENTATIONS[name](case, threads)
+        compare.trim()
         held_mb = compare.held_memory(run, compare.memory("VmRSS"))
         worst = errors(run(), {path.stem: np.load(path) for path in folder.glob("*.npy")})
     except Exception as reason:

@@ -7,6 +7,7 @@ steps have come together. Images go back in groups small enough that what waits 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ Arrays = dict[str, np.ndarray]
 STEP_BYTES = 4 << 20
 """Gradients of the pre-activations of one step of a group of images, about."""
 
-WAITING_BYTES = 16 << 20
+WAITING_BYTES = 8 << 20
 """Those of the steps that wait, at most; one step always may."""
 
 
@@ -84,14 +85,17 @@ def backward(
     peephole = None if saved.peephole is None else np.stack([saved.peephole[gate] for gate in PEEPHOLE_GATES])
     gate_gradients = GateGradients(gates.cell(spec, saved.peephole), spec.HO * spec.WO, dtype, peephole)
     frame = spec.HO * spec.WO * 4 * spec.F * dtype.itemsize
-    group = max(1, min(spec.B, STEP_BYTES // frame))
-    steps = max(1, min(spec.T, WAITING_BYTES // (group * frame)))
-    kernel_gradients = _kernel_gradients(spec, saved.algorithm, group * steps, dtype)
-    for b in range(0, spec.B, group):
-        part = slice(b, min(b + group, spec.B))
+    count = min(spec.B, -(-spec.B * frame // STEP_BYTES))  # groups of images
+    edges = [spec.B * n // count for n in range(count + 1)] if count else []
+    largest = -(-spec.B // max(1, count))
+    steps = max(1, min(spec.T, WAITING_BYTES // (max(1, largest) * frame)))
+    kernel_gradients = _kernel_gradients(spec, saved.algorithm, spec.B * spec.T, dtype)
+    pull_back = cache(partial(_input_gradients, spec, saved))  # at most two sizes of groups
+    for part in map(slice, edges, edges[1:]):
         dy_part = None if dy is None else dy[part]
-        _group_backward(spec, saved, part, steps, x[part], dx[part], dy_part, dh[part], dc[part], gate_gradients,
-                        kernel_gradients)  # fmt: skip
+        _group_backward(spec, saved, part, steps, x[part], dx[part], dy_part, dh[part], dc[part],
+                        pull_back(part.stop - part.start), gate_gradients, kernel_gradients)  # fmt: skip
+    pull_back.cache_clear()  # the kernels' copies are large
     dbias, dpeephole = gate_gradients.result()
     gradients = {
         name: gradient for names, job in kernel_gradients for name, gradient in zip(names, job.result(), strict=True)
@@ -100,6 +104,15 @@ def backward(
         "x": dx, "bias": dbias, "h": dh if saved.given_state else None, "c": dc if saved.given_state else None,
         "peephole": None if dpeephole is None else dict(zip(PEEPHOLE_GATES, dpeephole, strict=True)),
     }  # fmt: skip
+
+
+def _input_gradients(spec: ConvLSTMSpec, saved: Saved, B: int) -> tuple[InputGradient, ...]:
+    """The way back through the recurrent and the input convolution of B images."""
+    team = team_size(B * spec.recurrent.flops // max(1, spec.B))
+    return tuple(
+        InputGradient(conv.with_batch(B), kernel, saved.algorithm, team)
+        for conv, kernel in zip((spec.recurrent, spec.input), saved.kernels, strict=True)
+    )
 
 
 def _kernel_gradients(
@@ -114,16 +127,13 @@ def _kernel_gradients(
 
 def _group_backward(
     spec: ConvLSTMSpec, saved: Saved, part: slice, steps: int, x: np.ndarray, dx: np.ndarray, dy: np.ndarray | None,
-    dh: np.ndarray, dc: np.ndarray, gate_gradients: GateGradients,
+    dh: np.ndarray, dc: np.ndarray, input_gradients: tuple[InputGradient, ...], gate_gradients: GateGradients,
     kernel_gradients: list[tuple[tuple[str, ...], WeightGradient]],
 ) -> None:  # fmt: skip
     """Take a group of images back through time; dh and dc become the gradients of the initial state."""
     B, T = len(x), spec.T
-    team = team_size(B * spec.recurrent.flops // spec.B)
-    recurrent, inputs = (
-        InputGradient(conv.with_batch(B), kernel, saved.algorithm, team)
-        for conv, kernel in zip((spec.recurrent, spec.input), saved.kernels, strict=True)
-    )
+    recurrent, inputs = input_gradients
+    team = recurrent.team
     frame = (spec.HO, spec.WO)
     dz = sequence.scratch_array((B, steps, *frame, 4 * spec.F), x.dtype, "dz")
     h = sequence.scratch_array((B, steps, *frame, spec.F), x.dtype, "h")  # before each step

@@ -62,7 +62,7 @@ class InputGradient:
     """
 
     def __init__(self, spec: ConvSpec, kernel: np.ndarray, algorithm: str, team: int):
-        self._spec, self._dtype, self._team = spec, kernel.dtype, team
+        self._spec, self._dtype, self.team = spec, kernel.dtype, team
         taps = ConvSpec.infer((spec.B, spec.HO, spec.WO, spec.F), (1, 1, spec.F, spec.KH * spec.KW * spec.C))
         inner, m = _transposed(spec), 0
         if inner is not None:
@@ -75,7 +75,9 @@ class InputGradient:
             inner, m, kernel = taps, 0, kernel.reshape(1, 1, -1, spec.F)
         self._cell = np.zeros(1, CELL)
         self._cell["F"] = inner.F
-        self._plan, self._columns = sequence.prepare((inner,), (kernel,), None, np.ones(1), m, team, transposed=True)
+        self._plan, self._columns = sequence.prepare(
+            (inner,), (kernel,), None, np.ones(1), m, team, transposed=True, remember=False
+        )
 
     def pull_back(self, dy: Slots, dx: Slots, T: int) -> None:
         """Compute T steps of B images: dx (B, T, H, W, C) of dy (B, T, HO, WO, F)."""
@@ -90,10 +92,10 @@ class InputGradient:
         for t in range(0, T, at_once):
             count = min(at_once, T - t)
             self._run(dy.after(0, t), taps, count)
-            fold(spec, self._dtype, taps, dx.after(0, t), count, self._team)
+            fold(spec, self._dtype, taps, dx.after(0, t), count, self.team)
 
     def _run(self, dy: Slots, dx: Slots, T: int) -> None:
-        sequence.run(self._plan, self._columns, self._cell, self._spec.B, T, self._team, x=dy, h=dx)
+        sequence.run(self._plan, self._columns, self._cell, self._spec.B, T, self.team, x=dy, h=dx)
 
 
 def _transposed(spec: ConvSpec) -> ConvSpec | None:

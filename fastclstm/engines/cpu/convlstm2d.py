@@ -107,7 +107,7 @@ def _run_fused(
     scales = gates.SCALES if cell[0]["standard"] else np.ones(4)
     specs = (spec.recurrent, spec.input)
     team = team_size(spec.flops // spec.T)
-    plan, columns = sequence.prepare(specs, kernels, bias, scales, m, team)
+    plan, columns = sequence.prepare(specs, kernels, bias, scales, m, team, remember=kept is None)
     (h_first, c_first), (h, c) = first, states
     sequence.run(
         plan, columns, cell, spec.B, spec.T, team,

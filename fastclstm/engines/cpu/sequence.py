@@ -65,25 +65,35 @@ def cost(specs: tuple[ConvSpec, ...], m: int, itemsize: int) -> float:
 
 def prepare(
     specs: tuple[ConvSpec, ...], kernels: tuple[np.ndarray, ...], bias: np.ndarray | None, scales: np.ndarray, m: int,
-    team: int, *, transposed: bool = False,
+    team: int, *, transposed: bool = False, remember: bool = True,
 ) -> tuple[Plan, packing.Columns]:  # fmt: skip
     """Plan the sum of convolutions, and pack their kernels: the gates of the last axis times `scales`, rounded once.
 
-    transposed: the kernels are those that pull gradients back, (KH, KW, F, C): flipped and transposed.
+    transposed: the kernels are those that pull gradients back, (KH, KW, F, C): flipped and transposed. remember: the
+    same kernels will come again, so that packing them once is worth the memory.
     """
     dtype, gates = kernels[0].dtype, len(scales)
 
-    def pack() -> packing.Columns:
-        taps = [k[::-1, ::-1].swapaxes(2, 3) for k in kernels] if transposed else kernels
-        stacked = [k.reshape(*k.shape[:3], gates, -1) * scales[:, None] for k in taps]
-        line = None if bias is None else bias.reshape(gates, -1) * scales[:, None]
-        if m:
-            transformed = winograd.weight_transform(np.concatenate(stacked, 2), m, specs[0].KH)
-            return packing.pack(transformed, line, dtype, paired=True)
-        rows = np.concatenate([k.reshape(-1, *k.shape[3:]) for k in stacked])
-        return packing.pack(rows[None], line, dtype)
+    def transform(taps: np.ndarray) -> np.ndarray:
+        if not m:
+            return taps * scales[:, None]
+        transformed = np.empty((winograd.points(m, specs[0].KH), *taps.shape[2:]), dtype)
+        for first in range(0, taps.shape[2], 64):  # in float64 no more than the cache holds
+            part = slice(first, first + 64)
+            transformed[:, part] = winograd.weight_transform(taps[:, :, part] * scales[:, None], m, specs[0].KH)
+        return transformed
 
-    columns = packing.remember((*kernels, bias), (m, transposed, *scales), pack)
+    def pack() -> packing.Columns:
+        taps = [k[::-1, ::-1].swapaxes(2, 3) if transposed else k for k in kernels]
+        taps = [k.reshape(*k.shape[:3], gates, -1) for k in taps]
+        line = None if bias is None else bias.reshape(gates, -1) * scales[:, None]
+        rows = np.concatenate(taps, 2) if m else np.concatenate([k.reshape(-1, *k.shape[3:]) for k in taps])[None]
+        return packing.pack(rows, line, dtype, paired=m > 0, transform=transform)
+
+    if remember:
+        columns = packing.remember((*kernels, bias), (m, transposed, *scales), pack)
+    else:
+        columns = pack()
     groups = len(columns.groups)
     if m:
         return winograd.plan(specs, m, groups, dtype.itemsize, team), columns

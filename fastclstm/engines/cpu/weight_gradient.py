@@ -331,15 +331,17 @@ class WeightGradient:
         ]  # fmt: skip
 
     def _winograd_result(self) -> list[np.ndarray]:
-        spec = self._specs[0]
-        ends = np.cumsum([spec.C for spec in self._specs])
-        gradients = np.empty((spec.KH, spec.KW, ends[-1], spec.F), self._dtype)
+        first = self._specs[0]
         width = self._sums.shape[-1]
-        for pair in range(self._sums.shape[1]):  # what is beyond the channels may be anything
-            columns = gradients[..., pair * width : (pair + 1) * width]
-            taps = winograd.weight_gradient(self._sums[:, pair, : ends[-1]], self._m, spec.KH)
-            columns[...] = taps[..., : columns.shape[-1]]
-        return [part.copy() for part in np.split(gradients, ends[:-1], 2)]
+        gradients = [np.empty((spec.KH, spec.KW, spec.C, spec.F), self._dtype) for spec in self._specs]
+        for pair in range(self._sums.shape[1]):
+            columns = slice(pair * width, min((pair + 1) * width, first.F))
+            row = 0  # what is beyond the channels may be anything
+            for spec, gradient in zip(self._specs, gradients, strict=True):
+                taps = winograd.weight_gradient(self._sums[:, pair, row : row + spec.C], self._m, spec.KH)
+                gradient[..., columns] = taps[..., : columns.stop - columns.start]
+                row += spec.C
+        return gradients
 
 
 def choose(specs: tuple[ConvSpec, ...], T: int, algorithm: str, itemsize: int) -> int:

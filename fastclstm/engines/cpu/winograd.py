@@ -469,6 +469,11 @@ def fits(specs: tuple[ConvSpec, ...]) -> bool:
     )
 
 
+def points(m: int, k: int) -> int:
+    """Count of the points of F(m×m, k×k): α²."""
+    return (m + k - 1) ** 2
+
+
 def weight_transform(matrices: np.ndarray, m: int, k: int) -> np.ndarray:
     """G w Gᵀ of kernels (k, k, K, …) in float64: (α², K, …)."""
     G = transforms(m, k).G
