@@ -90,10 +90,7 @@ def prepare(
         rows = np.concatenate(taps, 2) if m else np.concatenate([k.reshape(-1, *k.shape[3:]) for k in taps])[None]
         return packing.pack(rows, line, dtype, paired=m > 0, transform=transform)
 
-    if remember:
-        columns = packing.remember((*kernels, bias), (m, transposed, *scales), pack)
-    else:
-        columns = pack()
+    columns = packing.remember((*kernels, bias), (m, transposed, *scales), pack) if remember else pack()
     groups = len(columns.groups)
     if m:
         return winograd.plan(specs, m, groups, dtype.itemsize, team), columns
