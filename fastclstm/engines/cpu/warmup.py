@@ -34,12 +34,11 @@ def _operations(dtype: str) -> Iterator[tuple[str, tuple[Any, Any], Callable[[],
         call = partial(conv2d, convolution, image, kernel, None, algorithm=algorithm)
         yield f"{algorithm} convolution", (module.run_serial, module.run_parallel), call
     strided = ConvSpec.infer(image.shape, kernel.shape, strides=2)
-    call = partial(conv2d_backward, strided, image, kernel, np.ones((1, 2, 2, 1), dtype))
-    yield "gradient of strided convolution", fold.KERNELS, call
-    yield "direct gradient of kernels", weight_gradient.DIRECT, call
-    call = partial(_train, dtype)
-    yield "gradient of gates", gates_backward.KERNELS, call
-    yield "winograd gradient of kernels", weight_gradient.WINOGRAD, call
+    pull_back = partial(conv2d_backward, strided, image, kernel, np.ones((1, 2, 2, 1), dtype))
+    yield "gradient of strided convolution", fold.KERNELS, pull_back
+    yield "direct gradient of kernels", weight_gradient.DIRECT, pull_back
+    yield "gradient of gates", gates_backward.KERNELS, partial(_train, dtype)
+    yield "winograd gradient of kernels", weight_gradient.WINOGRAD, partial(_train, dtype)
     volume, indices = np.ones((1, 1, 1, 1, 1), dtype), np.zeros((1, 1, 1, 1, 1), np.int64)
     pool = PoolSpec.infer(volume.shape, 1)
     yield "pooling", VALUES, partial(max_pool3d, pool, volume, False)
