@@ -36,7 +36,7 @@ _TURN_RUNS = 200
 _PEAK = "peak"
 
 
-def _hold_to(threads: int) -> bool:
+def hold_to(threads: int) -> bool:
     """Keep this process on `threads` CPUs; return whether the system can do that."""
     if not hasattr(os, "sched_setaffinity"):
         return False
@@ -44,7 +44,7 @@ def _hold_to(threads: int) -> bool:
     return True
 
 
-def _memory(field: str) -> float | None:
+def memory(field: str) -> float | None:
     """Return VmRSS or VmHWM (its peak) of this process in MB, or None where the system does not tell."""
     try:
         return int(re.findall(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[0]) / 1024
@@ -52,18 +52,24 @@ def _memory(field: str) -> float | None:
         return None
 
 
-def _held_memory(run: Callable[[], Any], before: float | None) -> float | None:
+def trim() -> None:
+    """Hand unused memory back to the system, where it can be asked to."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def held_memory(run: Callable[[], Any], before: float | None) -> float | None:
     """Return the peak of one more run in MB above `before`: input, weights, result, scratch and compiled code."""
     if before is None:
         return None
-    ctypes.CDLL(None).malloc_trim(0)
+    trim()
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     run()
-    peak = _memory("VmHWM")
+    peak = memory("VmHWM")
     return None if peak is None else peak - before
 
 
-def _turn(run: Callable[[], Any], last: float) -> list[float]:
+def turn(run: Callable[[], Any], last: float) -> list[float]:
     """Time one turn: a run to warm the caches unless a run is long, then runs until `_TURN_SECONDS` have passed."""
     if last < 1:
         run()
@@ -77,32 +83,32 @@ def _turn(run: Callable[[], Any], last: float) -> list[float]:
 
 def _work(pipe: Connection, name: str, case_name: str, threads: int, oracle: Path) -> None:
     """Be one implementation: prepare, check, then time one turn for each message until None comes."""
-    held = _hold_to(threads)
+    held = hold_to(threads)
     case = cases.CASES[case_name]
     implementation = peers.IMPLEMENTATIONS[case.op][name]
     try:
         implementation.load()
-        before = _memory("VmRSS")
+        before = memory("VmRSS")
         prepared = implementation.prepare(case, threads)
         worst = peers.error(prepared, np.load(oracle, mmap_mode="r"))
-        memory = _held_memory(prepared.run, before)
+        held_mb = held_memory(prepared.run, before)
     except peers.Unavailable as reason:
         pipe.send(str(reason))
         return
     except Exception as reason:
         pipe.send(f"{type(reason).__name__}: {reason}")
         return
-    pipe.send({"max_error": worst, "memory_mb": memory, "held_to_cpus": held})
+    pipe.send({"max_error": worst, "memory_mb": held_mb, "held_to_cpus": held})
     last = 0.0
     while pipe.recv() is not None:
-        seconds = _turn(prepared.run, last)
+        seconds = turn(prepared.run, last)
         last = statistics.median(seconds)
         pipe.send(last)
 
 
 def _measure_peak(pipe: Connection, op: str, threads: int) -> None:
     """Be the measurement of the machine's peak, one value for each message until None comes."""
-    _hold_to(threads)
+    hold_to(threads)
     from fastclstm.engines.cpu.peak import bandwidth_gbs, fma_peak_gflops
 
     measure = fma_peak_gflops if op == "convlstm2d" else bandwidth_gbs

@@ -119,7 +119,7 @@ def _oihw(kernel: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(kernel.transpose(3, 2, 0, 1))
 
 
-def _torch_convlstm(arrays: Arrays, split: bool, channels_last: bool) -> Any:
+def torch_convlstm(arrays: Arrays, split: bool, channels_last: bool) -> Any:
     """Return a torch module ``x (B, T, C, H, W) -> (B, T, F, H, W)``; with channels_last both sides have C at the end.
 
     With `split`, the convolution of x runs once for all time steps; otherwise one convolution of cat[x, h] a step.
@@ -177,7 +177,7 @@ def _torch(case: Case, threads: int, *, channels_last: bool, split: bool = False
         function = partial(torch.nn.functional.max_pool3d, kernel_size=case.pool_size, stride=case.stride)
     else:
         x = x if channels_last else x.permute(0, 1, 4, 2, 3).contiguous()
-        function = _torch_convlstm(arrays, split, channels_last)
+        function = torch_convlstm(arrays, split, channels_last)
         function = torch.compile(function, dynamic=False) if compiled else function
 
     def run() -> Any:
@@ -198,7 +198,7 @@ def _onnx(case: ConvLSTMCase, path: Path) -> np.ndarray:
 
     arrays = case.arrays()
     x = np.ascontiguousarray(arrays["x"].transpose(0, 1, 4, 2, 3))
-    module = _torch_convlstm(arrays, split=False, channels_last=False)
+    module = torch_convlstm(arrays, split=False, channels_last=False)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it tells of optional packages that are not installed
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)

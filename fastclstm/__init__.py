@@ -20,6 +20,7 @@ _HOME = {
     "ConvLSTM2DCell": "fastclstm.layers",
     "Dense": "fastclstm.layers",
     "Dropout": "fastclstm.layers",
+    "EarlyStopping": "fastclstm.layers",
     "EncoderForecaster": "fastclstm.layers",
     "Flatten": "fastclstm.layers",
     "GlobalAveragePooling": "fastclstm.layers",
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
     from fastclstm.layers import ConvLSTM2DCell as ConvLSTM2DCell
     from fastclstm.layers import Dense as Dense
     from fastclstm.layers import Dropout as Dropout
+    from fastclstm.layers import EarlyStopping as EarlyStopping
     from fastclstm.layers import EncoderForecaster as EncoderForecaster
     from fastclstm.layers import Flatten as Flatten
     from fastclstm.layers import GlobalAveragePooling as GlobalAveragePooling

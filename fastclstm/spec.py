@@ -111,14 +111,14 @@ def _outputs(op: str, size: Shape, window: Shape, strides: Shape, pads: tuple[Pa
     result = []
     for axis, n, k, s, (before, after) in zip(_AXES[len(size)], size, window, strides, pads, strict=True):
         room = n + before + after - k
-        if n < 1 or room < 0:
+        count = room // s + 1
+        if ceil and room % s and count * s < n + before:  # the last, partial window starts inside the input
+            count += 1
+        if n < 1 or count < 1:
             raise ValueError(
                 f"{op}: a window of {k} does not fit the {axis} of {n} padded by ({before}, {after}); "
                 f"give larger frames, a smaller window or dilation, or padding='same'"
             )
-        count = room // s + 1
-        if ceil and room % s and count * s < n + before:  # the last, partial window starts inside the input
-            count += 1
         result.append(count)
     return tuple(result)
 

@@ -51,10 +51,15 @@ def calls(dtype):
         for size in (4, 32):
             frames = draw(2, 1, size, size, 8, writeable=writeable)
             for algorithm in ("direct", "winograd"):
-                functional.conv2d(frames[:, 0], draw(3, 3, 8, 32, writeable=writeable), algorithm=algorithm)
+                _, pullback = functional.conv2d_vjp(
+                    frames[:, 0], draw(3, 3, 8, 32, writeable=writeable), algorithm=algorithm
+                )
+                pullback(draw(2, size, size, 32, writeable=writeable))
             for option in options:
                 kernels = draw(3, 3, 8, 64, writeable=writeable), draw(3, 3, 16, 64), draw(64, writeable=writeable)
                 functional.convlstm2d(frames, *kernels, **option)
+                y, pullback = functional.convlstm2d_vjp(frames, *kernels, **option)
+                pullback(draw(*y.shape, writeable=writeable))
         for channels in (1, 64):
             volume = draw(2, 8, 32, 32, channels, writeable=writeable)
             functional.max_pool3d(volume)

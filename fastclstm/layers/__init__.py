@@ -15,10 +15,11 @@ from fastclstm.layers.resampling import UpSampling, ZeroPadding2D
 from fastclstm.layers.sequential import Sequential
 from fastclstm.layers.time_distributed import TimeDistributed
 from fastclstm.layers.time_distribution import TimeDistributionCalculator
+from fastclstm.layers.training import EarlyStopping, History
 
 __all__ = [
     "Activation", "AveragePooling2D", "BatchNormalization", "Conv2D", "Conv3D", "ConvLSTM2D", "ConvLSTM2DCell", "Dense",
-    "Dropout", "EncoderForecaster", "Flatten", "GlobalAveragePooling", "GlobalMaxPooling", "Layer",
-    "LayerNormalization", "LeakyReLU", "MaxPooling2D", "MaxPooling3D", "Sequential", "Softmax", "TimeDistributed",
+    "Dropout", "EarlyStopping", "EncoderForecaster", "Flatten", "GlobalAveragePooling", "GlobalMaxPooling", "History",
+    "Layer", "LayerNormalization", "LeakyReLU", "MaxPooling2D", "MaxPooling3D", "Sequential", "Softmax", "TimeDistributed",
     "TimeDistributionCalculator", "UpSampling", "ZeroPadding2D",
 ]  # fmt: skip

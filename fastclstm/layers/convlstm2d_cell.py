@@ -272,7 +272,7 @@ dtype, seed, engine, algorithm
         self._pullback = None
         if training:  # so that the gradients of both are there
             zeros = np.zeros(self._state_shape(x.shape), x.dtype)
-            state = tuple(zeros if part is None else part for part in state)
+            state = (zeros if state[0] is None else state[0], zeros if state[1] is None else state[1])
         outputs, pullback = self._run(x[:, np.newaxis], state, training=training, return_sequences=False)
         if pullback is not None:
             self._learn(pullback)

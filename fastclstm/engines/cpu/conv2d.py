@@ -5,13 +5,18 @@ from __future__ import annotations
 import numpy as np
 
 from fastclstm.engines import recurrence
-from fastclstm.engines.cpu import sequence, threads
-from fastclstm.engines.cpu.flow import slots
+from fastclstm.engines.cpu import direct, sequence, simd, threads, winograd
+from fastclstm.engines.cpu.flow import Slots, slots
+from fastclstm.engines.cpu.fold import fold
 from fastclstm.engines.cpu.gates import CELL
+from fastclstm.engines.cpu.weight_gradient import WeightGradient
 from fastclstm.spec import ConvSpec
 
 SERIAL_FLOPS = 2_000_000
 """Below this much work a second thread costs more than it saves."""
+
+FOLDED_BYTES = 8 << 20
+"""Size of what the taps of a kernel add, before it is folded, at most; more than one step never waits."""
 
 
 def team_size(flops: int) -> int:
@@ -40,48 +45,76 @@ def conv2d_backward(
     spec: ConvSpec, x: np.ndarray, kernel: np.ndarray, dy: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Pull dy (B, HO, WO, F) back through `conv2d`: dx, dkernel, dbias."""
-    dkernel = np.zeros_like(kernel)
     if dy is None or dy.size == 0:
-        return np.zeros_like(x), dkernel, np.zeros(spec.F, x.dtype)
-    rows, columns = (_positions(spec, axis) for axis in (0, 1))
-    padded = (
-        x[:, rows][:, :, columns] if spec.padding_mode == "circular" else np.pad(x, ((0, 0), *spec.padding, (0, 0)))
-    )
-    pixels = dy.reshape(-1, spec.F)
-    (sh, sw), (dh, dw) = spec.strides, spec.dilation
-    for kh, kw in np.ndindex(spec.KH, spec.KW):
-        tap = padded[:, kh * dh :: sh, kw * dw :: sw][:, : spec.HO, : spec.WO]
-        dkernel[kh, kw] = tap.reshape(-1, spec.C).T @ pixels
-    return _input_gradient(spec, kernel, dy), dkernel, recurrence.total(pixels, (0,))
+        return np.zeros_like(x), np.zeros_like(kernel), np.zeros(spec.F, x.dtype)
+    team = team_size(spec.flops)
+    dx = np.empty_like(x)
+    InputGradient(spec, kernel, "auto", team).pull_back(slots(dy), slots(dx), 1)
+    gradient = WeightGradient((spec,), x.dtype, 1)
+    gradient.add((slots(x),), slots(dy), spec.B, 1, team)
+    return dx, gradient.result()[0], recurrence.total(dy, (0, 1, 2))
 
 
-def _positions(spec: ConvSpec, axis: int) -> np.ndarray:
-    """Row or column of the frame that each one of the circularly padded frame repeats."""
-    before, after = spec.padding[axis]
-    size = (spec.H, spec.W)[axis]
-    return np.arange(-before, size + after) % size
+class InputGradient:
+    """The transpose of a convolution, planned.
 
+    Either a convolution with the flipped, transposed kernel; or, where strides or crops forbid that or channels are
+    few, what each tap of the kernel adds, as further channels of a 1×1 convolution, is folded.
+    """
 
-def _input_gradient(spec: ConvSpec, kernel: np.ndarray, dy: np.ndarray) -> np.ndarray:
-    """Return dx: the convolution of dy, its pixels spread by the strides, with the flipped, transposed kernel."""
-    if max(spec.strides) > 1:
-        spread = np.zeros(
-            (spec.B, (spec.HO - 1) * spec.strides[0] + 1, (spec.WO - 1) * spec.strides[1] + 1, spec.F), dy.dtype
+    def __init__(self, spec: ConvSpec, kernel: np.ndarray, algorithm: str, team: int):
+        self._spec, self._dtype, self.team = spec, kernel.dtype, team
+        taps = ConvSpec.infer((spec.B, spec.HO, spec.WO, spec.F), (1, 1, spec.F, spec.KH * spec.KW * spec.C))
+        inner, m = _transposed(spec), 0
+        if inner is not None:
+            m = sequence.choose("conv2d", (inner,), algorithm if winograd.fits((inner,)) else "auto", kernel.itemsize)
+        self._folds = inner is None or (
+            algorithm != "winograd"
+            and _fold_cost(spec, taps, kernel.itemsize) < sequence.cost((inner,), m, kernel.itemsize)
         )
-        spread[:, :: spec.strides[0], :: spec.strides[1]] = dy
-        dy = spread
-    reach = ((spec.KH - 1) * spec.dilation[0], (spec.KW - 1) * spec.dilation[1])
-    flipped = np.ascontiguousarray(kernel[::-1, ::-1].swapaxes(2, 3))
-    sizes = [n + sum(pad) for n, pad in zip((spec.H, spec.W), spec.padding, strict=True)]
-    # every row of the padded frame, also those that no window reached
-    around = tuple((r, size - n) for r, size, n in zip(reach, sizes, dy.shape[1:3], strict=True))
-    inner = ConvSpec.infer(dy.shape, flipped.shape, padding=around, dilation=spec.dilation)
-    padded = conv2d(inner, dy, flipped, None)
-    if spec.padding_mode == "circular":
-        folded = np.zeros((spec.B, spec.H, spec.W, spec.C), dy.dtype)
-        rows, columns = (_positions(spec, axis) for axis in (0, 1))
-        for row, column in np.ndindex(len(rows), len(columns)):
-            folded[:, rows[row], columns[column]] += padded[:, row, column]
-        return folded
-    (top, _), (left, _) = spec.padding
-    return np.ascontiguousarray(padded[:, top : top + spec.H, left : left + spec.W])
+        if inner is None or self._folds:
+            inner, m, kernel = taps, 0, kernel.reshape(1, 1, -1, spec.F)
+        self._cell = np.zeros(1, CELL)
+        self._cell["F"] = inner.F
+        self._plan, self._columns = sequence.prepare(
+            (inner,), (kernel,), None, np.ones(1), m, team, transposed=True, remember=False
+        )
+
+    def pull_back(self, dy: Slots, dx: Slots, T: int) -> None:
+        """Compute T steps of B images: dx (B, T, H, W, C) of dy (B, T, HO, WO, F)."""
+        if not self._folds:
+            self._run(dy, dx, T)
+            return
+        spec = self._spec
+        step = spec.B * spec.HO * spec.WO * spec.KH * spec.KW * spec.C * self._dtype.itemsize
+        at_once = max(1, min(T, FOLDED_BYTES // step))
+        shape = (spec.B, at_once, spec.HO, spec.WO, spec.KH * spec.KW * spec.C)
+        taps = slots(sequence.scratch_array(shape, self._dtype, "taps"))
+        for t in range(0, T, at_once):
+            count = min(at_once, T - t)
+            self._run(dy.after(0, t), taps, count)
+            fold(spec, self._dtype, taps, dx.after(0, t), count, self.team)
+
+    def _run(self, dy: Slots, dx: Slots, T: int) -> None:
+        sequence.run(self._plan, self._columns, self._cell, self._spec.B, T, self.team, x=dy, h=dx)
+
+
+def _transposed(spec: ConvSpec) -> ConvSpec | None:
+    """Geometry of the convolution of dy that gives dx, None where there is none."""
+    pads = []
+    for axis in (0, 1):
+        reach = ((spec.KH, spec.KW)[axis] - 1) * spec.dilation[axis]
+        before, after = spec.padding[axis]
+        if spec.padding_mode == "circular" and before + after != reach:
+            return None
+        pads.append((reach - before, reach - after))
+    if max(spec.strides) > 1 or min(min(pad) for pad in pads) < 0:
+        return None
+    return ConvSpec(spec.B, spec.HO, spec.WO, spec.F, spec.C, spec.KH, spec.KW, spec.H, spec.W, (1, 1), spec.dilation,
+                    (pads[0], pads[1]), spec.padding_mode)  # fmt: skip
+
+
+def _fold_cost(spec: ConvSpec, taps: ConvSpec, itemsize: int) -> float:
+    """Estimate the work in multiply-adds of vectors (see `direct.cost`)."""
+    additions = spec.B * spec.HO * spec.WO * spec.KH * spec.KW * (spec.C / simd.lanes(itemsize) + 1)
+    return direct.cost((taps,), spec.B, itemsize) + 4 * additions

@@ -19,7 +19,7 @@ FLOW = np.dtype([
     ("grain", np.int64),  # pieces that stay together: all of a unit, or a single task
     ("masked", np.int64),
     ("fresh", np.int64),  # 1: the sequence starts from states of zeros
-    *((f"{name}{field}", kind) for name in ("x", "h_first", "h", "c_first", "c", "y")
+    *((f"{name}{field}", kind) for name in ("x", "h_first", "h", "c_first", "c", "y", "gates")
       for field, kind in (("", np.uint64), ("_image", np.int64), ("_step", np.int64))),  # address, strides in bytes
     ("h_slots", np.int64), ("c_slots", np.int64),  # steps kept: the t-th is in slot t % slots
     ("trouble", np.uint64),  # address of a number for each image: 1 where a stored column is infinite or NaN
@@ -48,6 +48,10 @@ class Slots(NamedTuple):
     image: int
     step: int
     kept: int
+
+    def after(self, images: int, steps: int) -> Slots:
+        """The same array without its first images and steps."""
+        return self._replace(address=self.address + images * self.image + steps * self.step)
 
 
 NOTHING = Slots(0, 0, 0, 1)
@@ -119,6 +123,12 @@ def skipped_sources(flow, sources, t):
 def y_at(flow, b, t):
     """Address of the separate output of image b at step t; 0 where there is none."""
     return _address(flow.y, flow.y_image, flow.y_step, b, t) if flow.y != 0 and t >= 0 else np.uint64(0)
+
+
+@inline
+def gates_at(flow, b, t):
+    """Address for the activated gates of image b at step t; 0 where they are not kept."""
+    return _address(flow.gates, flow.gates_image, flow.gates_step, b, t) if flow.gates != 0 else np.uint64(0)
 
 
 @inline

@@ -10,10 +10,10 @@ import numpy as np
 
 from fastclstm.engines.cpu import simd, vmath
 from fastclstm.engines.cpu.compilation import inline
-from fastclstm.engines.cpu.flow import c_after, c_before, h_after, h_before, y_at
+from fastclstm.engines.cpu.flow import c_after, c_before, gates_at, h_after, h_before, y_at
 from fastclstm.engines.cpu.frames import clear_run, copy_run
 from fastclstm.nn.activations import TABLE
-from fastclstm.spec import ConvLSTMSpec
+from fastclstm.spec import PEEPHOLE_GATES, ConvLSTMSpec
 
 CELL = np.dtype([
     ("F", np.int64),
@@ -40,8 +40,26 @@ def activation_codes(spec: ConvLSTMSpec) -> tuple[int, int, int] | None:
     return recurrent, candidate, output
 
 
+def cell(spec: ConvLSTMSpec, peephole: dict[str, np.ndarray] | None) -> np.ndarray:
+    """Describe what the cell does, as one `CELL`; it points into the peephole weights."""
+    codes = activation_codes(spec)
+    assert codes is not None
+    cells = np.zeros(1, CELL)
+    record = cells[0]
+    record["F"], record["gated"] = spec.F, 1
+    record["standard"] = codes == (1, 0, 0) and peephole is None and spec.cell_clip is None
+    record["recurrent_activation"], record["activation"], record["output_activation"] = codes
+    record["clip"] = np.inf if spec.cell_clip is None else spec.cell_clip
+    if peephole is not None:
+        for gate in PEEPHOLE_GATES:
+            record[f"peephole_{gate}"] = peephole[gate].ctypes.data
+        record["peephole_pixel"] = spec.F if spec.peephole == "elementwise" else 0
+    return cells
+
+
 @inline
-def _take(base, count):
+def take(base, count):
+    """Load the first `count` lanes."""
     if count == simd.vector_lanes(base):
         return simd.load(base)
     return simd.load_some(base, count)
@@ -57,12 +75,26 @@ def put(base, value, count):
 
 
 @inline
-def standard_gates(z_i, z_f, z_g, z_o, c):
-    """New c and h from pre-activations that carry SCALES.
+def _keep(like, address, F, index, count, i, f, g, o):
+    """Store the activated gates of a pixel (4, F) whose states have the given index."""
+    target = simd.shift(simd.at(like, address), index)
+    put(target, i, count)
+    put(simd.shift(target, F), f, count)
+    put(simd.shift(target, 2 * F), g, count)
+    put(simd.shift(target, 3 * F), o, count)
+
+
+@inline
+def standard_gates(like, kept, F, index, count, z_i, z_f, z_g, z_o, c):
+    """New c and h from pre-activations that carry SCALES; the gates go to the address `kept` unless it is 0.
 
     With E = 2**z: c' = [c(1+Ei)(1+Eg) + (1-Eg)(1+Ef)] / [(1+Ei)(1+Eg)(1+Ef)] and h = (1-Ec) / [(1+Eo)(1+Ec)].
     """
     e_i, e_f, e_g, e_o = vmath.exp2_gate(z_i), vmath.exp2_gate(z_f), vmath.exp2_gate(z_g), vmath.exp2_gate(z_o)
+    if kept != 0:
+        one = simd.broadcast(c, 1.0)
+        g = (1.0 - e_g) / (1.0 + e_g)
+        _keep(like, kept, F, index, count, one / (1.0 + e_i), one / (1.0 + e_f), g, one / (1.0 + e_o))
     a = (1.0 + e_i) * (1.0 + e_g)
     b = 1.0 + e_f
     c = simd.fma(c, a, (1.0 - e_g) * b) / (a * b)
@@ -72,22 +104,28 @@ def standard_gates(z_i, z_f, z_g, z_o, c):
 
 @inline
 def _peep(like, address, index, c, count):
-    return _take(simd.shift(simd.at(like, address), index), count) * c
+    return take(simd.shift(simd.at(like, address), index), count) * c
 
 
 @inline
-def general_gates(like, cell, index, count, z_i, z_f, z_g, z_o, c):
-    """New c and h with any activations, peepholes and clipping; `index` finds this pixel's peephole weights."""
+def general_gates(like, cell, kept, kept_index, index, count, z_i, z_f, z_g, z_o, c):
+    """New c and h with any activations, peepholes and clipping; `index` finds this pixel's peephole weights.
+
+    The gates go to the address `kept` unless it is 0.
+    """
     if cell.peephole_i != 0:
         z_i = z_i + _peep(like, cell.peephole_i, index, c, count)
         z_f = z_f + _peep(like, cell.peephole_f, index, c, count)
     i = vmath.activate(cell.recurrent_activation, z_i)
     f = vmath.activate(cell.recurrent_activation, z_f)
-    c = simd.fma(f, c, i * vmath.activate(cell.activation, z_g))
+    g = vmath.activate(cell.activation, z_g)
+    c = simd.fma(f, c, i * g)
     c = simd.maximum(-cell.clip, simd.minimum(cell.clip, c))
     if cell.peephole_o != 0:
         z_o = z_o + _peep(like, cell.peephole_o, index, c, count)
     o = vmath.activate(cell.recurrent_activation, z_o)
+    if kept != 0:
+        _keep(like, kept, cell.F, kept_index, count, i, f, g, o)
     return c, o * vmath.activate(cell.output_activation, c)
 
 
@@ -97,7 +135,7 @@ def finish(like, flow, cell, group, z, pixels, count, b, t):
 
     group is (weights, vectors, width, first filter, filters); b and t say which image's states at which step.
     """
-    h_new, y = h_after(flow, b, t), y_at(flow, b, t)
+    h_new, y, kept = h_after(flow, b, t), y_at(flow, b, t), gates_at(flow, b, t)
     c_old, c_new = c_before(flow, b, t), c_after(flow, b, t)
     step = simd.vector_lanes(z)
     width, first, filters = group[2], group[3], group[4]
@@ -117,13 +155,15 @@ def finish(like, flow, cell, group, z, pixels, count, b, t):
                 unusual = simd.fma(value, zero, unusual)
                 put(simd.shift(target, j), value, min(step, filters - j))
             continue
-        c = _take(simd.shift(simd.at(like, c_old), index), filters)
+        c = take(simd.shift(simd.at(like, c_old), index), filters)
         z_i, z_f = simd.load(z_r), simd.load(simd.shift(z_r, width))
         z_g, z_o = simd.load(simd.shift(z_r, 2 * width)), simd.load(simd.shift(z_r, 3 * width))
+        kept_index = 4 * pixel * cell.F + first
         if cell.standard:
-            c, h = standard_gates(z_i, z_f, z_g, z_o, c)
+            c, h = standard_gates(like, kept, cell.F, kept_index, filters, z_i, z_f, z_g, z_o, c)
         else:
-            c, h = general_gates(like, cell, pixel * cell.peephole_pixel + first, filters, z_i, z_f, z_g, z_o, c)
+            weights = pixel * cell.peephole_pixel + first
+            c, h = general_gates(like, cell, kept, kept_index, weights, filters, z_i, z_f, z_g, z_o, c)
         put(simd.shift(simd.at(like, c_new), index), c, filters)
         put(simd.shift(simd.at(like, h_new), index), h, filters)
         if y != 0:

@@ -31,45 +31,52 @@ def aligned_empty(count: int, dtype: np.dtype) -> np.ndarray:
     return raw[start : start + size].view(dtype)
 
 
-def pack(matrices: np.ndarray, bias: np.ndarray | None, dtype: np.dtype, *, paired: bool = False) -> Columns:
+def _as_they_are(matrices: np.ndarray) -> np.ndarray:
+    return matrices
+
+
+def pack(
+    matrices: np.ndarray, bias: np.ndarray | None, dtype: np.dtype, *, paired: bool = False,
+    transform: Callable[[np.ndarray], np.ndarray] = _as_they_are,
+) -> Columns:  # fmt: skip
     """Pack P matrices (P, K, gates, F) and bias (gates, F): 4 gates of one vector of filters a group, or 1 of four.
 
     A group's panel is [P][K][vectors], or with `paired` [P][pair of vectors][K][two vectors]. The last group is as
-    narrow as it can be; its columns without a filter are zeros.
+    narrow as it can be; its columns without a filter are zeros. The matrices may be what `transform`, given some of
+    the filters, makes of (…, gates, F).
     """
-    P, K, gates, F = matrices.shape
+    gates, F = matrices.shape[-2:]
+    P, K = transform(matrices[..., :1]).shape[:2]
     lanes = simd.lanes(dtype.itemsize)
     quarter = max(lanes // 4, 1)
     most = 4 * lanes // gates  # filters of a group
     groups: list[tuple[int, ...]] = []
-    panels: list[np.ndarray] = []
-    biases: list[np.ndarray] = []
     at = bias_at = 0
     for first in range(0, F, most):
         count = min(most, F - first)
         width = -(-count // quarter) * quarter
         vectors = -(-gates * width // lanes)
         padded = vectors + vectors % 2 if paired else vectors
-        panel = np.zeros((P, K, padded * lanes), dtype)
-        line = np.zeros(padded * lanes, dtype)
-        for gate in range(gates):
-            columns = slice(gate * width, gate * width + count)
-            panel[:, :, columns] = matrices[:, :, gate, first : first + count]
-            if bias is not None:
-                line[columns] = bias[gate, first : first + count]
-        if paired:
-            panel = panel.reshape(P, K, padded // 2, 2 * lanes).transpose(0, 2, 1, 3)
         groups.append((at, vectors, width, first, count, bias_at))
-        panels.append(panel)
-        biases.append(line)
-        at += panel.size
-        bias_at += line.size
+        at += P * K * padded * lanes
+        bias_at += padded * lanes
     # A prefetch or an overlong load reads past the last panel: for that there are zeros.
     weights = aligned_empty(at + max(2 * K * 2, 32) * lanes, dtype)
+    biases = np.zeros(bias_at + lanes, dtype)
+    ends = [group[0] for group in groups[1:]] + [at]
+    for (start, _, width, first, count, bias_start), end in zip(groups, ends, strict=True):
+        panel = np.zeros((P, K, (end - start) // (P * K)), dtype)
+        part = transform(matrices[..., first : first + count])
+        for gate in range(gates):
+            panel[:, :, gate * width : gate * width + count] = part[:, :, gate]
+            if bias is not None:
+                column = bias_start + gate * width
+                biases[column : column + count] = bias[gate, first : first + count]
+        if paired:
+            panel = panel.reshape(P, K, -1, 2 * lanes).transpose(0, 2, 1, 3)
+        weights[start:end].reshape(panel.shape)[...] = panel
     weights[at:] = 0
-    for group, panel in zip(groups, panels, strict=True):
-        weights[group[0] : group[0] + panel.size].reshape(panel.shape)[...] = panel
-    return Columns(np.array(groups, np.int64), weights, np.concatenate([*biases, np.zeros(lanes, dtype)]))
+    return Columns(np.array(groups, np.int64), weights, biases)
 
 
 _MOST_REMEMBERED = 64

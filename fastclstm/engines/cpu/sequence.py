@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 
 import numpy as np
@@ -15,7 +16,7 @@ NO_MASK = np.ones((0, 0), np.bool_)
 _arena = threading.local()
 
 
-def _scratch(size: int, name: str = "kernel") -> np.ndarray:
+def scratch(size: int, name: str = "kernel") -> np.ndarray:
     """Memory of this Python thread for a purpose, kept between calls."""
     memory = getattr(_arena, name, None)
     if memory is None or memory.nbytes < size:
@@ -26,9 +27,15 @@ def _scratch(size: int, name: str = "kernel") -> np.ndarray:
 
 def kept_copy(array: np.ndarray) -> np.ndarray:
     """Copy `array` to memory that is kept between calls: it is good until this thread's next copy."""
-    copy = _scratch(array.nbytes, "copy")[: array.nbytes].view(array.dtype).reshape(array.shape)
+    copy = scratch_array(array.shape, array.dtype, "copy")
     np.copyto(copy, array)
     return copy
+
+
+def scratch_array(shape: tuple[int, ...], dtype: np.dtype, name: str) -> np.ndarray:
+    """Uninitialised array in `scratch` memory."""
+    size = math.prod(shape) * dtype.itemsize
+    return scratch(size, name)[:size].view(dtype).reshape(shape)
 
 
 def choose(op: str, specs: tuple[ConvSpec, ...], algorithm: str, itemsize: int) -> int:
@@ -44,30 +51,46 @@ def choose(op: str, specs: tuple[ConvSpec, ...], algorithm: str, itemsize: int) 
             f"{op}: algorithm='winograd' needs square kernels of 3 or 5, one size for all convolutions, with stride "
             f"and dilation 1, got {[(s.KH, s.KW, s.strides, s.dilation) for s in specs]}; use 'auto' or 'direct'"
         )
-    images = 1 if algorithm == "winograd" else specs[0].B
-    costs = {m: winograd.cost(specs, m, images, itemsize) for m in winograd.TILES}
-    if algorithm == "auto":
-        costs[0] = direct.cost(specs, images, itemsize)
-    return min(costs, key=lambda m: costs[m])
+    if algorithm == "winograd":
+        specs = tuple(spec.with_batch(1) for spec in specs)
+    choices = winograd.TILES if algorithm == "winograd" else (*winograd.TILES, 0)
+    return min(choices, key=lambda m: cost(specs, m, itemsize))
+
+
+def cost(specs: tuple[ConvSpec, ...], m: int, itemsize: int) -> float:
+    """Estimate the work of one step in multiply-adds of vectors, with Winograd tiles of m×m or directly (m = 0)."""
+    images = specs[0].B
+    return winograd.cost(specs, m, images, itemsize) if m else direct.cost(specs, images, itemsize)
 
 
 def prepare(
     specs: tuple[ConvSpec, ...], kernels: tuple[np.ndarray, ...], bias: np.ndarray | None, scales: np.ndarray, m: int,
-    team: int,
+    team: int, *, transposed: bool = False, remember: bool = True,
 ) -> tuple[Plan, packing.Columns]:  # fmt: skip
-    """Plan the sum of convolutions, and pack their kernels: the gates of the last axis times `scales`, rounded once."""
+    """Plan the sum of convolutions, and pack their kernels: the gates of the last axis times `scales`, rounded once.
+
+    transposed: the kernels are those that pull gradients back, (KH, KW, F, C): flipped and transposed. remember: the
+    same kernels will come again, so that packing them once is worth the memory.
+    """
     dtype, gates = kernels[0].dtype, len(scales)
 
-    def pack() -> packing.Columns:
-        stacked = [k.reshape(*k.shape[:3], gates, -1) * scales[:, None] for k in kernels]
-        line = None if bias is None else bias.reshape(gates, -1) * scales[:, None]
-        if m:
-            transformed = winograd.weight_transform(np.concatenate(stacked, 2), m, specs[0].KH)
-            return packing.pack(transformed, line, dtype, paired=True)
-        rows = np.concatenate([k.reshape(-1, *k.shape[3:]) for k in stacked])
-        return packing.pack(rows[None], line, dtype)
+    def transform(taps: np.ndarray) -> np.ndarray:
+        if not m:
+            return taps * scales[:, None]
+        transformed = np.empty((winograd.points(m, specs[0].KH), *taps.shape[2:]), dtype)
+        for first in range(0, taps.shape[2], 64):  # in float64 no more than the cache holds
+            part = slice(first, first + 64)
+            transformed[:, part] = winograd.weight_transform(taps[:, :, part] * scales[:, None], m, specs[0].KH)
+        return transformed
 
-    columns = packing.remember((*kernels, bias), (m, *scales), pack)
+    def pack() -> packing.Columns:
+        taps = [k[::-1, ::-1].swapaxes(2, 3) if transposed else k for k in kernels]
+        taps = [k.reshape(*k.shape[:3], gates, -1) for k in taps]
+        line = None if bias is None else bias.reshape(gates, -1) * scales[:, None]
+        rows = np.concatenate(taps, 2) if m else np.concatenate([k.reshape(-1, *k.shape[3:]) for k in taps])[None]
+        return packing.pack(rows, line, dtype, paired=m > 0, transform=transform)
+
+    columns = packing.remember((*kernels, bias), (m, transposed, *scales), pack) if remember else pack()
     groups = len(columns.groups)
     if m:
         return winograd.plan(specs, m, groups, dtype.itemsize, team), columns
@@ -77,9 +100,9 @@ def prepare(
 def run(
     plan: Plan, columns: packing.Columns, cell: np.ndarray, B: int, T: int, team: int, *,
     x: Slots, h: Slots, h_first: Slots = NOTHING, c: Slots = NOTHING, c_first: Slots = NOTHING, y: Slots = NOTHING,
-    fresh: bool = True, mask: np.ndarray | None = None,
+    gates: Slots = NOTHING, fresh: bool = True, mask: np.ndarray | None = None,
 ) -> np.ndarray:  # fmt: skip
-    """Run T steps on B images with up to `team` threads, writing to the memory of h, c and y.
+    """Run T steps on B images with up to `team` threads, writing to the memory of h, c, y and gates.
 
     Without gates (conv2d) it returns where (B,) anything written to h is infinite or NaN.
     """
@@ -87,11 +110,11 @@ def run(
     flow = np.empty(1, FLOW)
     workers = min(team, plan.units if plan.by_unit else plan.units * plan.tasks)
     share = -(-plan.scratch_bytes // 4096) * 4096 + 64 * 5  # workers at different cache sets
-    memory = _scratch(share * workers)
+    memory = scratch(share * workers)
     flow[0] = (
         B, T, workers, plan.units, plan.tasks, T if plan.by_unit or workers == 1 else 1,
         T * plan.tasks if plan.by_unit else 1, mask is not None, fresh,
-        *x[:3], *h_first[:3], *h[:3], *c_first[:3], *c[:3], *y[:3], h.kept, c.kept,
+        *x[:3], *h_first[:3], *h[:3], *c_first[:3], *c[:3], *y[:3], *gates[:3], h.kept, c.kept,
         trouble.ctypes.data, memory.ctypes.data, share,
     )  # fmt: skip
     arguments = (columns.weights[:0], flow, plan.work, plan.sources, columns.groups, *plan.tables, columns.weights,

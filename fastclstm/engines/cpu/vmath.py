@@ -179,3 +179,42 @@ def activate(code, x):
     if code == 11:
         return exp(x)
     return x
+
+
+DERIVATIVE_CODES = frozenset(ACTIVATION_CODES.values()) - {ACTIVATION_CODES["silu"]}
+"""Numbers of the activations whose derivative follows from their value."""
+
+
+@inline
+def derivative(code, y):
+    """Derivative of the activation with number `code`, one of `DERIVATIVE_CODES`, where its value is y."""
+    zero, one = simd.broadcast(y, 0.0), simd.broadcast(y, 1.0)
+    if code == 0:
+        return one - y * y
+    if code == 1:
+        return y * (one - y)
+    if code == 3:
+        return simd.select_less(zero, y, one, zero)
+    if code == 4:
+        return _inside(y, 1.0 / 6.0)
+    if code == 5:
+        return _inside(y, 0.2)
+    if code == 6:
+        return simd.select_less(zero, y, one, simd.broadcast(y, LEAKY_RELU_SLOPE))
+    if code == 7:
+        return simd.select_less(y, zero, y + 1.0, one)
+    if code == 8:
+        return simd.select_less(y, zero, y + SELU_SCALE * SELU_ALPHA, simd.broadcast(y, SELU_SCALE))
+    if code == 10:
+        rest = 1.0 - simd.absolute(y)
+        return rest * rest
+    if code == 11:
+        return y
+    return one
+
+
+@inline
+def _inside(y, slope):
+    """`slope` where 0 < y < 1, else 0."""
+    zero, one = simd.broadcast(y, 0.0), simd.broadcast(y, 1.0)
+    return simd.select_less(zero, y, simd.select_less(y, one, simd.broadcast(y, slope), zero), zero)

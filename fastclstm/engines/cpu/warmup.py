@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from fastclstm.engines.cpu import direct, winograd
-from fastclstm.engines.cpu.conv2d import conv2d
+from fastclstm.engines.cpu import direct, fold, gates_backward, weight_gradient, winograd
+from fastclstm.engines.cpu.conv2d import conv2d, conv2d_backward
+from fastclstm.engines.cpu.convlstm2d import convlstm2d, convlstm2d_backward
 from fastclstm.engines.cpu.max_pool3d import INDICES, SCATTER, VALUES, max_pool3d, max_pool3d_backward
-from fastclstm.spec import ConvSpec, PoolSpec
+from fastclstm.nn import activations
+from fastclstm.spec import ConvLSTMSpec, ConvSpec, PoolSpec
 
 DTYPES = ("float32", "float64")
 
@@ -31,11 +33,28 @@ def _operations(dtype: str) -> Iterator[tuple[str, tuple[Any, Any], Callable[[],
     for algorithm, module in (("direct", direct), ("winograd", winograd)):
         call = partial(conv2d, convolution, image, kernel, None, algorithm=algorithm)
         yield f"{algorithm} convolution", (module.run_serial, module.run_parallel), call
+    strided = ConvSpec.infer(image.shape, kernel.shape, strides=2)
+    pull_back = partial(conv2d_backward, strided, image, kernel, np.ones((1, 2, 2, 1), dtype))
+    yield "gradient of strided convolution", fold.KERNELS, pull_back
+    yield "direct gradient of kernels", weight_gradient.DIRECT, pull_back
+    yield "gradient of gates", gates_backward.KERNELS, partial(_train, dtype)
+    yield "winograd gradient of kernels", weight_gradient.WINOGRAD, partial(_train, dtype)
     volume, indices = np.ones((1, 1, 1, 1, 1), dtype), np.zeros((1, 1, 1, 1, 1), np.int64)
     pool = PoolSpec.infer(volume.shape, 1)
     yield "pooling", VALUES, partial(max_pool3d, pool, volume, False)
     yield "pooling with indices", INDICES, partial(max_pool3d, pool, volume, True)
     yield "gradient of pooling", SCATTER, partial(max_pool3d_backward, pool, indices, volume)
+
+
+def _train(dtype: str) -> None:
+    """Take one small step forward and backward."""
+    x, kernel = np.ones((1, 1, 3, 3, 1), dtype), np.ones((3, 3, 1, 4), dtype)
+    sigmoid, tanh = activations.get("sigmoid"), activations.get("tanh")
+    spec = ConvLSTMSpec.infer(x.shape, kernel.shape, kernel.shape, activation=tanh, recurrent_activation=sigmoid,
+                              output_activation=tanh)  # fmt: skip
+    *_, saved = convlstm2d(spec, x, kernel, kernel, None, None, None, None, None, algorithm="winograd", save=True)
+    assert saved is not None
+    convlstm2d_backward(spec, saved, x, None, None)
 
 
 def _compile_alike(serial: Any, parallel: Any) -> None:

@@ -20,8 +20,8 @@ from fastclstm.engines.cpu import simd
 from fastclstm.engines.cpu.compilation import inline, kernel
 from fastclstm.engines.cpu.direct import STREAMING_ROWS
 from fastclstm.engines.cpu.flow import Plan, place, share, skipped_sources, source_at, worker_scratch
-from fastclstm.engines.cpu.frames import SOURCE, copy_run, source
-from fastclstm.engines.cpu.gates import finish, skip_step
+from fastclstm.engines.cpu.frames import SOURCE, source
+from fastclstm.engines.cpu.gates import finish, skip_step, take
 from fastclstm.spec import ConvSpec
 
 POINTS = {4: (0, 1, -1), 6: (0, 1, -1, Fraction(1, 2), -2), 8: (0, 1, -1, 2, -2, Fraction(1, 2), Fraction(-1, 2))}
@@ -135,18 +135,13 @@ def _transform_square(builder, matrix, tile):
     return [_apply(builder, matrix, [column[i] for column in columns]) for i in range(len(matrix))]
 
 
-@intrinsic(prefer_literal=True)
-def transform_input(typingctx, m, k, some, origin, row, column, count, target, point):
-    """target[p] = (Bᵀ x B)[p] of the α×α pixels at origin, for a vector of channels (`some`: only the first `count`).
-
-    row, column: scalars between pixels; point: scalars between the α² results.
-    """
-    matrix = transforms(m.literal_value, k.literal_value).B_T
-    alpha, masked = len(matrix), bool(some.literal_value)
-    vector = simd.llvm_vector(origin.dtype)
+def _read_and_transform(matrix, masked, ahead):
+    """Codegen of a transform that reads a square of pixels and asks for the `ahead` pixels right of it."""
+    side = matrix.shape[1]
 
     def codegen(context, builder, sig, args):
         _, _, _, origin, row, column, count, target, point = args
+        vector = simd.llvm_vector(sig.args[3].dtype)
 
         def at(base, step, index):
             return builder.gep(base, [builder.mul(step, simd.INT64(index))])
@@ -156,18 +151,35 @@ def transform_input(typingctx, m, k, some, origin, row, column, count, target, p
                 return simd.emit_load_some(builder, pointer, vector, count)
             return simd.emit_load(builder, pointer, vector)
 
-        tile = [[read(at(at(origin, row, i), column, j)) for j in range(alpha)] for i in range(alpha)]
-        side = (
-            m.literal_value
-        )  # the tile to the right begins so many pixels on: ask for those of its pixels not read here
-        for i in range(alpha):
-            for j in range(alpha, alpha + side):
+        tile = [[read(at(at(origin, row, i), column, j)) for j in range(side)] for i in range(side)]
+        for i in range(side):
+            for j in range(side, side + ahead):
                 simd.emit_prefetch(builder, at(at(origin, row, i), column, j), 3)
         for i, line in enumerate(_transform_square(builder, matrix, tile)):
             for j, value in enumerate(line):
-                simd.emit_store(builder, value, at(target, point, i * alpha + j))
+                simd.emit_store(builder, value, at(target, point, i * len(matrix) + j))
         return context.get_dummy_value()
 
+    return codegen
+
+
+@intrinsic(prefer_literal=True)
+def transform_input(typingctx, m, k, some, origin, row, column, count, target, point):
+    """target[p] = (Bᵀ x B)[p] of the α×α pixels at origin, for a vector of channels (`some`: only the first `count`).
+
+    row, column: scalars between pixels; point: scalars between the α² results.
+    """
+    matrix = transforms(m.literal_value, k.literal_value).B_T
+    # The tile to the right begins m pixels on: those of its pixels that are not read here will be wanted.
+    codegen = _read_and_transform(matrix, bool(some.literal_value), m.literal_value)
+    return types.void(m, k, some, origin, types.intp, types.intp, types.intp, target, types.intp), codegen
+
+
+@intrinsic(prefer_literal=True)
+def transform_gradient(typingctx, m, k, some, origin, row, column, count, target, point):
+    """target[p] = (A dy Aᵀ)[p] of the m×m gradients at origin, as `transform_input`."""
+    matrix = transforms(m.literal_value, k.literal_value).A_T.T
+    codegen = _read_and_transform(matrix, bool(some.literal_value), m.literal_value)
     return types.void(m, k, some, origin, types.intp, types.intp, types.intp, target, types.intp), codegen
 
 
@@ -272,6 +284,29 @@ def _input(m, k, some, origin, row, column, count, target, point):
 
 
 @inline
+def _gradient(m, k, some, origin, row, column, count, target, point):
+    if m == 4:
+        if k == 3:
+            if some:
+                transform_gradient(4, 3, 1, origin, row, column, count, target, point)
+            else:
+                transform_gradient(4, 3, 0, origin, row, column, count, target, point)
+        elif some:
+            transform_gradient(4, 5, 1, origin, row, column, count, target, point)
+        else:
+            transform_gradient(4, 5, 0, origin, row, column, count, target, point)
+    elif k == 3:
+        if some:
+            transform_gradient(2, 3, 1, origin, row, column, count, target, point)
+        else:
+            transform_gradient(2, 3, 0, origin, row, column, count, target, point)
+    elif some:
+        transform_gradient(2, 5, 1, origin, row, column, count, target, point)
+    else:
+        transform_gradient(2, 5, 0, origin, row, column, count, target, point)
+
+
+@inline
 def _output(m, k, products, bias, target, pixel):
     if m == 4:
         if k == 3:
@@ -285,28 +320,46 @@ def _output(m, k, products, bias, target, pixel):
 
 
 @inline
-def _transform_tile(work, src, frame, y0, x0, inputs, block_size, point, patch):
+def _pixels(src, frame, y0, x0, side, c, count, patch):
+    """Where to read channels c .. c + count of the side×side pixels at (y0, x0), and the scalars between pixels.
+
+    At the edges of the frame they are copied to `patch`, with what the padding holds.
+    """
+    if y0 >= 0 and x0 >= 0 and y0 + side <= src.H and x0 + side <= src.W:
+        return simd.shift(frame, (y0 * src.W + x0) * src.C + c), src.W * src.C, src.C
+    step = simd.vector_lanes(patch)
+    for i in range(side):
+        y = (y0 + i) % src.H if src.circular else y0 + i
+        line = simd.shift(frame, y * src.W * src.C + c)
+        for j in range(side):
+            x = (x0 + j) % src.W if src.circular else x0 + j
+            value = simd.zeros(patch)
+            if y >= 0 and y < src.H and x >= 0 and x < src.W:
+                value = take(simd.shift(line, x * src.C), count)
+            simd.store(simd.shift(patch, (i * side + j) * step), value)
+    return patch, side * step, step
+
+
+@inline
+def transform_tile(work, src, frame, y0, x0, inputs, block_size, point, patch):
     """Transform the α×α pixels of a frame at (y0, x0), all channels, a block of channels at a time."""
     step = simd.vector_lanes(inputs)
-    alpha = work.m + work.k - 1
-    inside = y0 >= 0 and x0 >= 0 and y0 + alpha <= src.H and x0 + alpha <= src.W
     for c in range(0, src.C, step):
         count = min(step, src.C - c)
+        origin, row, column = _pixels(src, frame, y0, x0, work.m + work.k - 1, c, count, patch)
         target = simd.shift(inputs, c // step * block_size)
-        if inside:
-            origin = simd.shift(frame, (y0 * src.W + x0) * src.C + c)
-            _input(work.m, work.k, count < step, origin, src.W * src.C, src.C, count, target, point)
-            continue
-        for i in range(alpha):
-            for j in range(alpha):
-                y, x = y0 + i, x0 + j
-                if src.circular:
-                    y, x = y % src.H, x % src.W
-                pixel = simd.shift(patch, (i * alpha + j) * step)
-                simd.store(pixel, simd.zeros(pixel))
-                if y >= 0 and y < src.H and x >= 0 and x < src.W:
-                    copy_run(pixel, simd.shift(frame, (y * src.W + x) * src.C + c), count)
-        _input(work.m, work.k, False, patch, alpha * step, step, step, target, point)
+        _input(work.m, work.k, count < step, origin, row, column, count, target, point)
+
+
+@inline
+def transform_gradient_tile(work, src, frame, y0, x0, inputs, block_size, point, patch):
+    """Transform the m×m gradients of a frame at (y0, x0), all channels, a block of channels at a time."""
+    step = simd.vector_lanes(inputs)
+    for c in range(0, src.C, step):
+        count = min(step, src.C - c)
+        origin, row, column = _pixels(src, frame, y0, x0, work.m, c, count, patch)
+        target = simd.shift(inputs, c // step * block_size)
+        _gradient(work.m, work.k, count < step, origin, row, column, count, target, point)
 
 
 @inline
@@ -347,7 +400,7 @@ def _run_block(like, flow, work, sources, groups, channels, weights, bias, cell,
         for s in range(skipped, len(sources)):
             src = sources[s]
             frame = simd.at(like, source_at(flow, sources, s, b, t))
-            _transform_tile(work, src, frame, ty - src.top, tx - src.left, block_n, chunk * step, point, patch)
+            transform_tile(work, src, frame, ty - src.top, tx - src.left, block_n, chunk * step, point, patch)
             block_n = simd.shift(block_n, (src.C + step - 1) // step * chunk * step)
     blocks = len(channels) - skipped_blocks
     counts = simd.shift(simd.pointer(channels), skipped_blocks)
@@ -416,11 +469,23 @@ def fits(specs: tuple[ConvSpec, ...]) -> bool:
     )
 
 
+def points(m: int, k: int) -> int:
+    """Count of the points of F(m×m, k×k): α²."""
+    return (m + k - 1) ** 2
+
+
 def weight_transform(matrices: np.ndarray, m: int, k: int) -> np.ndarray:
     """G w Gᵀ of kernels (k, k, K, …) in float64: (α², K, …)."""
     G = transforms(m, k).G
     taps = matrices.reshape(k * k, -1).astype(np.float64, copy=False)
     return (np.kron(G, G) @ taps).reshape(-1, *matrices.shape[2:])
+
+
+def weight_gradient(sums: np.ndarray, m: int, k: int) -> np.ndarray:
+    """Gᵀ U G in float64 of sums of products U (α², …), the transpose of `weight_transform`: (k, k, …)."""
+    G = transforms(m, k).G
+    taps = np.kron(G, G).T @ sums.reshape(len(sums), -1).astype(np.float64, copy=False)
+    return taps.reshape(k, k, *sums.shape[1:])
 
 
 @lru_cache(maxsize=256)

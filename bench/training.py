@@ -1,0 +1,203 @@
+"""Time forward and backward together against PyTorch's autograd, in interleaved rounds, and measure their peak memory.
+
+As in training, the weights are new in every run, so nothing that was derived from them can be kept; the gradients of x,
+the weights and the bias are all asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import fastclstm
+from bench import cases, compare, peers
+from fastclstm import functional
+from fastclstm.info import processor_name
+
+Gradients = dict[str, np.ndarray]
+Run = Callable[[], Any]
+
+WEIGHTS = ("kernel", "recurrent_kernel", "bias")
+TOLERANCE = 1e-4
+"""Largest error of a gradient, relative to its largest value, that an implementation may show before it is timed."""
+
+TRAINED = tuple(name for name, case in cases.CASES.items() if isinstance(case, cases.ConvLSTMCase))
+_SMALL = cases.ConvLSTMCase("small", B=1, T=2, H=32, W=32, C=1, F=16, K=3)
+"""What each process runs first, so that code that is loaded once is not taken for the memory of a run."""
+
+
+def cotangent(case: cases.ConvLSTMCase) -> np.ndarray:
+    """Return the gradient (B, T, H, W, F) of the hidden sequence that is pulled back."""
+    return np.random.default_rng(1).standard_normal((case.B, case.T, case.H, case.W, case.F), np.float32)
+
+
+def _fastclstm(case: cases.ConvLSTMCase, threads: int, engine: str, **options: Any) -> Run:
+    if engine == "cpu":
+        fastclstm.set_num_threads(threads)
+    arrays, dy = case.arrays(), cotangent(case)
+
+    def run() -> Gradients:
+        for name in WEIGHTS:
+            arrays[name] *= np.float32(1 + 2**-23)
+        _, pullback = functional.convlstm2d_vjp(**arrays, engine=engine, **options)
+        gradients: Gradients = pullback(dy)
+        return gradients
+
+    return run
+
+
+def _torch(case: cases.ConvLSTMCase, threads: int, channels_last: bool, split: bool = False) -> Run:
+    import torch
+
+    torch.set_num_threads(threads)
+    arrays = case.arrays()
+    module = peers.torch_convlstm(arrays, split, channels_last)
+    for parameter in module.parameters():
+        parameter.requires_grad_()
+    x, dy = torch.from_numpy(arrays["x"]), torch.from_numpy(cotangent(case))
+    if not channels_last:
+        x, dy = (array.permute(0, 1, 4, 2, 3).contiguous() for array in (x, dy))
+    x.requires_grad_()
+
+    def run() -> Gradients:
+        for tensor in (x, *module.parameters()):
+            tensor.grad = None
+        module(x).backward(dy)
+        dx = x.grad if channels_last else x.grad.permute(0, 1, 3, 4, 2)
+        weight = torch.cat([p.grad for p in module.parameters() if p.ndim == 4], 1).permute(2, 3, 1, 0)
+        kernel, recurrent_kernel = weight.split([case.C, case.F], 2)
+        named = {"x": dx, "kernel": kernel, "recurrent_kernel": recurrent_kernel, "bias": module.bias.grad}
+        return {name: tensor.numpy() for name, tensor in named.items()}
+
+    return run
+
+
+IMPLEMENTATIONS: dict[str, Callable[[cases.ConvLSTMCase, int], Run]] = {
+    "fastclstm": partial(_fastclstm, engine="cpu"),
+    "fastclstm-direct": partial(_fastclstm, engine="cpu", algorithm="direct"),
+    "numpy": partial(_fastclstm, engine="reference"),
+    "torch": partial(_torch, channels_last=False),
+    "torch-channels-last": partial(_torch, channels_last=True),
+    "torch-split-channels-last": partial(_torch, channels_last=True, split=True),
+}
+"""Every implementation by name: from a case and a number of threads to a function that computes all gradients."""
+
+
+def oracle(case: cases.ConvLSTMCase) -> Gradients:
+    """Return the gradients in float64 by the reference engine."""
+    arrays = {name: array.astype(np.float64) for name, array in case.arrays().items()}
+    _, pullback = functional.convlstm2d_vjp(**arrays, engine="reference")
+    gradients: Gradients = pullback(cotangent(case).astype(np.float64))
+    return gradients
+
+
+def errors(gradients: Gradients, expected: Gradients) -> dict[str, float]:
+    """Return each gradient's largest error relative to its largest value; raise AssertionError for a large one."""
+    worst = {
+        name: float(np.abs(gradients[name] - value).max() / np.abs(value).max()) for name, value in expected.items()
+    }
+    if not max(worst.values()) <= TOLERANCE:
+        raise AssertionError(f"largest errors {worst} are above {TOLERANCE:.0e}")
+    return worst
+
+
+def _work(pipe: Connection, name: str, case_name: str, threads: int, folder: Path) -> None:
+    """Be one implementation: load, measure the memory of a first run, check, then time one turn for each message."""
+    held = compare.hold_to(threads)
+    case = cases.CASES[case_name]
+    assert isinstance(case, cases.ConvLSTMCase)
+    try:
+        IMPLEMENTATIONS[name](_SMALL, threads)()
+        run = IMPLEMENTATIONS[name](case, threads)
+        compare.trim()
+        held_mb = compare.held_memory(run, compare.memory("VmRSS"))
+        worst = errors(run(), {path.stem: np.load(path) for path in folder.glob("*.npy")})
+    except Exception as reason:
+        pipe.send(f"{type(reason).__name__}: {reason}")
+        return
+    pipe.send({"errors": worst, "memory_mb": held_mb, "held_to_cpus": held})
+    with contextlib.suppress(EOFError):
+        while pipe.recv() is not None:
+            pipe.send(statistics.median(compare.turn(run, 0.0)))  # after a run that brings its memory back
+
+
+def train(case: cases.ConvLSTMCase, names: list[str], threads: int, rounds: int, folder: Path) -> dict[str, Any]:
+    """Run one case in interleaved rounds."""
+    workers: dict[str, compare.Worker] = {}
+    left_out: dict[str, str] = {}
+    try:
+        for name in names:
+            worker = compare.Worker(_work, name, case.name, threads, folder)
+            if isinstance(worker.ready, str):
+                left_out[name] = worker.ready
+                worker.close()
+            else:
+                workers[name] = worker
+        seconds: dict[str, list[float]] = {name: [] for name in workers}
+        for _ in range(rounds):
+            for name, worker in workers.items():
+                seconds[name].append(worker.ask())
+    finally:
+        for worker in workers.values():
+            worker.close()
+    ours = seconds.get(compare.OURS, [])
+    return {
+        "case": case.name, "title": case.title, "threads": threads, "left_out": left_out,
+        "results": {
+            name: workers[name].ready | {
+                "seconds": times, "median_seconds": statistics.median(times),
+                "fastclstm_times_faster": statistics.median(t / o for t, o in zip(times, ours or times, strict=True)),
+            }
+            for name, times in seconds.items()
+        },
+    }  # fmt: skip
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the comparisons that the command line asks for, print them and write them as JSON."""
+    parser = argparse.ArgumentParser(prog="python -m bench.training", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--cases", nargs="+", choices=TRAINED, default=list(TRAINED))
+    parser.add_argument("--threads", nargs="+", type=int, default=sorted({1, os.cpu_count() or 1}))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--peers", nargs="+", choices=IMPLEMENTATIONS, default=list(IMPLEMENTATIONS))
+    parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
+    options = parser.parse_args(arguments)
+    runs = []
+    for name in options.cases:
+        case = cases.CASES[name]
+        assert isinstance(case, cases.ConvLSTMCase)
+        with tempfile.TemporaryDirectory() as folder:
+            for gradient, value in oracle(case).items():
+                np.save(Path(folder) / f"{gradient}.npy", value)
+            for threads in options.threads:
+                runs.append(train(case, options.peers, threads, options.rounds, Path(folder)))
+                _print(runs[-1])
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    report = {"processor": processor_name(), "cpus": os.cpu_count(), "versions": peers.versions(),
+              "rounds": options.rounds, "runs": runs}  # fmt: skip
+    options.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def _print(run: dict[str, Any]) -> None:
+    print(f"{run['case']} ({run['title']}), {run['threads']} threads")
+    for name, result in sorted(run["results"].items(), key=lambda item: item[1]["median_seconds"]):
+        memory = "" if result["memory_mb"] is None else f" {result['memory_mb']:8.0f} MB"
+        print(f"  {name:28} {result['median_seconds'] * 1e3:10.2f} ms, {result['fastclstm_times_faster']:5.2f}× ours,"
+              f"{memory}, error {max(result['errors'].values()):.1e}", flush=True)  # fmt: skip
+    for name, reason in run["left_out"].items():
+        print(f"  {name:28} left out: {reason}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
