@@ -18,8 +18,8 @@ from fastclstm.layers.time_distribution import TimeDistributionCalculator
 from fastclstm.layers.training import EarlyStopping, History
 
 __all__ = [
-    "Activation", "AveragePooling2D", "BatchNormalization", "Conv2D", "Conv3D", "ConvLSTM2D", "ConvLSTM2DCell", "Dense",
-    "Dropout", "EarlyStopping", "EncoderForecaster", "Flatten", "GlobalAveragePooling", "GlobalMaxPooling", "History",
-    "Layer", "LayerNormalization", "LeakyReLU", "MaxPooling2D", "MaxPooling3D", "Sequential", "Softmax", "TimeDistributed",
-    "TimeDistributionCalculator", "UpSampling", "ZeroPadding2D",
+    "Activation", "AveragePooling2D", "BatchNormalization", "Conv2D", "Conv3D", "ConvLSTM2D", "ConvLSTM2DCell",
+    "Dense", "Dropout", "EarlyStopping", "EncoderForecaster", "Flatten", "GlobalAveragePooling", "GlobalMaxPooling",
+    "History", "Layer", "LayerNormalization", "LeakyReLU", "MaxPooling2D", "MaxPooling3D", "Sequential", "Softmax",
+    "TimeDistributed", "TimeDistributionCalculator", "UpSampling", "ZeroPadding2D",
 ]  # fmt: skip
