@@ -132,8 +132,8 @@ class ConvLSTM2D(ConvLSTMLayer):
         The layers' parameters: ``cells[l].kernel``, ``.recurrent_kernel``, ``.bias``, ``.weights``; with bidirectional
         those of each layer's forward direction, then of its backward direction.
     state_gradients : list of (dh, dc), optional
-        Gradients of initial_state that the last `backward` left; None before, or where none was given; so is the pair of
-        a cell for which none was given.
+        Gradients of initial_state that the last `backward` left; None before, or where no initial state was given. A
+        cell for which none was given has none either.
     states : list of (h, c), optional
         Where stateful: what the next call starts from.
 
