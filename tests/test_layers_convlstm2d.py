@@ -216,7 +216,7 @@ def test_kept_states_belong_to_the_layer(engine):
 
 
 @pytest.mark.parametrize(
-    ("time_major", "data_format"), itertools.product([False, True], ["channels_last", "channels_first"])
+    ("time_major", "data_format"), list(itertools.product([False, True], ["channels_last", "channels_first"]))
 )
 def test_layouts_are_the_same_numbers(engine, time_major, data_format):
     x = normal(B, T, H, W, C)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastclstm.engines.cpu import simd
 from fastclstm.engines.cpu.compilation import inline
 
 FLOW = np.dtype([
@@ -19,13 +20,16 @@ FLOW = np.dtype([
     ("grain", np.int64),  # pieces that stay together: all of a unit, or a single task
     ("masked", np.int64),
     ("fresh", np.int64),  # 1: the sequence starts from states of zeros
-    *((f"{name}{field}", kind) for name in ("x", "h_first", "h", "c_first", "c", "y", "gates")
+    *((f"{name}{field}", kind) for name in ("x", "h_first", "h", "c_first", "c", "y")
       for field, kind in (("", np.uint64), ("_image", np.int64), ("_step", np.int64))),  # address, strides in bytes
     ("h_slots", np.int64), ("c_slots", np.int64),  # steps kept: the t-th is in slot t % slots
     ("trouble", np.uint64),  # address of a number for each image: 1 where a stored column is infinite or NaN
     ("scratch", np.uint64), ("scratch_worker", np.int64),
 ])  # fmt: skip
 """Where a sequence's arrays are and how many workers share its work."""
+
+KEEPING_FLOW = np.dtype([*FLOW.descr, ("gates", np.uint64), ("gates_image", np.int64), ("gates_step", np.int64)])
+"""The same, where the activated gates are kept: a type of its own, so that kernels without know so when compiled."""
 
 
 class Plan(NamedTuple):
@@ -127,8 +131,11 @@ def y_at(flow, b, t):
 
 @inline
 def gates_at(flow, b, t):
-    """Address for the activated gates of image b at step t; 0 where they are not kept."""
-    return _address(flow.gates, flow.gates_image, flow.gates_step, b, t) if flow.gates != 0 else np.uint64(0)
+    """Address for the activated gates of image b at step t; 0, a constant, where the flow is not a keeping one."""
+    base = simd.field_or_zero(flow, "gates")
+    if base == 0:
+        return np.uint64(0)
+    return _address(base, simd.field_or_zero(flow, "gates_image"), simd.field_or_zero(flow, "gates_step"), b, t)
 
 
 @inline

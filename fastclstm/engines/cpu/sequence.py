@@ -8,7 +8,7 @@ import threading
 import numpy as np
 
 from fastclstm.engines.cpu import direct, packing, threads, winograd
-from fastclstm.engines.cpu.flow import FLOW, NOTHING, Plan, Slots
+from fastclstm.engines.cpu.flow import FLOW, KEEPING_FLOW, NOTHING, Plan, Slots
 from fastclstm.spec import ConvSpec
 
 NO_MASK = np.ones((0, 0), np.bool_)
@@ -107,15 +107,15 @@ def run(
     Without gates (conv2d) it returns where (B,) anything written to h is infinite or NaN.
     """
     trouble = np.zeros(B, np.int64)
-    flow = np.empty(1, FLOW)
+    flow = np.empty(1, FLOW if gates is NOTHING else KEEPING_FLOW)
     workers = min(team, plan.units if plan.by_unit else plan.units * plan.tasks)
     share = -(-plan.scratch_bytes // 4096) * 4096 + 64 * 5  # workers at different cache sets
     memory = scratch(share * workers)
     flow[0] = (
         B, T, workers, plan.units, plan.tasks, T if plan.by_unit or workers == 1 else 1,
         T * plan.tasks if plan.by_unit else 1, mask is not None, fresh,
-        *x[:3], *h_first[:3], *h[:3], *c_first[:3], *c[:3], *y[:3], *gates[:3], h.kept, c.kept,
-        trouble.ctypes.data, memory.ctypes.data, share,
+        *x[:3], *h_first[:3], *h[:3], *c_first[:3], *c[:3], *y[:3], h.kept, c.kept,
+        trouble.ctypes.data, memory.ctypes.data, share, *(() if gates is NOTHING else gates[:3]),
     )  # fmt: skip
     arguments = (columns.weights[:0], flow, plan.work, plan.sources, columns.groups, *plan.tables, columns.weights,
                  columns.bias, cell, NO_MASK if mask is None else mask)  # fmt: skip

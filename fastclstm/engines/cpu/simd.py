@@ -223,6 +223,19 @@ def at(typingctx, like, address):
     return types.CPointer(like.dtype)(like, types.uintp), codegen
 
 
+@intrinsic(prefer_literal=True)
+def field_or_zero(typingctx, record, name):
+    """Integer in a record's field; the constant 0 where the record has no such field."""
+    field = name.literal_value
+
+    def codegen(context, builder, sig, args):
+        if field not in record.fields:
+            return INT64(0)
+        return builder.load(cgutils.get_record_member(builder, args[0], record.offset(field), ir.IntType(64)))
+
+    return types.int64(record, name), codegen
+
+
 @intrinsic
 def shift(typingctx, base, count):
     """Pointer `count` elements after `base`."""

@@ -20,7 +20,7 @@ from fastclstm.engines.cpu import simd
 from fastclstm.engines.cpu.compilation import inline, kernel
 from fastclstm.engines.cpu.direct import STREAMING_ROWS
 from fastclstm.engines.cpu.flow import Plan, place, share, skipped_sources, source_at, worker_scratch
-from fastclstm.engines.cpu.frames import SOURCE, source
+from fastclstm.engines.cpu.frames import SOURCE, copy_run, source
 from fastclstm.engines.cpu.gates import finish, skip_step, take
 from fastclstm.spec import ConvSpec
 
@@ -344,11 +344,25 @@ def _pixels(src, frame, y0, x0, side, c, count, patch):
 def transform_tile(work, src, frame, y0, x0, inputs, block_size, point, patch):
     """Transform the α×α pixels of a frame at (y0, x0), all channels, a block of channels at a time."""
     step = simd.vector_lanes(inputs)
+    alpha = work.m + work.k - 1
+    inside = y0 >= 0 and x0 >= 0 and y0 + alpha <= src.H and x0 + alpha <= src.W
     for c in range(0, src.C, step):
         count = min(step, src.C - c)
-        origin, row, column = _pixels(src, frame, y0, x0, work.m + work.k - 1, c, count, patch)
         target = simd.shift(inputs, c // step * block_size)
-        _input(work.m, work.k, count < step, origin, row, column, count, target, point)
+        if inside:
+            origin = simd.shift(frame, (y0 * src.W + x0) * src.C + c)
+            _input(work.m, work.k, count < step, origin, src.W * src.C, src.C, count, target, point)
+            continue
+        for i in range(alpha):
+            for j in range(alpha):
+                y, x = y0 + i, x0 + j
+                if src.circular:
+                    y, x = y % src.H, x % src.W
+                pixel = simd.shift(patch, (i * alpha + j) * step)
+                simd.store(pixel, simd.zeros(pixel))
+                if y >= 0 and y < src.H and x >= 0 and x < src.W:
+                    copy_run(pixel, simd.shift(frame, (y * src.W + x) * src.C + c), count)
+        _input(work.m, work.k, False, patch, alpha * step, step, step, target, point)
 
 
 @inline
