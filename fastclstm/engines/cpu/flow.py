@@ -28,8 +28,11 @@ FLOW = np.dtype([
 ])  # fmt: skip
 """Where a sequence's arrays are and how many workers share its work."""
 
-KEEPING_FLOW = np.dtype([*FLOW.descr, ("gates", np.uint64), ("gates_image", np.int64), ("gates_step", np.int64)])
-"""The same, where the activated gates are kept: a type of its own, so that kernels without know so when compiled."""
+KEEPING_FLOW = np.dtype([("gates", np.uint64), ("gates_image", np.int64), ("gates_step", np.int64), *FLOW.descr])
+"""The same, where the activated gates are kept: a type of its own, so that kernels without know so when compiled.
+
+The new fields come first: to Numba a record that only goes on where another ends is a kind of that other.
+"""
 
 
 class Plan(NamedTuple):

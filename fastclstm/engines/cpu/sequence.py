@@ -112,10 +112,11 @@ def run(
     share = -(-plan.scratch_bytes // 4096) * 4096 + 64 * 5  # workers at different cache sets
     memory = scratch(share * workers)
     flow[0] = (
+        *(() if gates is NOTHING else gates[:3]),
         B, T, workers, plan.units, plan.tasks, T if plan.by_unit or workers == 1 else 1,
         T * plan.tasks if plan.by_unit else 1, mask is not None, fresh,
         *x[:3], *h_first[:3], *h[:3], *c_first[:3], *c[:3], *y[:3], h.kept, c.kept,
-        trouble.ctypes.data, memory.ctypes.data, share, *(() if gates is NOTHING else gates[:3]),
+        trouble.ctypes.data, memory.ctypes.data, share,
     )  # fmt: skip
     arguments = (columns.weights[:0], flow, plan.work, plan.sources, columns.groups, *plan.tables, columns.weights,
                  columns.bias, cell, NO_MASK if mask is None else mask)  # fmt: skip

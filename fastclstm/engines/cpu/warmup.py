@@ -32,13 +32,14 @@ def _operations(dtype: str) -> Iterator[tuple[str, tuple[Any, Any], Callable[[],
     convolution = ConvSpec.infer(image.shape, kernel.shape)
     for algorithm, module in (("direct", direct), ("winograd", winograd)):
         call = partial(conv2d, convolution, image, kernel, None, algorithm=algorithm)
-        yield f"{algorithm} convolution", (module.run_serial, module.run_parallel), call
+        kernels = module.run_serial, module.run_parallel
+        yield f"{algorithm} convolution", kernels, partial(_both, call, partial(_train, dtype, algorithm))
     strided = ConvSpec.infer(image.shape, kernel.shape, strides=2)
     pull_back = partial(conv2d_backward, strided, image, kernel, np.ones((1, 2, 2, 1), dtype))
     yield "gradient of strided convolution", fold.KERNELS, pull_back
     yield "direct gradient of kernels", weight_gradient.DIRECT, pull_back
-    yield "gradient of gates", gates_backward.KERNELS, partial(_train, dtype)
-    yield "winograd gradient of kernels", weight_gradient.WINOGRAD, partial(_train, dtype)
+    yield "gradient of gates", gates_backward.KERNELS, partial(_train, dtype, "winograd")
+    yield "winograd gradient of kernels", weight_gradient.WINOGRAD, partial(_train, dtype, "winograd")
     volume, indices = np.ones((1, 1, 1, 1, 1), dtype), np.zeros((1, 1, 1, 1, 1), np.int64)
     pool = PoolSpec.infer(volume.shape, 1)
     yield "pooling", VALUES, partial(max_pool3d, pool, volume, False)
@@ -46,13 +47,18 @@ def _operations(dtype: str) -> Iterator[tuple[str, tuple[Any, Any], Callable[[],
     yield "gradient of pooling", SCATTER, partial(max_pool3d_backward, pool, indices, volume)
 
 
-def _train(dtype: str) -> None:
+def _both(*calls: Callable[[], Any]) -> None:
+    for call in calls:
+        call()
+
+
+def _train(dtype: str, algorithm: str) -> None:
     """Take one small step forward and backward."""
     x, kernel = np.ones((1, 1, 3, 3, 1), dtype), np.ones((3, 3, 1, 4), dtype)
     sigmoid, tanh = activations.get("sigmoid"), activations.get("tanh")
     spec = ConvLSTMSpec.infer(x.shape, kernel.shape, kernel.shape, activation=tanh, recurrent_activation=sigmoid,
                               output_activation=tanh)  # fmt: skip
-    *_, saved = convlstm2d(spec, x, kernel, kernel, None, None, None, None, None, algorithm="winograd", save=True)
+    *_, saved = convlstm2d(spec, x, kernel, kernel, None, None, None, None, None, algorithm=algorithm, save=True)
     assert saved is not None
     convlstm2d_backward(spec, saved, x, None, None)
 
