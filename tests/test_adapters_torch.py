@@ -1,3 +1,5 @@
+import re
+
 import numpy as np
 import pytest
 
@@ -152,6 +154,36 @@ def test_there_and_back(torch, named):
     assert again.parameters.keys() == layer.parameters.keys()
     for name, array in layer.parameters.items():
         np.testing.assert_array_equal(array, again.parameters[name])
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_gradients(torch, named, engine, dtype):
+    dialect, module = named
+    module = module.to(getattr(torch, dtype)).train()
+    x = sequence(torch).to(getattr(torch, dtype)).requires_grad_()
+    layer = from_torch(module, dialect, return_state=True, engine=engine)
+    layer(x.detach().numpy(), training=True)
+    y, states = module(x, **right(module))
+    outputs = [y, *(state for pair in states for state in pair)]
+    cotangents = [torch.randn_like(output) for output in outputs]
+    torch.autograd.backward(outputs, cotangents)
+    dy, *dstates = (d.numpy() for d in cotangents)
+    dx = layer.backward(dy, [*zip(dstates[::2], dstates[1::2], strict=True)])
+
+    def agree(ours, tensor):
+        expected = tensor.numpy()
+        bound = {"float64": 1e-11, "float32": 5e-6}[dtype] * max(1, np.abs(expected).max())
+        np.testing.assert_allclose(ours, expected, rtol=0, atol=bound)
+
+    agree(dx, x.grad)
+    layer.set_parameters(layer.parameters | layer.get_gradients())  # to have them under the dialect's names
+    ours = to_torch(layer, dialect)
+    learned = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+    assert len(learned) >= len(layer.trainable_parameters) // 2
+    for name, gradient in learned.items():
+        if not re.search(r"(conv_h|rnn_conv)\.bias", name):  # added to another bias, whose gradient is the same
+            agree(ours[name], gradient)
 
 
 @pytest.mark.torch
