@@ -17,7 +17,7 @@ from fastclstm import dispatch
 from fastclstm.datasets import moving_digits
 from fastclstm.io.files import replacing
 from fastclstm.layers import Conv2D, ConvLSTM2D, Sequential, TimeDistributed
-from fastclstm.layers.training import History
+from fastclstm.layers.history import History
 from fastclstm.nn import Options, metrics
 from fastclstm.nn.losses import Loss, MeanSquaredError, SSIMLoss
 from fastclstm.nn.optimizers import Adam

@@ -1,8 +1,6 @@
 """The training loop: the numbers of a plain loop, checkpoints to the bit, and errors that name what is wrong."""
 
 import copy
-import csv
-import json
 import math
 import os
 import signal
@@ -27,7 +25,7 @@ from fastclstm.layers import (
     Sequential,
     TimeDistributed,
 )
-from fastclstm.layers.training import EarlyStopping, History
+from fastclstm.layers.history import EarlyStopping
 from fastclstm.nn import losses
 from fastclstm.nn.optimizers import SGD, Adam
 from fastclstm.nn.schedules import ExponentialDecay
@@ -261,17 +259,6 @@ def test_progress_goes_to_the_terminal_when_asked(capsys):
 # --- history and early stopping ---
 
 
-def test_history_files(tmp_path):
-    history = History(loss=[2.0, 1.0], val_csi=[math.nan, 0.5])
-    history.save(tmp_path / "h.json")
-    assert json.loads((tmp_path / "h.json").read_text()) == {"loss": [2.0, 1.0], "val_csi": [None, 0.5]}
-    history.save(tmp_path / "h.csv")
-    with (tmp_path / "h.csv").open() as file:
-        assert list(csv.reader(file)) == [["epoch", "loss", "val_csi"], ["1", "2.0", "nan"], ["2", "1.0", "0.5"]]
-    with pytest.raises(ValueError, match=r"suffix of path must be one of '\.csv', '\.json', got '\.txt'"):
-        history.save(tmp_path / "h.txt")
-
-
 @pytest.mark.parametrize("restore_best", [True, False])
 def test_early_stopping(restore_best):
     model, kept = dense(), []
@@ -285,13 +272,6 @@ def test_early_stopping(restore_best):
                   early_stopping=stopping, callbacks=lambda history: kept.append(copy.deepcopy(model)))  # fmt: skip
     assert history.epochs == 5
     assert same(model, kept[2 if restore_best else 4])
-
-
-def test_what_counts_as_improvement():
-    less, more = EarlyStopping(min_delta=0.5), EarlyStopping(mode="max", min_delta=0.5)
-    for stopping, values in ((less, (0.4, 0.5, math.nan)), (more, (1.6, 1.5, math.nan))):
-        assert [stopping.improves(value, 1.0) for value in values] == [True, False, False]
-        assert [stopping.improves(value, None) for value in values] == [True, True, False]
 
 
 def test_early_stopping_by_number_watches_the_validation():

@@ -8,6 +8,7 @@ from fastclstm.layers.convolution import Conv2D, Conv3D
 from fastclstm.layers.dense import Dense, Flatten
 from fastclstm.layers.dropout import Dropout
 from fastclstm.layers.encoder_forecaster import EncoderForecaster
+from fastclstm.layers.history import EarlyStopping, History
 from fastclstm.layers.max_pooling3d import MaxPooling3D
 from fastclstm.layers.normalization import BatchNormalization, LayerNormalization
 from fastclstm.layers.pooling import AveragePooling2D, GlobalAveragePooling, GlobalMaxPooling, MaxPooling2D
@@ -15,7 +16,6 @@ from fastclstm.layers.resampling import UpSampling, ZeroPadding2D
 from fastclstm.layers.sequential import Sequential
 from fastclstm.layers.time_distributed import TimeDistributed
 from fastclstm.layers.time_distribution import TimeDistributionCalculator
-from fastclstm.layers.training import EarlyStopping, History
 
 __all__ = [
     "Activation", "AveragePooling2D", "BatchNormalization", "Conv2D", "Conv3D", "ConvLSTM2D", "ConvLSTM2DCell",

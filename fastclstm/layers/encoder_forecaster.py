@@ -12,9 +12,11 @@ import numpy as np
 from fastclstm import dispatch
 from fastclstm.layers.array_layer import FRAME_AXES
 from fastclstm.layers.base import layer_dtype
+from fastclstm.layers.batches import Batch
 from fastclstm.layers.convlstm2d import ConvLSTM2D
 from fastclstm.layers.convolution import Conv2D
-from fastclstm.layers.training import Batch, History, Trainable
+from fastclstm.layers.history import History
+from fastclstm.layers.training import Trainable
 from fastclstm.spec import DATA_FORMATS, Shape, choice, expect_shape, flag, integers
 
 ENCODED_STEPS = 16

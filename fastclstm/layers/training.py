@@ -2,125 +2,31 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import json
 import math
 import os
 import time
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any
 
 import numpy as np
 
 from fastclstm import dispatch
 from fastclstm.io import weights
-from fastclstm.io.files import replacing
+from fastclstm.layers import batches
 from fastclstm.layers.array_layer import Container
 from fastclstm.layers.base import Layer
+from fastclstm.layers.batches import Arrays, Batch, Data, by_name, check_count
 from fastclstm.layers.convlstm2d import ConvLSTM2D
-from fastclstm.nn import Options, is_number, losses, metrics, optimizers, schedules
+from fastclstm.layers.history import EarlyStopping, History
+from fastclstm.nn import is_number, losses, metrics, optimizers, schedules
 from fastclstm.nn.described import Described, describe
-from fastclstm.spec import choice
 
 CHECKPOINT = "Training checkpoint"
 """The class that a checkpoint's metadata names."""
-
-Batch = dict[str, np.ndarray]
-"""Arrays by name: x, y and whichever of the others there are."""
-
-_BATCH = ("x", "y", "sample_weight", "mask", "lengths")
-
-
-class History(dict[str, list[float]]):
-    """The curves of a training: lists with one number an epoch, by name.
-
-    ``"loss"`` and the metrics' names are means over the epoch's samples, taken while the parameters change, dropout and
-    all; with the penalties in the loss. ``"val_…"`` are those of the validation data after the epoch, without
-    penalties. ``"learning_rate"`` is that of the epoch's last step, ``"seconds"`` its time.
-
-    Examples
-    --------
-    >>> History(loss=[2.0, 1.0], seconds=[0.5, 0.5]).epochs
-    2
-    """
-
-    @property
-    def epochs(self) -> int:
-        """How many there were."""
-        return max(map(len, self.values()), default=0)
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the curves, whole or not at all: to a ``.csv`` with a row an epoch, or to a ``.json`` with a list each.
-
-        Numbers that JSON has not, NaN and Inf, are null there.
-
-        Raises
-        ------
-        ValueError
-            Another suffix.
-        OSError
-            The file cannot be written.
-        """
-        suffix = os.path.splitext(os.fspath(path))[1].lower()
-        choice("History", "the suffix of path", suffix, (".csv", ".json"))
-        with replacing(path) as new, new.open("w", encoding="utf-8", newline="") as file:
-            if suffix == ".csv":
-                writer = csv.writer(file)
-                writer.writerow(["epoch", *self])
-                writer.writerows(zip(range(1, self.epochs + 1), *self.values(), strict=True))
-            else:
-                curves = {name: [v if math.isfinite(v) else None for v in values] for name, values in self.items()}
-                json.dump(curves, file, indent=1)
-
-
-@dataclass(frozen=True)
-class EarlyStopping(Options):
-    """When to stop a training before its last epoch.
-
-    Parameters
-    ----------
-    patience : int
-        Stop when so many epochs, one after the other, have brought no improvement.
-    monitor : str, optional
-        The curve that must improve. None: ``"val_loss"``, or without validation data ``"loss"``.
-    mode : "min" or "max"
-        Whether less or more of it is better.
-    min_delta : float
-        What counts as improvement is more than this.
-    restore_best : bool
-        Leave the model with the parameters of its best epoch.
-
-    Raises
-    ------
-    ValueError
-        An option out of range.
-    """
-
-    patience: int = 5
-    monitor: str | None = None
-    mode: str = "min"
-    min_delta: float = 0
-    restore_best: bool = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check_integer("patience", 1)
-        choice("EarlyStopping", "mode", self.mode, ("min", "max"))
-        self._check_number("min_delta", 0)
-        choice("EarlyStopping", "restore_best", self.restore_best, (False, True))
-        if not isinstance(self.monitor, str | None):
-            self._refuse("monitor", "the name of a curve or None")
-
-    def improves(self, value: float, best: float | None) -> bool:
-        """Whether `value` is better than the best so far; NaN never is."""
-        if best is None:
-            return not math.isnan(value)
-        return value < best - self.min_delta if self.mode == "min" else value > best + self.min_delta
 
 
 class Trainable(Container):
@@ -214,7 +120,7 @@ class Trainable(Container):
         True
         """
         given = {"x": x, "y": y, "sample_weight": sample_weight, "mask": mask, "lengths": lengths}
-        data = _data(self, "fit", given, batch_size, steps_per_epoch)
+        data = _read(self, "fit", given, batch_size, steps_per_epoch)
         if not (is_number(validation_split) and 0 <= validation_split < 1):
             raise ValueError(f"fit: validation_split must be a number in [0, 1), got {validation_split!r}")
         validation = None
@@ -223,21 +129,21 @@ class Trainable(Container):
                 raise ValueError("fit: give validation_split or validation_data, not both")
             if isinstance(validation_data, Iterator):
                 raise TypeError("fit: validation_data is an iterator, which is empty after an epoch; give a list")
-            given = _named("fit: validation_data", validation_data)
-            validation = _data(self, "fit: validation_data", given, batch_size)
+            given = by_name("fit: validation_data", validation_data)
+            validation = _read(self, "fit: validation_data", given, batch_size)
         elif validation_split:
-            if not isinstance(data, _Arrays):
+            if not isinstance(data, Arrays):
                 raise ValueError("fit: validation_split needs arrays; with batches give validation_data")
             data, validation = data.split(validation_split)
         if isinstance(early_stopping, int):
             early_stopping = EarlyStopping(early_stopping)
         if not isinstance(early_stopping, EarlyStopping | None):
             raise TypeError(f"fit: early_stopping must be a number of epochs or EarlyStopping, got {early_stopping!r}")
-        _check_count("epochs", epochs)
+        check_count("epochs", epochs)
         if checkpoint is None and (resume or checkpoint_every is not None):
             raise ValueError("fit: resume and checkpoint_every need a checkpoint; give the path of one")
         if checkpoint_every is not None:
-            _check_count("checkpoint_every", checkpoint_every)
+            check_count("checkpoint_every", checkpoint_every)
         if time_limit is not None and not (is_number(time_limit) and time_limit > 0):
             raise ValueError(f"fit: time_limit must be a number of seconds > 0, got {time_limit!r}")
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0):
@@ -271,7 +177,7 @@ class Trainable(Container):
         {'loss': 1.0, 'mae': 1.0}
         """
         given = {"x": x, "y": y, "sample_weight": sample_weight, "mask": mask, "lengths": lengths}
-        data = _data(self, "evaluate", given, batch_size)
+        data = _read(self, "evaluate", given, batch_size)
         return _evaluate(self, losses.get(loss), _metrics(metrics), data)
 
     def predict(self, x: Any, batch_size: int = 16, *, mask: Any = None, lengths: Any = None, **options: Any) -> Any:
@@ -284,7 +190,7 @@ class Trainable(Container):
         ValueError, TypeError
             As `forward`; an output of more than one array.
         """
-        restore, data = dispatch.restorer(x), _Arrays("predict", {"x": x, "mask": mask, "lengths": lengths}, batch_size)
+        restore, data = dispatch.restorer(x), Arrays("predict", {"x": x, "mask": mask, "lengths": lengths}, batch_size)
         made: Any = None
         done = 0
         for batch in data.batches():
@@ -305,139 +211,14 @@ class Trainable(Container):
         return {}
 
 
-class _Arrays:
-    """Arrays, one sample beside the other on their first axis."""
-
-    steps: int
-
-    def __init__(self, op: str, arrays: Mapping[str, Any], batch_size: int):
-        _check_count("batch_size", batch_size, op.partition(":")[0])
-        self.arrays = {name: dispatch.as_numpy(op, name, a) for name, a in arrays.items() if a is not None}
-        counts = {name: a.shape[0] if a.ndim else None for name, a in self.arrays.items()}
-        if None in counts.values() or len(set(counts.values())) > 1:
-            told = ", ".join(f"{name} {array.shape}" for name, array in self.arrays.items())
-            raise ValueError(f"{op}: all arrays must have as many samples, on their first axis; got {told}")
-        self.op, self.batch_size, self.count = op, int(batch_size), len(self.arrays["x"])
-        self.steps = -(-self.count // self.batch_size)
-
-    def split(self, share: float) -> tuple[_Arrays, _Arrays]:
-        """Return the samples but the last `share` of them, and these."""
-        held = int(self.count * share)
-        if not 0 < held < self.count:
-            raise ValueError(f"fit: validation_split={share} of {self.count} samples leaves {self.count - held} to "
-                             f"train on and {held} to validate; give more samples, or validation_data")  # fmt: skip
-        cut = self.count - held
-        parts = (slice(None, cut), slice(cut, None))
-        first, last = (
-            _Arrays(self.op, {n: a[part] for n, a in self.arrays.items()}, self.batch_size) for part in parts
-        )
-        return first, last
-
-    def batches(self, epoch: int = 0, start: int = 0, seed: int | None = None) -> Iterator[Batch]:
-        """Yield batches from number `start` on; a seed shuffles. Without samples there is one batch, empty."""
-        order = None if seed is None else np.random.default_rng([seed, epoch]).permutation(self.count)
-        for step in range(start, max(1, self.steps)):
-            part: Any = slice(step * self.batch_size, (step + 1) * self.batch_size)
-            if order is not None:
-                part = order[part]
-            yield {name: array[part] for name, array in self.arrays.items()}
-
-    def told(self) -> Any:
-        """Return what a checkpoint knows of the data: the checksum is of the first and the last sample."""
-        return {"batch_size": self.batch_size} | {
-            name: {"shape": [*a.shape], "dtype": a.dtype.name, "checksum": zlib.crc32(a[[0, -1]].tobytes())}
-            for name, a in self.arrays.items()
-        }
-
-
-class _Batches:
-    """A caller's own batches."""
-
-    def __init__(self, op: str, source: Any, steps: int | None):
-        if isinstance(source, Iterator) and op == "fit" and steps is None:
-            raise ValueError(f"{op}: an iterator of batches needs steps_per_epoch, the number of batches in an epoch")
-        if steps is not None:
-            _check_count("steps_per_epoch", steps)
-        self.op, self.source = op, source
-        self.steps = steps if steps is not None or not hasattr(source, "__len__") else len(source)
-        self._limit, self._drawn = None if steps is None else int(steps), 0
-
-    def batches(self, epoch: int = 0, start: int = 0, seed: int | None = None) -> Iterator[Batch]:
-        """Yield the batches of an epoch from number `start` on."""
-        number = start
-        for item in islice(self._from(epoch, start), None if self._limit is None else self._limit - start):
-            number += 1
-            yield self._batch(item)
-        if number < (self._limit or 1):
-            raise ValueError(f"{self.op}: the batches of epoch {epoch + 1} ended after {number}, "
-                             f"not {self._limit or 'at least 1'}; give more, or another steps_per_epoch")  # fmt: skip
-
-    def told(self) -> Any:
-        """Return what a checkpoint knows of the data."""
-        return {"steps_per_epoch": self._limit}
-
-    def _from(self, epoch: int, start: int) -> Iterator[Any]:
-        if isinstance(self.source, Iterator):
-            skipped = epoch * (self._limit or 0) + start - self._drawn  # by a training that was interrupted
-            for item in islice(self.source, skipped, None):
-                self._drawn += skipped + 1
-                skipped = 0
-                yield item
-            return
-        items = self.source(epoch) if callable(self.source) else self.source
-        yield from islice(iter(items), start, None)
-
-    def _batch(self, item: Any) -> Batch:
-        named = _named(f"{self.op}: a batch", item)
-        if not isinstance(item, tuple | list | Mapping) or not {"x", "y"} <= set(named):
-            raise TypeError(f"{self.op}: a batch must be (x, y), (x, y, sample_weight) or a dict of these, "
-                            f"got {type(item).__name__}")  # fmt: skip
-        return _Arrays(self.op, named, 1).arrays
-
-
-_Data = _Arrays | _Batches
-
-
-def _named(op: str, item: Any) -> dict[str, Any]:
-    """Return x, y and the like by name; what is no tuple of arrays and no dict is x."""
-    if isinstance(item, Mapping):
-        if unknown := sorted(set(item) - set(_BATCH)):
-            raise ValueError(f"{op} has {', '.join(map(repr, unknown))}; it may have {', '.join(_BATCH)}")
-        return dict(item)
-    if isinstance(item, tuple) or (isinstance(item, list) and len(item) in (2, 3) and _is_array(item[0])):
-        if len(item) not in (2, 3):
-            raise ValueError(f"{op} must be (x, y) or (x, y, sample_weight), got {len(item)} items")
-        return dict(zip(_BATCH, item, strict=False))
-    return {"x": item}
-
-
-def _is_array(value: Any) -> bool:
-    return hasattr(value, "__dlpack__") or hasattr(value, "__array__")
-
-
-def _data(model: Trainable, op: str, given: Mapping[str, Any], batch_size: int, steps: int | None = None) -> _Data:
+def _read(model: Trainable, op: str, given: Mapping[str, Any], batch_size: int, steps: int | None = None) -> Data:
     """Return the arrays or batches among what was `given`, checked."""
     for path, layer in _walk(model):
         if isinstance(layer, ConvLSTM2D) and (layer.time_major or layer.stateful):
             option = "time_major" if layer.time_major else "stateful"
             raise ValueError(f"{op}: {_told(path, layer)} has {option}=True, but batches are samples that are drawn "
                              f"anew, on the first axis; build it with {option}=False")  # fmt: skip
-    arrays = {name: given.get(name) for name in _BATCH}
-    x = arrays["x"]
-    if arrays["y"] is None:
-        if _is_array(x):
-            raise ValueError(f"{op}: x is an array, but there is no y, the outputs that the model should give")
-        if not (callable(x) or isinstance(x, Iterable)):
-            raise TypeError(f"{op}: x must be an array, or batches (x, y), got {type(x).__name__}")
-        if extra := [name for name in _BATCH[2:] if arrays[name] is not None]:
-            raise ValueError(f"{op}: {' and '.join(extra)} must be part of the batches, where x is batches")
-        return _Batches(op, x, steps)
-    if steps is not None:
-        raise ValueError(f"{op}: steps_per_epoch is for batches; arrays are cut by batch_size")
-    data = _Arrays(op, arrays, batch_size)
-    if data.count == 0:
-        raise ValueError(f"{op}: x of shape {data.arrays['x'].shape} has no samples")
-    return data
+    return batches.read(op, given, batch_size, steps)
 
 
 def _metrics(given: Any) -> dict[str, Callable[[Any, Any], Any]]:
@@ -448,11 +229,6 @@ def _metrics(given: Any) -> dict[str, Callable[[Any, Any], Any]]:
         wrong = f"{taken.pop()!r} is taken" if len(named) == len(listed) else "two have the same name"
         raise ValueError(f"metrics: {wrong}; the names are {', '.join(named)}")
     return named
-
-
-def _check_count(name: str, value: Any, op: str = "fit") -> None:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-        raise ValueError(f"{op}: {name} must be an integer >= 1, got {value!r}")
 
 
 class _Means:
@@ -473,7 +249,7 @@ class _Means:
 
 
 def _evaluate(
-    model: Trainable, loss: losses.Loss, named: Mapping[str, Callable[[Any, Any], Any]], data: _Data
+    model: Trainable, loss: losses.Loss, named: Mapping[str, Callable[[Any, Any], Any]], data: Data
 ) -> dict[str, float]:
     means = _Means()
     for batch in data.batches():
@@ -576,8 +352,8 @@ class _Training:
     loss: losses.Loss
     optimizer: optimizers.Optimizer
     metrics: dict[str, Callable[[Any, Any], Any]]
-    data: _Data
-    validation: _Data | None
+    data: Data
+    validation: Data | None
     shuffle: bool
     seed: int | None
     early_stopping: EarlyStopping | None
