@@ -56,6 +56,17 @@ def choice(op: str, name: str, value: Any, allowed: Sequence[Any]) -> None:
         raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
+def rate(op: str, name: str, value: Any, *, one: bool = False) -> None:
+    """Raise ValueError unless `value`, the share that is dropped, is in [0, 1), or with `one` in [0, 1]."""
+    if not (_is_real(value) and (0 <= value < 1 or (one and value == 1))):
+        interval = "[0, 1]" if one else "[0, 1)"
+        raise ValueError(f"{op}: {name} must be a number in {interval}, the share that is dropped; got {value!r}")
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+
+
 def flag(op: str, name: str, value: Any) -> None:
     """Raise ValueError unless `value` is True or False."""
     if not isinstance(value, bool):
@@ -64,8 +75,7 @@ def flag(op: str, name: str, value: Any) -> None:
 
 def positive_or_none(op: str, name: str, value: Any) -> None:
     """Raise ValueError unless `value` is a positive real number or None."""
-    real = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
-    if value is not None and not (real and value > 0):
+    if value is not None and not (_is_real(value) and value > 0):
         raise ValueError(f"{op}: {name} must be a positive number or None, got {value!r}")
 
 

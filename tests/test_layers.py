@@ -1141,12 +1141,12 @@ def test_wrong_number_of_steps(shape, training):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ((-0.1, 3), ValueError, r"dropout_rate must lie in \[0, 1\], got -0.1"),
-        ((1.1, 3), ValueError, r"dropout_rate must lie in \[0, 1\]"),
-        ((float("nan"), 3), ValueError, r"dropout_rate must lie in \[0, 1\]"),
-        (("much", 3), TypeError, "dropout_rate must be a number"),
-        (("0.5", 3), TypeError, r"dropout_rate must be a number in \[0, 1\], got '0.5'"),
-        ((True, 3), TypeError, r"dropout_rate must be a number in \[0, 1\], got True"),
+        ((-0.1, 3), ValueError, r"dropout_rate must be a number in \[0, 1\], .* got -0.1"),
+        ((1.1, 3), ValueError, r"dropout_rate must be a number in \[0, 1\], .* got 1.1"),
+        ((float("nan"), 3), ValueError, r"dropout_rate must be a number in \[0, 1\], .* got nan"),
+        (("much", 3), ValueError, r"dropout_rate must be a number in \[0, 1\], .* got 'much'"),
+        (("0.5", 3), ValueError, r"dropout_rate must be a number in \[0, 1\], .* got '0.5'"),
+        ((True, 3), ValueError, r"dropout_rate must be a number in \[0, 1\], .* got True"),
         ((0.5, 0), ValueError, "num_timesteps must be an integer >= 1"),
         ((0.5, 2.5), TypeError, "num_timesteps must be an integer >= 1"),
     ],

@@ -7,7 +7,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from fastclstm.nn import activations
-from fastclstm.spec import ConvLSTMSpec, ConvSpec, PoolSpec
+from fastclstm.spec import ConvLSTMSpec, ConvSpec, PoolSpec, rate
 
 ACTIVATIONS = {
     "activation": activations.get("tanh"),
@@ -399,3 +399,12 @@ def test_pool_window_must_fit():
     with raises("max_pool3d: a window of 5 does not fit the time of 4 padded by (0, 0); "
                 "give larger frames, a smaller window or dilation, or padding='same'"):  # fmt: skip
         pool(pool_size=5)
+
+
+def test_rates():
+    for value in (0, 0.5, np.float32(0.25)):
+        rate("op", "dropout", value)
+    rate("op", "dropout", 1, one=True)
+    for value in (1, -0.1, float("nan"), "0.5", True, None):
+        with pytest.raises(ValueError, match=r"op: dropout must be a number in \[0, 1\), the share .* got"):
+            rate("op", "dropout", value)

@@ -15,7 +15,7 @@ from fastclstm.layers.gate_weights import GateWeights
 from fastclstm.layers.layout import Layout
 from fastclstm.layers.time_distribution import TimeDistributionCalculator
 from fastclstm.nn import regularizers
-from fastclstm.spec import Pair, Shape, choice, expect_shape, flag, integers
+from fastclstm.spec import Pair, Shape, choice, expect_shape, flag, integers, rate
 
 MERGE_MODES = ("concat", "sum", "mul", "ave", None)
 CHUNK_STEPS = 16
@@ -196,9 +196,7 @@ engine='reference')
                 f"{op}: merge_mode=None gives two outputs, which {self.num_layers} stacked layers cannot hand on; "
                 f"choose 'concat', 'sum', 'mul' or 'ave', or stack layers of your own"
             )
-        rate = self.time_dropout
-        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate <= 1:
-            raise ValueError(f"{op}: time_dropout must be a number in [0, 1], the share that is dropped; got {rate!r}")
+        rate(op, "time_dropout", self.time_dropout, one=True)
         given = self.activity_regularizer
         self._activity_regularizer = None if given is None else regularizers.get(given)
         self._activity_penalty = 0.0
@@ -342,7 +340,7 @@ engine='reference')
             outputs = self._run_layer(index, output, states, mask, last_states, tape)
             output = _merge(self.merge_mode, outputs) if self.bidirectional else outputs[0]
             if tape is not None:
-                tape.outputs.append(outputs if self.merge_mode == "mul" else ())
+                tape.outputs.append(outputs if self.bidirectional and self.merge_mode == "mul" else ())
         return output, last_states
 
     def _finish(self, tape: _Tape, output: Merged, written: list[np.ndarray]) -> None:
@@ -491,7 +489,9 @@ engine='reference')
                 gradients |= {f"{names[number]}.{name}": array for name, array in named.items()}
                 pulled_states.insert(0, pulled.get("initial_state", (None, None)))
                 dx = pulled["x"] if dx is None else dx + pulled["x"]
-            merged = dx * tape.slopes[index - 1] if index and tape.slopes else dx
+            merged = dx
+            if index and self.leaky_relu_slope is not None:
+                merged = np.where(tape.positive[index - 1], dx, dx.dtype.type(self.leaky_relu_slope) * dx)
         if tape.kept_steps is not None:
             dx = np.where(tape.kept_steps, dx, np.zeros((), dx.dtype))
         restore = tape.restore
@@ -527,7 +527,7 @@ class _Tape:
     def __init__(self, layout: Layout, restore: Callable[..., Any], shapes: list[Shape], with_state: bool):
         self.layout, self.restore, self.shapes, self.with_state = layout, restore, shapes, with_state
         self.pullbacks: list[Any] = []
-        self.slopes: list[np.ndarray] = []
+        self.positive: list[np.ndarray] = []
         self.outputs: list[tuple[np.ndarray, ...]] = []
         self.kept: list[np.ndarray | None] = []
         self.kept_steps: np.ndarray | None = None
@@ -543,11 +543,10 @@ class _Tape:
 
 def _leaky_relu(sequence: np.ndarray, slope: float, tape: _Tape | None) -> np.ndarray:
     """Return the LeakyReLU of what one layer hands to the next."""
-    one, low = np.array([1, slope], sequence.dtype)
-    if tape is None:
-        return np.where(sequence > 0, sequence, low * sequence)
-    tape.slopes.append(np.where(sequence > 0, one, low))
-    return sequence * tape.slopes[-1]
+    positive = sequence > 0
+    if tape is not None:
+        tape.positive.append(positive)
+    return np.where(positive, sequence, sequence.dtype.type(slope) * sequence)
 
 
 def _merge(mode: str | None, outputs: tuple[np.ndarray, ...]) -> Merged:

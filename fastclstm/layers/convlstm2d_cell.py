@@ -25,6 +25,7 @@ from fastclstm.spec import (
     choice,
     flag,
     integers,
+    rate,
 )  # fmt: skip
 
 State = tuple[np.ndarray | None, np.ndarray | None]
@@ -101,7 +102,7 @@ class ConvLSTMLayer(Layer):
         if slope is not None and not real:
             raise ValueError(f"{op}: leaky_relu_slope must be a finite number or None, got {slope!r}")
         for name in ("dropout", "recurrent_dropout"):
-            check_rate(op, name, getattr(self, name))
+            rate(op, name, getattr(self, name))
         choice(op, "peephole", self.peephole, PEEPHOLES)
         if self.peephole_size is not None and self.peephole != "conv":
             raise ValueError(f"{op}: peephole_size goes with peephole='conv' only, got peephole={self.peephole!r}")
@@ -476,12 +477,6 @@ dtype, seed, engine, algorithm
             options[f"{name}_shapes"] = {key: array.shape for key, array in arrays.items()} or None
         ConvLSTMSpec.infer((1, 1, *frame, self.in_channels), self._parameters["kernel"].shape,
                            self._parameters["recurrent_kernel"].shape, op=op, **options)  # fmt: skip
-
-
-def check_rate(op: str, name: str, rate: Any) -> None:
-    """Raise ValueError unless `rate` is a number in [0, 1)."""
-    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < 1:
-        raise ValueError(f"{op}: {name} must be a number in [0, 1), the share that is dropped; got {rate!r}")
 
 
 def own_generator(rng: np.random.Generator) -> np.random.Generator:

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 
 from fastclstm.layers.array_layer import ArrayLayer, Pullback
-from fastclstm.nn import is_number
-from fastclstm.spec import Shape, integers
+from fastclstm.spec import Shape, integers, rate
 
 
 @dataclass(eq=False, repr=False)
@@ -49,8 +48,7 @@ class Dropout(ArrayLayer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (is_number(self.rate) and 0 <= self.rate <= 1):
-            raise ValueError(f"Dropout: rate must be a number in [0, 1], got {self.rate!r}")
+        rate("Dropout", "rate", self.rate, one=True)
         if self.noise_shape is not None:
             if not isinstance(self.noise_shape, tuple):
                 raise TypeError(f"Dropout: noise_shape must be a tuple of sizes or None, got {self.noise_shape!r}")

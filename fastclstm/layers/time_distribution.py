@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fastclstm.layers.array_layer import ArrayLayer, Pullback
-from fastclstm.spec import Shape, integers
+from fastclstm.spec import Shape, integers, rate
 
 
 @dataclass(eq=False, repr=False)
@@ -51,11 +51,8 @@ class TimeDistributionCalculator(ArrayLayer):
     def __post_init__(self) -> None:
         super().__post_init__()
         op = "TimeDistributionCalculator"
-        if isinstance(self.dropout_rate, bool) or not isinstance(self.dropout_rate, int | float):
-            raise TypeError(f"{op}: dropout_rate must be a number in [0, 1], got {self.dropout_rate!r}")
+        rate(op, "dropout_rate", self.dropout_rate, one=True)
         self.dropout_rate = float(self.dropout_rate)
-        if not 0 <= self.dropout_rate <= 1:
-            raise ValueError(f"{op}: dropout_rate must lie in [0, 1], got {self.dropout_rate}")
         (self.num_timesteps,) = integers(op, "num_timesteps", self.num_timesteps, 1, 1)
         self._rng = np.random.default_rng(self.seed)
 
