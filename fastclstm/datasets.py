@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 
+from fastclstm.spec import choice
+
 _DIGIT = 8  # pixels a side of scikit-learn's digits
 _BOX = _DIGIT + 2  # the digit and the margin that its smooth enlargement takes up
 
 
-def moving_digits(batch: int, steps: int, size: int = 64, *, digits: int = 2, seed: int | None = None) -> np.ndarray:
+def moving_digits(
+    batch: int, steps: int, size: int = 64, *, digits: int = 2, part: str = "all", seed: int | None = None
+) -> np.ndarray:
     """Film handwritten digits that glide over the frame and bounce off its edges.
 
     The digits are the 1797 of 8×8 pixels that ship with scikit-learn. Each is enlarged to about half the frame by
@@ -22,6 +26,9 @@ def moving_digits(batch: int, steps: int, size: int = 64, *, digits: int = 2, se
         Height and width of the frames, at least 10.
     digits : int
         Digits in each film, at least 1; where they overlap the brighter one shows.
+    part : "all", "train" or "test"
+        Which digits may glide: "test" is every third of them, "train" are the others, so that no film of one part shows
+        a digit of the other.
     seed : int, optional
         The same seed gives the same films.
 
@@ -32,7 +39,7 @@ def moving_digits(batch: int, steps: int, size: int = 64, *, digits: int = 2, se
     Raises
     ------
     ValueError
-        A count or a size that is too small.
+        A count or a size that is too small, another part.
     ImportError
         scikit-learn is not installed.
 
@@ -44,7 +51,10 @@ def moving_digits(batch: int, steps: int, size: int = 64, *, digits: int = 2, se
     for name, value, minimum in (("batch", batch, 1), ("steps", steps, 1), ("size", size, _BOX), ("digits", digits, 1)):
         if value < minimum:
             raise ValueError(f"moving_digits: {name} must be at least {minimum}, got {value}")
+    choice("moving_digits", "part", part, ("all", "train", "test"))
     images = _load_digits()
+    if part != "all":
+        images = images[(np.arange(len(images)) % 3 == 0) == (part == "test")]
     rng = np.random.default_rng(seed)
     chosen = images[rng.integers(len(images), size=(batch, digits))]
     box = 0.55 * size

@@ -7,7 +7,6 @@ import json
 import math
 import zipfile
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -254,28 +253,15 @@ def _load(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
 
 def _digits(steps_in: int, steps_out: int, seed: int) -> Films:
     steps = steps_in + steps_out
-    train = digit_films(FILMS, steps, held_out=False, seed=3 * seed)
-    validation = digit_films(VALIDATION_FILMS, steps, held_out=False, seed=3 * seed + 1)
-    test = digit_films(TEST_FILMS, steps, held_out=True, seed=3 * seed + 2)
+    train, validation, test = (
+        moving_digits(number, steps, SIZE, part=part, seed=3 * seed + n)
+        for n, (number, part) in enumerate(((FILMS, "train"), (VALIDATION_FILMS, "train"), (TEST_FILMS, "test")))
+    )
     told = (
         f"moving digits: {FILMS} films of {SIZE}×{SIZE} pixels, {VALIDATION_FILMS} for validation, and {TEST_FILMS}, "
         f"of digits that are in none of the others, for the test"
     )
     return Films(train, validation, test, steps_in, told)
-
-
-def digit_films(number: int, steps: int, *, held_out: bool, seed: int, size: int = SIZE) -> np.ndarray:
-    """Return films (number, steps, size, size, 1) of two digits, both of those held out, every third, or neither."""
-    chunk, digits, images = 256, 2, 1797
-    films: list[np.ndarray] = []
-    for part in count():
-        of_chunk = int(np.random.SeedSequence([seed, part]).generate_state(1)[0])
-        drawn = np.random.default_rng(of_chunk).integers(images, size=(chunk, digits))  # as moving_digits does
-        kept = ((drawn % 3 == 0) == held_out).all(1)
-        films += [*moving_digits(chunk, steps, size, digits=digits, seed=of_chunk)[kept]]
-        if len(films) >= number:
-            break
-    return np.stack(films[:number])
 
 
 def _fit(

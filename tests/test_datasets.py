@@ -5,6 +5,7 @@ import sys
 import numpy as np
 import pytest
 
+from fastclstm import datasets
 from fastclstm.datasets import moving_digits
 
 pytest.importorskip("sklearn")
@@ -47,6 +48,24 @@ def test_digits_bounce_and_stay_inside(size):
 
 def test_more_digits_are_more_light():
     assert moving_digits(4, 2, digits=4, seed=0).sum() > 1.5 * moving_digits(4, 2, digits=1, seed=0).sum()
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_the_parts_share_no_digit(monkeypatch, part):
+    """With the digits of one part blank, its films are black and those of the other part as before."""
+    images, films = datasets._load_digits(), {p: moving_digits(5, 2, part=p, seed=7) for p in ("train", "test")}
+    blank = images.copy()
+    blank[(np.arange(len(images)) % 3 == 0) == (part == "test")] = 0
+    monkeypatch.setattr(datasets, "_load_digits", lambda: blank)
+    assert films[part].any((1, 2, 3, 4)).all()
+    for other, before in films.items():
+        after = moving_digits(5, 2, part=other, seed=7)
+        np.testing.assert_array_equal(after, 0 if other == part else before)
+
+
+def test_unknown_part():
+    with pytest.raises(ValueError, match=r"part must be one of 'all', 'train', 'test', got 'validation'"):
+        moving_digits(1, 1, part="validation")
 
 
 @pytest.mark.parametrize("wrong", [{"batch": 0}, {"steps": 0}, {"size": 9}, {"digits": 0}])

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from test_cli import assert_user_error, fastclstm_cli, process
 
-from fastclstm import datasets, train
+from fastclstm import train
 from fastclstm.io import weights
 from fastclstm.layers import Sequential
 from fastclstm.nn import losses, metrics
@@ -220,20 +220,6 @@ def test_on_digits(job, monkeypatch):
 
 
 # --- its parts ---
-
-
-@pytest.mark.parametrize("held_out", [False, True])
-def test_held_out_digits_are_in_no_other_film(monkeypatch, held_out):
-    """With the images of one side blank, films of that side are black, and those of the other are as before."""
-    pytest.importorskip("sklearn")
-    images = datasets._load_digits()
-    films = [train.digit_films(5, 2, held_out=side, seed=7) for side in (False, True)]
-    blank = images.copy()
-    blank[(np.arange(len(images)) % 3 == 0) == held_out] = 0
-    monkeypatch.setattr(datasets, "_load_digits", lambda: blank)
-    assert not train.digit_films(5, 2, held_out=held_out, seed=7).any()
-    np.testing.assert_array_equal(train.digit_films(5, 2, held_out=not held_out, seed=7), films[not held_out])
-    assert films[held_out].any((1, 2, 3, 4)).all()
 
 
 def test_advection_foretells_what_glides():
