@@ -17,8 +17,8 @@ from fastclstm.datasets import moving_digits
 from fastclstm.io.files import replacing
 from fastclstm.layers import Conv2D, ConvLSTM2D, Sequential, TimeDistributed
 from fastclstm.layers.history import History
-from fastclstm.nn import Options, metrics
-from fastclstm.nn.losses import Loss, MeanSquaredError, SSIMLoss
+from fastclstm.nn import metrics
+from fastclstm.nn.losses import WeightedSum
 from fastclstm.nn.optimizers import Adam
 from fastclstm.nn.schedules import CosineDecay
 
@@ -27,29 +27,14 @@ EPOCHS = 10
 FILMS, VALIDATION_FILMS, TEST_FILMS = 800, 60, 100
 KERNEL = 5
 LEARNING_RATE, WARMUP_STEPS, CLIP_NORM = 0.005, 20, 1.0
+LOSS = WeightedSum(("mse", "ssim"), (1, 0.1))
+"""Mean squared error alone makes blurred forecasts."""
 CHECKPOINT_STEPS = 50
 HELD_SHARE = 0.1
 """Of a user's films: as many for validation, and as many for the test."""
 
 Scores = dict[str, dict[str, float]]
 """By method, then by figure."""
-
-
-@dataclass(frozen=True)
-class SharpLoss(Options, Loss):
-    """Mean squared error plus `share` times the `SSIMLoss`: the first alone makes blurred forecasts."""
-
-    share: float = 0.1
-
-    def __call__(self, prediction: Any, target: Any, sample_weight: Any = None) -> float:
-        """Return the loss."""
-        return self.value_and_gradient(prediction, target, sample_weight)[0]
-
-    def value_and_gradient(self, prediction: Any, target: Any, sample_weight: Any = None) -> tuple[float, np.ndarray]:
-        """Return the loss and its gradient."""
-        squares, slope = MeanSquaredError().value_and_gradient(prediction, target, sample_weight)
-        unlike, tilt = SSIMLoss().value_and_gradient(prediction, target, sample_weight)
-        return squares + self.share * unlike, slope + self.share * tilt
 
 
 @dataclass
@@ -280,7 +265,7 @@ def _fit(
         print(_row(name, "", "", f"{scores['next mse']:.4f}", f"{scores['next ssim']:.3f}"))
     try:
         history = model.fit(
-            films[:, :-1], films[:, 1:], loss=SharpLoss(), optimizer=Adam(rate, clip_norm=CLIP_NORM),
+            films[:, :-1], films[:, 1:], loss=LOSS, optimizer=Adam(rate, clip_norm=CLIP_NORM),
             epochs=epochs if minutes is None else 10**9, time_limit=None if minutes is None else 60 * minutes,
             batch_size=batch, validation_data=(validation[:, :-1], validation[:, 1:]), metrics=(next_mse, next_ssim),
             seed=seed, checkpoint=checkpoint, checkpoint_every=CHECKPOINT_STEPS, resume=not restart,

@@ -14,6 +14,7 @@ from fastclstm.nn.losses import (
     MeanSquaredError,
     SparseCategoricalCrossentropy,
     SSIMLoss,
+    WeightedSum,
 )
 
 RNG = np.random.default_rng(0)
@@ -36,10 +37,11 @@ CASES = [
     (SparseCategoricalCrossentropy(), CLASSES, LABELS),
     (SparseCategoricalCrossentropy(True), 5 * RNG.standard_normal((4, 3, 5)), LABELS),
     (SSIMLoss(), FRAMES, RNG.random(FRAMES.shape)),
+    (WeightedSum(("mse", SSIMLoss(window=5)), [0.5, 2]), FRAMES, RNG.random(FRAMES.shape)),
     (SSIMLoss(2.0, 4, 1.0, 0.1, 0.2), FRAMES[:1, :2], FRAMES[:1, :2] + 0.1 * RNG.random((1, 2, 12, 13, 2))),
 ]
 every_case = pytest.mark.parametrize(("loss", "prediction", "target"), CASES, ids=lambda x: str(x)[:40])
-KERAS_CASES = [case for case in CASES if not isinstance(case[0], SSIMLoss)]
+KERAS_CASES = [case for case in CASES if not isinstance(case[0], SSIMLoss | WeightedSum)]
 
 
 @every_case
@@ -242,6 +244,16 @@ def test_get():
         losses.get(np.vdot)
 
 
+def test_a_weighted_sum_is_one():
+    loss, p, t = WeightedSum(["mae", "huber"], [0.25, 3.0]), CLASSES, ONE_HOT
+    mae, huber = losses.get("mae"), losses.get("huber")
+    assert loss(p, t) == pytest.approx(0.25 * mae(p, t) + 3 * huber(p, t), rel=1e-14)
+    np.testing.assert_allclose(loss.gradient(p, t), 0.25 * mae.gradient(p, t) + 3 * huber.gradient(p, t), rtol=1e-14)
+    assert loss.gradient(p.astype(np.float32), t).dtype == np.float32
+    with pytest.raises(ValueError, match="unknown loss 'l2'"):
+        WeightedSum(("mse", "l2"), (1, 1))
+
+
 def test_own_functions():
     own = losses.get((lambda p, t: np.mean((p - t) ** 4), lambda p, t: 4 * (p - t) ** 3 / p.size))
     value, gradient = own.value_and_gradient(np.array([1.0, 2.0], "float32"), np.zeros(2))
@@ -262,6 +274,10 @@ def test_own_functions():
         (lambda: BinaryCrossentropy("yes"), "BinaryCrossentropy: from_logits must be one of False, True, got 'yes'"),
         (lambda: CategoricalCrossentropy(label_smoothing=2), "CategoricalCrossentropy: label_smoothing must be a fini"),
         (lambda: SSIMLoss(window=1.5), "SSIMLoss: window must be an integer >= 1, got 1.5"),
+        (lambda: WeightedSum((), ()), "WeightedSum: losses must be several losses"),
+        (lambda: WeightedSum("mse", (1,)), "WeightedSum: losses must be several losses"),
+        (lambda: WeightedSum(("mse", "mae"), (1,)), r"WeightedSum: weights must be 2 finite numbers >= 0, one a loss"),
+        (lambda: WeightedSum(("mse", "mae"), (1, -1)), r"WeightedSum: weights must be 2 finite numbers >= 0"),
         (lambda: SSIMLoss(0), "SSIMLoss: max_value must be a finite number > 0, got 0"),
     ],
 )

@@ -15,7 +15,7 @@ from test_cli import assert_user_error, fastclstm_cli, process
 from fastclstm import train
 from fastclstm.io import weights
 from fastclstm.layers import Sequential
-from fastclstm.nn import losses, metrics
+from fastclstm.nn import metrics
 
 WRITTEN = ["checkpoint.safetensors", "curves.png", "forecast.gif", "history.csv", "history.json", "scores.json",
            "weights.safetensors"]  # fmt: skip
@@ -234,14 +234,6 @@ def test_advection_foretells_what_glides():
     assert away.shape == (3, 14, 15, 2)
     assert not away.any()
     np.testing.assert_array_equal(train.repeat_last(x[:, :2], 3), np.stack([x[:, 1]] * 3, 1))
-
-
-def test_the_loss_is_the_sum_of_both():
-    rng = np.random.default_rng(0)
-    p, t = rng.random((2, 2, 12, 13, 1)), rng.random((2, 2, 12, 13, 1))
-    loss, mse, ssim = train.SharpLoss(0.3), losses.get("mse"), losses.get("ssim")
-    assert loss(p, t) == pytest.approx(mse(p, t) + 0.3 * ssim(p, t), rel=1e-14)
-    np.testing.assert_allclose(loss.gradient(p, t), mse.gradient(p, t) + 0.3 * ssim.gradient(p, t), rtol=1e-12)
 
 
 def write(job, array, **more):

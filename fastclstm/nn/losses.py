@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fastclstm.nn import Options, activations, look_up
+from fastclstm.nn import Options, activations, is_number, look_up
 from fastclstm.spec import choice, expect_shape
 
 Pullback = Callable[[np.ndarray], np.ndarray]
@@ -286,6 +286,47 @@ class SSIMLoss(Options, Loss):
             return np.moveaxis(by_mean + 2 * x * by_xx + y * by_xy, -3, -1).astype(prediction.dtype)
 
         return np.moveaxis(1 - similarity, -3, -1), pullback
+
+
+@dataclass(frozen=True)
+class WeightedSum(Options, Loss):
+    """Several losses, each times its weight: mean squared error alone, for one, makes blurred forecasts.
+
+    Parameters
+    ----------
+    losses : sequence of str or Loss
+    weights : sequence of float
+        As many, none negative.
+
+    Examples
+    --------
+    >>> WeightedSum(("mse", "mae"), (1, 0.5))([1.0, 2.0], [1.0, 4.0])
+    2.5
+    """
+
+    losses: Any
+    weights: Any
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.losses, tuple) or not self.losses:
+            self._refuse("losses", "several losses, ('mse', 'ssim') say")
+        object.__setattr__(self, "losses", tuple(map(get, self.losses)))
+        count = len(self.losses)
+        if not (isinstance(self.weights, tuple) and len(self.weights) == count and
+                all(is_number(weight) and weight >= 0 for weight in self.weights)):  # fmt: skip
+            self._refuse("weights", f"{count} finite numbers >= 0, one a loss")
+
+    def __call__(self, prediction: Any, target: Any, sample_weight: Any = None) -> float:
+        """Return the loss."""
+        values = [loss(prediction, target, sample_weight) for loss in self.losses]
+        return sum(weight * value for weight, value in zip(self.weights, values, strict=True))
+
+    def value_and_gradient(self, prediction: Any, target: Any, sample_weight: Any = None) -> tuple[float, np.ndarray]:
+        """Return the loss and its gradient."""
+        parts = [loss.value_and_gradient(prediction, target, sample_weight) for loss in self.losses]
+        value = sum(weight * part for weight, (part, _) in zip(self.weights, parts, strict=True))
+        return value, sum(weight * gradient for weight, (_, gradient) in zip(self.weights, parts, strict=True))
 
 
 class _Functions(Loss):
