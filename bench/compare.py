@@ -33,7 +33,7 @@ OURS = "fastclstm"
 _SETTLE_SECONDS = 0.1  # until the threads of whoever ran before have stopped spinning
 _TURN_SECONDS = 0.2
 _TURN_RUNS = 200
-_PEAK = "peak"
+PEAK = "peak"
 
 
 def hold_to(threads: int) -> bool:
@@ -106,7 +106,7 @@ def _work(pipe: Connection, name: str, case_name: str, threads: int, oracle: Pat
         pipe.send(last)
 
 
-def _measure_peak(pipe: Connection, op: str, threads: int) -> None:
+def measure_peak(pipe: Connection, op: str, threads: int) -> None:
     """Be the measurement of the machine's peak, one value for each message until None comes."""
     hold_to(threads)
     from fastclstm.engines.cpu.peak import bandwidth_gbs, fma_peak_gflops
@@ -160,7 +160,7 @@ def compare(
                     raise SystemExit(f"{case.name}: {name}: {worker.ready}")
             else:
                 workers[name] = worker
-        peak = workers[_PEAK] = Worker(_measure_peak, case.op, threads)
+        peak = workers[PEAK] = Worker(measure_peak, case.op, threads)
         if isinstance(peak.ready, str):
             raise SystemExit(f"{case.name}: the machine's peak cannot be measured: {peak.ready}")
         answers: dict[str, list[float]] = {name: [] for name in workers}
@@ -170,7 +170,7 @@ def compare(
     finally:
         for worker in workers.values():
             worker.close()
-    peaks = answers.pop(_PEAK)
+    peaks = answers.pop(PEAK)
     return {
         "case": case.name,
         "op": case.op,

@@ -1,7 +1,8 @@
 """Time forward and backward together against PyTorch's autograd, in interleaved rounds, and measure their peak memory.
 
 As in training, the weights are new in every run, so nothing that was derived from them can be kept; the gradients of x,
-the weights and the bias are all asked for.
+the weights and the bias are all asked for. The work, of which the share of the multiply-add peak is told, is counted as
+three forward passes by direct convolution.
 """
 
 from __future__ import annotations
@@ -21,13 +22,16 @@ from typing import Any
 import numpy as np
 
 import fastclstm
-from bench import cases, compare, peers
+from bench import cases, compare, peers, render
 from fastclstm import functional
 from fastclstm.info import processor_name
 
 Gradients = dict[str, np.ndarray]
 Run = Callable[[], Any]
 
+RECOMPUTE = "fastclstm-recompute"
+PASSES = 3
+"""Forward passes whose direct convolutions are the work: forward, the gradients of the input, those of the kernels."""
 WEIGHTS = ("kernel", "recurrent_kernel", "bias")
 TOLERANCE = 1e-4
 """Largest error of a gradient, relative to its largest value, that an implementation may show before it is timed."""
@@ -85,6 +89,7 @@ def _torch(case: cases.ConvLSTMCase, threads: int, channels_last: bool, split: b
 
 IMPLEMENTATIONS: dict[str, Callable[[cases.ConvLSTMCase, int], Run]] = {
     "fastclstm": partial(_fastclstm, engine="cpu"),
+    RECOMPUTE: partial(_fastclstm, engine="cpu", recompute=True),
     "fastclstm-direct": partial(_fastclstm, engine="cpu", algorithm="direct"),
     "numpy": partial(_fastclstm, engine="reference"),
     "torch": partial(_torch, channels_last=False),
@@ -144,24 +149,69 @@ def train(case: cases.ConvLSTMCase, names: list[str], threads: int, rounds: int,
                 worker.close()
             else:
                 workers[name] = worker
-        seconds: dict[str, list[float]] = {name: [] for name in workers}
+        workers[compare.PEAK] = compare.Worker(compare.measure_peak, case.op, threads)
+        answers: dict[str, list[float]] = {name: [] for name in workers}
         for _ in range(rounds):
             for name, worker in workers.items():
-                seconds[name].append(worker.ask())
+                answers[name].append(worker.ask())
     finally:
         for worker in workers.values():
             worker.close()
-    ours = seconds.get(compare.OURS, [])
+    peaks, work = answers.pop(compare.PEAK), PASSES * case.work
     return {
-        "case": case.name, "title": case.title, "threads": threads, "left_out": left_out,
+        "case": case.name, "op": case.op, "title": case.title, "work": work, "unit": case.unit, "threads": threads,
+        "peaks": peaks, "left_out": left_out,
         "results": {
             name: workers[name].ready | {
-                "seconds": times, "median_seconds": statistics.median(times),
-                "fastclstm_times_faster": statistics.median(t / o for t, o in zip(times, ours or times, strict=True)),
+                "seconds": seconds, "median_seconds": statistics.median(seconds),
+                "share_of_peak": statistics.median(work / s / p for s, p in zip(seconds, peaks, strict=True)),
+                "times_faster": {other: _ratio(answers[other], seconds) for other in answers},
             }
-            for name, times in seconds.items()
+            for name, seconds in answers.items()
         },
     }  # fmt: skip
+
+
+def _ratio(theirs: list[float], ours: list[float]) -> float:
+    return statistics.median(t / o for t, o in zip(theirs, ours, strict=True))
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """Return the table and what a reader must know about it."""
+    head = ["case", "threads", "fastclstm", "recompute", "PyTorch", "vs. PyTorch", "recompute vs. PyTorch",
+            "of FMA peak", "MB", "recompute, MB", "PyTorch, MB", "max error"]  # fmt: skip
+    rows = [head, ["---", *["---:"] * (len(head) - 1)], *map(_row, report["runs"])]
+    versions = ", ".join(f"{name} {report['versions'][name]}" for name in ("python", "numpy", "numba", "torch"))
+    told = (
+        f"Forward and backward, float32, milliseconds and peak megabytes beyond inputs and weights; medians of "
+        f"{report['rounds']} interleaved rounds on {report['processor']}, {report['cpus']} CPUs. PyTorch is the faster "
+        f"of its forms, and for memory the leanest; “of FMA peak” counts three forward passes of direct convolution; "
+        f"“max error” is relative to each gradient's largest value, against float64. {versions}."
+    )
+    return "\n".join([*("| " + " | ".join(row) + " |" for row in rows), "", told])
+
+
+def _row(run: dict[str, Any]) -> list[str]:
+    results = run["results"]
+    ours, lean = results[compare.OURS], results.get(RECOMPUTE)
+    rivals = {name: result for name, result in results.items() if name.startswith("torch")}
+    fastest = min(rivals, key=lambda name: rivals[name]["median_seconds"])
+    least = min(result["memory_mb"] for result in rivals.values())
+
+    def time(result: dict[str, Any] | None) -> str:
+        return "–" if result is None else f"{result['median_seconds'] * 1e3:.3g}"
+
+    def faster(result: dict[str, Any] | None) -> str:
+        return "–" if result is None else f"{result['times_faster'][fastest]:.2f}×"
+
+    def memory(result: dict[str, Any] | None) -> str:
+        return "–" if result is None else f"{result['memory_mb']:.3g} ({result['memory_mb'] / least:.0%})"
+
+    return [
+        f"{run['case']} ({run['title']})", str(run["threads"]), f"**{time(ours)}**", time(lean),
+        time(rivals[fastest]), faster(ours), faster(lean), f"{ours['share_of_peak']:.0%}", memory(ours), memory(lean),
+        f"{least:.3g}", f"{max(ours['errors'].values()):.1e}",
+    ]  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -171,8 +221,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", nargs="+", type=int, default=sorted({1, os.cpu_count() or 1}))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--peers", nargs="+", choices=IMPLEMENTATIONS, default=list(IMPLEMENTATIONS))
-    parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
+    parser.add_argument("--out", type=Path, required=True, help="the JSON file to write, or with --readme to read")
+    parser.add_argument("--readme", type=Path, help="run nothing: put the table of the results into this file")
     options = parser.parse_args(arguments)
+    if options.readme:
+        block = markdown(render.load([options.out]))
+        options.readme.write_text(render.insert(options.readme.read_text(), block, "training"))
+        return
     runs = []
     for name in options.cases:
         case = cases.CASES[name]
@@ -190,10 +245,11 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _print(run: dict[str, Any]) -> None:
-    print(f"{run['case']} ({run['title']}), {run['threads']} threads")
+    peak = statistics.median(run["peaks"])
+    print(f"{run['case']} ({run['title']}), {run['threads']} threads, peak {peak:.0f} {run['unit']}")
     for name, result in sorted(run["results"].items(), key=lambda item: item[1]["median_seconds"]):
         memory = "" if result["memory_mb"] is None else f" {result['memory_mb']:8.0f} MB"
-        print(f"  {name:28} {result['median_seconds'] * 1e3:10.2f} ms, {result['fastclstm_times_faster']:5.2f}× ours,"
+        print(f"  {name:28} {result['median_seconds'] * 1e3:10.2f} ms, {result['share_of_peak']:6.0%} of peak,"
               f"{memory}, error {max(result['errors'].values()):.1e}", flush=True)  # fmt: skip
     for name, reason in run["left_out"].items():
         print(f"  {name:28} left out: {reason}", flush=True)
