@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 
-from bench import render
+from bench import render, training
 from bench.cases import CASES, ConvLSTMCase, PoolCase
 
 
@@ -112,3 +112,22 @@ def test_plot_is_a_picture(report, tmp_path):
     pytest.importorskip("matplotlib")
     render.plot(report, tmp_path / "bars.png")
     assert (tmp_path / "bars.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_table_of_training():
+    def result(seconds, memory, faster):
+        return {"median_seconds": seconds, "memory_mb": memory, "share_of_peak": 0.5,
+                "errors": {"x": 1e-6, "bias": 2e-6}, "times_faster": {"torch": faster, "torch-channels-last": 0.0}}  # fmt: skip
+
+    results = {"fastclstm": result(0.002, 30.0, 3.0), "fastclstm-recompute": result(0.003, 15.0, 2.0),
+               "torch": result(0.006, 80.0, 1.0), "torch-channels-last": result(0.007, 60.0, 0.9)}  # fmt: skip
+    versions = dict.fromkeys(("python", "numpy", "numba", "torch"), "1")
+    report = {"rounds": 5, "processor": "a processor", "cpus": 2, "versions": versions,
+              "runs": [{"case": "readme", "title": "small", "threads": 2, "results": results}]}  # fmt: skip
+    head, _, row, *_ = training.markdown(report).split("\n")
+    cells = dict(zip(*([cell.strip() for cell in line.strip("|").split("|")] for line in (head, row)), strict=True))
+    assert cells == {
+        "case": "readme (small)", "threads": "2", "fastclstm": "**2**", "recompute": "3", "PyTorch": "6",
+        "vs. PyTorch": "3.00×", "recompute vs. PyTorch": "2.00×", "of FMA peak": "50%", "MB": "30 (50%)",
+        "recompute, MB": "15 (25%)", "PyTorch, MB": "60", "max error": "2.0e-06",
+    }  # fmt: skip
