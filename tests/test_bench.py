@@ -117,7 +117,8 @@ def test_plot_is_a_picture(report, tmp_path):
 def test_the_table_of_training():
     def result(seconds, memory, faster):
         return {"median_seconds": seconds, "memory_mb": memory, "share_of_peak": 0.5,
-                "errors": {"x": 1e-6, "bias": 2e-6}, "times_faster": {"torch": faster, "torch-channels-last": 0.0}}  # fmt: skip
+                "times_faster": {"torch": faster, "torch-channels-last": 0.0},
+                "errors": {"x": 1e-6, "bias": 2e-6}}  # fmt: skip
 
     results = {"fastclstm": result(0.002, 30.0, 3.0), "fastclstm-recompute": result(0.003, 15.0, 2.0),
                "torch": result(0.006, 80.0, 1.0), "torch-channels-last": result(0.007, 60.0, 0.9)}  # fmt: skip
