@@ -16,6 +16,7 @@ from fastclstm.engines.cpu import gates, sequence, vmath, winograd
 from fastclstm.engines.cpu.conv2d import InputGradient, team_size
 from fastclstm.engines.cpu.flow import NOTHING, Slots, slots
 from fastclstm.engines.cpu.gates_backward import GateGradients
+from fastclstm.engines.cpu.steps import Steps
 from fastclstm.engines.cpu.weight_gradient import WeightGradient
 from fastclstm.spec import PEEPHOLE_GATES, ConvLSTMSpec
 
@@ -35,20 +36,26 @@ class Saved:
     x: np.ndarray
     kernels: tuple[np.ndarray, np.ndarray]
     """The recurrent and the input kernel."""
+    bias: np.ndarray | None
     peephole: Arrays | None
     mask: np.ndarray | None
     algorithm: str
-    h_first: np.ndarray | None
-    """The initial hidden state, where it was given."""
+    m: int
+    """Of Winograd in the forward pass, which is what can be taken again; 0: direct."""
     given_state: bool
     """Whether an initial state was given, so that its gradients are of use."""
-    gates: np.ndarray
-    """Activated (B, T, HO, WO, 4F)."""
+    fresh: bool
+    """Whether the initial hidden state was not given: zeros."""
+    gates: np.ndarray | None
+    """Activated (B, T, HO, WO, 4F); None: pieces of the sequence are taken forward again, one at a time."""
+    h: np.ndarray
+    """Hidden states (B, _, HO, WO, F) at which pieces begin; those between follow from c and o."""
     c: np.ndarray
-    """Cell states (B, T + 1, HO, WO, F), first the initial one. The hidden states follow from them and from o."""
+    """Cell states (B, T + 1, HO, WO, F), first the initial one; without gates, those at which pieces begin."""
 
     def replace(self, images: np.ndarray, others: Saved) -> None:
         """Take the gates and states of some images, where `images` is true, from a run of those alone."""
+        assert self.gates is not None
         self.gates[images], self.c[images] = others.gates, others.c
 
 
@@ -59,15 +66,46 @@ def fits(spec: ConvLSTMSpec) -> bool:
 
 
 def start(
-    spec: ConvLSTMSpec, x: np.ndarray, kernels: tuple[np.ndarray, np.ndarray], h: np.ndarray | None,
-    c: np.ndarray | None, peephole: Arrays | None, mask: np.ndarray | None, algorithm: str,
+    spec: ConvLSTMSpec, x: np.ndarray, kernels: tuple[np.ndarray, np.ndarray], bias: np.ndarray | None,
+    h: np.ndarray | None, c: np.ndarray | None, peephole: Arrays | None, mask: np.ndarray | None, algorithm: str,
+    m: int, *, recompute: bool,
 ) -> Saved:  # fmt: skip
     """Memory for the forward pass to fill, the initial state in its place."""
     B, *frame, F = spec.state_shape
-    cells = np.empty((B, spec.T + 1, *frame, F), x.dtype)
-    cells[:, 0] = 0 if c is None else c
-    kept = np.empty((B, spec.T, *frame, 4 * F), x.dtype)
-    return Saved(x, kernels, peephole, mask, algorithm, h, h is not None or c is not None, kept, cells)
+    pieces = -(-spec.T // _cut(spec, x.itemsize)[1]) if recompute else 1
+    hidden = np.empty((B, pieces, *frame, F), x.dtype)
+    cells = np.empty((B, pieces if recompute else spec.T + 1, *frame, F), x.dtype)
+    for states, first in ((hidden, h), (cells, c)):
+        states[:, 0] = 0 if first is None else first
+    kept = None if recompute else np.empty((B, spec.T, *frame, 4 * F), x.dtype)
+    given = h is not None or c is not None
+    return Saved(x, kernels, bias, peephole, mask, algorithm, m, given, h is None, kept, hidden, cells)
+
+
+def forward_in_pieces(spec: ConvLSTMSpec, saved: Saved, steps: Steps, h_states: np.ndarray, c_last: np.ndarray) -> None:
+    """Run all steps, noting the states at which pieces begin."""
+    length, kept = _cut(spec, c_last.itemsize)[1], h_states.shape[1]
+    x, h = slots(saved.x, spec.go_backwards), slots(h_states)
+    for piece, t in enumerate(range(0, spec.T, length)):
+        count, offset = min(length, spec.T - t), t if kept == spec.T else 0
+        steps.run(
+            spec.B, count, x=x.after(0, t), h_first=slots(saved.h[:, piece]), c_first=slots(saved.c[:, piece]),
+            h=h.after(0, offset), c=slots(c_last), fresh=saved.fresh and t == 0,
+        )  # fmt: skip
+        if t + count < spec.T:
+            saved.h[:, piece + 1] = h_states[:, offset + (count - 1) % kept]
+            saved.c[:, piece + 1] = c_last
+        elif kept != spec.T:  # the last step's slot is that of its number in the whole sequence
+            h_states[:, (spec.T - 1) % kept] = h_states[:, (count - 1) % kept]
+
+
+def _cut(spec: ConvLSTMSpec, itemsize: int) -> tuple[list[slice], int]:
+    """The groups of images that go back together, and the steps that are taken in one piece."""
+    frame = spec.HO * spec.WO * 4 * spec.F * itemsize
+    groups = min(spec.B, -(-spec.B * frame // STEP_BYTES))
+    edges = [spec.B * n // groups for n in range(groups + 1)] if groups else []
+    largest = -(-spec.B // max(1, groups))
+    return list(map(slice, edges, edges[1:])), max(1, min(spec.T, WAITING_BYTES // (max(1, largest) * frame)))
 
 
 def backward(
@@ -84,16 +122,15 @@ def backward(
     dh, dc = (np.zeros(spec.state_shape, dtype) if d is None else d.copy() for d in (dh, dc))
     peephole = None if saved.peephole is None else np.stack([saved.peephole[gate] for gate in PEEPHOLE_GATES])
     gate_gradients = GateGradients(gates.cell(spec, saved.peephole), spec.HO * spec.WO, dtype, peephole)
-    frame = spec.HO * spec.WO * 4 * spec.F * dtype.itemsize
-    count = min(spec.B, -(-spec.B * frame // STEP_BYTES))  # groups of images
-    edges = [spec.B * n // count for n in range(count + 1)] if count else []
-    largest = -(-spec.B // max(1, count))
-    steps = max(1, min(spec.T, WAITING_BYTES // (max(1, largest) * frame)))
+    groups, steps = _cut(spec, dtype.itemsize)
     kernel_gradients = _kernel_gradients(spec, saved.algorithm, spec.B * spec.T, dtype)
+    again = None
+    if saved.gates is None:
+        again = Steps(spec, saved.m, saved.kernels, saved.bias, saved.peephole, remember=False)
     pull_back = cache(partial(_input_gradients, spec, saved))  # at most two sizes of groups
-    for part in map(slice, edges, edges[1:]):
+    for part in groups:
         dy_part = None if dy is None else dy[part]
-        _group_backward(spec, saved, part, steps, x[part], dx[part], dy_part, dh[part], dc[part],
+        _group_backward(spec, saved, again, part, steps, x[part], dx[part], dy_part, dh[part], dc[part],
                         pull_back(part.stop - part.start), gate_gradients, kernel_gradients)  # fmt: skip
     pull_back.cache_clear()  # the kernels' copies are large
     dbias, dpeephole = gate_gradients.result()
@@ -126,9 +163,9 @@ def _kernel_gradients(
 
 
 def _group_backward(
-    spec: ConvLSTMSpec, saved: Saved, part: slice, steps: int, x: np.ndarray, dx: np.ndarray, dy: np.ndarray | None,
-    dh: np.ndarray, dc: np.ndarray, input_gradients: tuple[InputGradient, ...], gate_gradients: GateGradients,
-    kernel_gradients: list[tuple[tuple[str, ...], WeightGradient]],
+    spec: ConvLSTMSpec, saved: Saved, again: Steps | None, part: slice, steps: int, x: np.ndarray, dx: np.ndarray,
+    dy: np.ndarray | None, dh: np.ndarray, dc: np.ndarray, input_gradients: tuple[InputGradient, ...],
+    gate_gradients: GateGradients, kernel_gradients: list[tuple[tuple[str, ...], WeightGradient]],
 ) -> None:  # fmt: skip
     """Take a group of images back through time; dh and dc become the gradients of the initial state."""
     B, T = len(x), spec.T
@@ -138,9 +175,9 @@ def _group_backward(
     dz = sequence.scratch_array((B, steps, *frame, 4 * spec.F), x.dtype, "dz")
     h = sequence.scratch_array((B, steps, *frame, spec.F), x.dtype, "h")  # before each step
     dz_slots, x_slots, dx_slots = slots(dz), slots(x, spec.go_backwards), slots(dx, spec.go_backwards)
-    h_slots, c, kept, dh_slots = slots(h), slots(saved.c[part]), slots(saved.gates[part]), slots(dh)
+    h_slots, dh_slots = slots(h), slots(dh)
     mask = None if saved.mask is None else saved.mask[part]
-    h_first = 0 if saved.h_first is None else saved.h_first[part]
+    h_starts = saved.h[part]
     sequences = dy if spec.return_sequences else None
     doutput = np.zeros_like(dh)  # of an output that masked steps repeat
     if dy is not None and not spec.return_sequences:
@@ -148,23 +185,43 @@ def _group_backward(
     if mask is None:
         dh += doutput
 
-    for last in range(T, 0, -steps):
-        first = max(0, last - steps)
+    for first in reversed(range(0, T, steps)):
+        last = min(first + steps, T)
+        if again is None:
+            assert saved.gates is not None
+            kept, c, h_start = (
+                slots(saved.gates[part]).after(0, first),
+                slots(saved.c[part]).after(0, first),
+                h_starts[:, 0],
+            )
+        else:
+            piece = first // steps
+            h_start = h_starts[:, piece]
+            kept, c = _piece_again(
+                spec,
+                again,
+                x_slots.after(0, first),
+                h_start,
+                saved.c[part, piece],
+                last - first,
+                steps,
+                saved.fresh and first == 0,
+            )
         for t in reversed(range(first, last)):
             n = t - first
-            arrays = {"gates": kept.after(0, t), "c": c.after(0, t), "dh": dh_slots, "dc": slots(dc),
+            arrays = {"gates": kept.after(0, n), "c": c.after(0, n), "dh": dh_slots, "dc": slots(dc),
                       "dz": dz_slots.after(0, n), "h": h_slots.after(0, n)}  # fmt: skip
             if mask is not None:
                 if sequences is not None:
                     doutput += sequences[:, t]
-                dz[:, n], h[:, n] = 0, h_first
+                dz[:, n], h[:, n] = 0, h_start
                 _masked_step(mask, t, team, doutput, dh, arrays, gate_gradients, recurrent)
                 continue
             before = NOTHING
-            if t > 0:
-                before = kept.after(0, t - 1)
+            if n > 0 or (again is None and t > 0):
+                before = kept.after(0, n - 1)
             else:
-                h[:, n] = h_first
+                h[:, n] = h_start
             dy_slot = NOTHING if sequences is None else slots(sequences).after(0, t)
             gate_gradients.pull_back(B, team, dy=dy_slot, before=before, **arrays)
             if t > 0 or saved.given_state:
@@ -173,6 +230,21 @@ def _group_backward(
         sources = {"kernel": x_slots.after(0, first), "recurrent_kernel": h_slots}
         for names, job in kernel_gradients:
             job.add(tuple(sources[name] for name in names), dz_slots, B, last - first, team)
+
+
+def _piece_again(
+    spec: ConvLSTMSpec, again: Steps, x: Slots, h_start: np.ndarray, c_start: np.ndarray, count: int, most: int,
+    fresh: bool,
+) -> tuple[Slots, Slots]:  # fmt: skip
+    """Take up to `most` steps forward again: their gates, and the cell states from the first on."""
+    B, *frame, F = h_start.shape
+    kept = sequence.scratch_array((B, most, *frame, 4 * F), h_start.dtype, "gates")
+    c = sequence.scratch_array((B, most + 1, *frame, F), h_start.dtype, "c")
+    h = sequence.scratch_array((B, min(2, most), *frame, F), h_start.dtype, "h again")
+    c[:, 0] = c_start
+    again.run(B, count, x=x, h_first=slots(h_start), c_first=slots(c_start), h=slots(h), c=slots(c[:, 1:]),
+              kept=slots(kept), fresh=fresh)  # fmt: skip
+    return slots(kept), slots(c)
 
 
 def _masked_step(

@@ -63,11 +63,11 @@ def cost(specs: tuple[ConvSpec, ...], m: int, itemsize: int) -> float:
     return winograd.cost(specs, m, images, itemsize) if m else direct.cost(specs, images, itemsize)
 
 
-def prepare(
-    specs: tuple[ConvSpec, ...], kernels: tuple[np.ndarray, ...], bias: np.ndarray | None, scales: np.ndarray, m: int,
-    team: int, *, transposed: bool = False, remember: bool = True,
-) -> tuple[Plan, packing.Columns]:  # fmt: skip
-    """Plan the sum of convolutions, and pack their kernels: the gates of the last axis times `scales`, rounded once.
+def pack(
+    kernels: tuple[np.ndarray, ...], bias: np.ndarray | None, scales: np.ndarray, m: int, *, transposed: bool = False,
+    remember: bool = True,
+) -> packing.Columns:  # fmt: skip
+    """Pack the kernels of a sum of convolutions: the gates of the last axis times `scales`, rounded once.
 
     transposed: the kernels are those that pull gradients back, (KH, KW, F, C): flipped and transposed. remember: the
     same kernels will come again, so that packing them once is worth the memory.
@@ -77,24 +77,26 @@ def prepare(
     def transform(taps: np.ndarray) -> np.ndarray:
         if not m:
             return taps * scales[:, None]
-        transformed = np.empty((winograd.points(m, specs[0].KH), *taps.shape[2:]), dtype)
+        transformed = np.empty((winograd.points(m, kernels[0].shape[0]), *taps.shape[2:]), dtype)
         for first in range(0, taps.shape[2], 64):  # in float64 no more than the cache holds
             part = slice(first, first + 64)
-            transformed[:, part] = winograd.weight_transform(taps[:, :, part] * scales[:, None], m, specs[0].KH)
+            transformed[:, part] = winograd.weight_transform(taps[:, :, part] * scales[:, None], m, kernels[0].shape[0])
         return transformed
 
-    def pack() -> packing.Columns:
+    def make() -> packing.Columns:
         taps = [k[::-1, ::-1].swapaxes(2, 3) if transposed else k for k in kernels]
         taps = [k.reshape(*k.shape[:3], gates, -1) for k in taps]
         line = None if bias is None else bias.reshape(gates, -1) * scales[:, None]
         rows = np.concatenate(taps, 2) if m else np.concatenate([k.reshape(-1, *k.shape[3:]) for k in taps])[None]
         return packing.pack(rows, line, dtype, paired=m > 0, transform=transform)
 
-    columns = packing.remember((*kernels, bias), (m, transposed, *scales), pack) if remember else pack()
+    return packing.remember((*kernels, bias), (m, transposed, *scales), make) if remember else make()
+
+
+def plan(specs: tuple[ConvSpec, ...], columns: packing.Columns, m: int, itemsize: int, team: int) -> Plan:
+    """Plan the sum of convolutions with packed kernels."""
     groups = len(columns.groups)
-    if m:
-        return winograd.plan(specs, m, groups, dtype.itemsize, team), columns
-    return direct.plan(specs, groups, dtype.itemsize, team), columns
+    return winograd.plan(specs, m, groups, itemsize, team) if m else direct.plan(specs, groups, itemsize, team)
 
 
 def run(
