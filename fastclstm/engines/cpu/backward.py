@@ -6,13 +6,17 @@ steps have come together. Images go back in groups small enough that what waits 
 
 from __future__ import annotations
 
+import math
+import weakref
+from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
 import numpy as np
 
-from fastclstm.engines.cpu import gates, sequence, vmath, winograd
+from fastclstm.engines.cpu import gates, packing, sequence, vmath, winograd
 from fastclstm.engines.cpu.conv2d import InputGradient, team_size
 from fastclstm.engines.cpu.flow import NOTHING, Slots, slots
 from fastclstm.engines.cpu.gates_backward import GateGradients
@@ -27,6 +31,11 @@ STEP_BYTES = 4 << 20
 
 WAITING_BYTES = 8 << 20
 """Those of the steps that wait, at most; one step always may."""
+
+SPARE_BYTES = 16 << 20
+"""Gates up to this size leave their memory to the next call: fresh memory costs as much as a small forward pass."""
+
+_spare: deque[np.ndarray] = deque(maxlen=1)
 
 
 @dataclass(frozen=True)
@@ -77,9 +86,23 @@ def start(
     cells = np.empty((B, pieces if recompute else spec.T + 1, *frame, F), x.dtype)
     for states, first in ((hidden, h), (cells, c)):
         states[:, 0] = 0 if first is None else first
-    kept = None if recompute else np.empty((B, spec.T, *frame, 4 * F), x.dtype)
+    shape = (B, spec.T, *frame, 4 * F)
+    memory = None if recompute else _memory(math.prod(shape) * x.itemsize)
+    kept = None if memory is None else memory[: math.prod(shape) * x.itemsize].view(x.dtype).reshape(shape)
     given = h is not None or c is not None
-    return Saved(x, kernels, bias, peephole, mask, algorithm, m, given, h is None, kept, hidden, cells)
+    saved = Saved(x, kernels, bias, peephole, mask, algorithm, m, given, h is None, kept, hidden, cells)
+    if memory is not None and memory.nbytes <= SPARE_BYTES:
+        weakref.finalize(saved, _spare.append, memory).atexit = False
+    return saved
+
+
+def _memory(size: int) -> np.ndarray:
+    """Memory for the gates: that of a call before, where it is large enough, else fresh."""
+    with suppress(IndexError):  # another thread may be faster
+        memory = _spare.pop()
+        if size <= memory.nbytes <= 2 * size:
+            return memory
+    return packing.aligned_empty(size, np.dtype(np.uint8))
 
 
 def forward_in_pieces(spec: ConvLSTMSpec, saved: Saved, steps: Steps, h_states: np.ndarray, c_last: np.ndarray) -> None:

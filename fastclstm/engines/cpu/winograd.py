@@ -488,17 +488,22 @@ def points(m: int, k: int) -> int:
     return (m + k - 1) ** 2
 
 
+@lru_cache(maxsize=8)
+def _kernel_transform(m: int, k: int) -> np.ndarray:
+    """The matrix (α², k²) of w ↦ G w Gᵀ."""
+    G = transforms(m, k).G
+    return np.kron(G, G)
+
+
 def weight_transform(matrices: np.ndarray, m: int, k: int) -> np.ndarray:
     """G w Gᵀ of kernels (k, k, K, …) in float64: (α², K, …)."""
-    G = transforms(m, k).G
     taps = matrices.reshape(k * k, -1).astype(np.float64, copy=False)
-    return (np.kron(G, G) @ taps).reshape(-1, *matrices.shape[2:])
+    return (_kernel_transform(m, k) @ taps).reshape(-1, *matrices.shape[2:])
 
 
 def weight_gradient(sums: np.ndarray, m: int, k: int) -> np.ndarray:
     """Gᵀ U G in float64 of sums of products U (α², …), the transpose of `weight_transform`: (k, k, …)."""
-    G = transforms(m, k).G
-    taps = np.kron(G, G).T @ sums.reshape(len(sums), -1).astype(np.float64, copy=False)
+    taps = _kernel_transform(m, k).T @ sums.reshape(len(sums), -1).astype(np.float64, copy=False)
     return taps.reshape(k, k, *sums.shape[1:])
 
 
