@@ -86,6 +86,7 @@ def _torch(case: cases.ConvLSTMCase, threads: int, channels_last: bool, split: b
 IMPLEMENTATIONS: dict[str, Callable[[cases.ConvLSTMCase, int], Run]] = {
     "fastclstm": partial(_fastclstm, engine="cpu"),
     "fastclstm-direct": partial(_fastclstm, engine="cpu", algorithm="direct"),
+    "fastclstm-recompute": partial(_fastclstm, engine="cpu", recompute=True),
     "numpy": partial(_fastclstm, engine="reference"),
     "torch": partial(_torch, channels_last=False),
     "torch-channels-last": partial(_torch, channels_last=True),

@@ -25,11 +25,11 @@ class Steps:
 
     def run(
         self, B: int, T: int, *, x: Slots, h_first: Slots, c_first: Slots, h: Slots, c: Slots, y: Slots = NOTHING,
-        kept: Slots = NOTHING, fresh: bool = False, mask: np.ndarray | None = None,
+        y_first: Slots = NOTHING, kept: Slots = NOTHING, fresh: bool = False, mask: np.ndarray | None = None,
     ) -> None:  # fmt: skip
         """Run T steps of B images from the first states on; mask (B, T) in the order of processing, kept: gates."""
         spec = self._spec.with_batch(B)
         team = team_size(spec.flops // spec.T)
         plan = sequence.plan((spec.recurrent, spec.input), self._columns, self._m, self._itemsize, team)
         sequence.run(plan, self._columns, self._cell, B, T, team, x=x, h=h, h_first=h_first, c=c, c_first=c_first, y=y,
-                     gates=kept, fresh=fresh, mask=mask)  # fmt: skip
+                     y_first=y_first, gates=kept, fresh=fresh, mask=mask)  # fmt: skip
