@@ -26,6 +26,7 @@ from fastclstm.spec import (
     PoolSpec,
     choice,
     expect_shape,
+    flag,
 )
 
 __all__ = [
@@ -333,11 +334,22 @@ def convlstm2d(
 
 
 def convlstm2d_vjp(
-    x: Any, kernel: Any, recurrent_kernel: Any, bias: Any = None, *, return_state: bool = False, **options: Any
-) -> tuple[Any, ConvLSTMPullback]:
+    x: Any, kernel: Any, recurrent_kernel: Any, bias: Any = None, *, return_state: bool = False,
+    recompute: bool = False, **options: Any,
+) -> tuple[Any, ConvLSTMPullback]:  # fmt: skip
     """Compute `convlstm2d` and the function that pulls gradients back through time.
 
-    Parameters are those of `convlstm2d`.
+    Parameters are those of `convlstm2d`, and
+
+    Parameters
+    ----------
+    recompute : bool
+        False: the activated gates and the cell state of every step are kept for the way back, 5·B·HO·WO·F numbers a
+        step. True: only states are, and the way back takes the steps forward again, for a third more time: the cpu
+        engine keeps h and c every few steps, 2·B·HO·WO·F numbers a piece, and has the gates of one piece at a time.
+        Where NumPy computes (engine="reference", and with normalization, dropout, convolutions as peepholes and
+        activations that are called or whose derivative needs more than their value) it is 6·B·HO·WO·F numbers a step,
+        10 or 14 with normalization, or with True 2.
 
     Returns
     -------
@@ -350,8 +362,9 @@ def convlstm2d_vjp(
         order, the "mean" and "variance" of "batch" normalization that were taken, and the "count" of values.
     """
     _check_options("convlstm2d_vjp", options)
+    flag("convlstm2d_vjp", "recompute", recompute)
     call = _ConvLSTMCall(x, kernel, recurrent_kernel, bias, **options)
-    output, h, c, saved = call.forward(save=True)
+    output, h, c, saved = call.forward(save="states" if recompute else True)
     restore = call.restore
     with_state = not {"h", "c"}.isdisjoint(call.arrays)
     pullback = ConvLSTMPullback(call, saved, return_state, bias is not None, with_state)
@@ -666,7 +679,7 @@ class _ConvLSTMCall:
         )
         self.mask = None if mask is None else np.ascontiguousarray(mask != 0)
 
-    def forward(self, save: bool, out: Any = None) -> tuple[np.ndarray, np.ndarray, np.ndarray, Any]:
+    def forward(self, save: bool | str, out: Any = None) -> tuple[np.ndarray, np.ndarray, np.ndarray, Any]:
         """Run the engine: output, last h, last c (in `out`) and, with `save`, what its backward pass needs."""
         get, spec, normalization = self.arrays.get, self.spec, self.normalization
         weights = get("kernel"), get("recurrent_kernel"), get("bias")

@@ -47,32 +47,65 @@ def test_training_forward_is_inference_to_the_bit(algorithm, options):
         np.testing.assert_array_equal(result, expected)
 
 
-@pytest.mark.parametrize("algorithm", ["direct", "winograd"])
-def test_gradients_may_be_asked_for_again(algorithm):
-    arguments, cotangents = problem()
-    _, pullback = functional.convlstm2d_vjp(**arguments, return_state=True, algorithm=algorithm)
-    first = pullback(cotangents)
-    pullback(tuple(-2 * cotangent for cotangent in cotangents))
-    for name, value in pullback(cotangents).items():
-        np.testing.assert_array_equal(value, first[name], name)
-
-
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: " ".join(options) or "standard")
-def test_how_the_way_back_is_cut_does_not_matter(monkeypatch, options):
-    """Groups of one, two and three images, one step at a time and several, an odd rest."""
+@pytest.mark.parametrize("algorithm", ["direct", "winograd"])
+def test_gradients_may_be_asked_for_again(algorithm, options, recompute):
+    """The first time uses up what was kept; later ones take the steps forward again, from what the caller gave."""
     arguments, cotangents = problem()
     if "return_sequences" in options:
         cotangents = (cotangents[1], *cotangents[1:])
-    _, expected = train(arguments, cotangents, **options)
-    frame = 10 * 9 * 24 * 4
-    for images, steps in ((1, 1), (2, 2), (3, 3), (1, 4)):
-        monkeypatch.setattr(backward, "STEP_BYTES", images * frame)
-        monkeypatch.setattr(backward, "WAITING_BYTES", steps * images * frame)
-        _, gradients = train(arguments, cotangents, **options)
-        assert gradients.keys() == expected.keys()
-        for name in expected.keys() - {"peephole"}:
-            scale = np.abs(expected[name]).max()
-            np.testing.assert_allclose(gradients[name], expected[name], rtol=0, atol=2e-5 * scale, err_msg=name)
+    outputs, pullback = functional.convlstm2d_vjp(
+        **arguments, return_state=True, algorithm=algorithm, recompute=recompute, **options
+    )
+    first = pullback(cotangents)
+    for output in outputs:
+        output[...] = np.nan  # the caller's
+    second = pullback(tuple(-2 * cotangent for cotangent in cotangents))
+    for name in ("x", "kernel", "recurrent_kernel", "bias"):
+        np.testing.assert_array_equal(second[name], -2 * first[name], name)
+
+
+def assert_close(results, expected, tolerance):
+    """Outputs, and gradients by name and of peepholes."""
+    for result, value in zip(results[0], expected[0], strict=True):
+        np.testing.assert_array_equal(result, value)
+    flat, flat_expected = ({**run[1], **run[1].get("peephole", {})} for run in (results, expected))
+    assert flat.keys() == flat_expected.keys()
+    for name in flat.keys() - {"peephole"}:
+        atol = tolerance * np.abs(flat_expected[name]).max()
+        np.testing.assert_allclose(flat[name], flat_expected[name], rtol=0, atol=atol, err_msg=name)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: " ".join(options) or "standard")
+@pytest.mark.parametrize("algorithm", ["direct", "winograd"])
+@pytest.mark.parametrize("given", [True, False])
+def test_steps_taken_again_give_the_same_gradients(monkeypatch, options, algorithm, given):
+    """Groups of one, two and three images, pieces of one step, of several with an odd rest, and of all."""
+    arguments, cotangents = problem()
+    if "return_sequences" in options:
+        cotangents = (cotangents[1], *cotangents[1:])
+    if not given:
+        arguments["initial_state"] = (None, arguments["initial_state"][1])
+    options = options | {"algorithm": algorithm}
+    expected = train(arguments, cotangents, **options)
+    for images, steps in ((1, 1), (2, 2), (2, 3), (3, 4), (3, 5)):
+        monkeypatch.setattr(backward, "STEP_BYTES", images * 10 * 9 * 24 * 4)
+        monkeypatch.setattr(backward, "piece_length", lambda *_, steps=steps: steps)
+        assert_close(train(arguments, cotangents, **options, recompute=True), expected, 3e-6)
+
+
+def test_what_is_kept():
+    """5 F numbers a step, of which recompute leaves the states at which pieces begin."""
+    arguments, _ = problem(B=2, T=9)
+    call = functional._ConvLSTMCall(**arguments)
+    frames = 10 * 9 * 6 * 4
+    (kept,) = call.forward(save=True)[3].kept
+    assert (kept.gates.nbytes, kept.c.nbytes) == (2 * 9 * 4 * frames, 2 * 10 * frames)
+    saved = call.forward(save="states")[3]
+    assert saved.length == 2
+    assert not saved.kept
+    assert saved.h.nbytes == saved.c.nbytes == 2 * 4 * frames
 
 
 def test_masked_frames_are_not_read():
@@ -84,13 +117,17 @@ def test_masked_frames_are_not_read():
     assert_same(gradients, expected)
 
 
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("algorithm", ["direct", "winograd"])
-def test_one_bad_image_spoils_no_other(algorithm):
+def test_one_bad_image_spoils_no_other(algorithm, recompute):
     arguments, cotangents = problem()
-    _, expected = train(arguments, cotangents, algorithm=algorithm)
+    options = {"algorithm": algorithm, "recompute": recompute}
+    _, expected = train(arguments, cotangents, **options)
     arguments["x"] = arguments["x"].copy()
     arguments["x"][1, 2, 4, 4, 0] = np.nan
-    outputs, gradients = train(arguments, cotangents, algorithm=algorithm)
+    outputs, gradients = train(arguments, cotangents, **options)
+    alone, _ = train(arguments, cotangents, algorithm="direct")
+    assert np.isnan(alone[0][1]).sum() == np.isnan(outputs[0][1]).sum()
     assert np.isfinite(outputs[0][1, :2]).all()
     assert np.isnan(gradients["x"][1]).any()
     for name in ("x", "h", "c"):

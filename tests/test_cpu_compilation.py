@@ -151,6 +151,21 @@ def test_processes_that_start_cold_at_once(tmp_path):
     assert run("print(json.dumps([pooled('f4'), pooled('f8')]))", tmp_path) == [0, 0]
 
 
+def test_code_of_several_processes_works_together(tmp_path):
+    """Each begins with another kernel; who finds the code of both gets the numbers of who compiles alone."""
+    drawn = """
+        draw = np.random.default_rng(0).standard_normal
+        arrays = draw((1, 2, 5, 6, 1)), draw((3, 3, 1, 12)), draw((3, 3, 3, 12))
+        y, pull = functional.convlstm2d_vjp(*arrays, algorithm="direct")
+        print(json.dumps(sum(float(abs(value).sum()) for value in [y, *PULLED])))
+    """
+    infer = drawn.replace("y, pull", "y").replace("_vjp", "").replace("PULLED", "[]")
+    train = drawn.replace("PULLED", "pull(y).values()")
+    for code in (infer, train):
+        run(code, tmp_path / "cache")
+    assert run(train, tmp_path / "cache") == run(train, tmp_path / "fresh")
+
+
 @pytest.mark.parametrize(
     "damage",
     [lambda content: b"", lambda content: content[: len(content) // 2], lambda content: bytes(len(content)),

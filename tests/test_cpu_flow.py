@@ -1,11 +1,8 @@
 """Sharing out the work: every piece has one worker, whatever their number."""
 
-from itertools import permutations
-
 import numba
 import numpy as np
 import pytest
-from numba.core.registry import cpu_target
 
 from fastclstm.engines.cpu import flow
 from fastclstm.engines.cpu.compilation import inline
@@ -85,10 +82,3 @@ def test_slots_of_arrays_with_and_without_time():
     assert flow.slots(a, backwards=True) == (a[:, 4:].ctypes.data, a.strides[0], -a.strides[1], 5)
     assert flow.slots(a[0]) == (a.ctypes.data, a.strides[1], 0, 1)
     assert flow.slots(None) == flow.NOTHING
-
-
-def test_a_flow_that_keeps_gates_is_no_kind_of_the_other():
-    """Numba would else take code that keeps none."""
-    types = [numba.from_dtype(dtype) for dtype in (flow.FLOW, flow.KEEPING_FLOW)]
-    context = cpu_target.typing_context
-    assert not any(context.can_convert(*pair) for pair in permutations(types))

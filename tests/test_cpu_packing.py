@@ -4,12 +4,13 @@ import ctypes
 import gc
 import pickle
 import weakref
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 
 import fastclstm
-from fastclstm.engines.cpu import packing, simd
+from fastclstm.engines.cpu import kernel_transform, packing, simd, winograd
 
 
 def unpack(columns, P, K, gates, F, paired):
@@ -35,36 +36,73 @@ def unpack(columns, P, K, gates, F, paired):
     return matrices, bias
 
 
-@pytest.mark.parametrize("paired", [False, True])
+def sizes(dtype):
+    lanes = simd.lanes(np.dtype(dtype).itemsize)
+    return sorted({1, 2, 3, 5, lanes - 1, lanes, lanes + 1, 2 * lanes + 3, 4 * lanes, 4 * lanes + 1} - {0})
+
+
+def assert_packed(columns, matrices, bias, paired):
+    """Each column is where it belongs, and zeros are where none is."""
+    P, K, gates, F = matrices.shape
+    for result, expected in zip(unpack(columns, P, K, gates, F, paired), (matrices, bias), strict=True):
+        np.testing.assert_array_equal(result, expected)
+    for packed, given in ((columns.weights, matrices), (columns.bias, bias)):
+        assert np.count_nonzero(packed) == np.count_nonzero(given)
+    assert columns.groups[:, 4].sum() == F
+    assert (columns.groups[:, 1] <= 4).all()
+    assert columns.weights.ctypes.data % 64 == 0
+
+
 @pytest.mark.parametrize("gates", [1, 4])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_round_trip(dtype, gates, paired):
-    lanes = simd.lanes(np.dtype(dtype).itemsize)
-    for F in sorted({1, 2, 3, 5, lanes - 1, lanes, lanes + 1, 2 * lanes + 3, 4 * lanes, 4 * lanes + 1} - {0}):
+def test_round_trip(dtype, gates):
+    for F in sizes(dtype):
         rng = np.random.default_rng(F)
-        matrices = rng.standard_normal((3, 5, gates, F)).astype(dtype)
-        bias = rng.standard_normal((gates, F)).astype(dtype)
-        columns = packing.pack(matrices, bias, np.dtype(dtype), paired=paired)
-        for result, expected in zip(unpack(columns, 3, 5, gates, F, paired), (matrices, bias), strict=True):
-            np.testing.assert_array_equal(result, expected)
-        for packed, given in ((columns.weights, matrices), (columns.bias, bias)):  # in no filter's column: zeros
-            assert np.count_nonzero(packed) == np.count_nonzero(given)
-        assert columns.groups[:, 4].sum() == F
-        assert (columns.groups[:, 1] <= 4).all()
+        matrix, bias = (rng.standard_normal((*shape, gates, F)).astype(dtype) for shape in ((5,), ()))
+        scales = rng.standard_normal(gates)
+        columns = packing.pack(matrix, scales, bias)
+        assert_packed(columns, (matrix * scales[:, None]).astype(dtype)[None], bias, False)
+
+
+@pytest.mark.parametrize("k", [3, 5])
+@pytest.mark.parametrize("m", [2, 4])
+@pytest.mark.parametrize("gates", [1, 4])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_transformed_kernels(dtype, gates, m, k, monkeypatch):
+    """Of two inputs side by side, as they are or flipped and transposed; whatever the number of workers."""
+    monkeypatch.setattr(kernel_transform.threads, "team", lambda count: nullcontext())
+    monkeypatch.setattr(kernel_transform, "PARALLEL_SCALARS", 1)
+    G = winograd.transforms(m, k).G
+    for F in sizes(dtype):
+        rng = np.random.default_rng(F)
+        bias, scales = rng.standard_normal((gates, F)).astype(dtype), rng.standard_normal(gates)
+        plain, other = (rng.standard_normal((k, k, *shape)).astype(dtype) for shape in ((3, gates * F), (gates * F, 5)))
+        kernels = [plain, other[::-1, ::-1].swapaxes(2, 3)]
+        both = np.concatenate(kernels, 2).reshape(k, k, 8, gates, F) * scales[:, None]
+        expected = np.einsum("ai,bj,ijcgf->abcgf", G, G, both).reshape(-1, *both.shape[2:])
+        packed = []
+        for workers in (1, 3):
+            monkeypatch.setattr(kernel_transform.threads, "usable_threads", lambda workers=workers: workers)
+            columns = packing.lay_out(len(expected), 8, gates, F, bias, np.dtype(dtype), paired=True)
+            kernel_transform.transform(kernels, scales, G, columns)
+            packed.append(columns)
+        np.testing.assert_array_equal(packed[0].weights, packed[1].weights)
+        result, _ = unpack(packed[0], *expected.shape, paired=True)
+        once, tiny = 0.5001 * np.finfo(dtype).eps, 4 * np.finfo(float).eps * np.abs(expected).max()
+        np.testing.assert_allclose(result, expected, rtol=once, atol=tiny)
+        assert_packed(packed[0], result, bias, True)
 
 
 def test_no_bias_is_zeros():
-    columns = packing.pack(np.ones((1, 2, 4, 3)), None, np.dtype(np.float64))
+    columns = packing.pack(np.ones((2, 4, 3)), np.ones(4), None)
     assert columns.bias.size
     assert not columns.bias.any()
 
 
 def test_panels_are_rounded_once_and_aligned():
-    matrices = np.full((1, 2, 4, 3), 1 / 3)
-    columns = packing.pack(matrices, None, np.dtype(np.float32))
+    columns = packing.pack(np.ones((2, 4, 3), np.float32), np.full(4, 1 / 3), None)
     assert columns.weights.dtype == np.float32
     assert columns.weights.max() == np.float32(1 / 3)
-    assert columns.weights.ctypes.data % 64 == 0
     assert packing.aligned_empty(5, np.dtype(np.float64)).ctypes.data % 64 == 0
 
 

@@ -58,15 +58,14 @@ def test_a_hidden_state_of_zeros_is_the_same_given_or_not(algorithm):
 @pytest.mark.parametrize("algorithm", ["direct", "winograd"])
 def test_one_image_keeps_every_worker_busy(algorithm, monkeypatch):
     flows = []
-    prepare = sequence.prepare
+    plan = sequence.plan
 
     def watched(*arguments):
-        plan, columns = prepare(*arguments)
-        return plan._replace(kernels=(None, lambda *given: flows.append(given[1].copy()))), columns
+        return plan(*arguments)._replace(kernels=(None, lambda *given: flows.append(given[1].copy())))
 
     monkeypatch.setattr(sequence.threads, "usable_threads", lambda: 2)
     monkeypatch.setattr(sequence.threads, "team", lambda count: nullcontext())  # the machine may have one processor
-    monkeypatch.setattr(sequence, "prepare", watched)
+    monkeypatch.setattr(sequence, "plan", watched)
     functional.conv2d(np.ones((1, 64, 64, 8), np.float32), np.ones((3, 3, 8, 64), np.float32), algorithm=algorithm)
     (record,) = flows[0].view(np.recarray)
     shares = [flow.share.py_func(record, worker) for worker in range(2)]

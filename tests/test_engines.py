@@ -52,20 +52,23 @@ def cast(value, dtype):
     return value.astype(dtype) if isinstance(value, np.ndarray) and value.dtype.kind == "f" else value
 
 
-def run(op, arguments, cotangents, dtype, **where):
-    """Outputs and gradients of an operation, flat: "y" with what backward needs, "d" by it, "alone" without."""
+def run(op, arguments, cotangents, dtype, saving=(), **where):
+    """Outputs and gradients of an operation, flat: "y" with what backward needs, "d" by it, "alone" without.
+
+    saving: options that say what backward finds.
+    """
     arguments, cotangents = cast(arguments, dtype), cast(cotangents, dtype)
-    outputs, pullback = getattr(functional, f"{op}_vjp")(**arguments, **where)
+    outputs, pullback = getattr(functional, f"{op}_vjp")(**arguments, **where, **dict(saving))
     alone = getattr(functional, op)(**arguments, **where)
     return flatten(outputs, "y") | flatten(pullback(cotangents), "d") | flatten(alone, "alone")
 
 
-def agree(op, arguments, cotangents, engine, dtype, algorithm):
+def agree(op, arguments, cotangents, engine, dtype, algorithm, **saving):
     """Check one case against the oracle."""
     single = cast((arguments, cotangents), np.float32)  # all precisions start from the same numbers
     oracle = run(op, *single, np.float64, engine="reference")
     plain = run(op, *single, np.float32, engine="reference")
-    results = run(op, *single, dtype, engine=engine, algorithm=algorithm)
+    results = run(op, *single, dtype, saving, engine=engine, algorithm=algorithm)
     assert results.keys() == oracle.keys()
     eps = np.finfo(dtype).eps
     roundings = ROUNDINGS[algorithm] * (8 if "normalization" in arguments else 1)  # it divides by what may be small
@@ -204,9 +207,9 @@ def test_sums_over_many_pixels_keep_their_digits(engine):
 @every_case
 def test_convlstm2d(engine, dtype, algorithm):
     @settings(max_examples=80)
-    @given(convlstm2d_cases(algorithm == "winograd"))
-    def check(case):
-        agree("convlstm2d", *case, engine, dtype, algorithm)
+    @given(convlstm2d_cases(algorithm == "winograd"), st.booleans())
+    def check(case, recompute):
+        agree("convlstm2d", *case, engine, dtype, algorithm, recompute=recompute)
 
     check()
 
@@ -392,7 +395,9 @@ def every_result(engine, algorithm="auto"):
         arguments["return_state"] = True
         yield from run("convlstm2d", arguments, cotangents, np.float32, engine=engine, algorithm=algorithm).items()
         del arguments["peephole"]
-        yield from run("convlstm2d", arguments, cotangents, np.float32, engine=engine, algorithm=algorithm).items()
+        for recompute in (False, True):
+            yield from run("convlstm2d", arguments, cotangents, np.float32, {"recompute": recompute}, engine=engine,
+                           algorithm=algorithm).items()  # fmt: skip
         x, kernel = arguments["x"][:, 0], arguments["kernel"]
         dy = randoms(3)(*x.shape[:3], kernel.shape[-1])
         yield from run("conv2d", {"x": x, "kernel": kernel}, dy, np.float32, engine=engine, algorithm=algorithm).items()

@@ -1,5 +1,6 @@
 import inspect
 import re
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -204,6 +205,40 @@ def test_pullback_may_be_called_again():
     first = pullback(np.ones_like(output))
     pullback(np.zeros_like(output))
     np.testing.assert_array_equal(pullback(np.ones_like(output))["x"], first["x"])
+
+
+RECOMPUTED = {
+    "plain": {}, "named": {"activation": "silu"}, "called": {"activation": (np.sin, np.cos)}, 
+    "clip": {"cell_clip": 0.3},
+    "mask": {"mask": [[1, 0, 1], [0, 0, 1]]}, "elementwise": {"peephole": {gate: draw(H, W, F) for gate in "ifo"}},
+    "conv": {"peephole": {gate: draw(3, 3, F, F) for gate in "ifo"} | {"bias_i": draw(F)}},
+    "layer": {"normalization": "layer", "normalization_weights": {"gamma": draw(4 * F), "beta": draw(4 * F)}},
+    "batch": {"normalization": Normalization("batch", separate=True),
+              "normalization_weights": {name: draw(4 * F) for name in ("gamma_x", "beta_x", "gamma_h", "beta_h")}},
+    "dropout": {"dropout_masks": {"x": draw(4, B, H, W, C) > 0, "h": draw(4, B, H, W, F) > 0}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RECOMPUTED)
+def test_recompute_gives_the_same_from_less(name):
+    """NumPy gives the same bits; what is saved shrinks, as `tracemalloc` sees it."""
+    results, sizes = [], []
+    for recompute in (False, True):
+        tracemalloc.start()
+        outputs, pullback = convlstm2d_vjp(**convlstm_arguments(), **RECOMPUTED[name], recompute=recompute)
+        sizes.append(tracemalloc.get_traced_memory()[0])
+        tracemalloc.stop()
+        results.append((outputs, pullback(draw(B, T, H, W, F)), pullback.statistics))
+    (outputs, gradients, statistics), (expected, expected_gradients, expected_statistics) = results
+    np.testing.assert_array_equal(outputs, expected)
+    np.testing.assert_equal(gradients, expected_gradients)
+    np.testing.assert_equal(statistics, expected_statistics)
+    assert sizes[1] < sizes[0] - 0.9 * B * T * H * W * 4 * F * 4
+
+
+def test_recompute_is_yes_or_no():
+    with raises("convlstm2d_vjp: recompute must be True or False, got 'states'"):
+        convlstm2d_vjp(**convlstm_arguments(), recompute="states")
 
 
 @pytest.mark.parametrize("channels_first", [False, True])

@@ -25,15 +25,18 @@ ConvolutionBackward = Callable[..., tuple[np.ndarray, np.ndarray, np.ndarray]]
 class Saved:
     """What `backward` needs of the forward pass."""
 
+    conv2d: Convolution
     x: np.ndarray
     kernel: np.ndarray
     recurrent_kernel: np.ndarray
+    bias: np.ndarray | None
     peephole: Arrays | None
     mask: np.ndarray | None
     normalization: Arrays | None
     dropout: Arrays | None
-    steps: list[tuple[np.ndarray, np.ndarray, np.ndarray, tuple[Normalized, ...]]] = field(default_factory=list)
-    """Of each step the h and c it started from, its pre-activations (B, HO, WO, 4F), and how they were normalized."""
+    steps: list[tuple[np.ndarray, np.ndarray, np.ndarray | None, tuple[Normalized, ...]]] = field(default_factory=list)
+    """Of each step the h and c it started from, its pre-activations (B, HO, WO, 4F), and how they were normalized;
+    the pre-activations are None, and the normalized values empty, where they are to be computed again."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Normalized:
     """Pre-activations brought to mean 0 and variance 1, and what that took."""
 
     values: np.ndarray
-    """(B, HO, WO, groups, 4F / groups)."""
+    """(B, HO, WO, groups, 4F / groups), or nothing where they are to be computed again."""
     scale: np.ndarray
     """One over the standard deviation."""
     axes: tuple[int, ...] | None
@@ -68,14 +71,14 @@ def forward(
     *,
     normalization: Arrays | None = None,
     dropout: Arrays | None = None,
-    save: bool = False,
+    save: bool | str = False,
     out: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, Saved | None]:
     """Run a ConvLSTM over x (B, T, H, W, C): output (B, T, HO, WO, F) or its last step, h, c, and what backward needs.
 
     The last h and c are copied to `out`, a pair of arrays, where there is one. `normalization` holds the weights of
     spec.normalization; `dropout` factors of the frames "x" (4, B, H, W, C) and of the hidden state "h"
-    (4, B, HO, WO, F) before each gate's convolution.
+    (4, B, HO, WO, F) before each gate's convolution. With save="states" backward computes the pre-activations again.
 
     Equation 3 of Shi et al., "Convolutional LSTM Network" (NeurIPS 2015)::
 
@@ -85,32 +88,19 @@ def forward(
         o_t = σ(W_xo * x_t + W_ho * h_{t-1} + W_co ∘ c_t + b_o)
         h_t = o_t ∘ tanh(c_t)
     """
-    sigma, tanh, tanh_c = spec.recurrent_activation, spec.activation, spec.output_activation
     h = np.zeros(spec.state_shape, x.dtype) if h is None else h.copy()
     c = np.zeros(spec.state_shape, x.dtype) if c is None else c.copy()
     output = np.zeros(spec.state_shape, x.dtype)
     sequence = np.empty(spec.output_shape, x.dtype) if spec.return_sequences else None
-    saved = Saved(x, kernel, recurrent_kernel, peephole, mask, normalization, dropout) if save else None
-    masks = dropout or {}
+    saved = Saved(conv2d, x, kernel, recurrent_kernel, bias, peephole, mask, normalization, dropout)
 
     for t in range(spec.T):
-        x_t, valid = _frame(spec, x, mask, t)
-        z_x = _convolve(spec.input, conv2d, x_t, kernel, bias, masks.get("x"))
-        z_h = _convolve(spec.recurrent, conv2d, h, recurrent_kernel, None, masks.get("h"))
-        z, normalized = _normalize(spec, normalization, z_x, z_h, bias, valid)
-        if saved is not None:
+        z, normalized, h_t, c_t, valid = _step(spec, saved, t, h, c)
+        if save == "states":
+            nothing = np.empty(0, x.dtype)
+            saved.steps.append((h, c, None, tuple(replace(n, values=nothing) for n in normalized)))
+        elif save:
             saved.steps.append((h, c, z, normalized))
-        z_i, z_f, z_g, z_o = _gates(z)
-        if peephole is not None:
-            z_i += _peep(spec, conv2d, peephole, "i", c)
-            z_f += _peep(spec, conv2d, peephole, "f", c)
-        i, f, g = sigma.forward(z_i), sigma.forward(z_f), tanh.forward(z_g)
-        c_t = _clip(spec, f * c + i * g)
-        if peephole is not None:
-            z_o += _peep(spec, conv2d, peephole, "o", c_t)
-        o = sigma.forward(z_o)
-        h_t = o * tanh_c.forward(c_t)
-
         h, c, output = _choose(valid, h_t, h), _choose(valid, c_t, c), _choose(valid, h_t, output)
         if sequence is not None:
             sequence[:, t] = output
@@ -118,7 +108,29 @@ def forward(
         np.copyto(out[0], h)
         np.copyto(out[1], c)
         h, c = out
-    return output.copy() if sequence is None else sequence, h, c, saved
+    return output.copy() if sequence is None else sequence, h, c, saved if save else None
+
+
+def _step(
+    spec: ConvLSTMSpec, saved: Saved, t: int, h: np.ndarray, c: np.ndarray
+) -> tuple[np.ndarray, tuple[Normalized, ...], np.ndarray, np.ndarray, np.ndarray | None]:
+    """Take step t from h and c: z, how it was normalized, the new h and c, and where the step is valid."""
+    sigma, tanh, tanh_c = spec.recurrent_activation, spec.activation, spec.output_activation
+    conv2d, peephole, masks = saved.conv2d, saved.peephole, saved.dropout or {}
+    x_t, valid = _frame(spec, saved.x, saved.mask, t)
+    z_x = _convolve(spec.input, conv2d, x_t, saved.kernel, saved.bias, masks.get("x"))
+    z_h = _convolve(spec.recurrent, conv2d, h, saved.recurrent_kernel, None, masks.get("h"))
+    z, normalized = _normalize(spec, saved.normalization, z_x, z_h, saved.bias, valid)
+    z_i, z_f, z_g, z_o = _gates(z)
+    if peephole is not None:
+        z_i += _peep(spec, conv2d, peephole, "i", c)
+        z_f += _peep(spec, conv2d, peephole, "f", c)
+    i, f, g = sigma.forward(z_i), sigma.forward(z_f), tanh.forward(z_g)
+    c_t = _clip(spec, f * c + i * g)
+    if peephole is not None:
+        z_o += _peep(spec, conv2d, peephole, "o", c_t)
+    o = sigma.forward(z_o)
+    return z, normalized, o * tanh_c.forward(c_t), c_t, valid
 
 
 def backward(
@@ -156,6 +168,8 @@ def backward(
     for t in reversed(range(spec.T)):
         x_t, valid = _frame(spec, x, saved.mask, t)
         h, c, z, normalized = saved.steps[t]
+        if z is None:
+            z, normalized, *_ = _step(spec, saved, t, h, c)
         z_i, z_f, z_g, z_o = _gates(z)
         i, f, g, o = sigma.forward(z_i), sigma.forward(z_f), tanh.forward(z_g), sigma.forward(z_o)
         unclipped = f * c + i * g

@@ -76,7 +76,7 @@ def convlstm2d(
     normalization: Arrays | None = None,
     dropout: Arrays | None = None,
     algorithm: str = "auto",
-    save: bool = False,
+    save: bool | str = False,
     out: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, recurrence.Saved | None]:
     """Run a ConvLSTM over x (B, T, H, W, C): see `recurrence.forward` for the equations."""

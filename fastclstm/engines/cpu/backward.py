@@ -1,31 +1,53 @@
 """Backpropagation through time on the cpu engine: what the forward pass keeps, and the way back.
 
-Each step takes one pass over the gates and one convolution; the gradients of x and of the kernels wait until a few
-steps have come together. Images go back in groups small enough that what waits stays in the cache.
+Going back, a step's gates give way to the gradients of its pre-activations, and the cell state it began with to the
+hidden state it began with; so the gradients of x and of the kernels wait until all steps, or all of a piece, are done.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections import deque
+from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
 
 import numpy as np
 
-from fastclstm.engines.cpu import gates, sequence, vmath, winograd
+from fastclstm.engines.cpu import gates, packing, vmath, winograd
 from fastclstm.engines.cpu.conv2d import InputGradient, team_size
 from fastclstm.engines.cpu.flow import NOTHING, Slots, slots
 from fastclstm.engines.cpu.gates_backward import GateGradients
+from fastclstm.engines.cpu.steps import Steps
 from fastclstm.engines.cpu.weight_gradient import WeightGradient
-from fastclstm.spec import PEEPHOLE_GATES, ConvLSTMSpec
+from fastclstm.spec import PEEPHOLE_GATES, ConvLSTMSpec, ConvSpec
 
 Arrays = dict[str, np.ndarray]
+Pair = tuple[np.ndarray | None, np.ndarray | None]
 
 STEP_BYTES = 4 << 20
-"""Gradients of the pre-activations of one step of a group of images, about."""
+"""Gates of one step of the images that are taken forward again together, about."""
 
-WAITING_BYTES = 8 << 20
-"""Those of the steps that wait, at most; one step always may."""
+SPARE_BYTES = 16 << 20
+"""Memory up to this size is left to the next call: fresh memory costs as much as a small forward pass."""
+
+_spare: deque[np.ndarray] = deque(maxlen=1)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What every step leaves."""
+
+    memory: np.ndarray
+    gates: np.ndarray
+    """Activated (B, T, HO, WO, 4F)."""
+    c: np.ndarray
+    """Cell states (B, T + 1, HO, WO, F), first the initial one."""
+
+    def of(self, images: slice) -> Kept:
+        """The same of some images."""
+        return Kept(self.memory, self.gates[images], self.c[images])
 
 
 @dataclass(frozen=True)
@@ -35,21 +57,42 @@ class Saved:
     x: np.ndarray
     kernels: tuple[np.ndarray, np.ndarray]
     """The recurrent and the input kernel."""
+    bias: np.ndarray | None
     peephole: Arrays | None
     mask: np.ndarray | None
     algorithm: str
-    h_first: np.ndarray | None
-    """The initial hidden state, where it was given."""
-    given_state: bool
-    """Whether an initial state was given, so that its gradients are of use."""
-    gates: np.ndarray
-    """Activated (B, T, HO, WO, 4F)."""
+    m: int
+    """Of Winograd in the forward pass; 0: direct."""
+    first: Pair
+    """The initial h and c, where they were given."""
+    length: int
+    """Steps of a piece: pieces are taken forward again where what all steps leave is not, or no longer, there."""
+    h: np.ndarray
+    """Hidden states (B, _, HO, WO, F) at which pieces begin, but the first."""
     c: np.ndarray
-    """Cell states (B, T + 1, HO, WO, F), first the initial one. The hidden states follow from them and from o."""
+    """Cell states at which pieces begin, but the first."""
+    direct: np.ndarray
+    """The images (B,) that took the direct algorithm, because of a NaN."""
+    kept: list[Kept] = field(default_factory=list)
+    """What all steps leave, until the way back uses it up."""
+
+    @property
+    def given_state(self) -> bool:
+        """Whether an initial state was given, so that its gradients are of use."""
+        return any(state is not None for state in self.first)
 
     def replace(self, images: np.ndarray, others: Saved) -> None:
-        """Take the gates and states of some images, where `images` is true, from a run of those alone."""
-        self.gates[images], self.c[images] = others.gates, others.c
+        """Take what is saved of some images, where `images` is true, from a run of those alone by the direct way."""
+        self.h[images], self.c[images], self.direct[images] = others.h, others.c, True
+        for kept, other in zip(self.kept, others.kept, strict=True):
+            kept.gates[images], kept.c[images] = other.gates, other.c
+
+    def start_of(self, images: slice, piece: int) -> Pair:
+        """The h and c at which a piece begins; None: zeros."""
+        if piece > 0:
+            return self.h[images, piece - 1], self.c[images, piece - 1]
+        h, c = (None if state is None else state[images] for state in self.first)
+        return h, c
 
 
 def fits(spec: ConvLSTMSpec) -> bool:
@@ -59,15 +102,89 @@ def fits(spec: ConvLSTMSpec) -> bool:
 
 
 def start(
-    spec: ConvLSTMSpec, x: np.ndarray, kernels: tuple[np.ndarray, np.ndarray], h: np.ndarray | None,
-    c: np.ndarray | None, peephole: Arrays | None, mask: np.ndarray | None, algorithm: str,
+    spec: ConvLSTMSpec, x: np.ndarray, kernels: tuple[np.ndarray, np.ndarray], bias: np.ndarray | None, first: Pair,
+    peephole: Arrays | None, mask: np.ndarray | None, algorithm: str, m: int, length: int, *, states_only: bool,
 ) -> Saved:  # fmt: skip
-    """Memory for the forward pass to fill, the initial state in its place."""
-    B, *frame, F = spec.state_shape
-    cells = np.empty((B, spec.T + 1, *frame, F), x.dtype)
-    cells[:, 0] = 0 if c is None else c
-    kept = np.empty((B, spec.T, *frame, 4 * F), x.dtype)
-    return Saved(x, kernels, peephole, mask, algorithm, h, h is not None or c is not None, kept, cells)
+    """Memory for the forward pass to fill: for what all steps leave, or only for states every `length` steps."""
+    B, *frame = spec.state_shape
+    h, c = (np.empty((B, -(-spec.T // length) - 1, *frame), x.dtype) for _ in range(2))
+    saved = Saved(x, kernels, bias, peephole, mask, algorithm, m, first, length, h, c, np.zeros(B, np.bool_))
+    if not states_only:
+        saved.kept.append(_keep(spec, B, spec.T, x.dtype))
+    return saved
+
+
+def _keep(spec: ConvLSTMSpec, B: int, T: int, dtype: np.dtype) -> Kept:
+    """Memory for what T steps of B images leave: that of a call before, where it is large enough, else fresh."""
+    shapes = (B, T, spec.HO, spec.WO, 4 * spec.F), (B, T + 1, spec.HO, spec.WO, spec.F)
+    sizes = [math.prod(shape) * dtype.itemsize for shape in shapes]
+    memory = None
+    with suppress(IndexError):  # another thread may be faster
+        memory = _spare.pop()
+    if memory is None or not sum(sizes) <= memory.nbytes <= 2 * sum(sizes):
+        memory = packing.aligned_empty(sum(sizes), np.dtype(np.uint8))
+    edges = (0, sizes[0], sum(sizes))
+    parts = (memory[a:b].view(dtype).reshape(s) for a, b, s in zip(edges[:-1], edges[1:], shapes, strict=True))
+    return Kept(memory, *parts)
+
+
+def _groups(spec: ConvLSTMSpec, itemsize: int) -> list[slice]:
+    """The images that are taken forward again together."""
+    step = spec.B * spec.HO * spec.WO * 4 * spec.F * itemsize
+    count = min(spec.B, max(1, -(-step // STEP_BYTES)))
+    edges = [spec.B * n // count for n in range(count + 1)] if count else []
+    return list(map(slice, edges, edges[1:]))
+
+
+def piece_length(spec: ConvLSTMSpec, itemsize: int) -> int:
+    """The steps of a piece for which the states of all images and the gates of one group are smallest together."""
+    groups = max(1, len(_groups(spec, itemsize)))
+    pieces = [2 * -(-spec.T // length) + 5 * length / groups for length in range(1, spec.T + 1)]
+    return pieces.index(min(pieces)) + 1
+
+
+def run_forward(
+    spec: ConvLSTMSpec, saved: Saved, steps: Steps, h: np.ndarray, c_last: np.ndarray, y: np.ndarray | None
+) -> None:
+    """Run all steps to h, where there are fewer slots than steps in turn, c_last and y; and fill `saved`."""
+    if saved.kept:
+        (kept,) = saved.kept
+        _run_piece(spec, saved, steps, slice(0, spec.B), 0, kept, h, y)
+        c_last[...] = kept.c[:, -1]
+        return
+    for piece, t in enumerate(range(0, spec.T, saved.length)):
+        count = min(saved.length, spec.T - t)
+        states = h[:, t : t + count] if h.shape[1] == spec.T else h
+        _run_piece(spec, saved, steps, slice(0, spec.B), piece, None, states, y, c_last)
+        h_last = states[:, (count - 1) % states.shape[1]]
+        if t + count < spec.T:
+            saved.h[:, piece], saved.c[:, piece] = h_last, c_last
+        elif h.shape[1] != spec.T:  # its slot is that of its number in the whole sequence
+            h[:, (spec.T - 1) % h.shape[1]] = h_last
+
+
+def _run_piece(
+    spec: ConvLSTMSpec, saved: Saved, steps: Steps, images: slice, piece: int, kept: Kept | None, h: np.ndarray,
+    y: np.ndarray | None = None, c_last: np.ndarray | None = None,
+) -> None:  # fmt: skip
+    """Run one piece of some images, to h and c_last, or to `kept`."""
+    t = piece * saved.length
+    count = min(saved.length, spec.T - t)
+    shape = (images.stop - images.start, *spec.state_shape[1:])
+    starts = saved.start_of(images, piece)
+    h_first, c_first = (np.zeros(shape, saved.x.dtype) if state is None else state for state in starts)
+    c = c_last
+    if kept is not None:
+        kept.c[:, 0] = c_first
+        c = kept.c[:, 1:]
+    mask = None if saved.mask is None else np.ascontiguousarray(saved.mask[images, t : t + count])
+    outputs = slots(y)
+    steps.run(
+        shape[0], count, x=slots(saved.x[images], spec.go_backwards).after(0, t), h_first=slots(h_first),
+        c_first=slots(c_first), h=slots(h), c=slots(c), y=outputs.after(0, t),
+        y_first=NOTHING if y is None or t == 0 else outputs.after(0, t - 1),
+        kept=NOTHING if kept is None else slots(kept.gates), fresh=starts[0] is None, mask=mask,
+    )  # fmt: skip
 
 
 def backward(
@@ -77,42 +194,137 @@ def backward(
 
     The gradients of an initial state that was not given are not computed: they are None.
     """
-    x, dtype = saved.x, saved.x.dtype
-    if saved.mask is not None:  # what is masked must not be read, were it NaN
-        x = np.where(saved.mask[:, :: -1 if spec.go_backwards else 1, None, None, None], x, x.dtype.type(0))
-    dx = np.empty_like(x)
-    dh, dc = (np.zeros(spec.state_shape, dtype) if d is None else d.copy() for d in (dh, dc))
-    peephole = None if saved.peephole is None else np.stack([saved.peephole[gate] for gate in PEEPHOLE_GATES])
-    gate_gradients = GateGradients(gates.cell(spec, saved.peephole), spec.HO * spec.WO, dtype, peephole)
-    frame = spec.HO * spec.WO * 4 * spec.F * dtype.itemsize
-    count = min(spec.B, -(-spec.B * frame // STEP_BYTES))  # groups of images
-    edges = [spec.B * n // count for n in range(count + 1)] if count else []
-    largest = -(-spec.B // max(1, count))
-    steps = max(1, min(spec.T, WAITING_BYTES // (max(1, largest) * frame)))
-    kernel_gradients = _kernel_gradients(spec, saved.algorithm, spec.B * spec.T, dtype)
-    pull_back = cache(partial(_input_gradients, spec, saved))  # at most two sizes of groups
-    for part in map(slice, edges, edges[1:]):
-        dy_part = None if dy is None else dy[part]
-        _group_backward(spec, saved, part, steps, x[part], dx[part], dy_part, dh[part], dc[part],
-                        pull_back(part.stop - part.start), gate_gradients, kernel_gradients)  # fmt: skip
-    pull_back.cache_clear()  # the kernels' copies are large
-    dbias, dpeephole = gate_gradients.result()
-    gradients = {
-        name: gradient for names, job in kernel_gradients for name, gradient in zip(names, job.result(), strict=True)
-    }
-    return gradients | {
-        "x": dx, "bias": dbias, "h": dh if saved.given_state else None, "c": dc if saved.given_state else None,
-        "peephole": None if dpeephole is None else dict(zip(PEEPHOLE_GATES, dpeephole, strict=True)),
-    }  # fmt: skip
+    way = _WayBack(spec, saved, dy, dh, dc)
+    if spec.B == 0:
+        return way.gradients()
+    try:
+        kept = saved.kept.pop()
+    except IndexError:
+        kept = way.pull_back_pieces()
+    else:
+        way.pull_back(slice(0, spec.B), 0, kept, last=True)
+    if kept.memory.nbytes <= SPARE_BYTES:
+        _spare.append(kept.memory)
+    return way.gradients()
 
 
-def _input_gradients(spec: ConvLSTMSpec, saved: Saved, B: int) -> tuple[InputGradient, ...]:
-    """The way back through the recurrent and the input convolution of B images."""
-    team = team_size(B * spec.recurrent.flops // max(1, spec.B))
-    return tuple(
-        InputGradient(conv.with_batch(B), kernel, saved.algorithm, team)
-        for conv, kernel in zip((spec.recurrent, spec.input), saved.kernels, strict=True)
-    )
+class _WayBack:
+    """The gradients so far, on the way back through the steps."""
+
+    def __init__(
+        self, spec: ConvLSTMSpec, saved: Saved, dy: np.ndarray | None, dh: np.ndarray | None, dc: np.ndarray | None
+    ):
+        x, dtype = saved.x, saved.x.dtype
+        if saved.mask is not None:  # what is masked must not be read, were it NaN
+            x = np.where(saved.mask[:, :: -1 if spec.go_backwards else 1, None, None, None], x, dtype.type(0))
+        self._spec, self._saved, self._x, self._dx = spec, saved, x, np.empty_like(x)
+        self._dh, self._dc = (np.zeros(spec.state_shape, dtype) if d is None else d.copy() for d in (dh, dc))
+        self._dy = dy if spec.return_sequences else None
+        self._doutput = self._dh if saved.mask is None else np.zeros_like(self._dh)  # of what masked steps repeat
+        if dy is not None and not spec.return_sequences:
+            self._doutput += dy
+        peephole = None if saved.peephole is None else np.stack([saved.peephole[gate] for gate in PEEPHOLE_GATES])
+        self._gates = GateGradients(gates.cell(spec, saved.peephole), spec.HO * spec.WO, dtype, peephole)
+        self._kernels = _kernel_gradients(spec, saved.algorithm, spec.B * spec.T, dtype)
+        self._recurrent, self._inputs = (  # at most two sizes of groups each
+            cache(partial(_input_gradient, spec, saved.algorithm, conv, kernel))
+            for conv, kernel in zip((spec.recurrent, spec.input), saved.kernels, strict=True)
+        )
+
+    def pull_back_pieces(self) -> Kept:
+        """Take all pieces forward again and back, the last one first; return the memory that it took."""
+        spec, saved, dtype = self._spec, self._saved, self._x.dtype
+        groups = _groups(spec, dtype.itemsize)
+        most = max((part.stop - part.start for part in groups), default=0)
+        kept = _keep(spec, most, saved.length, dtype)
+        states = np.empty((most, min(2, saved.length), *spec.state_shape[1:]), dtype)
+        steps = cache(lambda m: Steps(spec, m, saved.kernels, saved.bias, saved.peephole, remember=False))
+        for part in groups:
+            ours = kept.of(slice(0, part.stop - part.start))
+            for piece in reversed(range(saved.h.shape[1] + 1)):
+                _run_piece(spec, saved, steps(saved.m), part, piece, ours, states[: len(ours.c)])
+                for b in np.flatnonzero(saved.direct[part]).tolist():
+                    one = slice(part.start + b, part.start + b + 1)
+                    _run_piece(spec, saved, steps(0), one, piece, ours.of(slice(b, b + 1)), states[:1])
+                last = piece == 0 and part.stop == spec.B
+                if last:
+                    steps.cache_clear()  # packed kernels are large
+                self.pull_back(part, piece, ours, last=last)
+        return kept
+
+    def pull_back(self, images: slice, piece: int, kept: Kept, *, last: bool) -> None:
+        """Take some images back through one piece; `last`: nothing comes after it."""
+        spec, saved, B = self._spec, self._saved, images.stop - images.start
+        first = piece * saved.length
+        count = min(saved.length, spec.T - first)
+        team, h_start, recurrent = _team(spec, B), saved.start_of(images, piece)[0], self._recurrent(B)
+        dh, dc, dz, h = slots(self._dh[images]), slots(self._dc[images]), slots(kept.gates), slots(kept.c)
+        dy = slots(None if self._dy is None else self._dy[images, first:])
+        for t in reversed(range(count)):
+            gates_t, c_t = dz.after(0, t), h.after(0, t)
+            arrays = {"gates": gates_t, "dz": gates_t, "c": c_t, "h": c_t, "dh": dh, "dc": dc}
+            if saved.mask is not None:
+                self._masked_step(images, first, t, kept, arrays, h_start)
+                continue
+            before = NOTHING if t == 0 else dz.after(0, t - 1)
+            self._gates.pull_back(B, team, dy=dy.after(0, t), before=before, **arrays)
+            if t == 0:
+                kept.c[:, 0] = 0 if h_start is None else h_start
+            if first + t > 0 or saved.given_state:
+                recurrent.pull_back(gates_t, dh, 1)
+        if last:
+            del recurrent  # its packed kernel is large
+            self._recurrent.cache_clear()
+        dx, x = (slots(a[images], spec.go_backwards).after(0, first) for a in (self._dx, self._x))
+        self._inputs(B).pull_back(dz, dx, count)
+        sources = {"kernel": x, "recurrent_kernel": h}
+        for names, job in self._kernels:
+            job.add(tuple(sources[name] for name in names), dz, B, count, team)
+
+    def _masked_step(
+        self, images: slice, first: int, t: int, kept: Kept, arrays: dict[str, Slots], h_start: np.ndarray | None
+    ) -> None:
+        """Take back the images whose step t of a piece counts; the gradients of the others' states stay."""
+        assert self._saved.mask is not None
+        mask = self._saved.mask[images, first:]
+        valid, dh, doutput = mask[:, t], self._dh[images], self._doutput[images]
+        if self._dy is not None:
+            doutput += self._dy[images, first + t]
+        kept.gates[~valid, t] = 0
+        for b in np.flatnonzero(valid).tolist():
+            here = {name: slot.after(b, 0) for name, slot in arrays.items()}
+            earlier = np.flatnonzero(mask[b, :t])  # the last of these left the hidden state
+            before = here["gates"].after(0, int(earlier[-1]) - t) if earlier.size else NOTHING
+            self._gates.pull_back(1, _team(self._spec, 1), dy=slots(doutput[b : b + 1]), before=before, **here)
+            if not earlier.size:
+                kept.c[b, t] = 0 if h_start is None else h_start[b]
+        doutput[valid] = 0
+        dh_new = np.empty_like(dh)
+        self._recurrent(len(dh)).pull_back(arrays["dz"], slots(dh_new), 1)
+        np.copyto(dh, dh_new, where=valid[:, np.newaxis, np.newaxis, np.newaxis])
+
+    def gradients(self) -> dict[str, Any]:
+        """Return all gradients, when every step has been taken back."""
+        self._inputs.cache_clear()
+        dbias, dpeephole = self._gates.result()
+        result: dict[str, Any] = {"x": self._dx, "bias": dbias, "h": None, "c": None, "peephole": None}
+        for names, job in self._kernels:
+            result |= zip(names, job.result(), strict=True)
+        if self._saved.given_state:
+            result |= {"h": self._dh, "c": self._dc}
+        if dpeephole is not None:
+            result["peephole"] = dict(zip(PEEPHOLE_GATES, dpeephole, strict=True))
+        return result
+
+
+def _team(spec: ConvLSTMSpec, B: int) -> int:
+    """Threads for a step of B images."""
+    return team_size(B * spec.recurrent.flops // max(1, spec.B))
+
+
+def _input_gradient(spec: ConvLSTMSpec, algorithm: str, conv: ConvSpec, kernel: np.ndarray, B: int) -> InputGradient:
+    """The way back through one convolution of B images."""
+    return InputGradient(conv.with_batch(B), kernel, algorithm, _team(spec, B))
 
 
 def _kernel_gradients(
@@ -123,70 +335,3 @@ def _kernel_gradients(
     together = winograd.fits(tuple(specs.values())) or not any(winograd.fits((part,)) for part in specs.values())
     jobs = [tuple(specs)] if together else [(name,) for name in specs]
     return [(names, WeightGradient(tuple(specs[n] for n in names), dtype, frames, algorithm)) for names in jobs]
-
-
-def _group_backward(
-    spec: ConvLSTMSpec, saved: Saved, part: slice, steps: int, x: np.ndarray, dx: np.ndarray, dy: np.ndarray | None,
-    dh: np.ndarray, dc: np.ndarray, input_gradients: tuple[InputGradient, ...], gate_gradients: GateGradients,
-    kernel_gradients: list[tuple[tuple[str, ...], WeightGradient]],
-) -> None:  # fmt: skip
-    """Take a group of images back through time; dh and dc become the gradients of the initial state."""
-    B, T = len(x), spec.T
-    recurrent, inputs = input_gradients
-    team = recurrent.team
-    frame = (spec.HO, spec.WO)
-    dz = sequence.scratch_array((B, steps, *frame, 4 * spec.F), x.dtype, "dz")
-    h = sequence.scratch_array((B, steps, *frame, spec.F), x.dtype, "h")  # before each step
-    dz_slots, x_slots, dx_slots = slots(dz), slots(x, spec.go_backwards), slots(dx, spec.go_backwards)
-    h_slots, c, kept, dh_slots = slots(h), slots(saved.c[part]), slots(saved.gates[part]), slots(dh)
-    mask = None if saved.mask is None else saved.mask[part]
-    h_first = 0 if saved.h_first is None else saved.h_first[part]
-    sequences = dy if spec.return_sequences else None
-    doutput = np.zeros_like(dh)  # of an output that masked steps repeat
-    if dy is not None and not spec.return_sequences:
-        np.copyto(doutput, dy)
-    if mask is None:
-        dh += doutput
-
-    for last in range(T, 0, -steps):
-        first = max(0, last - steps)
-        for t in reversed(range(first, last)):
-            n = t - first
-            arrays = {"gates": kept.after(0, t), "c": c.after(0, t), "dh": dh_slots, "dc": slots(dc),
-                      "dz": dz_slots.after(0, n), "h": h_slots.after(0, n)}  # fmt: skip
-            if mask is not None:
-                if sequences is not None:
-                    doutput += sequences[:, t]
-                dz[:, n], h[:, n] = 0, h_first
-                _masked_step(mask, t, team, doutput, dh, arrays, gate_gradients, recurrent)
-                continue
-            before = NOTHING
-            if t > 0:
-                before = kept.after(0, t - 1)
-            else:
-                h[:, n] = h_first
-            dy_slot = NOTHING if sequences is None else slots(sequences).after(0, t)
-            gate_gradients.pull_back(B, team, dy=dy_slot, before=before, **arrays)
-            if t > 0 or saved.given_state:
-                recurrent.pull_back(arrays["dz"], dh_slots, 1)
-        inputs.pull_back(dz_slots, dx_slots.after(0, first), last - first)
-        sources = {"kernel": x_slots.after(0, first), "recurrent_kernel": h_slots}
-        for names, job in kernel_gradients:
-            job.add(tuple(sources[name] for name in names), dz_slots, B, last - first, team)
-
-
-def _masked_step(
-    mask: np.ndarray, t: int, team: int, doutput: np.ndarray, dh: np.ndarray, arrays: dict[str, Slots],
-    gate_gradients: GateGradients, recurrent: InputGradient,
-) -> None:  # fmt: skip
-    """Take back the images whose step was not masked; the gradients of the others' states stay as they are."""
-    valid = mask[:, t]
-    for b in np.flatnonzero(valid):
-        here = {name: slot.after(int(b), 0) for name, slot in arrays.items()}
-        earlier = np.flatnonzero(mask[b, :t])  # the last of these left the hidden state
-        before = here["gates"].after(0, int(earlier[-1]) - t) if earlier.size else NOTHING
-        gate_gradients.pull_back(1, team, dy=slots(doutput[b : b + 1]), before=before, **here)
-    doutput[valid] = 0
-    dh_new = np.empty_like(dh)
-    recurrent.pull_back(arrays["dz"], slots(dh_new), 1)
-    np.copyto(dh, dh_new, where=valid[:, np.newaxis, np.newaxis, np.newaxis])

@@ -34,7 +34,8 @@ def conv2d(
         cell = np.zeros(1, CELL)
         cell["F"] = spec.F
         team = team_size(spec.flops)
-        plan, columns = sequence.prepare((spec,), (kernel,), bias, np.ones(1), m, team)
+        columns = sequence.pack((kernel,), bias, np.ones(1), m)
+        plan = sequence.plan((spec,), columns, m, x.itemsize, team)
         trouble = sequence.run(plan, columns, cell, spec.B, 1, team, x=slots(x), h=slots(y))
         if m and trouble.any():  # a tile spreads what is not finite beyond its receptive field
             y[trouble] = conv2d(spec.with_batch(trouble.sum()), x[trouble], kernel, bias, algorithm="direct")
@@ -76,9 +77,8 @@ class InputGradient:
             inner, m, kernel = taps, 0, kernel.reshape(1, 1, -1, spec.F)
         self._cell = np.zeros(1, CELL)
         self._cell["F"] = inner.F
-        self._plan, self._columns = sequence.prepare(
-            (inner,), (kernel,), None, np.ones(1), m, team, transposed=True, remember=False
-        )
+        self._columns = sequence.pack((kernel,), None, np.ones(1), m, transposed=True, remember=False)
+        self._plan = sequence.plan((inner,), self._columns, m, kernel.itemsize, team)
 
     def pull_back(self, dy: Slots, dx: Slots, T: int) -> None:
         """Compute T steps of B images: dx (B, T, H, W, C) of dy (B, T, HO, WO, F)."""

@@ -13,8 +13,9 @@ import numpy as np
 
 from fastclstm.engines import recurrence
 from fastclstm.engines.cpu import backward, gates, sequence
-from fastclstm.engines.cpu.conv2d import conv2d, conv2d_backward, team_size
+from fastclstm.engines.cpu.conv2d import conv2d, conv2d_backward
 from fastclstm.engines.cpu.flow import slots
+from fastclstm.engines.cpu.steps import Steps
 from fastclstm.spec import ConvLSTMSpec
 
 Arrays = dict[str, np.ndarray]
@@ -34,10 +35,12 @@ def convlstm2d(
     normalization: Arrays | None = None,
     dropout: Arrays | None = None,
     algorithm: str = "auto",
-    save: bool = False,
+    save: bool | str = False,
     out: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, recurrence.Saved | backward.Saved | None]:
     """Run a ConvLSTM over x (B, T, H, W, C): output, last h, last c and, with `save`, what backward needs.
+
+    save="states" keeps only some states, from which backward takes the steps between them forward again.
 
     `out` are arrays for the last h, whose memory the output of a single step shares, and the last c, which may be `c`.
     """
@@ -48,39 +51,8 @@ def convlstm2d(
         return recurrence.forward(
             spec, convolution, *arguments, normalization=normalization, dropout=dropout, save=save, out=out
         )
-    dtype, state = x.dtype, spec.state_shape
-    h_last, c_last = (np.empty(state, dtype), np.empty(state, dtype)) if out is None else out
-    if m and c is not None and np.may_share_memory(c, c_last):
-        c = sequence.kept_copy(c)
-    # Where no step is skipped the outputs are the hidden states, and are kept only once.
-    separate = np.empty(spec.output_shape, dtype) if mask is not None else None
-    ordered = np.ascontiguousarray(mask[:, ::-1]) if mask is not None and spec.go_backwards else mask
-    saved = backward.start(spec, x, (recurrent_kernel, kernel), h, c, peephole, ordered, algorithm) if save else None
-    kept = spec.T if spec.return_sequences and mask is None else min(2, spec.T)
-    h_states = h_last[:, np.newaxis] if kept == 1 else np.empty((spec.B, kept, *state[1:]), dtype)
-    c_states = c_last[:, np.newaxis] if saved is None else saved.c[:, 1:]
-    h_first, c_first = (np.zeros(state, dtype) if first is None else first for first in (h, c))
-    if c_last.size:
-        _run_fused(spec, m, x, (recurrent_kernel, kernel), bias, (h_first, c_first), peephole, ordered,
-                   (h_states, c_states), separate, None if saved is None else saved.gates, h is None)  # fmt: skip
-    for last, states in ((h_last, h_states), (c_last, c_states)):
-        if not np.may_share_memory(last, states):
-            last[...] = states[:, (spec.T - 1) % states.shape[1]]
-    output = separate if separate is not None else h_states if spec.return_sequences else h_last
-    if out is None and np.may_share_memory(output, h_last):
-        output = output.copy()
-    trouble = np.isnan(c_last.min((1, 2, 3))) if m else np.zeros(0, np.bool_)
-    if trouble.any():  # a tile spreads a NaN beyond its receptive field; a cell that it reached stays NaN
-        *again, kept_again = convlstm2d(
-            spec.with_batch(int(trouble.sum())), x[trouble], kernel, recurrent_kernel, bias,
-            None if h is None else h[trouble], None if c is None else c[trouble], peephole,
-            None if mask is None else mask[trouble], algorithm="direct", save=save,
-        )  # fmt: skip
-        for whole, part in zip((output, h_last, c_last), again, strict=True):
-            whole[trouble] = part
-        if isinstance(saved, backward.Saved) and isinstance(kept_again, backward.Saved):
-            saved.replace(trouble, kept_again)
-    return output, h_last, c_last, saved
+    length = spec.T if save is True else backward.piece_length(spec, x.itemsize)
+    return _fused(spec, m, x, (recurrent_kernel, kernel), bias, (h, c), peephole, mask, algorithm, save, length, out)
 
 
 def convlstm2d_backward(
@@ -101,20 +73,47 @@ def _is_fused(spec: ConvLSTMSpec) -> bool:
     return spec.peephole != "conv" and spec.normalization is None and gates.activation_codes(spec) is not None
 
 
-def _run_fused(
+def _fused(
     spec: ConvLSTMSpec, m: int, x: np.ndarray, kernels: tuple[np.ndarray, np.ndarray], bias: np.ndarray | None,
-    first: tuple[np.ndarray, np.ndarray], peephole: Arrays | None, mask: np.ndarray | None,
-    states: tuple[np.ndarray, np.ndarray], output: np.ndarray | None, kept: np.ndarray | None, fresh: bool,
-) -> None:  # fmt: skip
-    """Run all steps from the `first` h and c on; mask in the order of processing, kept: memory for the gates."""
-    cell = gates.cell(spec, peephole)
-    scales = gates.SCALES if cell[0]["standard"] else np.ones(4)
-    specs = (spec.recurrent, spec.input)
-    team = team_size(spec.flops // spec.T)
-    plan, columns = sequence.prepare(specs, kernels, bias, scales, m, team, remember=kept is None)
-    (h_first, c_first), (h, c) = first, states
-    sequence.run(
-        plan, columns, cell, spec.B, spec.T, team,
-        x=slots(x, spec.go_backwards), h=slots(h), h_first=slots(h_first), c=slots(c), c_first=slots(c_first),
-        y=slots(output), gates=slots(kept), fresh=fresh, mask=mask,
-    )  # fmt: skip
+    first: backward.Pair, peephole: Arrays | None, mask: np.ndarray | None, algorithm: str, save: bool | str,
+    length: int, out: tuple[np.ndarray, np.ndarray] | None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, backward.Saved | None]:  # fmt: skip
+    """Do it with the fused kernels, from the `first` h and c on; length: steps of a piece, where states are saved."""
+    dtype, state = x.dtype, spec.state_shape
+    h_last, c_last = (np.empty(state, dtype), np.empty(state, dtype)) if out is None else out
+    if m and first[1] is not None and np.may_share_memory(first[1], c_last):
+        first = first[0], sequence.kept_copy(first[1])
+    # Where no step is skipped the outputs are the hidden states, and are kept only once.
+    separate = np.empty(spec.output_shape, dtype) if mask is not None else None
+    ordered = np.ascontiguousarray(mask[:, ::-1]) if mask is not None and spec.go_backwards else mask
+    kept = spec.T if spec.return_sequences and mask is None else min(2, spec.T)
+    h_states = h_last[:, np.newaxis] if kept == 1 else np.empty((spec.B, kept, *state[1:]), dtype)
+    saved = None
+    if save:
+        saved = backward.start(spec, x, kernels, bias, first, peephole, ordered, algorithm, m, length,
+                               states_only=save == "states")  # fmt: skip
+    if c_last.size:
+        steps = Steps(spec, m, kernels, bias, peephole, remember=not save)
+        if saved is not None:
+            backward.run_forward(spec, saved, steps, h_states, c_last, separate)
+        else:
+            h_first, c_first = (np.zeros(state, dtype) if given is None else given for given in first)
+            steps.run(
+                spec.B, spec.T, x=slots(x, spec.go_backwards), h_first=slots(h_first), c_first=slots(c_first),
+                h=slots(h_states), c=slots(c_last), y=slots(separate), fresh=first[0] is None, mask=ordered,
+            )  # fmt: skip
+    if not np.may_share_memory(h_last, h_states):
+        h_last[...] = h_states[:, (spec.T - 1) % kept]
+    output = separate if separate is not None else h_states if spec.return_sequences else h_last
+    if out is None and np.may_share_memory(output, h_last):
+        output = output.copy()
+    trouble = np.isnan(c_last.min((1, 2, 3))) if m else np.zeros(0, np.bool_)
+    if trouble.any():  # a tile spreads a NaN beyond its receptive field; a cell that it reached stays NaN
+        h, c, mask = (None if array is None else array[trouble] for array in (*first, mask))
+        *again, saved_again = _fused(spec.with_batch(int(trouble.sum())), 0, x[trouble], kernels, bias, (h, c),
+                                     peephole, mask, algorithm, save, length, None)  # fmt: skip
+        for whole, part in zip((output, h_last, c_last), again, strict=True):
+            whole[trouble] = part
+        if saved is not None and saved_again is not None:
+            saved.replace(trouble, saved_again)
+    return output, h_last, c_last, saved

@@ -100,7 +100,7 @@ def _tile(vectors, start, start_row, result, base, offsets, segments, first, las
 
 @inline
 def _run_block(
-    like, flow, work, sources, groups, panels, passes, segments, weights, bias, cell, mask, scratch, b, t, task
+    like, flow, kept, work, sources, groups, panels, passes, segments, weights, bias, cell, mask, scratch, b, t, task
 ):
     """Compute one block of image b at step t, for a part of the groups."""
     block, part = task // work.parts, task % work.parts
@@ -154,33 +154,35 @@ def _run_block(
                     _tile(vectors, begin, 0 if n == first_pass else columns, sums, base, offsets, segment, passes[n, 1],
                           passes[n, 2], panel_weights)  # fmt: skip
                 if p == last_panel:
-                    finish(like, flow, cell, group, sums, simd.shift(pixels, r), min(rows, count - r), b, t)
+                    finish(like, flow, kept, cell, group, sums, simd.shift(pixels, r), min(rows, count - r), b, t)
 
 
 @inline
-def _work(like, flow, work, sources, groups, panels, passes, segments, weights, bias, cell, mask, worker, t0):
+def _work(like, flow, kept, work, sources, groups, panels, passes, segments, weights, bias, cell, mask, worker, t0):
     scratch = worker_scratch(flow, worker)
     first, last = share(flow, worker)
     for n in range(first, last):
         b, t, task = place(flow, n)
-        _run_block(like, flow, work, sources, groups, panels, passes, segments, weights, bias, cell, mask, scratch, b,
-                   t0 + t, task)  # fmt: skip
+        _run_block(like, flow, kept, work, sources, groups, panels, passes, segments, weights, bias, cell, mask,
+                   scratch, b, t0 + t, task)  # fmt: skip
 
 
 @kernel()
-def run_serial(like, flows, works, sources, groups, panels, passes, segments, weights, bias, cells, mask):
+def run_serial(like, flows, kept, works, sources, groups, panels, passes, segments, weights, bias, cells, mask):
     """Compute all steps in one thread."""
-    _work(like, flows[0], works[0], sources, groups, panels, passes, segments, weights, bias, cells[0], mask, 0, 0)
+    _work(
+        like, flows[0], kept, works[0], sources, groups, panels, passes, segments, weights, bias, cells[0], mask, 0, 0
+    )
 
 
 @kernel(parallel=True)
-def run_parallel(like, flows, works, sources, groups, panels, passes, segments, weights, bias, cells, mask):
+def run_parallel(like, flows, kept, works, sources, groups, panels, passes, segments, weights, bias, cells, mask):
     """Compute all steps in flow.workers threads."""
     workers, T, length = flows[0].workers, flows[0].T, flows[0].length
     for t0 in range(0, T, length):
         for worker in numba.prange(workers):
-            _work(like, flows[0], works[0], sources, groups, panels, passes, segments, weights, bias, cells[0], mask,
-                  worker, t0)  # fmt: skip
+            _work(like, flows[0], kept, works[0], sources, groups, panels, passes, segments, weights, bias, cells[0],
+                  mask, worker, t0)  # fmt: skip
 
 
 @lru_cache(maxsize=256)

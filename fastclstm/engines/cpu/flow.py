@@ -20,7 +20,7 @@ FLOW = np.dtype([
     ("grain", np.int64),  # pieces that stay together: all of a unit, or a single task
     ("masked", np.int64),
     ("fresh", np.int64),  # 1: the sequence starts from states of zeros
-    *((f"{name}{field}", kind) for name in ("x", "h_first", "h", "c_first", "c", "y")
+    *((f"{name}{field}", kind) for name in ("x", "h_first", "h", "c_first", "c", "y_first", "y")
       for field, kind in (("", np.uint64), ("_image", np.int64), ("_step", np.int64))),  # address, strides in bytes
     ("h_slots", np.int64), ("c_slots", np.int64),  # steps kept: the t-th is in slot t % slots
     ("trouble", np.uint64),  # address of a number for each image: 1 where a stored column is infinite or NaN
@@ -28,10 +28,11 @@ FLOW = np.dtype([
 ])  # fmt: skip
 """Where a sequence's arrays are and how many workers share its work."""
 
-KEEPING_FLOW = np.dtype([("gates", np.uint64), ("gates_image", np.int64), ("gates_step", np.int64), *FLOW.descr])
-"""The same, where the activated gates are kept: a type of its own, so that kernels without know so when compiled.
+NO_GATES = np.zeros(0, np.bool_)
+"""What kernels get instead of where to keep the gates (address, image, step): by its type they know when compiled.
 
-The new fields come first: to Numba a record that only goes on where another ends is a kind of that other.
+It is no field of `FLOW`: names of compiled functions tell records of different fields apart only within a process, and
+what another process left on disk may be one of them.
 """
 
 
@@ -129,16 +130,18 @@ def skipped_sources(flow, sources, t):
 @inline
 def y_at(flow, b, t):
     """Address of the separate output of image b at step t; 0 where there is none."""
-    return _address(flow.y, flow.y_image, flow.y_step, b, t) if flow.y != 0 and t >= 0 else np.uint64(0)
+    if t < 0:
+        return _address(flow.y_first, flow.y_first_image, 0, b, 0) if flow.y_first != 0 else np.uint64(0)
+    return _address(flow.y, flow.y_image, flow.y_step, b, t) if flow.y != 0 else np.uint64(0)
 
 
 @inline
-def gates_at(flow, b, t):
-    """Address for the activated gates of image b at step t; 0, a constant, where the flow is not a keeping one."""
-    base = simd.field_or_zero(flow, "gates")
+def gates_at(kept, b, t):
+    """Address for the activated gates of image b at step t; 0, a constant, where they are not kept."""
+    base = simd.number_or_zero(kept, 0)
     if base == 0:
         return np.uint64(0)
-    return _address(base, simd.field_or_zero(flow, "gates_image"), simd.field_or_zero(flow, "gates_step"), b, t)
+    return _address(base, simd.number_or_zero(kept, 1), simd.number_or_zero(kept, 2), b, t)
 
 
 @inline

@@ -130,12 +130,12 @@ def general_gates(like, cell, kept, kept_index, index, count, z_i, z_f, z_g, z_o
 
 
 @inline
-def finish(like, flow, cell, group, z, pixels, count, b, t):
+def finish(like, flow, kept, cell, group, z, pixels, count, b, t):
     """Use up the z of `count` pixels; `pixels[r]` is the index of the r-th on the output's grid, negative: skip it.
 
     group is (weights, vectors, width, first filter, filters); b and t say which image's states at which step.
     """
-    h_new, y, kept = h_after(flow, b, t), y_at(flow, b, t), gates_at(flow, b, t)
+    h_new, y, gates = h_after(flow, b, t), y_at(flow, b, t), gates_at(kept, b, t)
     c_old, c_new = c_before(flow, b, t), c_after(flow, b, t)
     step = simd.vector_lanes(z)
     width, first, filters = group[2], group[3], group[4]
@@ -160,10 +160,10 @@ def finish(like, flow, cell, group, z, pixels, count, b, t):
         z_g, z_o = simd.load(simd.shift(z_r, 2 * width)), simd.load(simd.shift(z_r, 3 * width))
         kept_index = 4 * pixel * cell.F + first
         if cell.standard:
-            c, h = standard_gates(like, kept, cell.F, kept_index, filters, z_i, z_f, z_g, z_o, c)
+            c, h = standard_gates(like, gates, cell.F, kept_index, filters, z_i, z_f, z_g, z_o, c)
         else:
             weights = pixel * cell.peephole_pixel + first
-            c, h = general_gates(like, cell, kept, kept_index, weights, filters, z_i, z_f, z_g, z_o, c)
+            c, h = general_gates(like, cell, gates, kept_index, weights, filters, z_i, z_f, z_g, z_o, c)
         put(simd.shift(simd.at(like, c_new), index), c, filters)
         put(simd.shift(simd.at(like, h_new), index), h, filters)
         if y != 0:

@@ -31,26 +31,19 @@ def aligned_empty(count: int, dtype: np.dtype) -> np.ndarray:
     return raw[start : start + size].view(dtype)
 
 
-def _as_they_are(matrices: np.ndarray) -> np.ndarray:
-    return matrices
-
-
-def pack(
-    matrices: np.ndarray, bias: np.ndarray | None, dtype: np.dtype, *, paired: bool = False,
-    transform: Callable[[np.ndarray], np.ndarray] = _as_they_are,
-) -> Columns:  # fmt: skip
-    """Pack P matrices (P, K, gates, F) and bias (gates, F): 4 gates of one vector of filters a group, or 1 of four.
+def lay_out(
+    P: int, K: int, gates: int, F: int, bias: np.ndarray | None, dtype: np.dtype, *, paired: bool = False
+) -> Columns:
+    """Place P matrices (P, K, gates, F), their bias (gates, F) filled in: 4 gates of one vector a group, or 1 of four.
 
     A group's panel is [P][K][vectors], or with `paired` [P][pair of vectors][K][two vectors]. The last group is as
-    narrow as it can be; its columns without a filter are zeros. The matrices may be what `transform`, given some of
-    the filters, makes of (…, gates, F).
+    narrow as it can be. Columns without a filter are zeros; the others are still to be written.
     """
-    gates, F = matrices.shape[-2:]
-    P, K = transform(matrices[..., :1]).shape[:2]
     lanes = simd.lanes(dtype.itemsize)
     quarter = max(lanes // 4, 1)
     most = 4 * lanes // gates  # filters of a group
     groups: list[tuple[int, ...]] = []
+    unused: list[slice] = []  # panels with columns without a filter
     at = bias_at = 0
     for first in range(0, F, most):
         count = min(most, F - first)
@@ -58,25 +51,32 @@ def pack(
         vectors = -(-gates * width // lanes)
         padded = vectors + vectors % 2 if paired else vectors
         groups.append((at, vectors, width, first, count, bias_at))
+        if gates * count < padded * lanes:
+            unused.append(slice(at, at + P * K * padded * lanes))
         at += P * K * padded * lanes
         bias_at += padded * lanes
     # A prefetch or an overlong load reads past the last panel: for that there are zeros.
     weights = aligned_empty(at + max(2 * K * 2, 32) * lanes, dtype)
+    for part in (*unused, slice(at, None)):
+        weights[part] = 0
     biases = np.zeros(bias_at + lanes, dtype)
-    ends = [group[0] for group in groups[1:]] + [at]
-    for (start, _, width, first, count, bias_start), end in zip(groups, ends, strict=True):
-        panel = np.zeros((P, K, (end - start) // (P * K)), dtype)
-        part = transform(matrices[..., first : first + count])
-        for gate in range(gates):
-            panel[:, :, gate * width : gate * width + count] = part[:, :, gate]
-            if bias is not None:
-                column = bias_start + gate * width
+    if bias is not None:
+        for _, _, width, first, count, start in groups:
+            for gate in range(gates):
+                column = start + gate * width
                 biases[column : column + count] = bias[gate, first : first + count]
-        if paired:
-            panel = panel.reshape(P, K, -1, 2 * lanes).transpose(0, 2, 1, 3)
-        weights[start:end].reshape(panel.shape)[...] = panel
-    weights[at:] = 0
-    return Columns(np.array(groups, np.int64), weights, biases)
+    return Columns(np.array(groups, np.int64).reshape(-1, 6), weights, biases)
+
+
+def pack(matrix: np.ndarray, scales: np.ndarray, bias: np.ndarray | None) -> Columns:
+    """Pack a matrix (K, gates, F), each gate times its scale, rounded once, and a bias (gates, F): see `lay_out`."""
+    K, gates, F = matrix.shape
+    columns = lay_out(1, K, gates, F, bias, matrix.dtype)
+    for at, vectors, width, first, count, _ in columns.groups:
+        panel = columns.weights[at : at + K * vectors * simd.lanes(matrix.itemsize)].reshape(K, -1)
+        for gate in range(gates):
+            panel[:, gate * width : gate * width + count] = matrix[:, gate, first : first + count] * scales[gate]
+    return columns
 
 
 _MOST_REMEMBERED = 64

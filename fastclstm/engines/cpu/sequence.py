@@ -7,8 +7,8 @@ import threading
 
 import numpy as np
 
-from fastclstm.engines.cpu import direct, packing, threads, winograd
-from fastclstm.engines.cpu.flow import FLOW, KEEPING_FLOW, NOTHING, Plan, Slots
+from fastclstm.engines.cpu import direct, kernel_transform, packing, threads, winograd
+from fastclstm.engines.cpu.flow import FLOW, NO_GATES, NOTHING, Plan, Slots
 from fastclstm.spec import ConvSpec
 
 NO_MASK = np.ones((0, 0), np.bool_)
@@ -63,63 +63,61 @@ def cost(specs: tuple[ConvSpec, ...], m: int, itemsize: int) -> float:
     return winograd.cost(specs, m, images, itemsize) if m else direct.cost(specs, images, itemsize)
 
 
-def prepare(
-    specs: tuple[ConvSpec, ...], kernels: tuple[np.ndarray, ...], bias: np.ndarray | None, scales: np.ndarray, m: int,
-    team: int, *, transposed: bool = False, remember: bool = True,
-) -> tuple[Plan, packing.Columns]:  # fmt: skip
-    """Plan the sum of convolutions, and pack their kernels: the gates of the last axis times `scales`, rounded once.
+def pack(
+    kernels: tuple[np.ndarray, ...], bias: np.ndarray | None, scales: np.ndarray, m: int, *, transposed: bool = False,
+    remember: bool = True,
+) -> packing.Columns:  # fmt: skip
+    """Pack the kernels of a sum of convolutions: the gates of the last axis times `scales`, rounded once.
 
     transposed: the kernels are those that pull gradients back, (KH, KW, F, C): flipped and transposed. remember: the
     same kernels will come again, so that packing them once is worth the memory.
     """
     dtype, gates = kernels[0].dtype, len(scales)
 
-    def transform(taps: np.ndarray) -> np.ndarray:
-        if not m:
-            return taps * scales[:, None]
-        transformed = np.empty((winograd.points(m, specs[0].KH), *taps.shape[2:]), dtype)
-        for first in range(0, taps.shape[2], 64):  # in float64 no more than the cache holds
-            part = slice(first, first + 64)
-            transformed[:, part] = winograd.weight_transform(taps[:, :, part] * scales[:, None], m, specs[0].KH)
-        return transformed
-
-    def pack() -> packing.Columns:
+    def make() -> packing.Columns:
         taps = [k[::-1, ::-1].swapaxes(2, 3) if transposed else k for k in kernels]
-        taps = [k.reshape(*k.shape[:3], gates, -1) for k in taps]
         line = None if bias is None else bias.reshape(gates, -1) * scales[:, None]
-        rows = np.concatenate(taps, 2) if m else np.concatenate([k.reshape(-1, *k.shape[3:]) for k in taps])[None]
-        return packing.pack(rows, line, dtype, paired=m > 0, transform=transform)
+        if not m:
+            rows = np.concatenate([k.reshape(-1, gates, k.shape[3] // gates) for k in taps])
+            return packing.pack(rows, scales, line)
+        k, F = taps[0].shape[0], taps[0].shape[3] // gates
+        columns = packing.lay_out(winograd.points(m, k), sum(t.shape[2] for t in taps), gates, F, line, dtype,
+                                  paired=True)  # fmt: skip
+        kernel_transform.transform(taps, scales, winograd.transforms(m, k).G, columns)
+        return columns
 
-    columns = packing.remember((*kernels, bias), (m, transposed, *scales), pack) if remember else pack()
+    return packing.remember((*kernels, bias), (m, transposed, *scales), make) if remember else make()
+
+
+def plan(specs: tuple[ConvSpec, ...], columns: packing.Columns, m: int, itemsize: int, team: int) -> Plan:
+    """Plan the sum of convolutions with packed kernels."""
     groups = len(columns.groups)
-    if m:
-        return winograd.plan(specs, m, groups, dtype.itemsize, team), columns
-    return direct.plan(specs, groups, dtype.itemsize, team), columns
+    return winograd.plan(specs, m, groups, itemsize, team) if m else direct.plan(specs, groups, itemsize, team)
 
 
 def run(
     plan: Plan, columns: packing.Columns, cell: np.ndarray, B: int, T: int, team: int, *,
     x: Slots, h: Slots, h_first: Slots = NOTHING, c: Slots = NOTHING, c_first: Slots = NOTHING, y: Slots = NOTHING,
-    gates: Slots = NOTHING, fresh: bool = True, mask: np.ndarray | None = None,
+    y_first: Slots = NOTHING, gates: Slots = NOTHING, fresh: bool = True, mask: np.ndarray | None = None,
 ) -> np.ndarray:  # fmt: skip
     """Run T steps on B images with up to `team` threads, writing to the memory of h, c, y and gates.
 
     Without gates (conv2d) it returns where (B,) anything written to h is infinite or NaN.
     """
     trouble = np.zeros(B, np.int64)
-    flow = np.empty(1, FLOW if gates is NOTHING else KEEPING_FLOW)
+    flow = np.empty(1, FLOW)
     workers = min(team, plan.units if plan.by_unit else plan.units * plan.tasks)
     share = -(-plan.scratch_bytes // 4096) * 4096 + 64 * 5  # workers at different cache sets
     memory = scratch(share * workers)
     flow[0] = (
-        *(() if gates is NOTHING else gates[:3]),
         B, T, workers, plan.units, plan.tasks, T if plan.by_unit or workers == 1 else 1,
         T * plan.tasks if plan.by_unit else 1, mask is not None, fresh,
-        *x[:3], *h_first[:3], *h[:3], *c_first[:3], *c[:3], *y[:3], h.kept, c.kept,
+        *x[:3], *h_first[:3], *h[:3], *c_first[:3], *c[:3], *y_first[:3], *y[:3], h.kept, c.kept,
         trouble.ctypes.data, memory.ctypes.data, share,
     )  # fmt: skip
-    arguments = (columns.weights[:0], flow, plan.work, plan.sources, columns.groups, *plan.tables, columns.weights,
-                 columns.bias, cell, NO_MASK if mask is None else mask)  # fmt: skip
+    kept = NO_GATES if gates is NOTHING else np.array(gates[:3], np.int64)
+    arguments = (columns.weights[:0], flow, kept, plan.work, plan.sources, columns.groups, *plan.tables,
+                 columns.weights, columns.bias, cell, NO_MASK if mask is None else mask)  # fmt: skip
     serial, parallel = plan.kernels
     if workers == 1:
         serial(*arguments)

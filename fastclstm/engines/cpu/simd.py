@@ -224,16 +224,16 @@ def at(typingctx, like, address):
 
 
 @intrinsic(prefer_literal=True)
-def field_or_zero(typingctx, record, name):
-    """Integer in a record's field; the constant 0 where the record has no such field."""
-    field = name.literal_value
+def number_or_zero(typingctx, array, index):
+    """Integer in an array of int64; the constant 0 where it is an array of bool."""
 
     def codegen(context, builder, sig, args):
-        if field not in record.fields:
+        if sig.args[0].dtype == types.boolean:
             return INT64(0)
-        return builder.load(cgutils.get_record_member(builder, args[0], record.offset(field), ir.IntType(64)))
+        data = context.make_array(sig.args[0])(context, builder, args[0]).data
+        return builder.load(builder.gep(data, [INT64(index.literal_value)]))
 
-    return types.int64(record, name), codegen
+    return types.int64(array, index), codegen
 
 
 @intrinsic

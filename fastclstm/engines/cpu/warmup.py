@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fastclstm.engines.cpu import direct, fold, gates_backward, weight_gradient, winograd
+from fastclstm.engines.cpu import direct, fold, gates_backward, kernel_transform, weight_gradient, winograd
 from fastclstm.engines.cpu.conv2d import conv2d, conv2d_backward
 from fastclstm.engines.cpu.convlstm2d import convlstm2d, convlstm2d_backward
 from fastclstm.engines.cpu.max_pool3d import INDICES, SCATTER, VALUES, max_pool3d, max_pool3d_backward
@@ -34,6 +34,8 @@ def _operations(dtype: str) -> Iterator[tuple[str, tuple[Any, Any], Callable[[],
         call = partial(conv2d, convolution, image, kernel, None, algorithm=algorithm)
         kernels = module.run_serial, module.run_parallel
         yield f"{algorithm} convolution", kernels, partial(_both, call, partial(_train, dtype, algorithm))
+    call = partial(conv2d, convolution, image, kernel, None, algorithm="winograd")
+    yield "transform of kernels", kernel_transform.KERNELS, call
     strided = ConvSpec.infer(image.shape, kernel.shape, strides=2)
     pull_back = partial(conv2d_backward, strided, image, kernel, np.ones((1, 2, 2, 1), dtype))
     yield "gradient of strided convolution", fold.KERNELS, pull_back

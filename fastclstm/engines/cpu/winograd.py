@@ -377,7 +377,7 @@ def transform_gradient_tile(work, src, frame, y0, x0, inputs, block_size, point,
 
 
 @inline
-def _run_block(like, flow, work, sources, groups, channels, weights, bias, cell, mask, scratch, unit, t, task):
+def _run_block(like, flow, kept, work, sources, groups, channels, weights, bias, cell, mask, scratch, unit, t, task):
     """Compute one block of tiles of a unit at step t, for a part of the groups."""
     block, part = task // work.parts, task % work.parts
     group0, group1 = len(groups) * part // work.parts, len(groups) * (part + 1) // work.parts
@@ -445,31 +445,33 @@ def _run_block(like, flow, work, sources, groups, channels, weights, bias, cell,
                 tile_products = simd.shift(products, n * tile_size + v * points * step)
                 vector_bias, target = simd.shift(group_bias, v * step), simd.shift(z, v * step)
                 _output(m, work.k, tile_products, vector_bias, target, vectors * step)
-            finish(like, flow, cell, group, z, tile_pixels, side, b, t)
+            finish(like, flow, kept, cell, group, z, tile_pixels, side, b, t)
 
 
 @inline
-def _work(like, flow, work, sources, groups, channels, weights, bias, cell, mask, worker, t0):
+def _work(like, flow, kept, work, sources, groups, channels, weights, bias, cell, mask, worker, t0):
     scratch = worker_scratch(flow, worker)
     first, last = share(flow, worker)
     for n in range(first, last):
         unit, t, task = place(flow, n)
-        _run_block(like, flow, work, sources, groups, channels, weights, bias, cell, mask, scratch, unit, t0 + t, task)
+        _run_block(
+            like, flow, kept, work, sources, groups, channels, weights, bias, cell, mask, scratch, unit, t0 + t, task
+        )
 
 
 @kernel()
-def run_serial(like, flows, works, sources, groups, channels, weights, bias, cells, mask):
+def run_serial(like, flows, kept, works, sources, groups, channels, weights, bias, cells, mask):
     """Compute all steps in one thread."""
-    _work(like, flows[0], works[0], sources, groups, channels, weights, bias, cells[0], mask, 0, 0)
+    _work(like, flows[0], kept, works[0], sources, groups, channels, weights, bias, cells[0], mask, 0, 0)
 
 
 @kernel(parallel=True)
-def run_parallel(like, flows, works, sources, groups, channels, weights, bias, cells, mask):
+def run_parallel(like, flows, kept, works, sources, groups, channels, weights, bias, cells, mask):
     """Compute all steps in flow.workers threads."""
     workers, T, length = flows[0].workers, flows[0].T, flows[0].length
     for t0 in range(0, T, length):
         for worker in numba.prange(workers):
-            _work(like, flows[0], works[0], sources, groups, channels, weights, bias, cells[0], mask, worker, t0)
+            _work(like, flows[0], kept, works[0], sources, groups, channels, weights, bias, cells[0], mask, worker, t0)
 
 
 # -------------------------------------------------------------------------------------------------------- planning
@@ -488,17 +490,16 @@ def points(m: int, k: int) -> int:
     return (m + k - 1) ** 2
 
 
-def weight_transform(matrices: np.ndarray, m: int, k: int) -> np.ndarray:
-    """G w Gᵀ of kernels (k, k, K, …) in float64: (α², K, …)."""
+@lru_cache(maxsize=8)
+def _kernel_transform(m: int, k: int) -> np.ndarray:
+    """The matrix (α², k²) of w ↦ G w Gᵀ."""
     G = transforms(m, k).G
-    taps = matrices.reshape(k * k, -1).astype(np.float64, copy=False)
-    return (np.kron(G, G) @ taps).reshape(-1, *matrices.shape[2:])
+    return np.kron(G, G)
 
 
 def weight_gradient(sums: np.ndarray, m: int, k: int) -> np.ndarray:
-    """Gᵀ U G in float64 of sums of products U (α², …), the transpose of `weight_transform`: (k, k, …)."""
-    G = transforms(m, k).G
-    taps = np.kron(G, G).T @ sums.reshape(len(sums), -1).astype(np.float64, copy=False)
+    """Gᵀ U G in float64 of sums of products U (α², …), the transpose of w ↦ G w Gᵀ: (k, k, …)."""
+    taps = _kernel_transform(m, k).T @ sums.reshape(len(sums), -1).astype(np.float64, copy=False)
     return taps.reshape(k, k, *sums.shape[1:])
 
 

@@ -1,0 +1,120 @@
+"""Convolution kernels transformed for Winograd, written where the packed panels want them."""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+
+from fastclstm.engines.cpu import simd, threads
+from fastclstm.engines.cpu.compilation import inline, kernel
+from fastclstm.engines.cpu.packing import Columns
+
+COLUMNS = 16
+"""Columns that are transformed together."""
+
+JOB = np.dtype([
+    ("kernel", np.uint64),  # address
+    *((f"{axis}_stride", np.int64) for axis in ("y", "x", "row", "column")),  # in scalars
+    ("rows", np.int64), ("first_row", np.int64), ("all_rows", np.int64),  # of this kernel, its place among all
+    ("gates", np.int64), ("filters", np.int64),
+    ("workers", np.int64),
+])  # fmt: skip
+
+
+@inline
+def _combine(matrix, row, values, apart, result):
+    """result = Σ_i matrix[row, i] · values[i·apart], for `COLUMNS` columns."""
+    step = simd.vector_lanes(values)
+    for f in range(0, COLUMNS, step):
+        total = simd.zeros(values)
+        for i in range(matrix.shape[1]):
+            value = simd.load(simd.shift(values, i * apart + f))
+            total = simd.fma(simd.broadcast(value, matrix[row, i]), value, total)
+        simd.store(simd.shift(result, f), total)
+
+
+@inline
+def _transform_columns(like, job, G, scale, first, count, taps, half):
+    """Read the taps of `count` columns of one row, and apply G to their first axis."""
+    alpha, k = G.shape
+    source = simd.at(like, job.kernel)
+    for i in range(k):
+        for j in range(k):
+            at = first + i * job.y_stride + j * job.x_stride
+            tap = simd.shift(taps, (i * k + j) * COLUMNS)
+            for f in range(count):
+                tap[f] = source[at + f * job.column_stride] * scale
+    for a in range(alpha):
+        for j in range(k):
+            _combine(G, a, simd.shift(taps, j * COLUMNS), k * COLUMNS, simd.shift(half, (a * k + j) * COLUMNS))
+
+
+@inline
+def _work(like, jobs, G, scales, groups, weights, worker):
+    job = jobs[0]
+    alpha, k = G.shape
+    width = 2 * simd.vector_lanes(simd.pointer(weights))
+    room = np.zeros((25 + 40 + 1, COLUMNS))
+    taps = simd.pointer(room)
+    half, line = simd.shift(taps, 25 * COLUMNS), simd.shift(taps, 65 * COLUMNS)
+    pieces = len(groups) * job.rows
+    for n in range(pieces * worker // job.workers, pieces * (worker + 1) // job.workers):
+        group, row = groups[n // job.rows], n % job.rows
+        gate_width, first_filter, filters = group[2], group[3], group[4]
+        pairs = (group[1] + 1) // 2
+        target = simd.shift(simd.pointer(weights), group[0])
+        for gate in range(job.gates):
+            for f0 in range(0, filters, COLUMNS):
+                count = min(COLUMNS, filters - f0)
+                first = row * job.row_stride + (gate * job.filters + first_filter + f0) * job.column_stride
+                _transform_columns(like, job, G, scales[gate], first, count, taps, half)
+                column = gate * gate_width + f0
+                before = min(count, width - column % width)  # in the first of two panels
+                for p in range(alpha * alpha):
+                    _combine(G, p % alpha, simd.shift(half, p // alpha * k * COLUMNS), COLUMNS, line)
+                    panel = ((p * pairs + column // width) * job.all_rows + job.first_row + row) * width
+                    place = simd.shift(target, panel + column % width)
+                    for f in range(before):
+                        place[f] = line[f]
+                    place = simd.shift(target, panel + job.all_rows * width)
+                    for f in range(before, count):
+                        place[f - before] = line[f]
+
+
+@kernel()
+def _serial(like, jobs, G, scales, groups, weights):
+    _work(like, jobs, G, scales, groups, weights, 0)
+
+
+@kernel(parallel=True)
+def _parallel(like, jobs, G, scales, groups, weights):
+    for worker in numba.prange(jobs[0].workers):
+        _work(like, jobs, G, scales, groups, weights, worker)
+
+
+KERNELS = _serial, _parallel
+
+PARALLEL_SCALARS = 1 << 19
+"""Packed scalars that are worth a second thread."""
+
+
+def transform(kernels: list[np.ndarray], scales: np.ndarray, G: np.ndarray, columns: Columns) -> None:
+    """Write G w Gᵀ of the taps w of kernels (k, k, C, gates·F), whose channels are the rows of `columns`, to these.
+
+    The columns of a gate are multiplied by its scale; everything is computed in float64 and rounded once.
+    """
+    team = max(1, min(threads.usable_threads(), columns.weights.size // PARALLEL_SCALARS))
+    job = np.zeros(1, JOB)
+    first_row, all_rows = 0, sum(taps.shape[2] for taps in kernels)
+    serial, parallel = KERNELS
+    for taps in kernels:
+        strides = (stride // taps.itemsize for stride in taps.strides)
+        job[0] = (taps.ctypes.data, *strides, taps.shape[2], first_row, all_rows, len(scales),
+                  taps.shape[3] // len(scales), team)  # fmt: skip
+        first_row += taps.shape[2]
+        arguments = columns.weights[:0], job, G, scales, columns.groups, columns.weights
+        if team == 1:
+            serial(*arguments)
+        else:
+            with threads.team(team):
+                parallel(*arguments)
