@@ -91,7 +91,6 @@ IMPLEMENTATIONS: dict[str, Callable[[cases.ConvLSTMCase, int], Run]] = {
     "fastclstm": partial(_fastclstm, engine="cpu"),
     RECOMPUTE: partial(_fastclstm, engine="cpu", recompute=True),
     "fastclstm-direct": partial(_fastclstm, engine="cpu", algorithm="direct"),
-    "fastclstm-recompute": partial(_fastclstm, engine="cpu", recompute=True),
     "numpy": partial(_fastclstm, engine="reference"),
     "torch": partial(_torch, channels_last=False),
     "torch-channels-last": partial(_torch, channels_last=True),

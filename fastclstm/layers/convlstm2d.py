@@ -23,7 +23,7 @@ CHUNK_STEPS = 16
 
 _DIRECTIONS = ("forward", "backward")
 _FLAGS = ("return_sequences", "return_state", "go_backwards", "stateful", "bidirectional", "zero_output_for_mask",
-          "time_major")  # fmt: skip
+          "time_major", "recompute")  # fmt: skip
 
 Merged = Any
 """An array, or with merge_mode=None the pair of the directions' arrays."""
@@ -122,6 +122,9 @@ class ConvLSTM2D(ConvLSTMLayer):
     time_dropout : float
         Probability in [0, 1] that a whole frame of x is set to zero while training, for all samples alike and without
         scaling: see `TimeDistributionCalculator`.
+    recompute : bool
+        A training call keeps only states, and `backward` computes the rest again: a fraction of the memory for about a
+        third more time, and the same gradients. See `functional.convlstm2d_vjp`.
     activity_regularizer : str, object or pair of functions, optional
         Penalty on the output of a training call, divided by the size of the batch; a part of `penalty`, whose gradient
         `backward` adds.
@@ -173,6 +176,7 @@ engine='reference')
     zero_output_for_mask: bool = False
     time_major: bool = False
     time_dropout: float = 0.0
+    recompute: bool = False
     activity_regularizer: Any = None
 
     def __post_init__(self) -> None:
@@ -447,7 +451,7 @@ engine='reference')
             cell.engine, cell.algorithm = self.engine, self.algorithm
             (output, h, c), pullback = cell._run(
                 sequence, states[len(last_states)], mask=mask, go_backwards=bool(backwards) != turned,
-                return_sequences=many, training=tape is not None, frozen=not self.trainable,
+                return_sequences=many, training=tape is not None, frozen=not self.trainable, recompute=self.recompute,
             )  # fmt: skip
             last_states.append((h, c))
             if many and backwards:

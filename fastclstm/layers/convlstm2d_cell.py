@@ -374,11 +374,12 @@ dtype, seed, engine, algorithm
 
     def _run(
         self, x: np.ndarray, state: State, *, mask: np.ndarray | None = None, go_backwards: bool = False,
-        return_sequences: bool = True, training: bool = False, frozen: bool = False,
+        return_sequences: bool = True, training: bool = False, frozen: bool = False, recompute: bool = False,
     ) -> tuple[Outputs, functional.ConvLSTMPullback | None]:  # fmt: skip
         """Run over a channels-last sequence: (output, h, c) and, while training, their pullback.
 
-        Where the layer is `frozen`, batch normalization uses its moving statistics.
+        Where the layer is `frozen`, batch normalization uses its moving statistics; for `recompute` see
+        `functional.convlstm2d_vjp`.
         """
         learning = training and self.trainable and not frozen
         arguments = x, self.kernel, self.recurrent_kernel, self.bias
@@ -395,7 +396,7 @@ dtype, seed, engine, algorithm
         masks = {"x": self._draw(self.dropout, frames),
                  "h": self._draw(self.recurrent_dropout, self._state_shape(frames))}  # fmt: skip
         options["dropout_masks"] = {name: mask for name, mask in masks.items() if mask is not None} or None
-        return functional.convlstm2d_vjp(*arguments, return_state=True, **options)
+        return functional.convlstm2d_vjp(*arguments, return_state=True, recompute=recompute, **options)
 
     def _draw(self, rate: float, shape: Shape) -> np.ndarray | None:
         """Draw the inverted dropout mask of each gate: what is kept is scaled up."""

@@ -49,7 +49,7 @@ class EncoderForecaster(Trainable):
     head_activation : str or pair of functions (forward, derivative)
         Of the frames made: "sigmoid" for values in (0, 1), "linear" for any.
     peephole, frame_size, normalization, use_bias, unit_forget_bias, kernel_initializer, recurrent_initializer, \
-bias_initializer, activation, recurrent_activation, output_activation, padding_mode, algorithm
+bias_initializer, activation, recurrent_activation, output_activation, padding_mode, recompute, algorithm
         Of all ConvLSTM layers, as in `ConvLSTM2D`.
     data_format : "channels_last" or "channels_first"
         The latter: frames (B, T, C, H, W).
@@ -102,6 +102,7 @@ bias_initializer, activation, recurrent_activation, output_activation, padding_m
     recurrent_activation: Any = "sigmoid"
     output_activation: Any = None
     padding_mode: str = "zeros"
+    recompute: bool = False
     data_format: str = "channels_last"
     dtype: Any = "float32"
     seed: int | np.random.Generator | None = None
