@@ -672,6 +672,7 @@ def configurations(draw):
         "recurrent_activation": draw(st.sampled_from(["sigmoid", "hard_sigmoid"])),
         "dropout": draw(st.sampled_from([0.0, 0.3])), "recurrent_dropout": draw(st.sampled_from([0.0, 0.3])),
         "time_dropout": draw(st.sampled_from([0.0, 0.3])), "padding_mode": draw(st.sampled_from(["zeros", "circular"])),
+        "recompute": draw(flag),
     }  # fmt: skip
     if options["num_layers"] == 2 and options["padding"] == "valid":  # the frames would become too small
         options["padding"] = "same"
@@ -696,6 +697,24 @@ def test_engines_agree_whatever_the_options(configuration):
         results.append(result)
     for one, other in zip(*results, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-8, atol=1e-10 * max(1, np.abs(one).max()))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"bidirectional": True, "num_layers": 2}, {"dropout": 0.3, "normalization": "batch"}]
+)
+def test_recompute_changes_no_gradient(engine, options):
+    x, mask, results = normal(B, 9, H, W, C), np.arange(9) < np.array([[9], [6]]), []
+    for recompute in (False, True):
+        layer = make(engine, recompute=recompute, **options)
+        y = layer(x, mask=mask, training=True)
+        dx = layer.backward(np.cos(y))
+        results.append([y, dx, *layer.get_gradients().values(), *layer.parameters.values()])
+        again = layer.backward(np.cos(y))
+        close(again, dx)
+    close(*results)
+    for wrong in (1, None):
+        with pytest.raises(ValueError, match="recompute must be True or False"):
+            make(engine, recompute=wrong)
 
 
 def test_float32_layers_compute_in_float32():

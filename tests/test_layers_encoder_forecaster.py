@@ -246,3 +246,32 @@ def test_forecasts_between_a_training_call_and_backward_do_no_harm():
 def test_flags_are_true_or_false(name):
     with pytest.raises(ValueError, match=f"EncoderForecaster: {name} must be True or False, got 'no'"):
         EncoderForecaster(1, (2,), 3, **{name: "no"})
+
+
+def test_what_it_has_no_use_for_is_refused():
+    model, frames = EncoderForecaster(1, (2,), 3, seed=0, engine="reference"), np.zeros((2, 3, 5, 5, 1), np.float32)
+    for options in ({"lengths": [1, 2]}, {"mask": np.ones((2, 3))}):
+        (name,) = options
+        for call in (
+            lambda options: model.fit(frames, frames, quiet=True, **options),
+            lambda options: model.evaluate(frames, frames, **options),
+            lambda options: model.predict(frames, steps=2, **options),
+        ):
+            with pytest.raises(ValueError, match=f"EncoderForecaster takes no {name}"):
+                call(options)
+    with pytest.raises(ValueError, match=r"EncoderForecaster: y must be \(batch, time, .*\), got 1D \(2,\)"):
+        model.fit(frames, np.zeros(2), quiet=True)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_recompute_changes_nothing(engine, recompute):
+    model = EncoderForecaster(1, (3, 2), 3, recompute=recompute, **FIXED, engine=engine)
+    plain = EncoderForecaster(1, (3, 2), 3, **FIXED, engine=engine)
+    frames = normal(2, 4, 5, 6, 1)
+    dy = normal(2, 3, 5, 6, 1)
+    for each in (model, plain):
+        each(frames, steps=3, training=True)
+    close(model.backward(dy), plain.backward(dy), 1e-13)
+    assert model.encoder.recompute is recompute
+    for name, gradient in plain.get_gradients().items():
+        close(model.get_gradients()[name], gradient, 1e-13)

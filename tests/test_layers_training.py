@@ -1,6 +1,8 @@
 """The training loop: the numbers of a plain loop, checkpoints to the bit, and errors that name what is wrong."""
 
+import contextlib
 import copy
+import functools
 import math
 import os
 import signal
@@ -14,6 +16,7 @@ import pytest
 import fastclstm
 from fastclstm.io import weights
 from fastclstm.layers import (
+    Activation,
     BatchNormalization,
     Conv2D,
     ConvLSTM2D,
@@ -26,7 +29,7 @@ from fastclstm.layers import (
     TimeDistributed,
 )
 from fastclstm.layers.history import EarlyStopping
-from fastclstm.nn import losses
+from fastclstm.nn import losses, metrics
 from fastclstm.nn.optimizers import SGD, Adam
 from fastclstm.nn.schedules import ExponentialDecay
 
@@ -116,12 +119,14 @@ def test_every_kind_of_batches_gives_the_same():
         seen.append(epoch)
         return iter(batches)
 
-    sources = [(batches, {}), (of_epoch, {}), (iter(batches * 2), {"steps_per_epoch": 3})]
+    def of_any_epoch():
+        yield from batches
+
+    sources = [(batches, {}), (of_epoch, {}), (of_any_epoch, {}), (iter(batches * 2), {"steps_per_epoch": 3})]
     models = [dense() for _ in sources]
     for model, (source, options) in zip(models, sources, strict=True):
         fit(model, source, None, epochs=2, **options)
-    assert same(models[0], models[1])
-    assert same(models[0], models[2])
+    assert all(same(models[0], model) for model in models[1:])
     assert seen == [0, 1]
     assert models[0].evaluate(batches) == pytest.approx(models[0].evaluate(X, Y), rel=1e-12)
 
@@ -257,6 +262,39 @@ def test_progress_goes_to_the_terminal_when_asked(capsys):
 
 
 # --- history and early stopping ---
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 16])
+def test_metrics_that_count_do_so_over_all_batches(batch_size, tmp_path):
+    x = np.zeros((16, 3))
+    x[[0, 5, 6]] = 1
+    y = x.copy()
+    y[[6, 7]] = [[0], [1]]  # 2 hits of 3, a miss and a false alarm
+    model, score = Sequential([Activation("linear")]), functools.partial(metrics.csi, thresholds=0.5)
+    score.__name__ = "half"
+    scores = model.evaluate(x, y, metrics=["csi", "pod", score], batch_size=batch_size)
+    assert (scores["csi"], scores["pod"], scores["half"]) == (0.5, 2 / 3, 0.5)
+    score = functools.partial(metrics.csi, thresholds=[0.1, 0.5])
+    with pytest.raises(ValueError, match=r"csi must return one number, got an array of shape \(2,\)"):
+        model.evaluate(x, y, metrics=score)
+
+    def run(path, epochs, every=None, stop=False):
+        model = Sequential([Dense(3, 3, seed=0, dtype="float64")])
+        calls = []
+
+        def interrupt(prediction, target):
+            calls.append(1)
+            if stop and len(calls) == 2 * len(x) // batch_size - 1:
+                raise KeyboardInterrupt
+            return 0.0
+
+        return model.fit(x, y, epochs=epochs, metrics=["csi", interrupt], batch_size=batch_size, seed=0, quiet=True,
+                         checkpoint=path, checkpoint_every=every, resume=True)  # fmt: skip
+
+    whole = run(tmp_path / "a", 2)
+    with contextlib.suppress(KeyboardInterrupt):
+        run(tmp_path / "b", 2, 1, stop=True)
+    np.testing.assert_array_equal(run(tmp_path / "b", 2)["csi"], whole["csi"])
 
 
 @pytest.mark.parametrize("restore_best", [True, False])
@@ -468,7 +506,7 @@ def test_files_that_are_no_checkpoints(tmp_path):
         spoil(arrays, metadata)
         weights.save(path, arrays, metadata)
         model, optimizer = lossy(), Adam(0.01, amsgrad=True)
-        with pytest.raises(ValueError, match="is damaged"):
+        with pytest.raises(ValueError, match="is damaged, or the optimizer's options are no longer"):
             train(path, model, optimizer=optimizer)
         assert same(model, lossy())
         assert optimizer.steps == 0
@@ -477,7 +515,100 @@ def test_files_that_are_no_checkpoints(tmp_path):
         train(tmp_path / "no" / "c")
 
 
+def test_what_callbacks_change_is_kept(tmp_path):
+    """A learning rate that became a schedule, and a layer that thawed."""
+
+    def run(path, epochs):
+        model = dense()
+        model[0].trainable = False
+        optimizer = SGD(0.1)
+
+        def change(history):
+            if history.epochs == 1:
+                optimizer.learning_rate, model[0].trainable = ExponentialDecay(0.4, 3, 0.5), True
+
+        history = fit(model, epochs=epochs, optimizer=optimizer, callbacks=change, checkpoint=path, resume=True)
+        return model, history
+
+    whole, history = run(tmp_path / "a", 4)
+    run(tmp_path / "b", 2)
+    again, resumed = run(tmp_path / "b", 4)
+    assert same(whole, again)
+    assert history["learning_rate"] == resumed["learning_rate"]
+    assert not same(whole, run(tmp_path / "c", 1)[0])
+
+
+def test_a_stop_by_a_callback_can_be_resumed(tmp_path):
+    path = tmp_path / "c"
+    assert fit(dense(), epochs=5, checkpoint=path, callbacks=lambda history: np.bool_(history.epochs == 2)).epochs == 2
+    model, whole = dense(), dense()
+    assert fit(model, epochs=5, checkpoint=path, resume=True).epochs == 5
+    fit(whole, epochs=5)
+    assert same(model, whole)
+
+
 # --- what goes wrong ---
+
+
+def test_a_single_sequence_is_no_batch(tmp_path):
+    film, model = FILMS[0], Sequential([ConvLSTM2D(1, 1, 3, seed=0, engine="reference")])
+    for call in (
+        lambda: model.predict(film),
+        lambda: model.evaluate(film, film),
+        lambda: fit(model, film, film, checkpoint=tmp_path / "c"),
+        lambda: fit(model, [(film, film)], None),
+        lambda: fit(model, FILMS, FILMS, validation_data=(film, film)),
+    ):
+        with pytest.raises(ValueError, match=r"x .* is one sequence, but samples are on the first axis; give x\["):
+            call()
+    assert not (tmp_path / "c").exists()
+    for option in ("time_major", "stateful"):
+        other = Sequential([ConvLSTM2D(1, 1, 3, engine="reference", **{option: True})])
+        with pytest.raises(ValueError, match=f"predict: layer 0, ConvLSTM2D has {option}=True"):
+            other.predict(FILMS)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_parameters_that_are_not_finite_are_not_kept(tmp_path):
+    model = dense()
+    with pytest.raises(FloatingPointError, match=r"epoch 1, step 1, the new \d\.\w+ holds NaN or Inf") as caught:
+        fit(model, X * 1e3, Y * 1e3, optimizer=SGD(1e308), checkpoint=tmp_path / "c", checkpoint_every=1)
+    assert "before this step" in str(caught.value)
+    assert same(model, dense())
+    assert np.isfinite(weights.load(tmp_path / "c")[0]["model/0.kernel"]).all()
+
+
+def test_validation_data_that_does_not_fit_is_told_before_the_first_step():
+    model = dense()
+    with pytest.raises(ValueError, match="target has shape") as caught:
+        fit(model, validation_data=(X, Y[:, :1]))
+    assert "in the validation data" in caught.value.__notes__
+    assert same(model, dense())
+
+
+def test_an_error_says_in_which_step_it_came_up():
+    with pytest.raises(ValueError, match="target has shape") as caught:
+        fit(dense(), [(X, Y), (X, Y[:, :1])], None)
+    assert "in epoch 1, step 2 of fit" in caught.value.__notes__
+
+
+def test_an_error_leaves_the_optimizer_before_its_step():
+    model, optimizer = dense(kernel_constraint=(lambda array: 1 / 0)), Adam()
+    with pytest.raises(ZeroDivisionError):
+        fit(model, optimizer=optimizer)
+    assert optimizer.steps == 0
+    assert optimizer.state == {}
+
+
+def test_the_caller_s_arrays_cannot_be_written_to():
+    def writing(prediction, target):
+        target *= 0
+        return 0.0
+
+    target = Y.copy()
+    with pytest.raises(ValueError, match="read-only"):
+        fit(dense(), y=target, shuffle=False, metrics=writing)
+    np.testing.assert_array_equal(target, Y)
 
 
 class Spoil(Layer):
@@ -584,6 +715,13 @@ ERRORS = {
     "optimizer": ({"optimizer": 3}, TypeError, "an optimizer must be"),
     "metric": ({"metrics": "mess"}, ValueError, "unknown metric"),
     "metrics": ({"metrics": ["mse", "mse"]}, ValueError, "two have the same name"),
+    "validation's name": ({"metrics": type("val_loss", (), {"__call__": len})()}, ValueError, "'val_loss' is the name"),
+    "number for metrics": ({"metrics": 3}, TypeError, "metrics must be one or a sequence of them, got 3"),
+    "metric of nothing": ({"metrics": lambda p, t: None}, ValueError, "must return one number, got None"),
+    "callbacks": ({"callbacks": 3}, TypeError, "callbacks must be one or a sequence of them, got 3"),
+    "callback": ({"callbacks": [3]}, TypeError, "callbacks must be functions of the History"),
+    "checkpoint": ({"checkpoint": 3}, TypeError, "checkpoint must be the path of a file, got 3"),
+    "pair": ({"x": (X, Y), "y": None}, TypeError, "x is a tuple of 2 arrays; give them one by one"),
     "array metric": ({"metrics": lambda p, t: p}, ValueError, "must return one number"),
     "seed": ({"seed": -1}, ValueError, "seed must be an integer >= 0 or None, got -1"),
     "patience": ({"early_stopping": 0}, ValueError, "patience must be an integer >= 1"),

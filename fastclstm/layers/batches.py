@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
@@ -50,7 +51,10 @@ class Arrays:
             part: Any = slice(step * self.batch_size, (step + 1) * self.batch_size)
             if order is not None:
                 part = order[part]
-            yield {name: array[part] for name, array in self.arrays.items()}
+            batch = {name: array[part] for name, array in self.arrays.items()}
+            for array in batch.values():
+                array.flags.writeable = False  # it may be the caller's memory
+            yield batch
 
     def told(self) -> Any:
         """Return what a checkpoint knows of the data: the checksum is of the first and the last sample."""
@@ -94,7 +98,9 @@ class Batches:
                 skipped = 0
                 yield item
             return
-        items = self.source(epoch) if callable(self.source) else self.source
+        items = self.source
+        if callable(items):
+            items = items(*(epoch,)[: _takes_one(items)])
         yield from islice(iter(items), start, None)
 
     def _batch(self, item: Any) -> Batch:
@@ -106,6 +112,17 @@ class Batches:
 
 
 Data = Arrays | Batches
+
+
+def _takes_one(function: Callable[..., Any]) -> bool:
+    """Whether a function can be called with one argument; where that is unknown, it is."""
+    try:
+        inspect.signature(function).bind(0)
+    except TypeError:
+        return False
+    except ValueError:
+        return True
+    return True
 
 
 def by_name(op: str, item: Any) -> dict[str, Any]:
@@ -132,6 +149,8 @@ def read(op: str, given: Mapping[str, Any], batch_size: int, steps: int | None =
     if arrays["y"] is None:
         if _is_array(x):
             raise ValueError(f"{op}: x is an array, but there is no y, the outputs that the model should give")
+        if isinstance(x, tuple) and len(x) in (2, 3) and all(map(_is_array, x)):
+            raise TypeError(f"{op}: x is a tuple of {len(x)} arrays; give them one by one: x, y, sample_weight=…")
         if not (callable(x) or isinstance(x, Iterable)):
             raise TypeError(f"{op}: x must be an array, or batches (x, y), got {type(x).__name__}")
         if extra := [name for name in _NAMES[2:] if arrays[name] is not None]:

@@ -291,6 +291,12 @@ bias_initializer, activation, recurrent_activation, output_activation, padding_m
         self._check(tuple(input_shape), "frames")
         return (input_shape[0], steps, *input_shape[2:])
 
+    def _check_batch(self, op: str, batch: Batch) -> None:
+        if extra := [name for name in ("mask", "lengths") if name in batch]:
+            raise ValueError(f"{op}: EncoderForecaster takes no {' and no '.join(extra)}; sample_weight weighs frames")
+        if "y" in batch:
+            self._check(batch["y"].shape, "y")
+
     def _predict_batch(self, batch: Batch, training: bool) -> Any:
         if training and self._teacher_forcing:
             return self.forward(batch["x"], training=True, targets=batch["y"])

@@ -11,6 +11,7 @@ import numpy as np
 from fastclstm import dispatch
 from fastclstm.layers.array_layer import Container, parts, told_of
 from fastclstm.layers.base import Layer
+from fastclstm.layers.batches import Batch
 from fastclstm.layers.convlstm2d import ConvLSTM2D, _steps_mask
 from fastclstm.layers.convlstm2d_cell import ConvLSTM2DCell
 from fastclstm.layers.encoder_forecaster import EncoderForecaster
@@ -178,6 +179,12 @@ class Sequential(Trainable):
         trainable = sum(array.size for array in self.trainable_parameters.values())
         megabytes = sum(array.nbytes for array in self.parameters.values()) / 1e6
         return "\n".join([*lines, f"{self.num_parameters:,} parameters, {trainable:,} trainable, {megabytes:.1f} MB"])
+
+    def _check_batch(self, op: str, batch: Batch) -> None:
+        walk, shape = Walk(), batch["x"].shape
+        self._check(0, shape, walk)
+        if walk.batched is False:
+            raise ValueError(f"{op}: x {shape} is one sequence, but samples are on the first axis; give x[np.newaxis]")
 
     def _shapes(self, input_shape: Sequence[int]) -> list[Shape]:
         """Return the output shape of each layer."""

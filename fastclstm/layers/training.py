@@ -7,9 +7,11 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -17,16 +19,19 @@ import numpy as np
 from fastclstm import dispatch
 from fastclstm.io import weights
 from fastclstm.layers import batches
-from fastclstm.layers.array_layer import Container
+from fastclstm.layers.array_layer import Container, told_of
 from fastclstm.layers.base import Layer
 from fastclstm.layers.batches import Arrays, Batch, Data, by_name, check_count
 from fastclstm.layers.convlstm2d import ConvLSTM2D
 from fastclstm.layers.history import EarlyStopping, History
 from fastclstm.nn import is_number, losses, metrics, optimizers, schedules
-from fastclstm.nn.described import Described, describe
+from fastclstm.nn.described import Described, describe, restore
 
 CHECKPOINT = "Training checkpoint"
 """The class that a checkpoint's metadata names."""
+
+Metric = Callable[[Any, Any], Any]
+Metrics = Mapping[str, Metric]
 
 
 class Trainable(Container):
@@ -39,7 +44,7 @@ class Trainable(Container):
         seed: int | None = None, steps_per_epoch: int | None = None, time_limit: float | None = None,
         early_stopping: int | EarlyStopping | None = None, checkpoint: str | os.PathLike[str] | None = None,
         checkpoint_every: int | None = None, resume: bool = False,
-        callbacks: Callable[[History], Any] | Sequence[Callable[[History], Any]] = (), quiet: bool | None = None,
+        callbacks: Callable[[History], Any] | Sequence[Callable[[History], Any]] | None = (), quiet: bool | None = None,
     ) -> History:  # fmt: skip
         """Fit the trainable parameters to data, batch by batch, and return the curves.
 
@@ -51,7 +56,8 @@ class Trainable(Container):
         x : array (N, …), or an iterable, iterator or function of batches
             A batch is ``(x, y)``, ``(x, y, sample_weight)`` or a dict with these names, ``mask`` and ``lengths``. An
             iterable is gone through in every epoch; an iterator is read on from epoch to epoch and needs
-            `steps_per_epoch`; a function is given the number of the epoch (0, 1, …) and returns its batches.
+            `steps_per_epoch`; a function returns the batches of an epoch, whose number (0, 1, …) it is given where it
+            takes one.
         y : array (N, …)
             What the model should return for x. Only where x is an array, as all arrays up to `lengths`.
         loss : str, Loss or pair of functions
@@ -64,13 +70,15 @@ class Trainable(Container):
         sample_weight : array (N,) or (N, T), optional
             Factors of the samples', or the frames', loss.
         mask, lengths : array (N, T) or (N,), optional
-            As `Sequential` takes them.
+            As `Sequential` takes them. They decide what the layers do, not what the loss counts: that is
+            ``sample_weight=mask``, though it still divides by the number of all frames.
         validation_split : float
             Share of the samples, the last ones, that are not trained on but are validation data.
         validation_data : tuple (x, y), tuple (x, y, sample_weight), dict of arrays, or batches, optional
             Data to evaluate after each epoch; batches as for x, but no iterator.
         metrics : str, function, or sequence of these
-            Of `fastclstm.nn.metrics`, or functions of (prediction, target) that return a number.
+            Of `fastclstm.nn.metrics`, or functions of (prediction, target) that return a number. csi, pod and far count
+            over all batches, others are means over them.
         shuffle : bool
             Take the samples in another order in every epoch, drawn from the seed and the epoch alone. Batches are taken
             as they come.
@@ -90,9 +98,10 @@ class Trainable(Container):
         resume : bool
             Go on from the checkpoint, where there is one, to the same bits as without the interruption. The model, the
             data and the options must be the same, except for `epochs`, `time_limit`, `callbacks`, `quiet` and
-            `checkpoint_every`.
-        callbacks : function or sequence of functions
-            Called with the `History` after each epoch; where one returns True, the training ends.
+            `checkpoint_every`. Of what callbacks change, the file knows the optimizer's learning_rate and which layers
+            are frozen.
+        callbacks : function or sequence of functions, optional
+            Called with the `History` after each epoch; where one returns True, the training ends, to be resumed or not.
         quiet : bool, optional
             True: no progress bar. None: one on a terminal only.
 
@@ -105,7 +114,8 @@ class Trainable(Container):
         ValueError, TypeError
             Data or options that do not fit the model or each other, a checkpoint of another training.
         FloatingPointError
-            A loss or a gradient is not finite. The message names the step, and the layer that it began in.
+            A loss, a gradient or a new parameter is not finite. The message names the step, and the layer that it began
+            in.
         OSError
             The checkpoint cannot be read or written.
 
@@ -135,13 +145,15 @@ class Trainable(Container):
             if not isinstance(data, Arrays):
                 raise ValueError("fit: validation_split needs arrays; with batches give validation_data")
             data, validation = data.split(validation_split)
-        if isinstance(early_stopping, int):
+        if isinstance(early_stopping, int | np.integer):
             early_stopping = EarlyStopping(early_stopping)
         if not isinstance(early_stopping, EarlyStopping | None):
             raise TypeError(f"fit: early_stopping must be a number of epochs or EarlyStopping, got {early_stopping!r}")
         check_count("epochs", epochs)
         if checkpoint is None and (resume or checkpoint_every is not None):
             raise ValueError("fit: resume and checkpoint_every need a checkpoint; give the path of one")
+        if not isinstance(checkpoint, str | os.PathLike | None):
+            raise TypeError(f"fit: checkpoint must be the path of a file, got {checkpoint!r}")
         if checkpoint_every is not None:
             check_count("checkpoint_every", checkpoint_every)
         if time_limit is not None and not (is_number(time_limit) and time_limit > 0):
@@ -150,13 +162,15 @@ class Trainable(Container):
             raise ValueError(f"fit: seed must be an integer >= 0 or None, got {seed!r}")
         if not self.trainable_parameters:
             raise ValueError("fit: the model has no trainable parameters; set trainable=True on what should learn")
+        calls = _listed("callbacks", callbacks)
+        if not all(map(callable, calls)):
+            raise TypeError(f"fit: callbacks must be functions of the History, got {callbacks!r}")
         training = _Training(
             self, losses.get(loss), optimizers.get(optimizer), _metrics(metrics), data, validation, bool(shuffle),
             None if seed is None else int(seed),
             early_stopping, checkpoint, checkpoint_every,
         )  # fmt: skip
         try:
-            calls = (callbacks,) if callable(callbacks) else tuple(callbacks)
             return training.run(epochs, time_limit, resume, calls, quiet)
         finally:
             _forget(self)
@@ -178,7 +192,7 @@ class Trainable(Container):
         """
         given = {"x": x, "y": y, "sample_weight": sample_weight, "mask": mask, "lengths": lengths}
         data = _read(self, "evaluate", given, batch_size)
-        return _evaluate(self, losses.get(loss), _metrics(metrics), data)
+        return _evaluate(self, losses.get(loss), _metrics(metrics), _drawn(self, data))
 
     def predict(self, x: Any, batch_size: int = 16, *, mask: Any = None, lengths: Any = None, **options: Any) -> Any:
         """Return the model's output for x (N, …), computed `batch_size` samples at a time, as x's kind of array.
@@ -190,16 +204,20 @@ class Trainable(Container):
         ValueError, TypeError
             As `forward`; an output of more than one array.
         """
-        restore, data = dispatch.restorer(x), Arrays("predict", {"x": x, "mask": mask, "lengths": lengths}, batch_size)
+        _check_layers(self, "predict")
+        as_given, data = dispatch.restorer(x), Arrays("predict", {"x": x, "mask": mask, "lengths": lengths}, batch_size)
         made: Any = None
         done = 0
-        for batch in data.batches():
+        for batch in _drawn(self, data):
             y = _one_array(self, self.forward(batch.pop("x"), **batch, **options))
             if made is None:
                 made = np.empty((data.count, *y.shape[1:]), y.dtype)
             made[done : done + len(y)] = y
             done += len(y)
-        return restore(made)
+        return as_given(made)
+
+    def _check_batch(self, op: str, batch: Batch) -> None:
+        """Raise ValueError where the batch is none for this model; what else is wrong, forward says."""
 
     def _predict_batch(self, batch: Batch, training: bool) -> Any:
         """Return the output for a batch: `forward`, and what it has to know of the target."""
@@ -213,60 +231,106 @@ class Trainable(Container):
 
 def _read(model: Trainable, op: str, given: Mapping[str, Any], batch_size: int, steps: int | None = None) -> Data:
     """Return the arrays or batches among what was `given`, checked."""
+    _check_layers(model, op)
+    data = batches.read(op, given, batch_size, steps)
+    if isinstance(data, Arrays):
+        next(_drawn(model, data))
+    return data
+
+
+def _drawn(model: Trainable, data: Data, epoch: int = 0, start: int = 0, seed: int | None = None) -> Iterator[Batch]:
+    """Yield the batches of an epoch, each kind of them checked."""
+    kinds = set()
+    for batch in data.batches(epoch, start, seed):
+        kind = (*batch, *batch["x"].shape[1:])
+        if kind not in kinds:
+            model._check_batch(data.op, batch)
+            kinds.add(kind)
+        yield batch
+
+
+def _check_layers(model: Trainable, op: str) -> None:
+    """Raise ValueError where a layer has the samples on another axis, or goes on from those before."""
     for path, layer in _walk(model):
         if isinstance(layer, ConvLSTM2D) and (layer.time_major or layer.stateful):
             option = "time_major" if layer.time_major else "stateful"
             raise ValueError(f"{op}: {_told(path, layer)} has {option}=True, but batches are samples that are drawn "
                              f"anew, on the first axis; build it with {option}=False")  # fmt: skip
-    return batches.read(op, given, batch_size, steps)
 
 
-def _metrics(given: Any) -> dict[str, Callable[[Any, Any], Any]]:
+def _listed(name: str, given: Any) -> tuple[Any, ...]:
+    """Return one, several or no functions or names as a tuple."""
+    if given is None or isinstance(given, str) or callable(given):
+        return () if given is None else (given,)
+    try:
+        return tuple(given)
+    except TypeError as error:
+        raise TypeError(f"{name} must be one or a sequence of them, got {given!r}") from error
+
+
+def _metrics(given: Any) -> Metrics:
     """Return the metrics by the names that their curves have."""
-    listed = (given,) if isinstance(given, str) or callable(given) else tuple(given)
-    named = {m if isinstance(m, str) else getattr(m, "__name__", type(m).__name__): metrics.get(m) for m in listed}
-    if len(named) < len(listed) or (taken := {"loss", "learning_rate", "seconds"} & set(named)):
-        wrong = f"{taken.pop()!r} is taken" if len(named) == len(listed) else "two have the same name"
-        raise ValueError(f"metrics: {wrong}; the names are {', '.join(named)}")
+    listed = _listed("metrics", given)
+    named = {_name(metric): metrics.get(metric) for metric in listed}
+    taken = [name for name in named if name in ("loss", "learning_rate", "seconds") or name.startswith("val_")]
+    if len(named) < len(listed) or taken:
+        wrong = f"{taken[0]!r} is the name of another curve" if taken else "two have the same name"
+        raise ValueError(f"metrics: {wrong}; the names are {', '.join(named)}: set a function's __name__ to another")
     return named
 
 
-class _Means:
-    """Means over samples of the numbers that batches give."""
+def _name(metric: Any) -> str:
+    """Return the name of a metric's curve; a partial function has that of the whole."""
+    if isinstance(metric, str):
+        return metric
+    whole = metric.func if isinstance(metric, partial) else metric
+    return getattr(metric, "__name__", getattr(whole, "__name__", type(whole).__name__))
 
-    def __init__(self, sums: Mapping[str, float] | None = None, samples: int = 0):
-        self.sums, self.samples = dict(sums or {}), samples
 
-    def add(self, samples: int, values: Mapping[str, float]) -> None:
-        """Add what a batch of so many samples gave."""
+class _Sums:
+    """What batches give, summed up: numbers times their samples, and the counts of metrics that are quotients."""
+
+    def __init__(self, metrics: Metrics, sums: Mapping[str, Any] | None = None, samples: int = 0):
+        self.metrics, self.sums, self.samples = metrics, dict(sums or {}), samples
+
+    def add(self, loss: float, y: np.ndarray, target: np.ndarray, samples: int) -> None:
+        """Add the loss and the metrics of a batch of so many samples; nothing where a metric fails."""
+        parts = {name: self._part(name, metric, y, target, samples) for name, metric in self.metrics.items()}
         self.samples += samples
-        for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + samples * value
+        for name, part in ({"loss": samples * loss} | parts).items():
+            self.sums[name] = np.add(self.sums.get(name, 0.0), part).tolist()
 
     def values(self) -> dict[str, float]:
-        """Return the means."""
-        return {name: value / max(1, self.samples) for name, value in self.sums.items()}
+        """Return the loss and the metrics of all batches together."""
+        return {name: self._value(name, total) for name, total in self.sums.items()}
+
+    def _part(self, name: str, metric: Metric, y: np.ndarray, target: np.ndarray, samples: int) -> Any:
+        counted = metrics.counted(metric)
+        if counted is not None:
+            part = counted[0](y, target)
+            _one_number(name, counted[1](part))
+            return part
+        return samples * _one_number(name, metric(y, target))
+
+    def _value(self, name: str, total: Any) -> float:
+        counted = metrics.counted(self.metrics[name]) if name in self.metrics else None
+        return total / max(1, self.samples) if counted is None else float(counted[1](np.asarray(total)))
 
 
-def _evaluate(
-    model: Trainable, loss: losses.Loss, named: Mapping[str, Callable[[Any, Any], Any]], data: Data
-) -> dict[str, float]:
-    means = _Means()
-    for batch in data.batches():
+def _one_number(name: str, value: Any) -> float:
+    number = np.asarray(value)
+    if number.size != 1 or number.dtype.kind not in "fiub":
+        told = f"an array of shape {number.shape}" if number.size != 1 else repr(value)
+        raise ValueError(f"metrics: {name} must return one number, got {told}")
+    return float(number.reshape(()))
+
+
+def _evaluate(model: Trainable, loss: losses.Loss, named: Metrics, drawn: Iterable[Batch]) -> dict[str, float]:
+    sums = _Sums(named)
+    for batch in drawn:
         y = _one_array(model, model._predict_batch(batch, training=False))
-        value = loss(y, batch["y"], batch.get("sample_weight"))
-        means.add(len(batch["x"]), {"loss": value, **_measured(named, y, batch["y"])})
-    return means.values()
-
-
-def _measured(named: Mapping[str, Callable[[Any, Any], Any]], y: np.ndarray, target: np.ndarray) -> dict[str, float]:
-    values = {}
-    for name, metric in named.items():
-        value = np.asarray(metric(y, target))
-        if value.size != 1:
-            raise ValueError(f"metrics: {name} must return one number, got an array of shape {value.shape}")
-        values[name] = float(value.reshape(()))
-    return values
+        sums.add(loss(y, batch["y"], batch.get("sample_weight")), y, batch["y"], len(batch["x"]))
+    return sums.values()
 
 
 def _one_array(model: Layer, output: Any) -> np.ndarray:
@@ -308,6 +372,14 @@ def _set_generator_states(model: Layer, states: Mapping[str, Any]) -> None:
         rng.bit_generator.state = states[name]
 
 
+def _freeze(model: Layer, places: Sequence[str]) -> None:
+    """Freeze the layers at the places that `Layer._frozen` returned, and no others."""
+    for _, layer in _walk(model):
+        layer.trainable = True
+    for place in places:
+        model._part(place).trainable = False
+
+
 def _plain_state(state: Any) -> Any:
     """Return a bit generator's state as JSON can hold it."""
     if isinstance(state, Mapping):
@@ -334,7 +406,7 @@ class _Progress:
     epoch: int = 0
     step: int = 0
     """Of the epoch."""
-    sums: dict[str, float] = field(default_factory=dict)
+    sums: dict[str, Any] = field(default_factory=dict)
     samples: int = 0
     """Of the steps of this epoch so far, as are `sums` and `seconds`."""
     seconds: float = 0.0
@@ -351,7 +423,7 @@ class _Training:
     model: Trainable
     loss: losses.Loss
     optimizer: optimizers.Optimizer
-    metrics: dict[str, Callable[[Any, Any], Any]]
+    metrics: Metrics
     data: Data
     validation: Data | None
     shuffle: bool
@@ -381,6 +453,9 @@ class _Training:
         """Train until there is a reason to end."""
         from tqdm import tqdm
 
+        if isinstance(self.validation, Arrays):  # not after an epoch, should it not fit
+            with told_of("the validation data"):
+                _evaluate(self.model, self.loss, {}, islice(_drawn(self.model, self.validation), 1))
         self.plan = json.loads(json.dumps(self._plan()))
         if resume and self.checkpoint is not None and os.path.exists(self.checkpoint):
             self._resume(self.checkpoint)
@@ -393,9 +468,10 @@ class _Training:
                 bar.set_description(f"epoch {progress.epoch + 1}" + (f"/{epochs}" if time_limit is None else ""))
                 if self._run_epoch(bar, time_limit):
                     break
-                # every one is called, whatever those before it returned
-                progress.stopped |= any([callback(self.history) is True for callback in callbacks])
+                answers = [callback(self.history) for callback in callbacks]
                 self._save()
+                if any(isinstance(answer, bool | np.bool_) and answer for answer in answers):
+                    break
         if self.best_parameters:
             self.model.set_parameters(self.best_parameters)
         return self.history
@@ -407,22 +483,23 @@ class _Training:
         if before >= limit:
             return True
         start = time.perf_counter() - before
-        means = _Means(progress.sums, progress.samples)
-        for batch in self.data.batches(progress.epoch, progress.step, progress.seed if self.shuffle else None):
-            means.add(len(batch["x"]), self._step(batch))
+        sums = _Sums(self.metrics, progress.sums, progress.samples)
+        seed = progress.seed if self.shuffle else None
+        for batch in _drawn(self.model, self.data, progress.epoch, progress.step, seed):
+            self._step(batch, sums)
             progress.step += 1
-            progress.sums, progress.samples = means.sums, means.samples
+            progress.sums, progress.samples = sums.sums, sums.samples
             progress.seconds = time.perf_counter() - start
             left = {} if time_limit is None else {"left": f"{max(0, limit - progress.seconds):.0f} s"}
-            bar.set_postfix(loss=f"{means.values()['loss']:.4g}", **left, refresh=False)
+            bar.set_postfix(loss=f"{sums.sums['loss'] / max(1, sums.samples):.4g}", **left, refresh=False)
             bar.update()
             if progress.seconds >= limit:
                 break
             if self.checkpoint_every is not None and progress.step % self.checkpoint_every == 0:
                 self._save()
-        row = means.values()
+        row = sums.values()
         if self.validation is not None:
-            measured = _evaluate(self.model, self.loss, self.metrics, self.validation)
+            measured = _evaluate(self.model, self.loss, self.metrics, _drawn(self.model, self.validation))
             row |= {f"val_{name}": value for name, value in measured.items()}
         row["learning_rate"] = float(schedules.get(self.optimizer.learning_rate)(self.optimizer.steps - 1))
         row["seconds"] = time.perf_counter() - start
@@ -434,16 +511,16 @@ class _Training:
             self._watch(self.early_stopping, row[self.monitor])
         return False
 
-    def _step(self, batch: Batch) -> dict[str, float]:
-        """Move the parameters by one batch; return its loss and metrics."""
+    def _step(self, batch: Batch, sums: _Sums) -> None:
+        """Move the parameters by one batch, and add up its loss and metrics."""
         model, parameters, states = self.model, self.model.parameters, _generator_states(self.model)
+        moments = self.optimizer.steps, self.optimizer.state  # which a step replaces
         try:
             y = _one_array(model, model._predict_batch(batch, training=True))
             value, dy = self.loss.value_and_gradient(y, batch["y"], batch.get("sample_weight"))
             value += model.penalty
             if not math.isfinite(value):
                 raise FloatingPointError(f"the loss is {value}")
-            measured = _measured(self.metrics, y, batch["y"])
             model.backward(dy)
             _forget(model)
             learning, gradients = model.trainable_parameters, model.get_gradients()
@@ -453,17 +530,22 @@ class _Training:
             moved = self.optimizer.step(learning, gradients)
             model.set_parameters(model.parameters | moved)
             model.apply_constraints()
+            for name, array in model.parameters.items():  # moving statistics too
+                if array is not parameters[name] and not _finite(array):
+                    raise FloatingPointError(f"the new {name} holds NaN or Inf")
+            sums.add(value, y, batch["y"], len(batch["x"]))
         except BaseException as error:
             model.set_parameters(parameters)
             _set_generator_states(model, states)
+            self.optimizer.steps, self.optimizer.state = moments
+            where = f"epoch {self.progress.epoch + 1}, step {self.progress.step + 1}"
             if isinstance(error, FloatingPointError):
-                where = f"epoch {self.progress.epoch + 1}, step {self.progress.step + 1}"
                 raise FloatingPointError(
                     f"fit: at {where}, {error}; {self._origin(batch)}. The parameters are those before this step; "
                     f"lower the learning rate, give the optimizer a clip_norm, or look at the data"
                 ) from error
+            error.add_note(f"in {where} of fit")
             raise
-        return {"loss": value, **measured}
 
     def _origin(self, batch: Batch) -> str:
         """Compute a step again, layer by layer, to say where what is not finite began."""
@@ -483,7 +565,7 @@ class _Training:
         finally:
             model.set_parameters(parameters)
             _set_generator_states(model, states)
-        return f"it began in {found[0]}" if found else "all outputs and gradients are finite, not so their sums"
+        return f"it began in {found[0]}" if found else "all outputs and gradients are finite"
 
     def _watch(self, stopping: EarlyStopping, value: float) -> None:
         progress = self.progress
@@ -501,6 +583,7 @@ class _Training:
     def _plan(self) -> dict[str, Any]:
         """Return all that a resumed training must share with the one before, as JSON holds it."""
         return {
+            "data": self.data.told(),
             "model": describe(self.model),
             "parameters": {name: [*a.shape, a.dtype.name] for name, a in self.model.parameters.items()},
             "trainable": list(self.model.trainable_parameters),
@@ -508,7 +591,6 @@ class _Training:
             "optimizer": describe(self.optimizer),
             "loss": describe(self.loss) if isinstance(self.loss, Described) else "functions",
             "metrics": list(self.metrics),
-            "data": self.data.told(),
             "validation": None if self.validation is None else self.validation.told(),
             "shuffle": self.shuffle,
             "seed": self.seed,
@@ -526,7 +608,8 @@ class _Training:
             "class": CHECKPOINT,
             "plan": self.plan,
             "progress": dataclasses.asdict(self.progress),
-            "learning_rate": rate if is_number(rate) else None,  # which may have been assigned to
+            "learning_rate": describe(rate) if isinstance(rate, Described) else rate if is_number(rate) else None,
+            "frozen": self.model._frozen(),
             "generators": _plain_state(_generator_states(self.model)),
         }
         arrays = {f"{part}/{name}": array for part, named in parts.items() for name, array in named.items()}
@@ -545,6 +628,7 @@ class _Training:
         parts: dict[str, dict[str, np.ndarray]] = {"model": {}, "optimizer": {}, "best": {}}
         model, optimizer = self.model, self.optimizer
         parameters, state, states = model.parameters, optimizer.get_state(), _generator_states(model)
+        frozen = model._frozen()
         try:
             for key, array in arrays.items():
                 part, _, key = key.partition("/")
@@ -556,13 +640,18 @@ class _Training:
             model.set_parameters(parts["model"])
             optimizer.set_state(parts["optimizer"])
             _set_generator_states(model, _bit_state(metadata["generators"]))
+            _freeze(model, metadata["frozen"])
+            rate = metadata["learning_rate"]
+            rate = restore(rate) if isinstance(rate, Mapping) else rate
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             model.set_parameters(parameters)
             optimizer.set_state(state)
             _set_generator_states(model, states)
-            raise ValueError(f"{name} is damaged: {error}; delete it, or resume=False replaces it") from error
-        if metadata["learning_rate"] is not None:
-            optimizer.learning_rate = metadata["learning_rate"]
+            _freeze(model, frozen)
+            raise ValueError(f"{name} is damaged, or the optimizer's options are no longer those it was written with: "
+                             f"{error}; give them back, or resume=False replaces it") from error  # fmt: skip
+        if rate is not None:  # it may have been assigned to
+            optimizer.learning_rate = rate
         self.progress, self.history = progress, History(progress.history)
 
 

@@ -23,7 +23,7 @@ JOB = np.dtype([
 
 @inline
 def _combine(matrix, row, values, apart, result):
-    """result = Σ_i matrix[row, i] · values[i·apart], for `COLUMNS` columns."""
+    """Put Σ_i matrix[row, i] · values[i·apart] into `result`, for `COLUMNS` columns."""
     step = simd.vector_lanes(values)
     for f in range(0, COLUMNS, step):
         total = simd.zeros(values)
