@@ -207,10 +207,12 @@ def read_films(path: Path, steps_in: int, steps_out: int) -> Films:
     low, high = float(train.min()), float(train.max())
     if low == high:
         raise ValueError(f"train: {path} holds the value {low:g} only; there is nothing to learn")
-    x = ((x - np.float32(low)) / np.float32(high - low)).astype(np.float32)
+    scaled = np.empty(x.shape, np.float32)
+    for film, made in zip(x, scaled, strict=True):
+        made[...] = np.subtract(film, low, dtype=np.float64) / (high - low)
     told = (f"{path}: {len(x)} films {x.shape[1:]}, scaled from [{low:g}, {high:g}] to [0, 1]; the last {held} are for "
             f"the test, {held} before them for validation")  # fmt: skip
-    return Films(x[: -2 * held], x[-2 * held : -held], x[-held:], steps_in, told)
+    return Films(scaled[: -2 * held], scaled[-2 * held : -held], scaled[-held:], steps_in, told)
 
 
 def _load(path: Path) -> tuple[np.ndarray, np.ndarray | None]:

@@ -1,9 +1,11 @@
+import errno
 import json
 import os
 import stat
 import struct
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -88,18 +90,75 @@ def test_later_format(path):
         weights.load(path)
 
 
-def test_failed_write_leaves_the_old_file_and_nothing_else(path, monkeypatch):
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_failed_write_leaves_the_old_file_and_nothing_else(path, monkeypatch, call):
     weights.save(path, ARRAYS, METADATA)
     old = path.read_bytes()
 
-    def full(descriptor):
-        raise OSError(28, "No space left on device")
+    def full(*of):
+        raise OSError(errno.ENOSPC, "No space left on device", *map(os.fspath, of[:1] if call == "replace" else ()))
 
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
-        weights.save(path, {"a": np.zeros(9)}, METADATA)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, call, full)
+        with pytest.raises(OSError, match=r"No space left on device: '.*w\.safetensors'$") as caught:
+            weights.save(path, {"a": np.zeros(9)}, METADATA)
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(path))
     assert path.read_bytes() == old
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_full_disk_is_told_with_the_name_of_the_file(path):
+    resource = pytest.importorskip("resource")
+    path.write_text("old")
+    kept = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, kept[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as caught:
+            weights.save(path, {"a": np.zeros(999)}, METADATA)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, kept)
+    assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(path))
+    assert path.read_text() == "old"
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EACCES, "no", "another"), OSError("no disk"), OSError(errno.EPIPE, "of a pipe")]
+)
+def test_errors_of_something_else_stay_as_they_are(tmp_path, error):
+    def failing():
+        with files.replacing(tmp_path / "a"):
+            raise error
+
+    with pytest.raises(OSError) as caught:  # noqa: PT011 - which one is checked below
+        failing()
+    assert caught.value is error
+
+
+def test_what_a_killed_writer_left_is_removed_after_a_day(tmp_path):
+    code = ("import os, sys; from fastclstm.io.files import replacing\n"
+            "with replacing(sys.argv[1]) as new: new.write_text('half'); os._exit(9)")  # fmt: skip
+    target = tmp_path / "[a]*.bin"
+    for _ in range(2):
+        assert subprocess.run([sys.executable, "-c", code, target]).returncode == 9
+    old, young = tmp_path.iterdir()
+    assert old.name.startswith(".[a]*.bin.")
+    keep = [tmp_path / name for name in (".[a]*.bin.part", ".[a]*.bin.mine0000.part", ".a.bin.00000000.part",
+                                         ".[a]*.bin.00000000.parts", "[a]*.bin.00000000.part")]  # fmt: skip
+    for file in (old, *keep):
+        file.write_text("")
+        os.utime(file, (time.time() - 90_000,) * 2)
+    os.utime(young, (time.time() - 80_000,) * 2)
+    with files.replacing(target) as new:
+        assert set(tmp_path.iterdir()) == {new, young, *keep}
+    assert set(tmp_path.iterdir()) == {target, young, *keep}
+
+
+def test_the_longest_names(tmp_path):
+    for name in (255 * "n", 85 * "字"):
+        with files.replacing(tmp_path / name) as new:
+            new.write_text(name)
+        assert (tmp_path / name).read_text() == name
 
 
 def test_metadata_that_json_cannot_hold_writes_nothing(path):
@@ -158,6 +217,12 @@ def test_links_pipes_and_permissions(tmp_path):
         os.umask(old)
     assert link.is_symlink()
     assert stat.S_IMODE(real.stat().st_mode) == 0o640
+    for mode in (0o600, 0o444, 0o666):
+        real.chmod(mode)
+        with files.replacing(link) as new:
+            assert stat.S_IMODE(new.stat().st_mode) == 0o600
+            new.write_text("new")
+        assert stat.S_IMODE(real.stat().st_mode) == mode
     os.mkfifo(pipe)
     with pytest.raises(OSError, match="it is not a regular file"):
         weights.save(pipe, ARRAYS, METADATA)

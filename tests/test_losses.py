@@ -1,5 +1,6 @@
 import math
 import re
+import warnings
 
 import numpy as np
 import pytest
@@ -205,15 +206,33 @@ def test_shapes_that_do_not_fit(loss, prediction, target, message):
     [
         (BinaryCrossentropy(), [[0, 2]], "target must lie between 0 and 1, got values from 0 to 2; scale it"),
         (CategoricalCrossentropy(), [[-1, 1]], "target must lie between 0 and 1, got values from -1 to 1; scale it"),
-        (BinaryCrossentropy(), [[0, math.nan]], "target must lie between 0 and 1, got values from nan to nan"),
+        (BinaryCrossentropy(), [[math.nan, 2]], "target must lie between 0 and 1, got values from 2 to 2; scale it"),
+        (BinaryCrossentropy(), [[0, math.inf]], "target must lie between 0 and 1, got values from 0 to inf"),
         (SparseCategoricalCrossentropy(), [2], "target must hold the classes 0 to 1, got 2"),
         (SparseCategoricalCrossentropy(), [-1], "target must hold the classes 0 to 1, got -1"),
         (SparseCategoricalCrossentropy(), [0.5], "target must hold the classes 0 to 1, got 0.5"),
+        (SparseCategoricalCrossentropy(), [math.inf], "target must hold the classes 0 to 1, got inf"),
+        (SparseCategoricalCrossentropy(), [-math.inf], "target must hold the classes 0 to 1, got -inf"),
     ],
 )
 def test_labels_out_of_range(loss, target, message):
     with pytest.raises(ValueError, match=re.escape(f"{type(loss).__name__}: {message}")):
         loss([[0.5, 0.5]], target)
+
+
+@every_case
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_nan_in_the_target_is_nan_in_the_loss(loss, prediction, target, dtype):
+    target = target.astype(float)
+    target.flat[1] = math.nan
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        value, gradient = loss.value_and_gradient(prediction.astype(dtype), target)
+    assert math.isnan(value)
+    assert gradient.dtype == dtype
+    spoiled = np.isnan(gradient)
+    assert spoiled.any()
+    assert not spoiled[1:].any()
 
 
 def test_arrays_that_are_no_numbers():
@@ -262,6 +281,13 @@ def test_own_functions():
     np.testing.assert_array_equal(gradient, [2, 16])
     with pytest.raises(ValueError, match="sample_weight goes with the losses of"):
         own(np.ones(2), np.ones(2), np.ones(2))
+    many = losses.get((lambda p, t: (p - t) ** 2, lambda p, t: p - t))
+    with pytest.raises(
+        ValueError, match=re.escape("the loss must return one number, got an array of shape (2,); take its mean")
+    ):
+        many(np.ones(2), np.ones(2))
+    one = losses.get((lambda p, t: np.full((1, 1), 3.0), lambda p, t: p))
+    assert one(np.ones(2), np.ones(2)) == 3
     wrong = losses.get((lambda p, t: 0.0, lambda p, t: 0.0))
     with pytest.raises(ValueError, match=re.escape("loss: gradient has shape () but must be (2,)")):
         wrong.gradient(np.ones(2), np.ones(2))

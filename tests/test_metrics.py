@@ -1,5 +1,6 @@
 import math
 import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -73,6 +74,16 @@ def test_accuracy():
     assert metrics.accuracy(frames, [[0, 1], [0, 1]], 0.8) == 0.75
     assert metrics.accuracy(frames - 2, [[1, 1], [1, 1]], 0) == 0
     assert math.isnan(metrics.accuracy(np.ones((0, 3)), np.ones(0)))
+    assert metrics.accuracy([0.2, 0.7, 0.9, 0.1], [0, 1, 1, 0]) == 1
+    assert metrics.accuracy([0.2, 0.7, 0.9, 0.1], [1, 1, 1, 0], 0.8) == 0.5
+    assert metrics.accuracy([0.2, 0.7, 0.1], 1) == 1  # one sample's classes
+    assert math.isnan(metrics.accuracy(np.ones(0), np.ones(0)))
+
+
+@pytest.mark.keras
+def test_accuracy_of_one_axis_against_keras(keras):
+    p, t = RNG.random(50), RNG.integers(0, 2, 50)
+    assert metrics.accuracy(p, t) == pytest.approx(keras.metrics.binary_accuracy(t, p).numpy().mean())
 
 
 def test_scores_by_hand():
@@ -98,6 +109,37 @@ def test_scores_count_every_pair_once():
         assert csi[index] == hits / (hits + misses + false)
         assert pod[index] == hits / (hits + misses)
         assert far[index] == false / (hits + false)
+
+
+@pytest.mark.parametrize("metric", [metrics.csi, metrics.pod, metrics.far])
+@pytest.mark.parametrize("thresholds", [None, 1.0, [0.0, 1.5, 9.0], [[0.5], [-1.0]]])
+def test_counts_of_batches_make_the_score_of_all(metric, thresholds):
+    p, t = normal(7, 4, 4, 1), normal(7, 4, 4, 1)
+    t[0], p[0], t[1, 0] = -9, -9, math.nan  # the first has no event at all
+    if thresholds is not None:
+        metric = partial(metric, thresholds=thresholds)
+    counts, quotient = metrics.counted(metric)
+    summed = sum(counts(p[b : b + 2], t[b : b + 2]) for b in range(0, 7, 2)) + counts(p[:1], t[:1])
+    assert isinstance(summed, np.ndarray)
+    assert summed.dtype.kind == "i"
+    expected = metric(p, t)
+    assert type(quotient(summed)) is type(expected)
+    np.testing.assert_array_equal(quotient(summed), expected)
+    np.testing.assert_array_equal(quotient(summed.tolist()), expected)
+    with np.errstate(all="raise"):
+        assert np.isnan(quotient((0 * summed).tolist())).all()
+
+
+def test_metrics_that_are_means():
+    class Own:
+        __hash__ = None
+
+        def __call__(self, prediction, target):
+            return 0.0
+
+    for metric in (*(metrics.get(n) for n in ("mse", "ssim", "psnr", "accuracy")), Own(), partial(metrics.mse),
+                   partial(metrics.csi, [1.0]), lambda p, t: metrics.csi(p, t)):  # fmt: skip
+        assert metrics.counted(metric) is None
 
 
 def test_a_value_at_the_threshold_is_an_event_in_either_dtype():

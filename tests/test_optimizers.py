@@ -72,6 +72,53 @@ def test_clip_norm_against_torch(limit):
         np.testing.assert_allclose(parameters[name] - new[name], tensor.grad.numpy(), rtol=1e-5)
 
 
+class Seen(SGD):
+    """Its steps return the gradients as they arrive, clipped; one of five numbers is a Ctrl-C."""
+
+    def _update(self, parameter, gradient, rate, state):
+        if parameter.size == 5:
+            raise KeyboardInterrupt
+        return gradient
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size"), [("float64", 1e200), ("float64", 1e308), ("float32", 1e30), ("float32", 1e-30), ("float32", 1)]
+)
+@pytest.mark.parametrize("count", [1, 10**5])
+def test_clip_norm_at_any_scale(dtype, size, count):
+    gradients = {"a": np.full(count, -0.6 * size, dtype), "b": np.full(count, 0.8 * size, dtype)}
+    limit = 1e-3 * size
+    clipped = Seen(clip_norm=limit).step(gradients, gradients)
+    np.testing.assert_allclose(clipped["a"], -0.6 * limit / count**0.5, rtol=2e-7)
+    np.testing.assert_allclose(clipped["b"], 0.8 * limit / count**0.5, rtol=2e-7)
+
+
+def test_clip_norm_of_both_dtypes():
+    gradients = {"a": np.ones(2, "float32"), "b": np.array([3e200, 4e200])}
+    with np.errstate(over="raise"):
+        clipped = Seen(clip_norm=1.0).step(gradients, gradients)
+    assert clipped["a"].dtype == np.float32
+    np.testing.assert_allclose(clipped["b"], [0.6, 0.8], rtol=1e-15)
+    np.testing.assert_array_equal(clipped["a"], 0)
+
+
+def test_the_norm_of_many_single_numbers_is_taken_in_double():
+    g = np.random.default_rng(0).standard_normal((1000, 1500)).astype("float32")
+    for gradient in (g, g.T, g[::2, 1:]):
+        clipped = Seen(clip_norm=1.0).step({"w": gradient}, {"w": gradient})["w"]
+        assert math.sqrt(np.square(clipped.astype("float64")).sum()) == pytest.approx(1, rel=2e-7)
+
+
+def test_gradients_below_the_norm_stay_as_they_are():
+    for scale in (1, 1e200):
+        gradients = {name: scale * g for name, g in normals(0).items()}
+        limit = scale * math.sqrt(sum(float(np.square(g).sum()) for g in normals(0).values()))
+        seen = Seen(clip_norm=1.001 * limit).step(gradients, gradients)
+        assert all(seen[name] is g for name, g in gradients.items())
+        assert not any(g is seen[n] for n, g in Seen(clip_norm=0.999 * limit).step(gradients, gradients).items())
+    assert Seen(clip_norm=1).step({}, {}) == {}
+
+
 def test_clip_value():
     new = SGD(1, clip_value=0.5).step({"w": np.zeros(3)}, {"w": np.array([-2.0, 0.25, 3.0])})
     np.testing.assert_array_equal(new["w"], [0.5, -0.25, -0.5])
@@ -139,6 +186,29 @@ def test_a_parameter_that_comes_late_starts_as_if_first():
     np.testing.assert_allclose(w["b"], -0.1, rtol=1e-6)
 
 
+@every_optimizer
+def test_a_step_can_be_undone(optimizer):
+    optimizer = copy.deepcopy(optimizer)
+    parameters = run(optimizer, 2)
+    before, copies = (optimizer.steps, optimizer.state), optimizer.get_state()
+    expected = run(optimizer, 1, parameters, 2)
+    optimizer.steps, optimizer.state = before
+    assert all((optimizer.get_state()[key] == array).all() for key, array in copies.items())
+    result = run(optimizer, 1, parameters, 2)
+    assert all((result[name] == expected[name]).all() for name in SHAPES)
+
+
+def test_an_interrupted_step_was_none():
+    optimizer = Seen()
+    good, bad = np.ones(2), np.ones(5)
+    optimizer.step({"a": good}, {"a": good})
+    before = optimizer.steps, optimizer.state, optimizer.get_state()
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step({"a": good, "b": bad}, {"a": good, "b": bad})
+    assert (optimizer.steps, optimizer.state) == before[:2]
+    assert optimizer.get_state() == before[2] == {"steps": 1, "a/count": 1}
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_gradients_that_are_not_finite(bad):
     optimizer = Adam()
@@ -186,6 +256,12 @@ def test_states_that_are_refused():
             Adam().set_state(wrong)
     with pytest.raises(ValueError, match="missing or unknown: 'kernel/mean'"):
         Adam().set_state(state)
+    before = optimizer.get_state()
+    for name in ("steps", "kernel/count"):
+        for wrong in (np.zeros(2), np.zeros(2, int), 1.5, -1, math.nan, "1", None):
+            with pytest.raises(ValueError, match=rf"^Adam: {name} of a state must be an integer >= 0, got "):
+                optimizer.set_state(before | {name: wrong})
+    assert all((optimizer.get_state()[key] == array).all() for key, array in before.items())
 
 
 def test_rates_that_are_refused():

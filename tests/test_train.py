@@ -236,6 +236,28 @@ def test_advection_foretells_what_glides():
     np.testing.assert_array_equal(train.repeat_last(x[:, :2], 3), np.stack([x[:, 1]] * 3, 1))
 
 
+SCALED = {
+    "far from 0": lambda x: 1e9 + 3.1 + x,
+    "whole numbers far from 0": lambda x: np.rint(1e15 + 1e9 * x).astype("int64"),
+    "all of an integer": lambda x: np.rint(-32768 + 65535 * x).astype("int16"),
+    "huge": lambda x: 1e300 * (1 + x),
+    "tiny": lambda x: 1e-320 + 1e-300 * x,
+    "single": lambda x: x.astype("float32"),
+}
+
+
+@pytest.mark.parametrize("case", SCALED)
+def test_films_are_scaled_in_double(tmp_path, case):
+    x = np.random.default_rng(0).random((10, 3, 11, 12))
+    x[0, 0, 0, :2] = 0, 1
+    np.save(tmp_path / "films.npy", SCALED[case](x))
+    films = train.read_films(tmp_path / "films.npy", 2, 1)
+    for part, expected in ((films.train, x[:8]), (films.validation, x[8:9]), (films.test, x[9:])):
+        assert part.dtype == np.float32
+        np.testing.assert_allclose(part[..., 0], expected, rtol=0, atol=3e-5 if case == "all of an integer" else 1e-7)
+    assert (films.train.min(), films.train.max()) == (0, 1)
+
+
 def write(job, array, **more):
     np.savez(job / "films.npz", x=array, **more)
 

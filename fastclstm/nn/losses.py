@@ -42,7 +42,7 @@ class Loss:
         Raises
         ------
         ValueError
-            Shapes that do not fit together, labels out of range.
+            Shapes that do not fit together, labels out of range (NaN is none: it makes the loss NaN).
         TypeError
             Arrays that are not of real numbers.
         """
@@ -212,10 +212,11 @@ class SparseCategoricalCrossentropy(Options, Loss):
         p, labels = real_array(op, "prediction", prediction), real_array(op, "target", target)
         classes = _count_classes(self, p)
         expect_shape(op, "target", labels.shape, p.shape[:-1], "that of the prediction without the axis of the classes")
-        wrong = labels[~((labels >= 0) & (labels < classes) & (labels % 1 == 0))]
+        wrong = labels[(labels < 0) | (labels >= classes) | (np.floor(labels) < labels)]
         if wrong.size:
             raise ValueError(f"{op}: target must hold the classes 0 to {classes - 1}, got {wrong[0]:g}")
-        return p, (labels[..., np.newaxis] == np.arange(classes)).astype(p.dtype)
+        labels = labels[..., np.newaxis]
+        return p, np.where(labels == np.arange(classes), 1, 0 * labels).astype(p.dtype)  # NaN stays NaN
 
     def _evaluate(self, prediction: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, Pullback]:
         return _crossentropy(prediction, target, self.from_logits)
@@ -338,7 +339,10 @@ class _Functions(Loss):
     def __call__(self, prediction: Any, target: Any, sample_weight: Any = None) -> float:
         if sample_weight is not None:
             raise ValueError("loss: sample_weight goes with the losses of fastclstm.nn.losses, not with own functions")
-        return float(self._functions[0](prediction, target))
+        value = np.asarray(self._functions[0](prediction, target))
+        if value.size != 1:
+            raise ValueError(f"the loss must return one number, got an array of shape {value.shape}; take its mean")
+        return float(value.reshape(()))
 
     def value_and_gradient(self, prediction: Any, target: Any, sample_weight: Any = None) -> tuple[float, np.ndarray]:
         value = self(prediction, target, sample_weight)
@@ -363,10 +367,10 @@ def _mean(values: np.ndarray) -> float:
 
 
 def _check_labels(loss: Loss, target: np.ndarray) -> None:
-    if not ((target >= 0) & (target <= 1)).all():
+    if ((target < 0) | (target > 1)).any():
         raise ValueError(
-            f"{type(loss).__name__}: target must lie between 0 and 1, got values from {target.min():g} to "
-            f"{target.max():g}; scale it"
+            f"{type(loss).__name__}: target must lie between 0 and 1, got values from {np.nanmin(target):g} to "
+            f"{np.nanmax(target):g}; scale it"
         )
 
 
@@ -427,7 +431,7 @@ def get(spec: Any) -> Loss:
     Raises
     ------
     ValueError
-        An unknown name; when called, a gradient of another shape.
+        An unknown name; when called, a loss of more than one number or a gradient of another shape.
     TypeError
         Anything else.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -50,8 +51,9 @@ def accuracy(prediction: Any, target: Any, threshold: float = 0.5) -> float:
 
     Parameters
     ----------
-    prediction : array (…, C)
-        Probabilities or logits: of C classes, or with C = 1 of one event.
+    prediction : array (…, C), or (B,)
+        Probabilities or logits: of C classes, or with C = 1 of one event; (B,) for a target (B,) is (B, 1), as in the
+        binary accuracy of Keras.
     target : array
         With C = 1, (…, 1) or (…): the event happened where above 0.5, and is foretold where the prediction is above
         `threshold` (0 for logits). With C > 1, (…): the numbers of the classes; or (…, C): one-hot vectors; foretold
@@ -77,6 +79,8 @@ def accuracy(prediction: Any, target: Any, threshold: float = 0.5) -> float:
             f"accuracy: target has shape {t.shape} but must be that of the prediction {p.shape}, or that without the "
             f"last axis"
         )
+    if p.ndim == t.ndim == 1:
+        p = p[:, np.newaxis]
     if p.shape[-1] == 1:
         return _mean((p > threshold) == (t.reshape(p.shape) > 0.5))
     return _mean(p.argmax(-1) == (t.argmax(-1) if t.ndim == p.ndim else t))
@@ -106,14 +110,12 @@ def csi(prediction: Any, target: Any, thresholds: Any = 0.5) -> Any:
     >>> csi([0.0, 1.0, 5.0, 9.0], [0.0, 2.0, 0.0, 9.0], thresholds=[1, 5, 10])
     array([0.66666667, 0.5       ,        nan])
     """
-    hits, misses, false_alarms = _contingencies("csi", prediction, target, thresholds)
-    return _quotient(hits, hits + misses + false_alarms)
+    return _csi(_contingencies("csi", prediction, target, thresholds))
 
 
 def pod(prediction: Any, target: Any, thresholds: Any = 0.5) -> Any:
     """Return the probability of detection, hits / (hits + misses), NaN without an event seen; else as `csi`."""
-    hits, misses, _ = _contingencies("pod", prediction, target, thresholds)
-    return _quotient(hits, hits + misses)
+    return _pod(_contingencies("pod", prediction, target, thresholds))
 
 
 def far(prediction: Any, target: Any, thresholds: Any = 0.5) -> Any:
@@ -121,8 +123,34 @@ def far(prediction: Any, target: Any, thresholds: Any = 0.5) -> Any:
 
     The less, the better.
     """
-    hits, _, false_alarms = _contingencies("far", prediction, target, thresholds)
-    return _quotient(false_alarms, hits + false_alarms)
+    return _far(_contingencies("far", prediction, target, thresholds))
+
+
+def counted(metric: Metric) -> tuple[Metric, Callable[[Any], Any]] | None:
+    """Return what makes a metric of counts, which several batches share, or None for one that is a mean.
+
+    Parameters
+    ----------
+    metric : function
+        Those of counts are `csi`, `pod` and `far`, also in a `functools.partial` that gives their thresholds by name.
+
+    Returns
+    -------
+    tuple of two functions, or None
+        The first returns of (prediction, target) an array of int64, to be summed over the batches; the second makes of
+        the sum what the metric returns for all batches together.
+
+    Examples
+    --------
+    >>> counts, quotient = counted(csi)
+    >>> quotient(counts([1.0, 0.0], [1.0, 1.0]) + counts([0.0], [0.0]))
+    0.5
+    """
+    known, options = (metric.func, metric.keywords) if isinstance(metric, partial) and not metric.args else (metric, {})
+    for function, quotient in ((csi, _csi), (pod, _pod), (far, _far)):
+        if known is function:
+            return partial(_contingencies, function.__name__, **options), quotient
+    return None
 
 
 def _pair(op: str, prediction: Any, target: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -131,10 +159,8 @@ def _pair(op: str, prediction: Any, target: Any) -> tuple[np.ndarray, np.ndarray
     return p, t
 
 
-def _contingencies(
-    op: str, prediction: Any, target: Any, thresholds: Any
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
-    """Count hits, misses and false alarms, of the thresholds' shape."""
+def _contingencies(op: str, prediction: Any, target: Any, thresholds: Any = 0.5) -> np.ndarray:
+    """Count hits, misses and false alarms: (3, *the thresholds' shape)."""
     p, t = _pair(op, prediction, target)
     levels = np.asarray(thresholds, float)
     seen = ~np.isnan(t)
@@ -144,8 +170,22 @@ def _contingencies(
         count[0] = np.count_nonzero(foretold & happened)
         count[1] = np.count_nonzero(happened) - count[0]
         count[2] = np.count_nonzero(foretold) - count[0]
-    hits, misses, false_alarms = counts.reshape(3, *levels.shape)
-    return hits, misses, false_alarms
+    return counts.reshape(3, *levels.shape)
+
+
+def _csi(counts: Any) -> Any:
+    hits, misses, false_alarms = np.asarray(counts)
+    return _quotient(hits, hits + misses + false_alarms)
+
+
+def _pod(counts: Any) -> Any:
+    hits, misses, _ = np.asarray(counts)
+    return _quotient(hits, hits + misses)
+
+
+def _far(counts: Any) -> Any:
+    hits, _, false_alarms = np.asarray(counts)
+    return _quotient(false_alarms, hits + false_alarms)
 
 
 def _quotient(part: np.ndarray, whole: np.ndarray) -> Any:

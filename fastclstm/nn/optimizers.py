@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
@@ -36,7 +36,8 @@ class Optimizer(Options):
     steps : int
         How many have been taken.
     state : dict of dict of array
-        By parameter, what the steps so far left: means of its gradients and the like.
+        By parameter, what the steps so far left: means of its gradients and the like. A step replaces it and modifies
+        nothing in it, so that assigning `steps` and `state` as they were before the step undoes it.
 
     Raises
     ------
@@ -67,6 +68,8 @@ class Optimizer(Options):
     def step(self, parameters: Mapping[str, np.ndarray], gradients: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Return the new values of those parameters that have a gradient; nothing given is modified.
 
+        After an error, an interruption too, `steps` and `state` are as they were.
+
         Parameters
         ----------
         parameters : mapping from name to array, float32 or float64
@@ -80,7 +83,7 @@ class Optimizer(Options):
         Raises
         ------
         FloatingPointError
-            A gradient with NaN or Inf. Nothing has changed then, the optimizer's own state neither.
+            A gradient with NaN or Inf.
         ValueError
             A gradient of an unknown parameter or of another shape, a learning rate that is no number >= 0.
         """
@@ -89,10 +92,15 @@ class Optimizer(Options):
         rate = schedules.get(self.learning_rate)(self.steps)
         if not is_number(rate) or rate < 0:
             raise ValueError(f"{op}: the learning rate of step {self.steps} must be a number >= 0, got {rate!r}")
-        checked = self._clipped(checked)
-        self.steps += 1
-        return {name: self._moved(name, np.asarray(parameters[name]), gradient, float(rate))
-                for name, gradient in checked.items()}  # fmt: skip
+        state, moved = dict(self.state), {}
+        for name, gradient in self._clipped(checked).items():
+            parameter = np.asarray(parameters[name])
+            slots = state[name] = {"count": np.array(0)} | self.state.get(name, {})
+            slots |= {slot: np.zeros_like(parameter) for slot in self.slots if slot not in slots}
+            slots["count"] = np.asarray(slots["count"] + 1)
+            moved[name] = self._update(parameter, gradient, float(rate), slots)
+        self.steps, self.state = self.steps + 1, state
+        return moved
 
     @property
     def slots(self) -> tuple[str, ...]:
@@ -110,7 +118,7 @@ class Optimizer(Options):
         Raises
         ------
         ValueError
-            A name that is not the state's, or missing. Nothing has changed then.
+            A name that is not the state's, or missing; a count that is no integer >= 0. Nothing has changed then.
         """
         names = {key: key.rpartition("/") for key in arrays if key != _STEPS}
         expected = {f"{name}/{slot}" for name, _, _ in names.values() for slot in ("count", *self.slots)} | {_STEPS}
@@ -119,10 +127,15 @@ class Optimizer(Options):
                 f"{type(self).__name__}: a state has {_STEPS!r} and, of each parameter, "
                 f"{', '.join(('count', *self.slots))}; missing or unknown: {', '.join(map(repr, wrong))}"
             )
+        copies = {key: np.array(array) for key, array in arrays.items()}
+        for key, array in copies.items():
+            counts = key == _STEPS or key.endswith("/count")
+            if counts and (array.shape or array.dtype.kind not in "iu" or array < 0):
+                raise ValueError(f"{type(self).__name__}: {key} of a state must be an integer >= 0, got {array}")
         state: dict[str, dict[str, np.ndarray]] = {}
         for key, (name, _, slot) in names.items():
-            state.setdefault(name, {})[slot] = np.array(arrays[key])
-        self.steps, self.state = int(arrays[_STEPS]), state
+            state.setdefault(name, {})[slot] = copies[key]
+        self.steps, self.state = int(copies[_STEPS]), state
 
     def _checked(self, name: str, parameters: Mapping[str, np.ndarray], gradient: Any) -> np.ndarray:
         """Return the gradient in its parameter's dtype."""
@@ -147,21 +160,18 @@ class Optimizer(Options):
         if self.clip_value is not None:
             return {name: np.clip(g, -self.clip_value, self.clip_value) for name, g in gradients.items()}
         if self.clip_norm is not None:
-            norm = math.sqrt(sum(np.square(g.astype(np.float64)).sum() for g in gradients.values()))
-            scale = self.clip_norm / max(norm, self.clip_norm)
-            return {name: g * scale for name, g in gradients.items()}
+            unit, norm = 1.0, _norm(gradients.values())
+            if math.isinf(norm):
+                unit = max(float(np.abs(g).max(initial=0)) for g in gradients.values())
+                norm = _norm(np.divide(g, unit, dtype=np.float64) for g in gradients.values())
+            if norm > self.clip_norm / unit:
+                return {name: g * (self.clip_norm / unit / norm) for name, g in gradients.items()}
         return gradients
-
-    def _moved(self, name: str, parameter: np.ndarray, gradient: np.ndarray, rate: float) -> np.ndarray:
-        """Return the parameter's new value, and bring its state up to date."""
-        state = self.state.setdefault(name, {"count": np.array(0)})
-        state |= {slot: np.zeros_like(parameter) for slot in self.slots if slot not in state}
-        state["count"] = np.asarray(state["count"] + 1)
-        return self._update(parameter, gradient, rate, state)
 
     def _update(
         self, parameter: np.ndarray, gradient: np.ndarray, rate: float, state: dict[str, np.ndarray]
     ) -> np.ndarray:
+        """Return the parameter's new value, and put new arrays into its state."""
         raise NotImplementedError
 
     def _decayed(self, parameter: np.ndarray, gradient: np.ndarray) -> np.ndarray:
@@ -335,6 +345,11 @@ class AdamW(Adam):
 
     def _decayed(self, parameter: np.ndarray, gradient: np.ndarray) -> np.ndarray:
         return gradient
+
+
+def _norm(arrays: Iterable[np.ndarray]) -> float:
+    """Return the norm of all together, of squares summed in float64; Inf where these are too large for it."""
+    return math.sqrt(sum(float(np.einsum("i,i", a, a, dtype=np.float64)) for a in (a.ravel("K") for a in arrays)))
 
 
 def _blend(old: np.ndarray, new: np.ndarray, keep: float) -> np.ndarray:
