@@ -205,6 +205,7 @@ def backward(
         way.pull_back(slice(0, spec.B), 0, kept, last=True)
     if kept.memory.nbytes <= SPARE_BYTES:
         _spare.append(kept.memory)
+    del kept
     return way.gradients()
 
 
