@@ -57,7 +57,7 @@ app = typer.Typer(
     epilog="Set FASTCLSTM_TRACEBACK=1 to see where an error comes from.",
 )
 
-Engine = Annotated[str | None, typer.Option(help="cpu (default) or reference.", show_default=False)]
+Engine = Annotated[str | None, typer.Option(help="cpu (default), cuda or reference.", show_default=False)]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the cpu engine.", show_default=False)]
 
 
@@ -86,7 +86,7 @@ def demo(
     batch: Annotated[int, typer.Option(min=1, help="Films at once.")] = 4,
     steps: Annotated[int, typer.Option(min=2, help="Frames of each film.")] = 10,
     filters: Annotated[int, typer.Option(min=1, help="Hidden channels.")] = 32,
-    engine: Annotated[str, typer.Option(help="cpu, reference or both.")] = "both",
+    engine: Annotated[str, typer.Option(help="cpu, cuda, reference or both: cpu and reference.")] = "both",
     threads: Threads = None,
     seed: Annotated[int, typer.Option(help="Of the films and the weights.")] = 0,
     plot: Annotated[

@@ -10,19 +10,25 @@ from typing import Any
 
 import numpy as np
 
-ENGINES = {"cpu": "fastclstm.engines.cpu", "reference": "fastclstm.engines.reference"}
+ENGINES = {
+    "cpu": "fastclstm.engines.cpu",
+    "cuda": "fastclstm.engines.cuda",
+    "reference": "fastclstm.engines.reference",
+}
 """Name of each engine and its module. An engine is a module with the six functions of `OPERATIONS`."""
 
 OPERATIONS = ("conv2d", "conv2d_backward", "convlstm2d", "convlstm2d_backward", "max_pool3d", "max_pool3d_backward")
 DEFAULT_ENGINE = "cpu"
 
 _DLPACK_CPU_DEVICES = (1, 3)  # kDLCPU and kDLCUDAHost: memory the processor can read
+_DLPACK_GPU_DEVICES = (2, 13)  # kDLCUDA and kDLCUDAManaged
 
 
 def get_engine(name: str | None = None) -> ModuleType:
     """Return the engine's module; None is the default engine.
 
-    Raises ValueError for an unknown name and ImportError, saying what to install, for one that cannot be imported.
+    Raises ValueError for an unknown name and ImportError, saying what to install, for one that cannot be imported. That
+    the engine "cuda" has no GPU is told when it is to compute.
     """
     check_engine(name)
     name = DEFAULT_ENGINE if name is None else name
@@ -36,14 +42,13 @@ def get_engine(name: str | None = None) -> ModuleType:
 
 def check_engine(name: str | None) -> None:
     """Raise ValueError unless `name` is None or that of an engine; nothing is imported."""
-    if name == "cuda":
-        raise ValueError(f"engine 'cuda' is not part of this version of fastclstm; it has {_names()}")
     if name is not None and not (isinstance(name, str) and name in ENGINES):
         raise ValueError(f"unknown engine {name!r}; this version of fastclstm has {_names()}")
 
 
 def _names() -> str:
-    return " and ".join(map(repr, ENGINES))
+    *names, last = map(repr, ENGINES)
+    return f"{', '.join(names)} and {last}"
 
 
 def check_algorithm(op: str, engine: ModuleType, algorithm: str) -> None:
@@ -54,6 +59,41 @@ def check_algorithm(op: str, engine: ModuleType, algorithm: str) -> None:
                          f"on engine {engine.__name__.rpartition('.')[2]!r}, got {algorithm!r}")  # fmt: skip
 
 
+def choose(op: str, name: str | None, x: Any) -> tuple[ModuleType, Callable[[str, Any], Any]]:
+    """Return the engine for x, the named one or that of x's device, and ``read(name, value)`` for a call's arrays.
+
+    `read` returns NumPy arrays or, of arrays on the GPU that x is on, `engines.cuda.device.DeviceArray`.
+
+    Raises
+    ------
+    TypeError
+        Arrays on a GPU for an engine that is not on one, or beside an x that is not.
+    ValueError
+        An unknown engine, arrays on two GPUs.
+    """
+    if not on_gpu(x):
+        return get_engine(name), lambda key, value: as_numpy(op, key, value)
+    check_engine(name)
+    if name not in (None, "cuda"):
+        raise TypeError(f"{op}: x is on a GPU, where engine {name!r} does not compute; pass engine='cuda' (or none), "
+                        "or move x to the CPU")  # fmt: skip
+    from fastclstm.engines.cuda import arrays
+
+    read = arrays.Reader(op, x)
+    return get_engine("cuda"), lambda key, value: read(key, value) if on_gpu(value) else as_numpy(op, key, value)
+
+
+def on_gpu(value: Any) -> bool:
+    """Return whether `value` is an array on a GPU: by DLPack, by __cuda_array_interface__ or of the engine cuda."""
+    if isinstance(value, np.ndarray):
+        return False
+    if (made := sys.modules.get("fastclstm.engines.cuda.device")) and isinstance(value, made.DeviceArray):
+        return True
+    if hasattr(value, "__dlpack_device__"):
+        return int(value.__dlpack_device__()[0]) in _DLPACK_GPU_DEVICES
+    return hasattr(value, "__cuda_array_interface__")
+
+
 def as_numpy(op: str, name: str, value: Any) -> np.ndarray:
     """Return `value` (NumPy, DLPack, ``__array__`` or nested sequences) as a NumPy array, without a copy if possible.
 
@@ -61,6 +101,8 @@ def as_numpy(op: str, name: str, value: Any) -> np.ndarray:
     """
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(f"{op}: {name} is a masked array, whose mask would be lost; pass {name}.filled(value)")
+    if on_gpu(value) and not hasattr(value, "__dlpack__"):
+        raise TypeError(f"{op}: {name} lives on a GPU, not in the processor's memory; move it to the CPU")
     if not isinstance(value, np.ndarray) and hasattr(value, "__dlpack__"):
         device = value.__dlpack_device__()[0]
         if int(device) not in _DLPACK_CPU_DEVICES:
@@ -87,7 +129,14 @@ def working_dtype(*arrays: np.ndarray | None) -> np.dtype:
 
 
 def native(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Return `array` as a C-contiguous, aligned array of the native `dtype`: itself where it already is one."""
+    """Return `array` as a C-contiguous, aligned array of the native `dtype`: itself where it already is one.
+
+    An array on a GPU must be one already.
+    """
+    if on_gpu(array):
+        if array.dtype != dtype:
+            raise TypeError(f"arrays of {array.dtype} and {dtype} on a GPU are not brought together; pass one dtype")
+        return array
     if array.dtype == dtype and array.flags.c_contiguous and array.flags.aligned:
         return array
     return np.require(array, dtype, ["C", "A"])
@@ -95,7 +144,7 @@ def native(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 def restorer(like: Any) -> Callable[[np.ndarray], Any]:
     """Return the function that turns a NumPy result into the kind of array that `like` is."""
-    if isinstance(like, np.ndarray) or not hasattr(like, "__dlpack__"):
+    if isinstance(like, np.ndarray) or not hasattr(like, "__dlpack__") or type(like).__module__.startswith(__package__):
         return lambda array: array
     if hasattr(like, "__array_namespace__"):
         return like.__array_namespace__().from_dlpack

@@ -1,8 +1,11 @@
 """The operations as functions: validate, choose an engine, return the same kind of array.
 
-Arrays are channels-last. NumPy arrays, nested sequences and any array with DLPack (PyTorch, JAX, CuPy on the host)
-are accepted; results come back as the kind of array that ``x`` is. float32 and float64 are computed as they are (mixed:
-float64), other real dtypes as float32. Inputs are never modified.
+Arrays are channels-last. NumPy arrays, nested sequences and any array with DLPack (PyTorch, JAX, CuPy) are accepted;
+results come back as the kind of array that ``x`` is. float32 and float64 are computed as they are (mixed: float64),
+other real dtypes as float32. Inputs are never modified.
+
+`conv2d`, `convlstm2d` and `max_pool3d` with an x on a GPU are computed there, by the engine "cuda": without copies, on
+the caller's stream. The arrays beside x may be there too, C-contiguous and of its dtype, or be NumPy's.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ __all__ = [
 ]  # fmt: skip
 
 Gradients = dict[str, Any]
+Reader = Callable[[str, Any], Any]
 
 GATHERED_BYTES = 64 << 20
 """Size of the frames that `conv3d` lays side by side before each convolution."""
@@ -69,9 +73,11 @@ def conv2d(
     padding_mode : "zeros" or "circular"
         What the padding holds.
     algorithm : "auto", "direct" or "winograd"
-        How the cpu engine computes; "direct" forbids the faster transforms, whose rounding differs slightly.
-    engine : "cpu" or "reference", optional
-        Where it is computed.
+        How the cpu engine computes; "direct" forbids the faster transforms, whose rounding differs slightly. Of the
+        cuda engine, how precise products are: "float32" ("auto"), "simt" (without tensor cores), "tf32", "bfloat16",
+        "float16".
+    engine : "cpu", "cuda" or "reference", optional
+        Where it is computed; None: where x is.
 
     Returns
     -------
@@ -92,7 +98,7 @@ def conv2d(
     array([[9., 9.],
            [9., 9.]])
     """
-    module, spec, arrays = _conv2d_arguments(
+    module, _, spec, arrays = _conv2d_arguments(
         x, kernel, bias, strides, padding, padding_mode, dilation, algorithm, engine
     )
     return dispatch.restorer(x)(module.conv2d(spec, *arrays, algorithm=algorithm))
@@ -121,14 +127,14 @@ def conv2d_vjp(
         ``pullback(dy)``, with dy the gradient of a scalar with respect to y, returns a dict of gradients with the
         keys "x", "kernel" and, if one was given, "bias".
     """
-    module, spec, arrays = _conv2d_arguments(
+    module, read, spec, arrays = _conv2d_arguments(
         x, kernel, bias, strides, padding, padding_mode, dilation, algorithm, engine
     )
     restore = dispatch.restorer(x)
     y = module.conv2d(spec, *arrays, algorithm=algorithm)
 
     def pullback(dy: Any) -> Gradients:
-        cotangent = _cotangent("conv2d", "dy", dy, y.shape, y.dtype)
+        cotangent = _cotangent("conv2d", "dy", dy, y.shape, y.dtype, read)
         dx, dkernel, dbias = module.conv2d_backward(spec, arrays[0], arrays[1], cotangent)
         gradients = {"x": restore(dx), "kernel": restore(dkernel)}
         if bias is not None:
@@ -316,6 +322,8 @@ def convlstm2d(
         Shapes or options that do not fit together.
     TypeError
         Complex, object or ragged arrays; arrays on another device.
+    NotImplementedError
+        Normalization, dropout masks, convolutional peepholes or activations of your own with an x on a GPU.
 
     References
     ----------
@@ -349,7 +357,7 @@ def convlstm2d_vjp(
         engine keeps h and c every few steps, 2·B·HO·WO·F numbers a piece, and has the gates of one piece at a time.
         Where NumPy computes (engine="reference", and with normalization, dropout, convolutions as peepholes and
         activations that are called or whose derivative needs more than their value) it is 6·B·HO·WO·F numbers a step,
-        10 or 14 with normalization, or with True 2.
+        10 or 14 with normalization, or with True 2. The cuda engine keeps 6·B·HO·WO·F either way.
 
     Returns
     -------
@@ -412,10 +420,12 @@ def convlstm2d_step(
     """
     op = "convlstm2d_step"
     _check_options(op, options, "return_sequences", "return_state")
-    frames = dispatch.as_numpy(op, "x", x)
+    _, read = dispatch.choose(op, options.get("engine"), x)
+    frames = read("x", x)
     if frames.ndim != 4:
         raise ValueError(f"{op}: x must be (batch, height, width, channels), got {frames.ndim}D {frames.shape}")
-    call = _ConvLSTMCall(frames[:, np.newaxis], kernel, recurrent_kernel, bias, return_sequences=False, **options)
+    one_step = frames.reshape(frames.shape[0], 1, *frames.shape[1:])
+    call = _ConvLSTMCall(one_step, kernel, recurrent_kernel, bias, return_sequences=False, **options)
     if out is not None:
         call.check_out(op, out)
     _, h, c, _ = call.forward(save=False, out=out)
@@ -450,7 +460,7 @@ def max_pool3d(
     data_format : "channels_last" or "channels_first"
     return_indices : bool
         Also return where each maximum stands: the flat index into the (T, H, W) volume of its sample and channel.
-    engine : "cpu" or "reference", optional
+    engine : "cpu", "cuda" or "reference", optional
 
     Returns
     -------
@@ -506,7 +516,7 @@ def max_pool3d_vjp(
         if return_indices:
             _check_structure("max_pool3d", cotangents, "(dy, None)", 2)
         dy = cotangents[0] if return_indices else cotangents
-        cotangent = _cotangent("max_pool3d", "dy", np.zeros(shape) if dy is None else dy, shape, y.dtype)
+        cotangent = _cotangent("max_pool3d", "dy", np.zeros(shape) if dy is None else dy, shape, y.dtype, call.read)
         dx = call.engine.max_pool3d_backward(call.spec, indices, call.to_channels_last(cotangent))
         return {"x": call.restore(call.from_channels_last(dx))}
 
@@ -517,17 +527,17 @@ def max_pool3d_vjp(
 def _conv2d_arguments(
     x: Any, kernel: Any, bias: Any, strides: Any, padding: Any, padding_mode: str, dilation: Any, algorithm: str,
     engine: str | None,
-) -> tuple[ModuleType, ConvSpec, tuple[np.ndarray, np.ndarray, np.ndarray | None]]:  # fmt: skip
-    """Validate the arguments of `conv2d`: the engine's module, the geometry and native arrays."""
-    module = dispatch.get_engine(engine)
+) -> tuple[ModuleType, Reader, ConvSpec, tuple[np.ndarray, np.ndarray, np.ndarray | None]]:  # fmt: skip
+    """Validate the arguments of `conv2d`: engine, reader of further arrays, the geometry and native arrays."""
+    module, read = dispatch.choose("conv2d", engine, x)
     dispatch.check_algorithm("conv2d", module, algorithm)
     given = {"x": x, "kernel": kernel} | ({} if bias is None else {"bias": bias})
-    arrays = {name: dispatch.as_numpy("conv2d", name, value) for name, value in given.items()}
+    arrays = {name: read(name, value) for name, value in given.items()}
     spec = ConvSpec.infer(arrays["x"].shape, arrays["kernel"].shape, None if bias is None else arrays["bias"].shape,
                           strides=strides, padding=padding, padding_mode=padding_mode, dilation=dilation)  # fmt: skip
     dtype = dispatch.working_dtype(*arrays.values())
     ready = {name: dispatch.native(array, dtype) for name, array in arrays.items()}
-    return module, spec, (ready["x"], ready["kernel"], ready.get("bias"))
+    return module, read, spec, (ready["x"], ready["kernel"], ready.get("bias"))
 
 
 class _Conv3DCall:
@@ -618,10 +628,12 @@ def _check_options(op: str, options: Mapping[str, Any], *fixed: str) -> None:
         raise TypeError(f"{op}: unknown option {unknown[0]!r}; the options are {', '.join(sorted(known))}")
 
 
-def _cotangent(op: str, name: str, value: Any, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray | None:
+def _cotangent(
+    op: str, name: str, value: Any, shape: tuple[int, ...], dtype: np.dtype, read: Reader | None = None
+) -> np.ndarray | None:
     if value is None:
         return None
-    array = dispatch.as_numpy(op, name, value)
+    array = dispatch.as_numpy(op, name, value) if read is None else read(name, value)
     expect_shape(op, name, array.shape, shape, "the shape of the output whose gradient it is")
     return dispatch.native(array, dtype)
 
@@ -637,7 +649,7 @@ class _ConvLSTMCall:
         algorithm: str = "auto", engine: str | None = None, **geometry: Any,
     ):  # fmt: skip
         op = "convlstm2d"
-        self.engine = dispatch.get_engine(engine)
+        self.engine, self.read = dispatch.choose(op, engine, x)
         dispatch.check_algorithm(op, self.engine, algorithm)
         self.algorithm = algorithm
         self.restore = dispatch.restorer(x)
@@ -645,11 +657,11 @@ class _ConvLSTMCall:
         optional = {"bias": bias, "h": h, "c": c}
         given = {"x": x, "kernel": kernel, "recurrent_kernel": recurrent_kernel}
         given |= {name: value for name, value in optional.items() if value is not None}
-        arrays = {name: dispatch.as_numpy(op, name, value) for name, value in given.items()}
-        peepholes = _mapped(op, "peephole", peephole)
-        normalizers = _mapped(op, "normalization_weights", normalization_weights)
-        dropouts = _mapped(op, "dropout_masks", dropout_masks)
-        mask = None if mask is None else dispatch.as_numpy(op, "mask", mask)
+        arrays = {name: self.read(name, value) for name, value in given.items()}
+        peepholes = _mapped(op, "peephole", peephole, self.read)
+        normalizers = _mapped(op, "normalization_weights", normalization_weights, self.read)
+        dropouts = _mapped(op, "dropout_masks", dropout_masks, self.read)
+        mask = None if mask is None else self.read("mask", mask)
         shapes = {name: array.shape for name, array in arrays.items()}
         self.spec = ConvLSTMSpec.infer(
             x_shape=shapes["x"],
@@ -677,13 +689,14 @@ class _ConvLSTMCall:
             None if named is None else {key: dispatch.native(array, self.dtype) for key, array in named.items()}
             for named in mappings
         )
-        self.mask = None if mask is None else np.ascontiguousarray(mask != 0)
+        self.mask = mask if mask is None or dispatch.on_gpu(mask) else np.ascontiguousarray(mask != 0)
 
     def forward(self, save: bool | str, out: Any = None) -> tuple[np.ndarray, np.ndarray, np.ndarray, Any]:
         """Run the engine: output, last h, last c (in `out`) and, with `save`, what its backward pass needs."""
         get, spec, normalization = self.arrays.get, self.spec, self.normalization
         weights = get("kernel"), get("recurrent_kernel"), get("bias")
-        if not save and normalization is not None and any(name.startswith("mean") for name in normalization):
+        given = normalization is not None and any(name.startswith("mean") for name in normalization)
+        if given and not save and not dispatch.on_gpu(get("x")):
             weights = self._with_normalization()
             spec, normalization = replace(spec, normalization=None), None
         return self.engine.convlstm2d(
@@ -704,6 +717,8 @@ class _ConvLSTMCall:
 
     def check_out(self, op: str, out: Any) -> None:
         """Raise TypeError or ValueError unless `out` is a pair of arrays that can receive the last h and c."""
+        if dispatch.on_gpu(self.arrays["x"]):
+            raise TypeError(f"{op}: out is for arrays in the processor's memory, but x is on a GPU; leave it away")
         if not _is_pair(out) or not all(isinstance(array, np.ndarray) for array in out):
             came = f"({', '.join(type(a).__name__ for a in out)})" if _is_pair(out) else type(out).__name__
             raise TypeError(f"{op}: out must be a pair (h, c) of NumPy arrays, got {came}")
@@ -746,9 +761,9 @@ class ConvLSTMPullback:
         gradients = call.engine.convlstm2d_backward(
             spec,
             self.saved,
-            _cotangent("convlstm2d", "dy", doutput, spec.output_shape, call.dtype),
-            _cotangent("convlstm2d", "dh", dh, spec.state_shape, call.dtype),
-            _cotangent("convlstm2d", "dc", dc, spec.state_shape, call.dtype),
+            _cotangent("convlstm2d", "dy", doutput, spec.output_shape, call.dtype, call.read),
+            _cotangent("convlstm2d", "dh", dh, spec.state_shape, call.dtype, call.read),
+            _cotangent("convlstm2d", "dc", dc, spec.state_shape, call.dtype, call.read),
         )
         result = {name: restore(gradients[name]) for name in ("x", "kernel", "recurrent_kernel")}
         if self.with_bias:
@@ -778,11 +793,11 @@ class ConvLSTMPullback:
         ]  # fmt: skip
 
 
-def _mapped(op: str, name: str, value: Any) -> dict[str, np.ndarray] | None:
+def _mapped(op: str, name: str, value: Any, read: Reader) -> dict[str, np.ndarray] | None:
     """Read a mapping from names to arrays."""
     if not isinstance(value, Mapping | None):
         raise TypeError(f"{op}: {name} must be a mapping from names to arrays, got {type(value).__name__}")
-    return None if value is None else {k: dispatch.as_numpy(op, f"{name} {k!r}", array) for k, array in value.items()}
+    return None if value is None else {k: read(f"{name} {k!r}", array) for k, array in value.items()}
 
 
 def _shapes(arrays: Mapping[str, np.ndarray] | None) -> dict[str, tuple[int, ...]] | None:
@@ -807,11 +822,14 @@ class _PoolCall:
     def __init__(
         self, x: Any, pool_size: Any, strides: Any, padding: Any, ceil_mode: bool, data_format: str, engine: str | None
     ):
-        self.engine = dispatch.get_engine(engine)
+        self.engine, self.read = dispatch.choose("max_pool3d", engine, x)
         self.restore = dispatch.restorer(x)
         choice("max_pool3d", "data_format", data_format, DATA_FORMATS)
         self.channels_first = data_format == "channels_first"
-        array = dispatch.as_numpy("max_pool3d", "x", x)
+        array = self.read("x", x)
+        if self.channels_first and dispatch.on_gpu(array):
+            raise ValueError("max_pool3d: data_format='channels_first' is not for arrays on a GPU; bring the channels "
+                             "to the end before")  # fmt: skip
         if self.channels_first and array.ndim == 5:
             array = np.moveaxis(array, 1, -1)
         self.spec = PoolSpec.infer(array.shape, pool_size, strides, padding=padding, ceil_mode=ceil_mode)

@@ -10,6 +10,7 @@ import numpy as np
 
 import fastclstm
 from fastclstm import dispatch
+from fastclstm.engines.cuda import compilation, device, gpu
 
 
 def facts() -> Iterator[tuple[str, str]]:
@@ -19,7 +20,7 @@ def facts() -> Iterator[tuple[str, str]]:
     yield "numpy", np.__version__
     yield from _cpu()
     yield "engines", ", ".join(f"{name} ({_verdict(name)})" for name in dispatch.ENGINES)
-    yield "cuda", f"no: this version has no CUDA kernels; {_nvidia_driver()}"
+    yield "cuda", _cuda()
 
 
 def _cpu() -> Iterator[tuple[str, str]]:
@@ -27,7 +28,8 @@ def _cpu() -> Iterator[tuple[str, str]]:
     try:
         import numba
 
-        from fastclstm.engines.cpu import compilation, simd, threads
+        from fastclstm.engines.cpu import compilation as cpu_compilation
+        from fastclstm.engines.cpu import simd, threads
     except ImportError as error:
         yield "numba", f"cannot be used: {error}"
         return
@@ -35,7 +37,17 @@ def _cpu() -> Iterator[tuple[str, str]]:
     yield "processor", f"{processor_name()}, {threads.available_processors()} usable here"
     yield "vectors", f"{simd.lanes(4)} float32 or {simd.lanes(8)} float64, {32 * simd.lanes(4)} bits"
     yield "threads", f"{threads.get_num_threads()}, layer {threads.threading_layer()}"
-    yield "kernel cache", str(compilation.cache_folder() or "none: no folder can be written; kernels compile anew")
+    yield "kernel cache", str(cpu_compilation.cache_folder() or "none: no folder can be written; kernels compile anew")
+
+
+def _cuda() -> str:
+    """Return the GPU that the cuda engine computes on, or which of extra, driver and GPU is missing."""
+    try:
+        found = gpu.current()
+        (major, minor), _ = compilation.nvrtc()
+    except ImportError as error:
+        return f"no: {error}; {_nvidia_driver()}"
+    return f"{found}, NVRTC {major}.{minor}; kernels kept in {compilation.cache_folder() or 'no folder'}"
 
 
 def _verdict(engine: str) -> str:
@@ -43,6 +55,8 @@ def _verdict(engine: str) -> str:
         dispatch.get_engine(engine)
     except ImportError as error:
         return str(error)
+    if engine == "cuda" and device.missing() is not None:
+        return "not here"
     return "default" if engine == dispatch.DEFAULT_ENGINE else "ready"
 
 
@@ -60,5 +74,5 @@ def _nvidia_driver() -> str:
     try:
         version = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8").splitlines()[0].partition(":")[2]
     except (OSError, IndexError):
-        return "no NVIDIA driver was found either"
+        return "no kernel module of NVIDIA's is loaded"
     return f"the NVIDIA driver is there ({' '.join(version.split())})"

@@ -1,12 +1,44 @@
-"""Settings of the test run: the same Hypothesis examples every time, no deadline on a busy machine; and Keras."""
+"""Settings of the test run: the same Hypothesis examples every time, no deadline on a busy machine; Keras; the GPU."""
 
 import os
 
 import pytest
 from hypothesis import settings
 
+from fastclstm.engines.cuda import device
+
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--engine", action="append", default=[], choices=["cuda"],
+                     help="an engine that must be there: without its GPU its tests fail")  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def cuda_device(request):
+    """The GPU, else what runs its kernels on the processor; the test is skipped without a C++ compiler for that."""
+    missing = device.missing()
+    if missing is None:
+        return device.current()
+    if "cuda" in request.config.getoption("--engine"):
+        pytest.fail(missing)
+    import cuda_emulator
+
+    if cuda_emulator.compiler() is None:
+        pytest.skip(f"{missing}; and there is no C++ compiler for the emulator")
+    return type("Emulated", (cuda_emulator.EmulatedDevice, device.Device), {})()
+
+
+@pytest.fixture(autouse=True)
+def on_cuda_device(request):
+    """Tests of the engine "cuda" compute on that device."""
+    if getattr(getattr(request.node, "callspec", None), "params", {}).get("engine") != "cuda":
+        yield
+        return
+    with device.using(request.getfixturevalue("cuda_device")):
+        yield
 
 
 @pytest.fixture(scope="session")

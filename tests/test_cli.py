@@ -199,6 +199,15 @@ def test_run_takes_another_engine_than_the_saved_one(job, monkeypatch):
     assert not job.out.exists()
 
 
+def test_run_where_there_is_no_gpu(job, monkeypatch):
+    def missing():
+        raise ImportError("engine 'cuda' finds no NVIDIA driver")
+
+    monkeypatch.setattr(dispatch.get_engine("cuda"), "current", missing)
+    assert_user_error(job.run("--engine", "cuda"), "engine 'cuda' finds no NVIDIA driver")
+    assert not job.out.exists()
+
+
 def save_complex(job):
     np.save(job.frames, job.x.astype(np.complex64))
 
@@ -261,7 +270,6 @@ USER_ERRORS = {
     "foreign state": (lambda job: None, ["--state-in", "{frames}"], ["frames.npy is not a .npz file of states"]),
     "corrupt state": (lambda job: None, ["--state-in", "{weights}"], ["weights.safetensors is not a .npz"]),
     "unknown engine": (lambda job: None, ["--engine", "gpu"], ["unknown engine 'gpu'", "reference"]),
-    "no cuda yet": (lambda job: None, ["--engine", "cuda"], ["'cuda' is not part of this version"]),
     "chunk": (lambda job: None, ["--chunk", "0"], ["--chunk", "try --help"]),
     "threads": (lambda job: None, ["--threads", "0"], ["--threads", "try --help"]),
     "unknown option": (lambda job: None, ["--nope"], ["--nope", "try --help"]),
@@ -409,7 +417,7 @@ def test_info():
     assert "float32" in facts["vectors"]
     assert "layer" in facts["threads"]
     assert "reference (ready)" in facts["engines"]
-    assert facts["cuda"].startswith("no: this version has no CUDA kernels")
+    assert facts["cuda"].startswith("no: ") == ("cuda (not here)" in facts["engines"])
 
 
 def demo(*options):
@@ -449,7 +457,7 @@ def test_demo_plot(tmp_path, suffix):
 
 
 def test_demo_names_what_is_missing(monkeypatch, tmp_path):
-    assert_user_error(demo("--engine", "gpu"), "'gpu'", "'both', 'cpu', 'reference'")
+    assert_user_error(demo("--engine", "gpu"), "'gpu'", "'both', 'cpu', 'cuda', 'reference'")
     assert_user_error(demo("--plot", "plot.jpg"), "'.png', '.gif'", "'.jpg'")
     assert_user_error(demo("--plot", "no/such/plot.png"), "no/such/plot.png", "cannot write here")
     assert_user_error(demo("--steps", 1), "--steps")

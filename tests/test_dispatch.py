@@ -1,18 +1,19 @@
 import array
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 
 from fastclstm import dispatch
+from fastclstm.engines.cuda import device
 
 
 @pytest.mark.parametrize("name", dispatch.ENGINES)
 def test_an_engine_has_the_six_functions_and_its_algorithms(name):
     engine = dispatch.get_engine(name)
     assert all(callable(getattr(engine, operation)) for operation in dispatch.OPERATIONS)
-    assert "direct" in engine.ALGORITHMS
+    assert ("simt" if name == "cuda" else "direct") in engine.ALGORITHMS
     assert "auto" not in engine.ALGORITHMS
 
 
@@ -21,13 +22,8 @@ def test_no_name_means_the_cpu():
 
 
 def test_unknown_engine():
-    with pytest.raises(ValueError, match="unknown engine 'gpu'; this version of fastclstm has 'cpu' and 'reference'"):
+    with pytest.raises(ValueError, match="unknown engine 'gpu'; this version of fastclstm has 'cpu', 'cuda' and"):
         dispatch.get_engine("gpu")
-
-
-def test_missing_engine():
-    with pytest.raises(ValueError, match="engine 'cuda' is not part of this version of fastclstm; it has 'cpu'"):
-        dispatch.get_engine("cuda")
 
 
 def test_engine_whose_library_is_missing(monkeypatch):
@@ -114,6 +110,54 @@ def test_an_export_that_fails_is_explained():
     exporter.values = exporter.values.astype(">f8")  # DLPack knows no byte order
     with pytest.raises(TypeError, match=r"^op: x cannot be read as a NumPy array: "):
         dispatch.as_numpy("op", "x", exporter)
+
+
+# Arrays on a GPU; tests/test_cuda_arrays.py has the rest.
+
+
+class OnGPU:
+    """An array that has __cuda_array_interface__ alone."""
+
+    def __init__(self):
+        values = np.arange(3.0)
+        self.__cuda_array_interface__ = {
+            "shape": (3,),
+            "typestr": "<f8",
+            "data": (values.ctypes.data, False),
+            "version": 3,
+        }
+
+
+@pytest.mark.parametrize("x", [Exporter((2, 0)), Exporter((13, 0)), OnGPU()])
+def test_what_is_on_a_gpu(x):
+    assert dispatch.on_gpu(x)
+    with pytest.raises(TypeError, match=r"^op: x lives on .*, not in the processor's memory; move it to the CPU"):
+        dispatch.as_numpy("op", "x", x)
+
+
+@pytest.mark.parametrize("x", [np.ones(3), [1.0], 2.0, None, Exporter(), Exporter((3, 0)), "cuda"])
+def test_what_is_not(x):
+    assert not dispatch.on_gpu(x)
+
+
+def test_the_engine_is_that_of_x():
+    assert dispatch.choose("op", None, np.ones(3))[0] is dispatch.get_engine("cpu")
+    assert dispatch.choose("op", "cuda", np.ones(3))[0] is dispatch.get_engine("cuda")
+    stand_in = SimpleNamespace(dlpack_device=(1, 0))
+    with device.using(stand_in):
+        for name in (None, "cuda"):
+            assert dispatch.choose("op", name, Exporter((2, 0)))[0] is dispatch.get_engine("cuda")
+
+
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+def test_another_engine_than_that_of_x(name):
+    message = (
+        rf"^op: x is on a GPU, where engine '{name}' does not compute; pass engine='cuda' \(or none\), or move x to"
+    )
+    with pytest.raises(TypeError, match=message):
+        dispatch.choose("op", name, Exporter((2, 0)))
+    with pytest.raises(ValueError, match=r"^unknown engine 'gpu'"):
+        dispatch.choose("op", "gpu", Exporter((2, 0)))
 
 
 # Dtypes.

@@ -11,18 +11,23 @@ from hypothesis import strategies as st
 
 import fastclstm
 from fastclstm import dispatch, functional
+from fastclstm.engines.cuda import device
 from fastclstm.nn.normalization import Normalization
 from fastclstm.spec import NORMALIZED_PARTS
 
-ALGORITHMS = {name: dispatch.get_engine(name).ALGORITHMS for name in ("reference", "cpu")}
+ALGORITHMS = {name: dispatch.get_engine(name).ALGORITHMS for name in ("reference", "cpu", "cuda")}
 CASES = [("reference", np.float32, "auto"), ("cpu", np.float32, "auto"), ("cpu", np.float32, "direct"),
          ("cpu", np.float64, "auto")]  # fmt: skip
 if "winograd" in ALGORITHMS["cpu"]:
     CASES += [("cpu", np.float32, "winograd"), ("cpu", np.float64, "winograd")]
+CASES += [("cuda", np.float64, "auto")]
+CASES += [("cuda", np.float32, name) for name in ("auto", *ALGORITHMS["cuda"]) if name != "float32"]  # that is "auto"
 
-TIMES_NUMPY = {"auto": 4, "direct": 4, "winograd": 40}
+COARSER = {"tf32": 2**13, "float16": 2**13, "bfloat16": 2**16}
+"""How many times a product's operands are rounded more than in float32."""
+TIMES_NUMPY = {"auto": 4, "direct": 4, "winograd": 40, "simt": 4, "float32": 4} | {n: 4 * c for n, c in COARSER.items()}
 """How many times the error of NumPy's float32 run an algorithm may err."""
-ROUNDINGS = {"auto": 16, "direct": 16, "winograd": 160}
+ROUNDINGS = {"auto": 16, "direct": 16, "winograd": 160, "simt": 16, "float32": 16} | COARSER
 """How many roundings of the largest value it may err besides."""
 
 every_case = pytest.mark.parametrize(
@@ -32,6 +37,16 @@ every_engine = pytest.mark.parametrize("engine", ALGORITHMS)
 every_algorithm = pytest.mark.parametrize(
     ("engine", "algorithm"), [(engine, name) for engine, names in ALGORITHMS.items() for name in ("auto", *names)]
 )
+
+
+def is_emulated(engine):
+    """Whether the processor plays the GPU, slowly."""
+    return engine == "cuda" and device.current().dlpack_device[0] != device.CUDA
+
+
+def examples(engine, count, algorithm="auto"):
+    """How many examples Hypothesis draws."""
+    return settings(max_examples=count // (20 if algorithm in COARSER else 6) if is_emulated(engine) else count)
 
 
 def flatten(value, name):
@@ -189,7 +204,7 @@ def max_pool3d_cases(draw):
 
 @every_case
 def test_conv2d(engine, dtype, algorithm):
-    @settings(max_examples=50)
+    @examples(engine, 50, algorithm)
     @given(conv2d_cases(algorithm == "winograd"))
     def check(case):
         agree("conv2d", *case, engine, dtype, algorithm)
@@ -199,14 +214,15 @@ def test_conv2d(engine, dtype, algorithm):
 
 @every_engine
 def test_sums_over_many_pixels_keep_their_digits(engine):
-    x, dy = np.ones((8, 128, 128, 1), np.float32), np.full((8, 128, 128, 3), 0.1, np.float32)
+    B = 1 if is_emulated(engine) else 8
+    x, dy = np.ones((B, 128, 128, 1), np.float32), np.full((B, 128, 128, 3), 0.1, np.float32)
     _, pullback = functional.conv2d_vjp(x, np.ones((1, 1, 1, 3), np.float32), np.zeros(3, np.float32), engine=engine)
-    np.testing.assert_allclose(pullback(dy)["bias"], np.float64(np.float32(0.1)) * 8 * 128 * 128, rtol=1e-6)
+    np.testing.assert_allclose(pullback(dy)["bias"], np.float64(np.float32(0.1)) * B * 128 * 128, rtol=1e-6)
 
 
 @every_case
 def test_convlstm2d(engine, dtype, algorithm):
-    @settings(max_examples=80)
+    @examples(engine, 80, algorithm)
     @given(convlstm2d_cases(algorithm == "winograd"), st.booleans())
     def check(case, recompute):
         agree("convlstm2d", *case, engine, dtype, algorithm, recompute=recompute)
@@ -219,7 +235,7 @@ def test_convlstm2d(engine, dtype, algorithm):
 def test_max_pool3d(engine, dtype):
     """The very same elements win as in the oracle's float64."""
 
-    @settings(max_examples=80)
+    @examples(engine, 80)
     @given(max_pool3d_cases())
     def check(case):
         arguments, rng = case

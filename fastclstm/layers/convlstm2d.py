@@ -98,7 +98,7 @@ class ConvLSTM2D(ConvLSTMLayer):
     seed : int or numpy.random.Generator, optional
         The same seed gives the same parameters and the same dropout.
     engine : str, optional
-        "cpu" (the default) or "reference"; may be changed later.
+        "cpu" (the default), "cuda" or "reference"; may be changed later.
     algorithm : "auto", "direct" or "winograd"
         How the cpu engine convolves; may be changed later.
     return_sequences : bool

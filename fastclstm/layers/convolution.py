@@ -121,7 +121,7 @@ class Conv2D(FrameLayer, _Convolution):
     seed : int or numpy.random.Generator, optional
         The same seed gives the same parameters.
     engine : str, optional
-        "cpu" (the default) or "reference"; may be changed later.
+        "cpu" (the default), "cuda" or "reference"; may be changed later.
     algorithm : "auto", "direct" or "winograd"
         How the cpu engine convolves; may be changed later.
 

@@ -58,7 +58,7 @@ bias_initializer, activation, recurrent_activation, output_activation, padding_m
     seed : int or numpy.random.Generator, optional
         The same seed gives the same parameters.
     engine : str, optional
-        "cpu" (the default) or "reference".
+        "cpu" (the default), "cuda" or "reference".
 
     Attributes
     ----------

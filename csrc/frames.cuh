@@ -1,0 +1,85 @@
+// Where the rows and the depth of an implicit matrix product stand in channels-last frames.
+//
+// A row is a pixel (image, row, column) of a grid; a step of the depth is a tap: an offset of the pixel and a channel.
+#pragma once
+#include "common.cuh"
+
+#ifndef OPERAND
+#define OPERAND real
+#endif
+typedef OPERAND operand;  // real, or the bits of a bfloat16 or float16
+
+struct Frames {
+    const operand* data;
+    long long stride;  // elements from one image to the next
+    int height, width, channels;
+    int step_h, step_w;      // pixels of the frame a pixel of the grid
+    int divide_h, divide_w;  // or pixels of the grid a pixel of the frame: a transposed convolution
+    int circular;
+    int whole;        // tap 4n to 4n + 3 (16 bytes) are one aligned piece
+    const int4* taps;  // (row, column, channel, number of the weight or -1 for none), padded to whole blocks
+    int blocks;
+};
+
+#define FRAMES(p)                                                                                                      \
+    const operand *p##_data, long long p##_stride, int p##_height, int p##_width, int p##_channels, int p##_step_h,   \
+        int p##_step_w, int p##_divide_h, int p##_divide_w, int p##_circular, int p##_whole, const int4 *p##_taps,    \
+        int p##_blocks
+#define AS_FRAMES(p)                                                                                                   \
+    {p##_data, p##_stride, p##_height, p##_width, p##_channels, p##_step_h, p##_step_w, p##_divide_h, p##_divide_w,   \
+     p##_circular, p##_whole, p##_taps, p##_blocks}
+
+struct Pixel {
+    int image, row, column;  // image -1: none
+};
+
+struct Grid {
+    int pixels;  // of all images
+    int height, width;
+};
+
+DEVICE Pixel pixel_of(const Grid& grid, int n)
+{
+    if (n >= grid.pixels) return {-1, 0, 0};
+    int line = n / grid.width, image = line / grid.height;
+    return {image, line - image * grid.height, n - line * grid.width};
+}
+
+DEVICE int wrapped(int n, int size)  // no division: it is seldom far away
+{
+#pragma unroll 1
+    while (n < 0) n += size;
+#pragma unroll 1
+    while (n >= size) n -= size;
+    return n;
+}
+
+// One of two frames, field by field: in registers.
+DEVICE Frames chosen(bool first, const Frames& a, const Frames& b)
+{
+    return {first ? a.data : b.data,         first ? a.stride : b.stride,     first ? a.height : b.height,
+            first ? a.width : b.width,       first ? a.channels : b.channels, first ? a.step_h : b.step_h,
+            first ? a.step_w : b.step_w,     first ? a.divide_h : b.divide_h, first ? a.divide_w : b.divide_w,
+            first ? a.circular : b.circular, first ? a.whole : b.whole,       first ? a.taps : b.taps,
+            first ? a.blocks : b.blocks};
+}
+
+// The element that a tap meets at a pixel; null for padding.
+DEVICE const operand* find(const Frames& frames, const Pixel& pixel, const int4& tap)
+{
+    if (pixel.image < 0 || tap.w < 0) return nullptr;
+    int h = pixel.row * frames.step_h + tap.x, w = pixel.column * frames.step_w + tap.y;
+    if (frames.circular) {
+        h = wrapped(h, frames.height);
+        w = wrapped(w, frames.width);
+    } else {
+        if (h < 0 || w < 0) return nullptr;
+        if (frames.divide_h > 1 || frames.divide_w > 1) {
+            int down = unsigned(h) / unsigned(frames.divide_h), right = unsigned(w) / unsigned(frames.divide_w);
+            if (down * frames.divide_h != h || right * frames.divide_w != w) return nullptr;
+            h = down, w = right;
+        }
+        if (h >= frames.height || w >= frames.width) return nullptr;
+    }
+    return frames.data + pixel.image * frames.stride + ((long long)(h * frames.width + w) * frames.channels + tap.z);
+}

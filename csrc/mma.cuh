@@ -1,0 +1,148 @@
+// A tile of an implicit matrix product on the tensor cores, from sm_80 on: the same interface as simt.cuh.
+//
+// The columns are packed in blocks of 32: member r (0 to 3) of quads q to q + 7 is one mma tile of 8 columns, so that a
+// thread's sums hold all four members of its quads: the four gates of a pixel and filter. A warp owns 16·ROW_TILES
+// pixels and one such block; both operands come through shared memory by cp.async, STAGES deep, 64 bytes of depth at a time.
+//
+// Macros: WARPS_M, WARPS_N, ROW_TILES, STAGES; KIND of the products: 1 tf32, 3 tf32 in three parts (float32),
+// 4 bfloat16, 5 float16.
+#pragma once
+#include "frames.cuh"
+#include "tensor_cores.cuh"
+
+#define DEPTH (64 / int(sizeof(operand)))
+#define THREADS (WARPS_M * WARPS_N * 32)
+#define TILE_ROWS (WARPS_M * ROW_TILES * 16)
+#define TILE_COLUMNS (WARPS_N * 32)
+#define TILE_QUADS (WARPS_N * 8)
+#define PITCH 80  // bytes of a row: eight of them meet all banks
+#define STAGE_BYTES ((TILE_ROWS + TILE_COLUMNS) * PITCH)
+#define PIXELS_A_THREAD ((TILE_ROWS * 4 + THREADS - 1) / THREADS)
+
+struct Tile {
+    float sum[ROW_TILES][4][4];
+};
+
+// Start the copies of a block of depth: pixels of the frames and columns of the weights, a row of 64 bytes each.
+DEVICE void fetch_pixels(unsigned char* stage, const Frames& frames, const Pixel (&pixels)[PIXELS_A_THREAD], int block)
+{
+    const int each = 16 / int(sizeof(operand));
+    int piece = threadIdx.x % 4;
+    const int4* taps = frames.taps + block * DEPTH + piece * each;
+#pragma unroll
+    for (int i = 0; i < PIXELS_A_THREAD; i++) {
+        int row = threadIdx.x / 4 + i * (THREADS / 4);
+        if (row >= TILE_ROWS) break;
+        unsigned char* to = stage + row * PITCH + piece * 16;
+        if (sizeof(operand) == 2 || frames.whole) {
+            const operand* from = find(frames, pixels[i], __ldg(taps));
+            cp_async<16>(to, from ? from : frames.data, from);
+        } else {
+#pragma unroll 1
+            for (int j = 0; j < each; j++) {
+                const operand* from = find(frames, pixels[i], __ldg(taps + j));
+                cp_async<4>(to + j * 4, from ? from : frames.data, from);
+            }
+        }
+    }
+}
+
+DEVICE void fetch_weights(unsigned char* stage, const operand* weights, int columns, int block)
+{
+    const unsigned char* from = (const unsigned char*)(weights + (long long)block * columns * DEPTH);
+#pragma unroll
+    for (int n = threadIdx.x; n < TILE_COLUMNS * 4; n += THREADS)
+        cp_async<16>(stage + (TILE_ROWS + n / 4) * PITCH + n % 4 * 16, from + n * 16, true);
+}
+
+DEVICE void multiply_block(Tile& tile, const unsigned char* stage)
+{
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const unsigned char* a_row = stage + (warp / WARPS_N * ROW_TILES * 16 + lane % 16) * PITCH + lane / 16 * 16;
+    const unsigned char* b_row =
+        stage + (TILE_ROWS + warp % WARPS_N * 32 + lane / 16 * 8 + lane % 8) * PITCH + lane / 8 % 2 * 16;
+    constexpr int AT_ONCE = KIND == 3 ? 1 : 2;  // of the slabs: registers are scarce
+#pragma unroll AT_ONCE
+    for (int slab = 0; slab < 64; slab += 32) {
+        unsigned b[4][2], b_low[4][2];
+#pragma unroll
+        for (int n = 0; n < 4; n += 2) {
+            unsigned words[4];
+            ldmatrix(words, b_row + n * 8 * PITCH + slab);
+            b[n][0] = words[0], b[n][1] = words[1], b[n + 1][0] = words[2], b[n + 1][1] = words[3];
+        }
+        if (KIND <= 3)
+#pragma unroll
+            for (int n = 0; n < 4; n++) split(b[n], b_low[n]);
+#pragma unroll
+        for (int m = 0; m < ROW_TILES; m++) {
+            unsigned a[4], a_low[4];
+            ldmatrix(a, a_row + m * 16 * PITCH + slab);
+            if (KIND <= 3) split(a, a_low);
+            multiply_split(tile.sum[m], a, a_low, b, b_low);
+        }
+    }
+}
+
+// Sum over the taps of two frames, one after the other, for pixels from first_row on; weights [block][columns][DEPTH].
+DEVICE void multiply(Tile& tile, const Grid& grid, const Frames& a, const Frames& b, const operand* weights,
+                     int columns, int first_row, int first_quad)
+{
+    unsigned char* stages = shared_memory();
+    Pixel pixels[PIXELS_A_THREAD];
+#pragma unroll
+    for (int i = 0; i < PIXELS_A_THREAD; i++)
+        pixels[i] = pixel_of(grid, first_row + threadIdx.x / 4 + i * (THREADS / 4));
+    weights += (long long)first_quad * 4 * DEPTH;
+    int blocks = a.blocks + b.blocks;
+#pragma unroll
+    for (int m = 0; m < ROW_TILES; m++)
+#pragma unroll
+        for (int n = 0; n < 4; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) tile.sum[m][n][i] = 0;
+
+    auto fetch = [&](int block) {
+        if (block < blocks) {
+            unsigned char* stage = stages + block % STAGES * STAGE_BYTES;
+            bool first = block < a.blocks;
+            fetch_pixels(stage, chosen(first, a, b), pixels, first ? block : block - a.blocks);
+            fetch_weights(stage, weights, columns, block);
+        }
+        cp_async_commit();  // an empty group too, so that the count of groups stays that of blocks
+    };
+#pragma unroll 1
+    for (int block = 1 - STAGES; block < blocks; block++) {  // the first ones only fetch
+        if (block >= 0) {
+            cp_async_wait<STAGES - 2>();
+            __syncthreads();  // this block has arrived; the one before it is no longer read
+        }
+        fetch(block + STAGES - 1);
+        if (block >= 0) multiply_block(tile, stages + block % STAGES * STAGE_BYTES);
+    }
+}
+
+// Sums leave by shared memory, in passes: [PASS_ROWS][TILE_QUADS][4].
+#define PASS_TILES 2  // of a warp
+#define PASSES (ROW_TILES / PASS_TILES)
+#define PASS_ROWS (WARPS_M * PASS_TILES * 16)
+static_assert(ROW_TILES % PASS_TILES == 0 && PASS_ROWS * TILE_COLUMNS * 4 <= STAGES * STAGE_BYTES, "a pass fits");
+
+DEVICE void stage_sums(real* to, const Tile& tile, int pass)
+{
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    int row = warp / WARPS_N * PASS_TILES * 16 + lane / 4, quad = warp % WARPS_N * 8 + lane % 4 * 2;
+#pragma unroll
+    for (int m = 0; m < ROW_TILES; m++)
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            if (m / PASS_TILES == pass) {
+                alignas(16) real sums[4] = {tile.sum[m][0][i], tile.sum[m][1][i], tile.sum[m][2][i], tile.sum[m][3][i]};
+                copy4(to + ((row + m % PASS_TILES * 16 + i / 2 * 8) * TILE_QUADS + quad + i % 2) * 4, sums);
+            }
+}
+
+DEVICE int staged_row(int pass, int row)
+{
+    return row / (PASS_TILES * 16) * (ROW_TILES * 16) + pass * (PASS_TILES * 16) + row % (PASS_TILES * 16);
+}

@@ -1,0 +1,153 @@
+"""The cuda engine: csrc/ compiled at run time for the GPU at hand; the six functions that every engine has.
+
+They take NumPy arrays, which are put on the device and whose results are got back, or `device.DeviceArray`, whose
+results are such arrays too, on the same stream. The files beside compute on the device alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fastclstm.engines import recurrence
+from fastclstm.engines.cuda import conv2d as _conv2d
+from fastclstm.engines.cuda import convlstm2d as _convlstm2d
+from fastclstm.engines.cuda import max_pool3d as _max_pool3d
+from fastclstm.engines.cuda.device import Device, DeviceArray, current
+from fastclstm.engines.cuda.product import ALGORITHMS
+from fastclstm.spec import ConvLSTMSpec, ConvSpec, PoolSpec
+
+__all__ = ["ALGORITHMS", "conv2d", "conv2d_backward", "convlstm2d", "convlstm2d_backward", "max_pool3d",
+           "max_pool3d_backward"]  # fmt: skip
+
+Array = np.ndarray | DeviceArray
+Arrays = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What `convlstm2d_backward` needs, and where it is."""
+
+    place: _Place
+    state: Any
+
+
+def conv2d(spec: ConvSpec, x: Array, kernel: Array, bias: Array | None, *, algorithm: str = "auto") -> Any:
+    """Cross-correlate x (B, H, W, C) with kernel (KH, KW, C, F): y (B, HO, WO, F)."""
+    with _at(x) as place:
+        return place.give(_conv2d.conv2d(spec, place.take(x), kernel, bias, algorithm=algorithm))
+
+
+def conv2d_backward(spec: ConvSpec, x: Array, kernel: Array, dy: Array | None) -> tuple[Any, Any, Any]:
+    """Pull dy (B, HO, WO, F) back through `conv2d`: dx, dkernel, dbias."""
+    with _at(x) as place:
+        return place.give(_conv2d.conv2d_backward(spec, place.take(x), kernel, place.take(dy)))
+
+
+def convlstm2d(
+    spec: ConvLSTMSpec,
+    x: Array,
+    kernel: Array,
+    recurrent_kernel: Array,
+    bias: Array | None,
+    h: Array | None,
+    c: Array | None,
+    peephole: Arrays | None,
+    mask: Array | None,
+    *,
+    normalization: Arrays | None = None,
+    dropout: Arrays | None = None,
+    algorithm: str = "auto",
+    save: bool | str = False,
+    out: tuple[np.ndarray, np.ndarray] | None = None,
+) -> tuple[Any, Any, Any, Saved | recurrence.Saved | None]:
+    """Run a ConvLSTM over x (B, T, H, W, C): output, last h, last c and, with `save`, what backward needs.
+
+    What the kernels do not know takes the recurrence in NumPy over this engine's convolutions, where x is NumPy's; an
+    x on the GPU is refused (NotImplementedError) rather than brought to the processor and back at every step.
+    """
+    options: Arrays = {"normalization": normalization, "dropout": dropout, "save": save}
+    try:
+        with _at(x) as place:
+            output, *last, state = _convlstm2d.convlstm2d(
+                spec, place.take(x), kernel, recurrent_kernel, bias, place.take(h), place.take(c), peephole, mask,
+                algorithm=algorithm, **options,
+            )  # fmt: skip
+            h_last, c_last = place.give(tuple(last))
+            output = place.give(output)
+    except NotImplementedError:
+        if not isinstance(x, np.ndarray):
+            raise
+        arguments: Any = x, kernel, recurrent_kernel, bias, h, c, peephole, mask
+
+        def convolution(spec: ConvSpec, *arrays: Any) -> np.ndarray:
+            return conv2d(spec, *arrays, algorithm=algorithm)
+
+        return recurrence.forward(spec, convolution, *arguments, **options, out=out)
+    if out is not None:
+        for array, last_one in zip(out, (h_last, c_last), strict=True):
+            np.copyto(array, last_one)
+        h_last, c_last = out
+    return output, h_last, c_last, Saved(place, state) if save else None
+
+
+def convlstm2d_backward(
+    spec: ConvLSTMSpec, saved: Saved | recurrence.Saved, dy: Any, dh: Any, dc: Any
+) -> dict[str, Any]:
+    """Pull gradients of the output, the last h and the last c back through time: see `recurrence.backward`."""
+    if isinstance(saved, recurrence.Saved):
+        return recurrence.backward(spec, conv2d_backward, saved, dy, dh, dc)
+    with saved.place.entered() as place:
+        return place.give(_convlstm2d.convlstm2d_backward(spec, saved.state, *map(place.take, (dy, dh, dc))))
+
+
+def max_pool3d(spec: PoolSpec, x: Array, return_indices: bool) -> tuple[Any, Any]:
+    """Take the maximum of each window of x (B, T, H, W, C): y (B, TO, HO, WO, C), and where it stands."""
+    with _at(x) as place:
+        return place.give(_max_pool3d.max_pool3d(spec, place.take(x), return_indices))
+
+
+def max_pool3d_backward(spec: PoolSpec, indices: Array, dy: Array) -> Any:
+    """Add each element of dy (B, TO, HO, WO, C) to the pixel of dx (B, T, H, W, C) that won its window."""
+    with _at(indices) as place:
+        return place.give(_max_pool3d.max_pool3d_backward(spec, place.take(indices), place.take(dy)))
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a call computes, and whether its arrays are NumPy's."""
+
+    device: Device
+    is_numpy: bool
+    stream: int | None
+
+    @contextmanager
+    def entered(self) -> Iterator[_Place]:
+        """Compute there inside; arrays of a stream unknown to us are done with at the end."""
+        with self.device.on(self.stream):
+            yield self
+            if not self.is_numpy and self.stream is None:
+                self.device.finish()
+
+    def take(self, array: Array | None) -> DeviceArray | None:
+        """Bring an array to the device."""
+        return self.device.put(array) if isinstance(array, np.ndarray) else array
+
+    def give(self, result: Any) -> Any:
+        """Bring nested results to where x came from."""
+        if isinstance(result, dict):
+            return {name: self.give(value) for name, value in result.items()}
+        if isinstance(result, tuple):
+            return tuple(map(self.give, result))
+        return self.device.get(result) if self.is_numpy and isinstance(result, DeviceArray) else result
+
+
+def _at(x: Array) -> Any:
+    """Enter the device of x, for NumPy arrays the current one."""
+    if isinstance(x, DeviceArray):
+        return _Place(x.device, False, x.stream).entered()
+    return _Place(current(), True, None).entered()

@@ -1,0 +1,68 @@
+"""conv2d on the cuda engine: one implicit matrix product forward, one for dx, one over the pixels for dkernel."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fastclstm.engines.cuda import product
+from fastclstm.engines.cuda.device import Device, DeviceArray
+from fastclstm.engines.cuda.product import Frames, int32, on_device
+from fastclstm.engines.cuda.weight_gradient import column_sums, weight_gradient
+from fastclstm.spec import ConvSpec
+
+Weights = np.ndarray | DeviceArray
+
+
+def conv2d(
+    spec: ConvSpec, x: DeviceArray, kernel: Weights, bias: Weights | None, *, algorithm: str = "auto"
+) -> DeviceArray:
+    """Convolve x (B, H, W, C) with kernel (KH, KW, C, F): y (B, HO, WO, F)."""
+    device, dtype = x.device, x.dtype
+    pixels = spec.B * spec.HO * spec.WO
+    y = device.empty((spec.B, spec.HO, spec.WO, spec.F), dtype)
+    kind = product.kind(device, dtype, algorithm)
+    if pixels:
+        tiling = product.choose(kind, dtype, device.multiprocessors, pixels, spec.F)
+        data, channels = product.operands(device, tiling, x)
+        frames = product.frames(device, spec, data, tiling.depth, channels=channels)
+        weights = product.pack(device, tiling, (on_device(device, kernel),), [frames], spec.F)
+        _multiply(device, tiling, frames, weights, (pixels, spec.HO, spec.WO), spec.F, y,
+                  bias=None if bias is None else on_device(device, bias))  # fmt: skip
+    return y
+
+
+def conv2d_backward(
+    spec: ConvSpec, x: DeviceArray, kernel: Weights, dy: DeviceArray | None, *, algorithm: str = "auto"
+) -> tuple[DeviceArray, DeviceArray, DeviceArray]:
+    """Pull dy (B, HO, WO, F) back through `conv2d`: dx, dkernel, dbias."""
+    device, dtype = x.device, x.dtype
+    if dy is None or not dy.size:
+        return device.zeros(x.shape, dtype), device.zeros(kernel.shape, dtype), device.zeros((spec.F,), dtype)
+    kind = product.backward_kind(product.kind(device, dtype, algorithm))
+    dx = input_gradient(spec, kind, on_device(device, kernel), dy)
+    dkernel = weight_gradient(spec, kind, x, dy)
+    return dx, dkernel, column_sums(dy.reshape(dy.size // spec.F, spec.F))
+
+
+def input_gradient(
+    spec: ConvSpec, kind: int, kernel: DeviceArray, dy: DeviceArray, *, stride: int | None = None,
+    residual: DeviceArray | None = None,
+) -> DeviceArray:  # fmt: skip
+    """Return dx (B, H, W, C) of dy (B, HO, WO, F), `stride` elements from image to image, plus `residual`."""
+    device, dtype = kernel.device, kernel.dtype
+    pixels = spec.B * spec.H * spec.W
+    dx = device.empty((spec.B, spec.H, spec.W, spec.C), dtype)
+    tiling = product.choose(kind, dtype, device.multiprocessors, pixels, spec.C)
+    frames = product.transposed_frames(device, spec, dy, tiling.depth, stride=stride)
+    weights = product.pack(device, tiling, (kernel,), [frames], spec.C, transposed=True)
+    _multiply(device, tiling, frames, weights, (pixels, spec.H, spec.W), spec.C, dx, residual=residual)
+    return dx
+
+
+def _multiply(
+    device: Device, tiling: product.Tiling, frames: Frames, weights: DeviceArray, grid: tuple[int, int, int],
+    filters: int, y: DeviceArray, *, bias: DeviceArray | None = None, residual: DeviceArray | None = None,
+) -> None:  # fmt: skip
+    product.multiply(device, "conv2d", tiling, {"REAL": product.real(y.dtype), "STANDARD": 1}, grid[0], filters,
+                     *frames.arguments(), weights, *int32(tiling.padded(filters), *grid), bias, residual, y,
+                     np.int32(filters))  # fmt: skip

@@ -1,0 +1,180 @@
+"""What the cuda engine asks of a device: memory, kernels, launches. The host code above it knows nothing else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+
+Shape = tuple[int, ...]
+
+CUDA, CUDA_MANAGED = 2, 13
+"""Types of devices in DLPack whose memory kernels read: kDLCUDA and kDLCUDAManaged."""
+
+
+@dataclass(frozen=True, eq=False)
+class DeviceArray:
+    """A C-contiguous array in a device's memory; `owner` keeps the memory alive.
+
+    Any library reads it without a copy: by DLPack, ``torch.from_dlpack(array)`` say, or by __cuda_array_interface__.
+    """
+
+    pointer: int
+    shape: Shape
+    dtype: np.dtype
+    owner: Any
+    device: Device
+    stream: int | None = None
+    """Handle of the stream on which it is computed; None where there are no streams."""
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Number of bytes."""
+        return self.size * self.dtype.itemsize
+
+    def reshape(self, *shape: int) -> DeviceArray:
+        """Return the same memory with other sizes."""
+        if math.prod(shape) != self.size:
+            raise ValueError(f"a device array {self.shape} cannot be seen as {shape}")
+        return replace(self, shape=shape)
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        return {"shape": self.shape, "typestr": self.dtype.str, "data": (self.pointer, False), "strides": None,
+                "stream": self.stream, "version": 3}  # fmt: skip
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self.device.dlpack_device
+
+    def __dlpack__(
+        self,
+        *,
+        stream: int | None = None,
+        max_version: tuple[int, int] | None = None,
+        dl_device: tuple[int, int] | None = None,
+        copy: bool | None = None,
+    ) -> Any:
+        """Export the array; the reader's `stream` (None: the legacy default one, -1: none) waits for its values."""
+        from fastclstm.engines.cuda import arrays
+
+        if copy or (dl_device is not None and tuple(dl_device) != self.__dlpack_device__()):
+            raise BufferError(f"a device array on {self.__dlpack_device__()} is exported where it is, without a copy")
+        if stream != -1:
+            self.device.order(1 if stream is None else stream, self.stream)
+        return arrays.capsule(self)
+
+
+class Device(Protocol):
+    """A GPU, or what stands in for one in tests."""
+
+    architecture: int
+    """Compute capability as 10 · major + minor: 70, 80, 90."""
+    multiprocessors: int
+    shared_bytes: int
+    """Dynamic shared memory that one block may ask for."""
+    dlpack_device: tuple[int, int] = (1, 0)
+    """Type and number in DLPack: (2, n) for a GPU; (1, 0), the processor's memory, for what stands in for one."""
+
+    def empty(self, shape: Shape, dtype: Any) -> DeviceArray:
+        """Memory with whatever was there."""
+
+    def zeros(self, shape: Shape, dtype: Any) -> DeviceArray:
+        """Memory of zeros."""
+
+    def put(self, array: np.ndarray) -> DeviceArray:
+        """Copy `array` to the device."""
+
+    def get(self, array: DeviceArray) -> np.ndarray:
+        """Copy `array` to the processor's memory; waits for the device."""
+
+    def kernel(self, source: str, name: str, macros: Mapping[str, int | str]) -> Any:
+        """Return the extern "C" kernel `name` of csrc/`source`, compiled with the macros; compiled once."""
+
+    def launch(self, kernel: Any, grid: Shape, block: Shape, shared_bytes: int, *arguments: Any) -> None:
+        """Start a kernel on the device's stream. Arguments are DeviceArrays, None (a null pointer) or NumPy scalars."""
+
+    def graph(self, key: Any) -> AbstractContextManager[None]:
+        """Send the launches inside to the device as one, perhaps, at the end; `get` is not for inside."""
+
+    def on(self, stream: Any) -> AbstractContextManager[None]:
+        """Work inside goes to `stream`, a handle or an object with __cuda_stream__; None: to that of the outside."""
+        return nullcontext()
+
+    def stream_handle(self) -> int | None:
+        """Handle of the stream that work goes to; None where there are no streams."""
+        return None
+
+    def order(self, stream: int | None, after: int | None) -> None:
+        """Let work that `stream` gets from now on wait for what `after` has got."""
+
+    def finish(self) -> None:
+        """Wait until the stream's work is done."""
+
+
+_devices: list[Device] = []
+
+
+@contextmanager
+def using(device: Device) -> Iterator[None]:
+    """Compute on `device` inside: how tests run the engine without a GPU."""
+    _devices.append(device)
+    try:
+        yield
+    finally:
+        _devices.pop()
+
+
+def current() -> Device:
+    """Return the device of the innermost `using`, else the process's current GPU (the first one unless it chose).
+
+    Raises
+    ------
+    ImportError
+        The extra "cuda" is not installed, there is no NVIDIA driver, no GPU, or the GPU is older than sm_70.
+    """
+    if _devices:
+        return _devices[-1]
+    from fastclstm.engines.cuda import gpu
+
+    return gpu.current()
+
+
+def holding(ordinal: int) -> Device:
+    """Return GPU number `ordinal`, or what stands in for all of them. Raises as `current`."""
+    if _devices and _devices[-1].dlpack_device[0] not in (CUDA, CUDA_MANAGED):
+        return _devices[-1]
+    from fastclstm.engines.cuda import gpu
+
+    return gpu.at(ordinal)
+
+
+def ordinal_of(pointer: int) -> int:
+    """Return the number of the GPU that holds the memory at `pointer`. Raises as `current`."""
+    if _devices and _devices[-1].dlpack_device[0] not in (CUDA, CUDA_MANAGED):
+        return _devices[-1].dlpack_device[1]
+    from fastclstm.engines.cuda import gpu
+
+    return gpu.ordinal_of(pointer)
+
+
+def missing() -> str | None:
+    """Say what `current` lacks; None: nothing."""
+    try:
+        current()
+    except ImportError as error:
+        return str(error)
+    return None

@@ -1,0 +1,329 @@
+"""A GPU as `device.Device`, over cuda.core: memory, copies, kernels, launches, graphs, streams."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from fastclstm.engines.cuda import compilation
+from fastclstm.engines.cuda.device import CUDA, DeviceArray, Shape
+
+OLDEST = 70
+"""The oldest architecture whose cards the kernels are written for."""
+STATIC_SHARED_BYTES = 48 << 10
+"""Dynamic shared memory that a kernel gets without asking."""
+GRAPHS_KEPT = 32
+"""Graphs of a device that are kept for the next call: those used last."""
+LEGACY_DEFAULT_STREAM = 1
+_NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
+
+
+@cache
+def _driver() -> Any:
+    """Return the driver's functions, the driver being there and having a GPU; raise ImportError."""
+    compilation.cuda_core()
+    from cuda.bindings import driver
+
+    try:
+        (status,) = driver.cuInit(0)
+    except (RuntimeError, OSError) as error:  # the library is not there
+        raise ImportError(
+            f"engine 'cuda' finds no NVIDIA driver ({error}); install it, or pass engine='cpu'"
+        ) from error
+    if int(status) == _NO_DEVICE or (not int(status) and driver.cuDeviceGetCount()[1] == 0):
+        raise ImportError("engine 'cuda' finds an NVIDIA driver but no GPU (see nvidia-smi and CUDA_VISIBLE_DEVICES); "
+                          "pass engine='cpu'")  # fmt: skip
+    if int(status):
+        raise ImportError(f"engine 'cuda': the NVIDIA driver does not start ({status!r}); see nvidia-smi")
+    return driver
+
+
+def _checked(result: tuple[Any, ...]) -> Any:
+    """Return the value of a driver's call; raise RuntimeError where it failed."""
+    status, *values = result
+    if int(status):
+        raise RuntimeError(f"engine 'cuda': the driver reports {status!r}")
+    return values[0] if values else None
+
+
+def current() -> GPU:
+    """Return the GPU of the thread's CUDA context (that of torch or cupy, say), else the first."""
+    driver = _driver()
+    status, ordinal = driver.cuCtxGetDevice()
+    return at(0 if int(status) else int(ordinal))
+
+
+@cache
+def at(ordinal: int) -> GPU:
+    """Return GPU number `ordinal`; raise ImportError where it is older than sm_70."""
+    _driver()
+    return GPU(ordinal)
+
+
+def ordinal_of(pointer: int) -> int:
+    """Return the number of the GPU that holds the memory at `pointer`; of no memory, that of the current one."""
+    if not pointer:
+        return current().dlpack_device[1]
+    driver = _driver()
+    attribute = driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
+    return int(_checked(driver.cuPointerGetAttribute(attribute, pointer)))
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """A launch as the driver gets it, and the arrays that must live until then."""
+
+    kernel: Any
+    grid: Shape
+    block: Shape
+    shared_bytes: int
+    values: tuple[Any, ...]
+    arguments: tuple[Any, ...] = field(compare=False)
+
+
+@dataclass
+class _Graph:
+    launches: list[_Launch]
+    executable: Any
+
+
+class _Work(threading.local):
+    """What a thread does on a GPU: the streams it has entered, the launches it collects for a graph."""
+
+    def __init__(self) -> None:
+        self.streams: list[Any] = []
+        self.collected: list[_Launch] | None = None
+
+
+class GPU:
+    """One GPU."""
+
+    def __init__(self, ordinal: int):
+        self._core: Any = compilation.cuda_core()
+        self._driver = _driver()
+        self._device = self._core.Device(ordinal)
+        major, minor = self._device.compute_capability
+        self.architecture = 10 * int(major) + int(minor)
+        if self.architecture < OLDEST:
+            raise ImportError(f"engine 'cuda' needs a GPU of sm_{OLDEST} (Volta) or newer, but {self._device.name} is "
+                              f"sm_{self.architecture}; pass engine='cpu'")  # fmt: skip
+        version = int(_checked(self._driver.cuDriverGetVersion()))
+        self.cuda = f"{version // 1000}.{version % 1000 // 10}"
+        """Version of CUDA that the driver is for: 13.0."""
+        newest, _ = compilation.nvrtc()
+        if version // 1000 < newest[0]:
+            raise ImportError(
+                f"engine 'cuda': the driver is for CUDA {self.cuda}, older than NVRTC {newest[0]}; update it, or "
+                f"pip install 'cuda-core[cu{version // 1000}]'"
+            )
+        self.name = str(self._device.name)
+        self.dlpack_device = (CUDA, ordinal)
+        self.multiprocessors = int(self._device.properties.multiprocessor_count)
+        attribute = self._driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+        self.shared_bytes = int(_checked(self._driver.cuDeviceGetAttribute(attribute, ordinal)))
+        self._work = _Work()
+        self._kernels: dict[Any, Any] = {}
+        self._opted: dict[Any, int] = {}
+        self._graphs: OrderedDict[Any, _Graph] = OrderedDict()
+        self._lock = threading.Lock()
+        with self._context():
+            self._own_stream = self._device.create_stream()
+            self._capture_stream = self._device.create_stream()
+
+    def __str__(self) -> str:
+        return (f"{self.name}, sm_{self.architecture}, {self.multiprocessors} multiprocessors, "
+                f"driver for CUDA {self.cuda}")  # fmt: skip
+
+    # --- Streams ---
+
+    @contextmanager
+    def on(self, stream: Any) -> Iterator[None]:
+        """Work inside goes to `stream`, a handle or an object with __cuda_stream__; None: to that of the outside."""
+        with self._context():
+            self._work.streams.append(self.stream if stream is None else self._stream(stream))
+            try:
+                yield
+            finally:
+                self._work.streams.pop()
+
+    def order(self, stream: int | None, after: int | None) -> None:
+        """Let work that `stream` gets from now on wait for what `after` has got."""
+        if stream is not None and after is not None and stream != after:
+            with self._context():
+                self._stream(stream).wait(self._stream(after))
+
+    def stream_handle(self) -> int:
+        """Handle of the stream that work goes to."""
+        return int(self.stream.handle)
+
+    def finish(self) -> None:
+        """Wait until the stream's work is done."""
+        with self._context():
+            self.stream.sync()
+
+    @property
+    def stream(self) -> Any:
+        """The stream that work goes to: of the innermost `on`, else the GPU's own one."""
+        return self._work.streams[-1] if self._work.streams else self._own_stream
+
+    def _stream(self, stream: Any) -> Any:
+        if not isinstance(stream, int):
+            _, stream = stream.__cuda_stream__()
+        if stream in (0, LEGACY_DEFAULT_STREAM):
+            return self._core.LEGACY_DEFAULT_STREAM
+        return self._core.PER_THREAD_DEFAULT_STREAM if stream == 2 else self._core.Stream.from_handle(stream)
+
+    @contextmanager
+    def _context(self) -> Iterator[None]:
+        """Make this GPU the thread's current one inside; within `on` it is."""
+        if self._work.streams:
+            yield
+            return
+        before = _checked(self._driver.cuCtxGetCurrent())
+        self._device.set_current()
+        try:
+            yield
+        finally:
+            self._driver.cuCtxSetCurrent(before)
+
+    # --- Memory ---
+
+    def empty(self, shape: Shape, dtype: Any) -> DeviceArray:
+        """Memory with whatever was there; it is given back in the order of the stream."""
+        dtype, shape = np.dtype(dtype), tuple(map(int, shape))
+        size = math.prod(shape) * dtype.itemsize
+        stream = self.stream
+        buffer = None
+        if size:
+            with self._context():
+                buffer = self._device.memory_resource.allocate(size, stream=stream)
+        return DeviceArray(0 if buffer is None else int(buffer.handle), shape, dtype, buffer, self, int(stream.handle))
+
+    def zeros(self, shape: Shape, dtype: Any) -> DeviceArray:
+        """Memory of zeros."""
+        array = self.empty(shape, dtype)
+        if array.size:
+            with self._context():
+                _checked(self._driver.cuMemsetD8Async(array.pointer, 0, array.nbytes, self.stream.handle))
+        return array
+
+    def put(self, array: np.ndarray) -> DeviceArray:
+        """Copy `array` to the device. Pageable memory has been read on return, pinned memory may not have been."""
+        array = np.ascontiguousarray(array)
+        copy = self.empty(array.shape, array.dtype)
+        if array.size:
+            with self._context():
+                _checked(
+                    self._driver.cuMemcpyHtoDAsync(copy.pointer, array.ctypes.data, array.nbytes, self.stream.handle)
+                )
+        return copy
+
+    def get(self, array: DeviceArray) -> np.ndarray:
+        """Copy `array` to the processor's memory; waits for the device."""
+        if self._work.collected is not None:
+            raise RuntimeError("engine 'cuda': get inside graph: what is collected there has not run yet")
+        copy = np.empty(array.shape, array.dtype)
+        if array.size:
+            stream = self.stream
+            with self._context():
+                self.order(int(stream.handle), array.stream)
+                _checked(self._driver.cuMemcpyDtoHAsync(copy.ctypes.data, array.pointer, array.nbytes, stream.handle))
+                stream.sync()
+        return copy
+
+    # --- Kernels ---
+
+    def kernel(self, source: str, name: str, macros: Mapping[str, int | str]) -> Any:
+        """Return the extern "C" kernel `name` of csrc/`source`, compiled with the macros; compiled once."""
+        key = source, name, tuple(sorted(macros.items()))
+        if key not in self._kernels:
+            code = compilation.compile_source(source, macros, compilation.target(self.architecture))
+            with self._context():
+                self._kernels[key] = self._core.ObjectCode.from_cubin(code, name=source).get_kernel(name)
+        return self._kernels[key]
+
+    def launch(self, kernel: Any, grid: Shape, block: Shape, shared_bytes: int, *arguments: Any) -> None:
+        """Start a kernel on the device's stream. Arguments are DeviceArrays, None (a null pointer) or NumPy scalars."""
+        values = tuple(map(_argument, arguments))
+        launch = _Launch(kernel, tuple(map(int, grid)), tuple(map(int, block)), int(shared_bytes), values, arguments)
+        if self._work.collected is not None:
+            self._work.collected.append(launch)
+            return
+        with self._context():
+            self._start(launch, self.stream)
+
+    def _start(self, launch: _Launch, stream: Any) -> None:
+        if launch.shared_bytes > self._opted.get(launch.kernel, STATIC_SHARED_BYTES):
+            attribute = self._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            _checked(self._driver.cuKernelSetAttribute(
+                attribute, launch.shared_bytes, launch.kernel.handle, self.dlpack_device[1]
+            ))  # fmt: skip
+            self._opted[launch.kernel] = launch.shared_bytes
+        config = self._core.LaunchConfig(grid=launch.grid, block=launch.block, shmem_size=launch.shared_bytes)
+        self._core.launch(stream, config, launch.kernel, *launch.values)
+
+    # --- Graphs ---
+
+    @contextmanager
+    def graph(self, key: Any) -> Iterator[None]:
+        """Send the launches inside to the device as one graph.
+
+        They are collected, with the arrays they are given, and sent when the block ends. Where the very same launches
+        were sent under `key` before, arrays at the same addresses included, their graph is sent again as it is; else
+        they are captured anew, and a graph of the same form is updated rather than built.
+        """
+        if self._work.collected is not None:  # a part of the graph outside
+            yield
+            return
+        self._work.collected = []
+        try:
+            yield
+            launches = self._work.collected
+        finally:
+            self._work.collected = None
+        if launches:
+            with self._lock, self._context():
+                self._replay(key, launches)
+
+    def _replay(self, key: Any, launches: list[_Launch]) -> None:
+        known = self._graphs.get(key)
+        if known is None or known.launches != launches:
+            builder = self._capture_stream.create_graph_builder()
+            builder.begin_building("relaxed")
+            for launch in launches:
+                self._start(launch, builder)
+            builder.end_building()
+            alike = known is not None and [launch.kernel for launch in known.launches] == [
+                launch.kernel for launch in launches
+            ]
+            if known is not None and alike:
+                known.executable.update(builder)
+                executable = known.executable
+            else:
+                executable = builder.complete()
+            builder.close()
+            kept = [_Launch(n.kernel, n.grid, n.block, n.shared_bytes, n.values, ()) for n in launches]
+            known = self._graphs[key] = _Graph(kept, executable)
+        self._graphs.move_to_end(key)
+        while len(self._graphs) > GRAPHS_KEPT:
+            self._graphs.popitem(last=False)
+        known.executable.launch(self.stream)
+
+
+def _argument(value: Any) -> Any:
+    """Return a kernel's argument as cuda.core passes it on: an int as a pointer, a NumPy scalar by its type."""
+    if value is None:
+        return 0
+    if isinstance(value, DeviceArray):
+        return value.pointer
+    if not isinstance(value, np.generic):
+        raise TypeError(f"a kernel's argument must be a device array, None or a NumPy scalar, got {value!r}")
+    return value

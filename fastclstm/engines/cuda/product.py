@@ -1,0 +1,298 @@
+"""Implicit matrix products on a device: which tiles, how the operands lie, and the launch (csrc/gemm.cu)."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+
+from fastclstm.engines.cuda import packing
+from fastclstm.engines.cuda.device import Device, DeviceArray
+from fastclstm.spec import ConvSpec, Pair
+
+ALGORITHMS = ("simt", "float32", "tf32", "bfloat16", "float16")
+"""What the products are computed with: ordinary float32 (or float64) units; or tensor cores on float32 operands split
+into three tf32 products (float32's own error), rounded to tf32, or stored as bfloat16 or float16. Sums and states are
+float32 always."""
+
+KINDS = {"simt": 0, "tf32": 1, "float32": 3, "bfloat16": 4, "float16": 5}
+"""The macro KIND of csrc/."""
+
+TENSOR_CORES = 80
+"""The oldest architecture with tensor cores for tf32 and bfloat16, and with cp.async."""
+
+LARGEST_FRAME = 2**31 - 1
+"""Of elements in one frame: kernels count them in 32 bits."""
+
+MOST_PIXELS = 2**30
+"""Of all images of one launch, for the same reason."""
+
+
+WASTE = 1.25
+"""How much more a larger tiling may compute beside the edges than the smallest does."""
+
+TABLES_KEPT = 64
+"""Tables of taps that are kept on a device for the next call: those used last."""
+
+_tables: WeakKeyDictionary[Device, OrderedDict[Any, tuple[DeviceArray, int]]] = WeakKeyDictionary()
+
+
+def kind(device: Device, dtype: np.dtype, algorithm: str) -> int:
+    """Return the kind of product that an algorithm means.
+
+    Raises ValueError for tensor cores on a GPU that has none for it, or in float64.
+    """
+    has_cores = device.architecture >= TENSOR_CORES and dtype == np.float32
+    if algorithm == "auto":
+        algorithm = "float32" if has_cores else "simt"
+    if algorithm not in KINDS:
+        raise ValueError(f"algorithm must be 'auto' or one of {', '.join(map(repr, ALGORITHMS))}, got {algorithm!r}")
+    if dtype == np.float64:  # there is one way only
+        return KINDS["simt"]
+    if algorithm != "simt" and not has_cores:
+        if algorithm == "float32":  # the same precision without tensor cores
+            return KINDS["simt"]
+        raise ValueError(f"algorithm {algorithm!r} needs tensor cores of sm_{TENSOR_CORES} or newer, but this GPU is "
+                         f"sm_{device.architecture}; pass algorithm='auto' or 'simt'")  # fmt: skip
+    return KINDS[algorithm]
+
+
+def backward_kind(kind: int) -> int:
+    """Return the kind for gradients, whose range 16 bits do not hold: tf32 for those."""
+    return KINDS["tf32"] if kind in (KINDS["bfloat16"], KINDS["float16"]) else kind
+
+
+def real(dtype: np.dtype) -> str:
+    """Return the C type of float32 or float64."""
+    return {4: "float", 8: "double"}[dtype.itemsize]
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How a product is cut into blocks."""
+
+    kind: int
+    rows: int
+    """Pixels of a block."""
+    columns: int
+    threads: int
+    shared_bytes: int
+    depth: int
+    """Steps of depth in a block of it."""
+    macros: tuple[tuple[str, int | str], ...]
+
+    @property
+    def on_tensor_cores(self) -> bool:
+        """Whether mma.cuh computes it, else simt.cuh."""
+        return self.kind != 0
+
+    @property
+    def operand(self) -> np.dtype:
+        """Type of the weights and frames that it reads, where that is not the states'."""
+        return np.dtype(np.uint16 if self.kind >= KINDS["bfloat16"] else np.float32)
+
+    def grid(self, pixels: int, columns: int) -> Pair:
+        """Blocks along the pixels and the columns."""
+        return -(-pixels // self.rows), -(-columns // self.columns)
+
+    def padded(self, columns: int) -> int:
+        """Columns with those that fill the last block."""
+        return self.grid(1, columns)[1] * self.columns
+
+
+def simt(itemsize: int, rows: int, quads: int, thread_rows: int, thread_quads: int) -> Tiling:
+    """Return a tiling of simt.cuh: a thread owns thread_rows pixels and thread_quads quads of columns."""
+    depth = 16
+    threads = rows // thread_rows * (quads // thread_quads)
+    shared = 2 * depth * (rows + 4 + quads * 4) * itemsize
+    macros: dict[str, int | str] = {"KIND": 0, "OPERAND": "real", "TILE_ROWS": rows, "TILE_QUADS": quads,
+                                    "ROWS": thread_rows, "QUADS": thread_quads}  # fmt: skip
+    return Tiling(0, rows, quads * 4, threads, shared, depth, tuple(macros.items()))
+
+
+def tensor_cores(kind: int, warps_m: int, warps_n: int, row_tiles: int, stages: int) -> Tiling:
+    """Return a tiling of mma.cuh: a warp owns row_tiles · 16 pixels and 32 columns; copies run `stages` ahead."""
+    rows, columns = warps_m * row_tiles * 16, warps_n * 32
+    short = kind >= KINDS["bfloat16"]
+    macros: dict[str, int | str] = {"KIND": kind, "OPERAND": "unsigned short" if short else "float", "WARPS_M": warps_m,
+                                    "WARPS_N": warps_n, "ROW_TILES": row_tiles, "STAGES": stages}  # fmt: skip
+    shared = stages * (rows + columns) * 80
+    return Tiling(kind, rows, columns, warps_m * warps_n * 32, shared, 32 if short else 16, tuple(macros.items()))
+
+
+def tilings(kind: int, itemsize: int) -> list[Tiling]:
+    """Return the tilings of a kind, from the largest to the smallest."""
+    if kind:
+        return [tensor_cores(kind, *form) for form in ((2, 4, 4, 3), (2, 2, 2, 4), (4, 1, 2, 4), (1, 1, 2, 6))]
+    forms = [(64, 16, 4, 1), (128, 4, 4, 1)]
+    if itemsize == 4:
+        forms.insert(0, (128, 32, 8, 2))
+    return [simt(itemsize, *form) for form in forms]
+
+
+def choose(kind: int, dtype: np.dtype, multiprocessors: int, pixels: int, columns: int) -> Tiling:
+    """Return the largest tiling that fills the GPU, of those that compute least in vain beside the columns."""
+    candidates = tilings(kind, dtype.itemsize)
+    least = min(tiling.padded(columns) for tiling in candidates)
+    fitting = [tiling for tiling in candidates if tiling.padded(columns) <= WASTE * least]
+    for tiling in fitting:
+        down, across = tiling.grid(pixels, columns)
+        if down * across >= multiprocessors:
+            return tiling
+    return fitting[-1]
+
+
+@dataclass(frozen=True)
+class Frames:
+    """Channels-last frames as one operand of a product (csrc/frames.cuh)."""
+
+    data: DeviceArray
+    stride: int
+    size: tuple[int, int, int]
+    """Height, width and channels as they lie in memory."""
+    step: Pair
+    divide: Pair
+    circular: bool
+    taps: DeviceArray
+    count: int
+    """Of taps, without those that fill the last block."""
+    depth: int
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of depth that they take."""
+        return -(-self.count // self.depth)
+
+    def arguments(self) -> tuple[Any, ...]:
+        """Arguments of the kernels."""
+        return self.data, *self.rest(self.data, self.stride)
+
+    def rest(self, data: DeviceArray, stride: int, *, left_out: bool = False) -> tuple[Any, ...]:
+        """Arguments after `data` where other frames of the same kind are read, or none."""
+        piece = 16 // data.dtype.itemsize if data.dtype.itemsize < 8 else 4
+        whole = not (self.size[2] % piece or stride % piece or data.pointer % 16)
+        return (np.int64(stride), *int32(*self.size, *self.step, *self.divide, self.circular, whole), self.taps,
+                np.int32(0 if left_out else self.blocks))  # fmt: skip
+
+
+def frames(
+    device: Device, spec: ConvSpec, data: DeviceArray, depth: int, *, stride: int | None = None,
+    channels: int | None = None,
+) -> Frames:  # fmt: skip
+    """Return the frames that a convolution reads, padded to `channels` in memory, `stride` elements apart."""
+    size = spec.H, spec.W, channels or spec.C
+    circular = spec.padding_mode == "circular"
+    return _frames(device, data, stride, size, spec.strides, (1, 1), circular, packing.taps,
+                   (spec.with_batch(1), channels), depth)  # fmt: skip
+
+
+def transposed_frames(
+    device: Device, spec: ConvSpec, data: DeviceArray, depth: int, *, stride: int | None = None
+) -> Frames:
+    """Return the frames dy that the transpose of a convolution reads."""
+    size = spec.HO, spec.WO, spec.F
+    return _frames(device, data, stride, size, (1, 1), spec.strides, packing.wraps(spec), packing.transposed_taps,
+                   (spec.with_batch(1),), depth)  # fmt: skip
+
+
+def _frames(
+    device: Device, data: DeviceArray, stride: int | None, size: tuple[int, int, int], step: Pair, divide: Pair,
+    circular: bool, table: Callable[..., np.ndarray], arguments: tuple[Any, ...], depth: int,
+) -> Frames:  # fmt: skip
+    elements = size[0] * size[1] * size[2]
+    if elements > LARGEST_FRAME:
+        raise ValueError(f"engine 'cuda' counts the elements of a frame in 32 bits, but one of {size} has {elements}; "
+                         f"pass engine='cpu'")  # fmt: skip
+    known = _tables.setdefault(device, OrderedDict())
+    key = device.stream_handle(), table, arguments, depth
+    if key not in known:
+        rows = table(*arguments)
+        known[key] = device.put(packing.padded_to_blocks(rows, depth)), len(rows)
+    known.move_to_end(key)
+    while len(known) > TABLES_KEPT:
+        known.popitem(last=False)
+    taps, count = known[key]
+    return Frames(data, elements if stride is None else stride, size, step, divide, circular, taps, count, depth)
+
+
+def pack(
+    device: Device, tiling: Tiling, kernels: Sequence[DeviceArray], parts: Sequence[Frames], columns: int, *,
+    gates: bool = False, transposed: bool = False,
+) -> DeviceArray:  # fmt: skip
+    """Return kernels (KH, KW, C, F), one for each of `parts`, as the product of `columns` columns reads them."""
+    dtype = kernels[0].dtype
+    operand = tiling.operand if tiling.on_tensor_cores else dtype
+    padded = tiling.padded(columns)
+    depths = [part.blocks * tiling.depth for part in parts]
+    packed = device.empty((sum(depths), padded), operand)
+    macros = element_macros(dtype, tiling)
+    launch = device.kernel("elementwise.cu", "pack", macros)
+    first = 0
+    for part, weights, depth in zip(parts, kernels, depths, strict=True):
+        over(device, launch, depth * padded, weights, part.taps,
+             *int32(depth, tiling.depth if tiling.on_tensor_cores else 1, padded, 8 if tiling.on_tensor_cores else 1,
+                    columns, gates, transposed, *weights.shape[2:]),
+             offset(packed, first))  # fmt: skip
+        first += depth * padded
+    return packed
+
+
+def element_macros(dtype: np.dtype, tiling: Tiling | None = None) -> dict[str, int | str]:
+    """Return the macros of csrc/elementwise.cu."""
+    if tiling is None or tiling.kind < KINDS["bfloat16"]:
+        return {"REAL": real(dtype), "OPERAND": "real", "KIND": 0}
+    return {"REAL": real(dtype), "OPERAND": "unsigned short", "KIND": tiling.kind}
+
+
+def operands(device: Device, tiling: Tiling, x: DeviceArray) -> tuple[DeviceArray, int]:
+    """Return x (…, C) as a product reads it, and its channels in memory: itself, or 16 bits padded to 8 channels."""
+    channels = x.shape[-1]
+    if tiling.kind < KINDS["bfloat16"]:
+        return x, channels
+    padded = -(-channels // 8) * 8
+    converted = device.empty((*x.shape[:-1], padded), np.uint16)
+    kernel = device.kernel("elementwise.cu", "convert", element_macros(x.dtype, tiling))
+    pixels = converted.size // padded
+    over(device, kernel, converted.size, x, np.int64(pixels), *int32(channels, padded), converted)
+    return converted, padded
+
+
+def multiply(
+    device: Device, name: str, tiling: Tiling, macros: dict[str, int | str], pixels: int, columns: int, *arguments: Any
+) -> None:
+    """Launch a kernel of csrc/gemm.cu over its tiles."""
+    check_pixels(pixels)
+    kernel = device.kernel("gemm.cu", name, {**macros, **dict(tiling.macros)})
+    device.launch(kernel, tiling.grid(pixels, columns), (tiling.threads,), tiling.shared_bytes, *arguments)
+
+
+def check_pixels(count: int) -> None:
+    """Raise ValueError where there are too many pixels for one launch."""
+    if count > MOST_PIXELS:
+        raise ValueError(f"engine 'cuda' takes {MOST_PIXELS} pixels at a time, but there are {count}; split the batch")
+
+
+def over(device: Device, kernel: Any, count: int, *arguments: Any) -> None:
+    """Launch a kernel with one thread an element."""
+    if count:
+        device.launch(kernel, (-(-count // 256),), (256,), 0, *arguments)
+
+
+def offset(array: DeviceArray, elements: int) -> DeviceArray:
+    """Return the array from an element on; its shape is no longer told."""
+    pointer = array.pointer + elements * array.dtype.itemsize
+    return DeviceArray(pointer, (array.size - elements,), array.dtype, array.owner, array.device, array.stream)
+
+
+def int32(*values: int) -> tuple[np.int32, ...]:
+    """Return kernel arguments."""
+    return tuple(map(np.int32, values))
+
+
+def on_device(device: Device, array: np.ndarray | DeviceArray) -> DeviceArray:
+    """Return an array on the device: itself where it is there."""
+    return array if isinstance(array, DeviceArray) else device.put(array)

@@ -1,0 +1,718 @@
+"""The device that the cuda engine computes on: which one, what is missing, and in what order a GPU gets its work.
+
+A GPU is played by a fake of cuda.core and of the driver that writes down what it is asked for, and whose memory is the
+processor's.
+"""
+
+import ctypes
+import re
+import sys
+import threading
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+
+from bench import gpu as bench_gpu
+from fastclstm import functional, info
+from fastclstm.engines.cuda import compilation, device, gpu
+from fastclstm.engines.cuda.device import DeviceArray
+
+NO_DEVICE, MISMATCH = 100, 803
+
+
+class Driver:
+    """cuda.bindings.driver: its functions return (status, values …)."""
+
+    CUdevice_attribute = SimpleNamespace(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN="shared bytes")
+    CUfunction_attribute = SimpleNamespace(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES="dynamic bytes")
+    CUpointer_attribute = SimpleNamespace(CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL="ordinal")
+
+    def __init__(self, log):
+        self.log, self.status, self.gpus, self.context, self.version = log, 0, 2, None, 13020
+
+    def cuInit(self, flags):
+        if isinstance(self.status, Exception):
+            raise self.status
+        return (self.status,)
+
+    def cuDeviceGetCount(self):
+        return 0, self.gpus
+
+    def cuDriverGetVersion(self):
+        return 0, self.version
+
+    def cuCtxGetDevice(self):
+        return (201, None) if self.context is None else (0, self.context)
+
+    def cuCtxGetCurrent(self):
+        return 0, self.context
+
+    def cuCtxSetCurrent(self, context):
+        self.context = context
+        return (0,)
+
+    def cuDeviceGetAttribute(self, attribute, ordinal):
+        assert attribute == "shared bytes"
+        return 0, 232_448
+
+    def cuPointerGetAttribute(self, attribute, pointer):
+        assert attribute == "ordinal"
+        return 0, 1
+
+    def cuKernelSetAttribute(self, attribute, value, kernel, ordinal):
+        assert attribute == "dynamic bytes"
+        self.log.append(("opt in", kernel, value, ordinal))
+        return (0,)
+
+    def cuMemsetD8Async(self, pointer, value, size, stream):
+        ctypes.memset(pointer, value, size)
+        return self._enqueued("memset", stream)
+
+    def cuMemcpyHtoDAsync(self, to, source, size, stream):
+        ctypes.memmove(to, source, size)
+        return self._enqueued("put", stream)
+
+    def cuMemcpyDtoHAsync(self, to, source, size, stream):
+        ctypes.memmove(to, source, size)
+        return self._enqueued("get", stream)
+
+    def _enqueued(self, what, stream):
+        assert self.context is not None, "no GPU is current"
+        self.log.append((what, int(stream)))
+        return (0,)
+
+
+def core_of(driver, log, capability=(9, 0)):
+    """cuda.core, as far as it is used."""
+    core = ModuleType("cuda.core")
+
+    class Stream:
+        def __init__(self, handle):
+            self.handle = handle
+
+        @staticmethod
+        def from_handle(handle):
+            return Stream(handle)
+
+        def wait(self, other):
+            log.append(("wait", self.handle, other.handle))
+
+        def sync(self):
+            log.append(("sync", self.handle))
+
+        def create_graph_builder(self):
+            assert self.handle == 1001, "not the stream for captures"
+            return Builder()
+
+    class Buffer:
+        def __init__(self, size):
+            self.memory = ctypes.create_string_buffer(size)
+            self.handle = ctypes.addressof(self.memory)
+
+    class Graph:
+        def __init__(self, launches):
+            self.launches = launches
+
+        def update(self, builder):
+            assert [k for k, *_ in self.launches] == [k for k, *_ in builder.launches], "not the same form"
+            self.launches = builder.launches
+            log.append(("update",))
+
+        def launch(self, stream):
+            log.append(("graph", stream.handle, self.launches))
+
+    class Builder:
+        def __init__(self):
+            self.launches, self.state = [], "new"
+
+        def begin_building(self, mode):
+            assert (self.state, mode) == ("new", "relaxed")
+            self.state = "building"
+
+        def end_building(self):
+            assert self.state == "building"
+            self.state = "built"
+
+        def complete(self):
+            assert self.state == "built"
+            log.append(("instantiate",))
+            return Graph(self.launches)
+
+        def close(self):
+            self.state = "closed"
+
+    class Device:
+        def __init__(self, ordinal):
+            self.ordinal = ordinal
+            self.name, self.compute_capability = f"Fake {ordinal}", capability
+            self.properties = SimpleNamespace(multiprocessor_count=132)
+            self.memory_resource = SimpleNamespace(allocate=self.allocate)
+
+        def set_current(self):
+            driver.context = self.ordinal
+
+        def create_stream(self):
+            assert driver.context == self.ordinal
+            self.streams = getattr(self, "streams", 0) + 1
+            return Stream(999 + 100 * self.ordinal + self.streams)
+
+        def allocate(self, size, *, stream):
+            assert driver.context == self.ordinal
+            log.append(("allocate", size, stream.handle))
+            return Buffer(size)
+
+    class ObjectCode:
+        def __init__(self, code):
+            self.code = code
+
+        @staticmethod
+        def from_cubin(code, *, name=""):
+            return ObjectCode(code)
+
+        def get_kernel(self, name):
+            return SimpleKernel((self.code, name))
+
+    class SimpleKernel:
+        def __init__(self, handle):
+            self.handle = handle
+
+    class LaunchConfig:
+        def __init__(self, *, grid, block, shmem_size):
+            self.values = grid, block, shmem_size
+
+    def launch(stream, config, kernel, *arguments):
+        entry = kernel.handle, *config.values, arguments
+        if isinstance(stream, Builder):
+            assert stream.state == "building"
+            stream.launches.append(entry)
+        else:
+            assert driver.context is not None
+            log.append(("launch", stream.handle, *entry))
+
+    core.__version__ = "1.2.2"
+    core.Stream, core.Device, core.ObjectCode, core.LaunchConfig, core.launch = (
+        Stream,
+        Device,
+        ObjectCode,
+        LaunchConfig,
+        launch,
+    )
+    core.LEGACY_DEFAULT_STREAM, core.PER_THREAD_DEFAULT_STREAM = Stream(1), Stream(2)
+    return core
+
+
+@pytest.fixture
+def log():
+    return []
+
+
+@pytest.fixture
+def driver(monkeypatch, log):
+    """A machine with two GPUs of sm_90."""
+    fake = Driver(log)
+    bindings, cuda = ModuleType("cuda.bindings"), ModuleType("cuda")
+    bindings.driver, cuda.bindings, cuda.core = fake, bindings, core_of(fake, log)
+    for name, module in {"cuda": cuda, "cuda.bindings": bindings, "cuda.core": cuda.core}.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", fake)
+    monkeypatch.setattr(compilation, "compile_source", lambda *arguments: repr(arguments).encode())
+    monkeypatch.setattr(compilation, "nvrtc", lambda: ((13, 0), (75, 80, 90)))
+    for cached in (gpu._driver, gpu.at):
+        cached.cache_clear()
+    yield fake
+    for cached in (gpu._driver, gpu.at):
+        cached.cache_clear()
+
+
+@pytest.fixture
+def card(driver):
+    return device.current()
+
+
+# --- Which device ---
+
+
+def test_the_first_gpu_unless_the_process_has_chosen(driver):
+    assert device.current().dlpack_device == (2, 0)
+    driver.context = 1
+    assert device.current().dlpack_device == (2, 1)
+    assert device.current() is gpu.at(1)
+    assert driver.context == 1
+
+
+def test_what_a_gpu_is(card):
+    assert (card.architecture, card.multiprocessors, card.shared_bytes) == (90, 132, 232_448)
+    assert str(card) == "Fake 0, sm_90, 132 multiprocessors, driver for CUDA 13.2"
+
+
+def test_using_another(driver):
+    other = SimpleNamespace(dlpack_device=(1, 0))
+    with device.using(other):
+        assert device.current() is other
+        assert device.holding(1) is other
+        assert device.ordinal_of(123) == 0
+        with device.using(gpu.at(1)):
+            assert device.current() is gpu.at(1)
+            assert device.holding(0) is gpu.at(0)  # an array's own GPU, whatever is in use
+    assert device.current() is gpu.at(0)
+    assert device.ordinal_of(123) == 1
+    assert device.ordinal_of(0) == 0  # an empty array's memory
+
+
+# --- What is missing ---
+
+
+def test_without_the_extra(monkeypatch):
+    gpu._driver.cache_clear()
+    for name in ("cuda", "cuda.core", "cuda.bindings"):
+        monkeypatch.setitem(sys.modules, name, None)
+    message = r"^engine 'cuda' needs cuda-core with NVRTC \(.*\); pip install 'fastclstm\[cuda\]'$"
+    with pytest.raises(ImportError, match=message):
+        device.current()
+    assert device.missing().endswith("pip install 'fastclstm[cuda]'")
+
+
+def test_with_an_extra_that_is_too_old(driver):
+    sys.modules["cuda.core"].__version__ = "0.7.0"
+    with pytest.raises(ImportError, match=r"with NVRTC \(version 1 or newer, not 0\.7\.0\); pip install"):
+        device.current()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("Failed to dlopen libcuda.so.1"), OSError("libcuda.so.1: none")])
+def test_without_a_driver(driver, error):
+    driver.status = error
+    message = f"^engine 'cuda' finds no NVIDIA driver \\({error}\\); install it, or pass engine='cpu'$"
+    with pytest.raises(ImportError, match=message):
+        device.current()
+
+
+@pytest.mark.parametrize(("status", "gpus"), [(NO_DEVICE, 0), (0, 0)])
+def test_without_a_gpu(driver, status, gpus):
+    driver.status, driver.gpus = status, gpus
+    with pytest.raises(ImportError, match=r"^engine 'cuda' finds an NVIDIA driver but no GPU \(see nvidia-smi and "
+                                      r"CUDA_VISIBLE_DEVICES\); pass engine='cpu'$"):  # fmt: skip
+        device.current()
+
+
+def test_with_a_driver_that_does_not_start(driver):
+    driver.status = MISMATCH
+    with pytest.raises(ImportError, match=r"^engine 'cuda': the NVIDIA driver does not start \(803\); see nvidia-smi$"):
+        device.current()
+
+
+def test_with_an_old_gpu(driver, log):
+    sys.modules["cuda.core"].Device = core_of(driver, log, (6, 1)).Device
+    message = r"^engine 'cuda' needs a GPU of sm_70 \(Volta\) or newer, but Fake 0 is sm_61; pass engine='cpu'$"
+    with pytest.raises(ImportError, match=message):
+        device.current()
+    assert "sm_61" in device.missing()
+
+
+def test_with_a_driver_that_is_older_than_nvrtc(driver):
+    driver.version = 12040
+    message = (r"^engine 'cuda': the driver is for CUDA 12\.4, older than NVRTC 13; update it, or pip install "
+               r"'cuda-core\[cu12\]'$")  # fmt: skip
+    with pytest.raises(ImportError, match=message):
+        device.current()
+
+
+def test_nothing_is_missing(card):
+    assert device.missing() is None
+
+
+def test_a_call_that_fails(card, driver, monkeypatch):
+    monkeypatch.setattr(driver, "cuMemcpyHtoDAsync", lambda *arguments: (700,))
+    with pytest.raises(RuntimeError, match=r"^engine 'cuda': the driver reports 700$"):
+        card.put(np.ones(3))
+
+
+def told():
+    """What `python -m fastclstm info` says of the GPU and of the engines."""
+    facts = dict(info.facts())
+    return facts["cuda"], facts["engines"]
+
+
+def test_info_shows_the_gpu(card):
+    cuda, engines = told()
+    assert cuda.startswith("Fake 0, sm_90, 132 multiprocessors, driver for CUDA 13.2, NVRTC 13.0; kernels kept in ")
+    assert "cuda (ready)" in engines
+
+
+def test_info_says_what_is_missing(driver):
+    driver.status = RuntimeError("Failed to dlopen libcuda.so.1")
+    assert told()[0].startswith("no: engine 'cuda' finds no NVIDIA driver (")
+    driver.status = NO_DEVICE
+    assert told()[0].startswith("no: engine 'cuda' finds an NVIDIA driver but no GPU")
+    assert "cuda (not here)" in told()[1]
+    sys.modules["cuda.core"].__version__ = "0.7.0"
+    assert re.match(r"no: engine 'cuda' needs .*; pip install 'fastclstm\[cuda\]'; .*NVIDIA", told()[0])
+
+
+# --- Memory ---
+
+
+def test_there_and_back(card, log):
+    x = np.arange(6, dtype=np.float32).reshape(2, 3)
+    there = card.put(x.T)
+    assert (there.shape, there.dtype, there.stream, there.device) == ((3, 2), np.float32, 1000, card)
+    np.testing.assert_array_equal(card.get(there), x.T)
+    assert log == [("allocate", 24, 1000), ("put", 1000), ("get", 1000), ("sync", 1000)]
+
+
+def test_zeros(card):
+    array = card.zeros((2, 5), np.int64)
+    np.testing.assert_array_equal(card.get(array), np.zeros((2, 5), np.int64))
+    assert (array.ndim, array.size, array.nbytes) == (2, 10, 80)
+
+
+def test_no_memory_for_no_elements(card, log):
+    for array in (card.empty((0, 3), "f4"), card.zeros((0, 3), "f4"), card.put(np.ones((0, 3)))):
+        assert (array.pointer, array.shape) == (0, (0, 3))
+        assert card.get(array).shape == (0, 3)
+    assert log == []
+
+
+def test_reshape(card):
+    array = card.put(np.arange(6.0))
+    same = array.reshape(2, 3)
+    assert (same.pointer, same.owner, same.shape) == (array.pointer, array.owner, (2, 3))
+    with pytest.raises(ValueError, match=r"^a device array \(6,\) cannot be seen as \(4,\)$"):
+        array.reshape(4)
+
+
+def test_the_gpu_is_current_only_inside(card, driver):
+    driver.context = 1
+    card.put(np.ones(3))  # checks that some GPU is current, and memory that it is this one
+    assert driver.context == 1
+    with card.on(None):
+        assert driver.context == 0
+    assert driver.context == 1
+
+
+# --- Streams ---
+
+
+class OfCaller:
+    def __cuda_stream__(self):
+        return 0, 77
+
+
+@pytest.mark.parametrize(("stream", "handle"), [(None, 1000), (0, 1), (1, 1), (2, 2), (42, 42), (OfCaller(), 77)])
+def test_work_goes_to_the_stream_that_is_wanted(card, log, stream, handle):
+    with card.on(stream):
+        assert card.stream_handle() == handle
+        array = card.zeros((4,), "f4")
+        card.finish()
+    assert array.stream == handle
+    assert log == [("allocate", 16, handle), ("memset", handle), ("sync", handle)]
+
+
+def test_no_stream_means_that_of_the_outside(card):
+    with card.on(42), card.on(None):
+        assert card.stream_handle() == 42
+    assert card.stream_handle() == 1000
+
+
+def test_threads_have_streams_of_their_own(card):
+    seen = []
+    with card.on(42):
+        thread = threading.Thread(target=lambda: seen.append(card.stream_handle()))
+        thread.start()
+        thread.join()
+    assert seen == [1000]
+
+
+def test_order(card, log):
+    card.order(42, after=43)
+    card.order(42, after=42)
+    card.order(None, after=42)
+    card.order(42, after=None)
+    card.order(1, after=2)
+    assert log == [("wait", 42, 43), ("wait", 1, 2)]
+
+
+def test_getting_waits_for_the_stream_of_the_array(card, log):
+    with card.on(42):
+        array = card.zeros((1,), "f4")
+    log.clear()
+    card.get(array)
+    assert log == [("wait", 1000, 42), ("get", 1000), ("sync", 1000)]
+
+
+# --- Kernels ---
+
+
+def test_a_kernel_is_compiled_once_for_this_gpu(card):
+    kernel = card.kernel("conv.cu", "conv2d", {"B": 1, "A": 2})
+    assert kernel.handle == (b"('conv.cu', {'B': 1, 'A': 2}, 'sm_90a')", "conv2d")
+    assert card.kernel("conv.cu", "conv2d", {"A": 2, "B": 1}) is kernel
+    assert card.kernel("conv.cu", "conv2d", {"A": 3, "B": 1}) is not kernel
+    assert card.kernel("conv.cu", "other", {"A": 2, "B": 1}).handle[1] == "other"
+
+
+def test_launch(card, log):
+    kernel, x = card.kernel("a.cu", "a", {}), card.put(np.ones(3))
+    log.clear()
+    card.launch(kernel, (np.int64(3), 2, 1), (128, 1, 1), 0, x, None, np.int32(5), np.float32(0.5))
+    assert log == [("launch", 1000, kernel.handle, (3, 2, 1), (128, 1, 1), 0, (x.pointer, 0, 5, 0.5))]
+    assert [type(value) for value in log[0][-1]] == [int, int, np.int32, np.float32]
+
+
+@pytest.mark.parametrize("argument", [5, 0.5, np.ones(3), "x"])
+def test_arguments_have_types(card, argument):
+    with pytest.raises(TypeError, match=r"^a kernel's argument must be a device array, None or a NumPy scalar, got "):
+        card.launch(card.kernel("a.cu", "a", {}), (1,), (1,), 0, argument)
+
+
+def test_much_shared_memory_is_asked_for_once(card, log):
+    kernel = card.kernel("a.cu", "a", {})
+    for size in (49_152, 100_000, 60_000, 200_000):
+        card.launch(kernel, (1,), (1,), size)
+    assert [entry[2:] for entry in log if entry[0] == "opt in"] == [(100_000, 0), (200_000, 0)]
+    assert [entry[-2] for entry in log if entry[0] == "launch"] == [49_152, 100_000, 60_000, 200_000]
+
+
+# --- Graphs ---
+
+
+def steps(card, key, arrays, kernels="ab"):
+    with card.graph(key):
+        for number, (array, name) in enumerate(zip(arrays, kernels, strict=False)):
+            card.launch(card.kernel("a.cu", name, {}), (number + 1,), (32,), 0, array, np.int32(number))
+
+
+def names(log):
+    return [entry[0] for entry in log if entry[0] != "allocate"]
+
+
+def test_launches_are_sent_as_one(card, log):
+    x, y = card.empty((3,), "f4"), card.empty((3,), "f4")
+    with card.on(42):
+        steps(card, "key", (x, y))
+    assert names(log) == ["instantiate", "graph"]
+    _, stream, launches = log[-1]
+    assert stream == 42
+    assert [(handle[1], grid, block, *values) for handle, grid, block, _, values in launches] == [
+        ("a", (1,), (32,), x.pointer, 0), ("b", (2,), (32,), y.pointer, 1)
+    ]  # fmt: skip
+
+
+def test_the_same_again_is_only_sent(card, log):
+    x, y = card.empty((3,), "f4"), card.empty((3,), "f4")
+    for _ in range(3):
+        steps(card, "key", (x, y))
+    assert names(log) == ["instantiate", "graph", "graph", "graph"]
+
+
+def test_other_addresses_update_a_graph(card, log):
+    x, y = card.empty((3,), "f4"), card.empty((3,), "f4")
+    steps(card, "key", (x, x))
+    steps(card, "key", (x, y))
+    assert names(log) == ["instantiate", "graph", "update", "graph"]
+    assert log[-1][2][1][-1] == (y.pointer, 1)
+
+
+def test_another_form_is_a_new_graph(card, log):
+    x = card.empty((3,), "f4")
+    steps(card, "key", (x, x))
+    steps(card, "key", (x, x), "ac")
+    steps(card, "key", (x,))
+    steps(card, "other", (x,))
+    assert names(log) == ["instantiate", "graph"] * 4
+
+
+def test_few_graphs_are_kept(card, log, monkeypatch):
+    monkeypatch.setattr(gpu, "GRAPHS_KEPT", 2)
+    x = card.empty((3,), "f4")
+    for key in (1, 2, 1, 3, 1, 2):  # 2 is the one that goes
+        steps(card, key, (x,))
+    assert names(log).count("instantiate") == 4
+
+
+def test_memory_lives_until_the_graph_is_sent(card, log):
+    """What is let go inside must not be handed out again before the launches that use it are on the stream."""
+    order = []
+
+    class Owner:
+        def __del__(self):
+            order.append("freed")
+
+    with card.graph("key"):
+        array = DeviceArray(5, (1,), np.dtype("f4"), Owner(), card, 1000)
+        card.launch(card.kernel("a.cu", "a", {}), (1,), (1,), 0, array)
+        del array
+        assert order == []
+    assert names(log)[-1] == "graph"
+    assert order == ["freed"]
+
+
+def test_an_error_inside_sends_nothing(card, log):
+    x = card.empty((3,), "f4")
+    with pytest.raises(TypeError), card.graph("key"):  # noqa: PT012
+        card.launch(card.kernel("a.cu", "a", {}), (1,), (1,), 0, x)
+        card.launch(card.kernel("a.cu", "a", {}), (1,), (1,), 0, "not an argument")
+    assert names(log) == []
+    steps(card, "key", (x,))
+    assert names(log) == ["instantiate", "graph"]
+
+
+def test_no_launch_no_graph(card, log):
+    with card.graph("key"):
+        pass
+    assert log == []
+
+
+def test_a_graph_within_a_graph_is_a_part_of_it(card, log):
+    x = card.empty((3,), "f4")
+    with card.graph("key"):
+        steps(card, "inner", (x,))
+        card.launch(card.kernel("a.cu", "a", {}), (1,), (1,), 0, x)
+    assert names(log) == ["instantiate", "graph"]
+    assert len(log[-1][2]) == 2
+
+
+def test_getting_inside_a_graph_is_refused(card):
+    x = card.zeros((3,), "f4")
+    with pytest.raises(RuntimeError, match=r"^engine 'cuda': get inside graph"), card.graph("key"):
+        card.get(x)
+
+
+# --- On a GPU; without one these wait ---
+
+SOURCE = """
+extern "C" __global__ void add(float* y, const float* x, int n, float times)
+{
+    extern __shared__ float kept[];
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    kept[threadIdx.x] = i < n && x ? x[i] : 1;
+    __syncthreads();
+    if (i < n) y[i] += times * kept[threadIdx.x];
+}
+"""
+
+
+@pytest.fixture
+def real(request):
+    """The GPU of this machine; the test is skipped, or with --engine=cuda fails, without one."""
+    missing = device.missing()
+    if missing is not None:
+        (pytest.fail if "cuda" in request.config.getoption("--engine") else pytest.skip)(missing)
+    return device.current()
+
+
+@pytest.fixture
+def add(real, monkeypatch, tmp_path):
+    """Function that launches y += times x, with as much shared memory as there is."""
+    (tmp_path / "add.cu").write_text(SOURCE)
+    monkeypatch.setattr(compilation, "source_folder", lambda: tmp_path)
+    monkeypatch.setattr(compilation, "cache_folder", lambda: None)
+
+    def launch(y, x, times):
+        kernel = real.kernel("add.cu", "add", {"TEST": 1})
+        real.launch(kernel, (-(-y.size // 128),), (128,), real.shared_bytes, y, x, np.int32(y.size), np.float32(times))
+
+    return launch
+
+
+def test_a_gpu_computes(real, add):
+    x = np.random.default_rng(0).standard_normal(1000).astype(np.float32)
+    for stream in (None, 1, 2):
+        with real.on(stream):
+            y = real.zeros((1000,), np.float32)
+            add(y, real.put(x), 2)
+            add(y, None, 3)
+            np.testing.assert_array_equal(real.get(y), 2 * x + 3)
+
+
+def test_a_gpu_sends_graphs(real, add):
+    x = np.random.default_rng(1).standard_normal(1000).astype(np.float32)
+    for n in range(20):  # the same again, other addresses, another form
+        y, there = real.zeros((1000,), np.float32), real.put(x + n)
+        with real.graph("key"):
+            for times in range(3 + n % 2):
+                add(y, there, times)
+        np.testing.assert_allclose(real.get(y), (6 if n % 2 else 3) * (x + n), rtol=1e-6)
+
+
+def test_a_gpu_keeps_the_order_of_its_memory(real, add):
+    """What is let go is handed out again only behind the work that uses it, within graphs too."""
+    total = real.zeros((1 << 20,), np.float32)
+    for n in range(200):
+        part = real.zeros(total.shape, np.float32)
+        with real.graph("fill") if n % 2 else real.on(None):
+            add(part, None, n)
+            add(total, part, 1)
+        del part
+    np.testing.assert_array_equal(real.get(total), np.full(total.shape, 199 * 100, np.float32))
+
+
+@pytest.mark.torch
+def test_a_gpu_shares_arrays_with_torch(real):
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("this PyTorch sees no GPU")
+    rng = np.random.default_rng(2)
+    shapes = {"x": (2, 5, 9, 7, 3), "kernel": (3, 3, 3, 16), "recurrent_kernel": (3, 3, 4, 16)}
+    given = {name: rng.standard_normal(shape).astype(np.float32) / 3 for name, shape in shapes.items()}
+    expected, pull = functional.convlstm2d_vjp(**given, engine="reference")
+    dy = rng.standard_normal(expected.shape).astype(np.float32)
+    for stream in (torch.cuda.current_stream(), torch.cuda.Stream()):
+        for _ in range(20):
+            with torch.cuda.stream(stream):
+                late = {name: torch.from_numpy(array).cuda(non_blocking=True) * 3 / 3 for name, array in given.items()}
+                y, pullback = functional.convlstm2d_vjp(**late)
+                gradients = pullback(torch.from_numpy(dy).cuda() * 1)
+                doubled = y * 2
+            assert y.is_cuda
+            torch.cuda.current_stream().wait_stream(stream)
+            np.testing.assert_allclose(doubled.cpu().numpy() / 2, expected, atol=1e-5)
+            for name, value in pull(dy).items():
+                np.testing.assert_allclose(gradients[name].cpu().numpy(), value, atol=1e-4)
+
+
+# --- The benchmark ---
+
+
+def test_the_benchmark_says_what_is_missing(driver):
+    driver.status = NO_DEVICE
+    with pytest.raises(SystemExit, match=r"^bench.gpu: engine 'cuda' finds an NVIDIA driver but no GPU"):
+        bench_gpu.main([])
+
+
+def test_inputs_are_more_than_the_cache():
+    assert [bench_gpu.copies(size, 60 << 20) for size in (1 << 30, 60 << 20, 32 << 20, 1000)] == [2, 2, 4, 32]
+
+
+def test_the_floor_is_the_larger_of_two():
+    case = bench_gpu.CASES["step"]
+    measured = {"float32": 50.0, "tf32": 400.0, "bfloat16": 800.0, "float16": 800.0, "copy": 4.0}
+    operations = 2 * 8 * 20 * 64 * 64 * 9 * 128 * 256
+    assert bench_gpu.floor(case, "bfloat16", measured) == pytest.approx(operations / 800e12)
+    moved = 8 * 20 * 64 * 64 * (64 + 4 * 64) * 4
+    assert bench_gpu.floor(case, "simt", measured | {"copy": 1e-3}) == pytest.approx(moved / 1e9)
+
+
+# --- The fake is true to the library ---
+
+
+def test_cuda_core_has_what_is_used():
+    core = pytest.importorskip("cuda.core", reason="the extra 'cuda' is not installed", exc_type=ImportError)
+    driver = pytest.importorskip("cuda.bindings.driver", exc_type=ImportError)
+    assert core.LaunchConfig(grid=(3, 2, 1), block=(128, 1, 1), shmem_size=9).shmem_size == 9
+    assert [int(stream.handle) for stream in (core.LEGACY_DEFAULT_STREAM, core.PER_THREAD_DEFAULT_STREAM)] == [1, 2]
+    for name in ("create_graph_builder", "from_handle", "handle", "sync", "wait"):
+        assert hasattr(core.Stream, name)
+    for name in ("compute_capability", "create_stream", "memory_resource", "name", "properties",
+                 "set_current"):  # fmt: skip
+        assert hasattr(core.Device, name)
+    for name in ("begin_building", "end_building", "complete", "close"):
+        assert hasattr(core.graph.GraphBuilder, name)
+    assert hasattr(core.graph.Graph, "update")
+    assert hasattr(core.ObjectCode, "from_cubin")
+    assert hasattr(core.Kernel, "handle")
+    for name in vars(Driver):
+        if name.startswith("cu") and callable(vars(Driver)[name]):
+            assert callable(getattr(driver, name))
+        elif name.startswith("CU"):
+            assert all(hasattr(getattr(driver, name), attribute) for attribute in vars(vars(Driver)[name]))
