@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 
 from fastclstm.engines import recurrence
@@ -65,16 +67,9 @@ class InputGradient:
 
     def __init__(self, spec: ConvSpec, kernel: np.ndarray, algorithm: str, team: int):
         self._spec, self._dtype, self.team = spec, kernel.dtype, team
-        taps = ConvSpec.infer((spec.B, spec.HO, spec.WO, spec.F), (1, 1, spec.F, spec.KH * spec.KW * spec.C))
-        inner, m = _transposed(spec), 0
-        if inner is not None:
-            m = sequence.choose("conv2d", (inner,), algorithm if winograd.fits((inner,)) else "auto", kernel.itemsize)
-        self._folds = inner is None or (
-            algorithm != "winograd"
-            and _fold_cost(spec, taps, kernel.itemsize) < sequence.cost((inner,), m, kernel.itemsize)
-        )
-        if inner is None or self._folds:
-            inner, m, kernel = taps, 0, kernel.reshape(1, 1, -1, spec.F)
+        inner, m, self._folds = _way_back(spec, algorithm, kernel.itemsize, winograd.TILES)
+        if self._folds:
+            kernel = kernel.reshape(1, 1, -1, spec.F)
         self._cell = np.zeros(1, CELL)
         self._cell["F"] = inner.F
         self._columns = sequence.pack((kernel,), None, np.ones(1), m, transposed=True, remember=False)
@@ -97,6 +92,19 @@ class InputGradient:
 
     def _run(self, dy: Slots, dx: Slots, T: int) -> None:
         sequence.run(self._plan, self._columns, self._cell, self._spec.B, T, self.team, x=dy, h=dx)
+
+
+@lru_cache(maxsize=64)
+def _way_back(spec: ConvSpec, algorithm: str, itemsize: int, tiles: tuple[int, ...]) -> tuple[ConvSpec, int, bool]:
+    """The convolution of dy, its Winograd tile of the given ones (0: direct), and whether its results are folded."""
+    taps = ConvSpec.infer((spec.B, spec.HO, spec.WO, spec.F), (1, 1, spec.F, spec.KH * spec.KW * spec.C))
+    inner = _transposed(spec)
+    if inner is None:
+        return taps, 0, True
+    m = sequence.choose("conv2d", (inner,), algorithm if winograd.fits((inner,)) else "auto", itemsize)
+    if algorithm != "winograd" and _fold_cost(spec, taps, itemsize) < sequence.cost((inner,), m, itemsize):
+        return taps, 0, True
+    return inner, m, False
 
 
 def _transposed(spec: ConvSpec) -> ConvSpec | None:

@@ -99,6 +99,12 @@ def _tile(vectors, start, start_row, result, base, offsets, segments, first, las
 
 
 @inline
+def _reads_in_place(src):
+    """Whether an output pixel sees just the pixel in its place: nothing need be padded."""
+    return src.KH == 1 and src.KW == 1 and src.stride_y == 1 and src.stride_x == 1 and src.top == 0 and src.left == 0
+
+
+@inline
 def _run_block(
     like, flow, kept, work, sources, groups, panels, passes, segments, weights, bias, cell, mask, scratch, b, t, task
 ):
@@ -116,17 +122,28 @@ def _run_block(
             skip_step(like, flow, cell, groups[g], pixels, count, b, t)
         return
     skipped = skipped_sources(flow, sources, t)
+    inputs0 = inputs1 = np.uint64(0)
     for s in range(skipped, len(sources)):
         src = sources[s]
-        patch_height = (height - 1) * src.stride_y + (src.KH - 1) * src.dilation_y + 1
-        patch_width = (work.block_width - 1) * src.stride_x + (src.KW - 1) * src.dilation_x + 1
-        frame = simd.at(like, source_at(flow, sources, s, b, t))
-        copy_patch(src, frame, y0 * src.stride_y - src.top, x0 * src.stride_x - src.left, patch_height, patch_width,
-                   simd.at(like, scratch + src.scratch))  # fmt: skip
+        inputs, row0 = source_at(flow, sources, s, b, t), 0
+        patch_width = src.W
+        if _reads_in_place(src) and y0 + height <= src.H and x0 + width <= src.W:
+            row0 = y0 * patch_width + x0
+        else:
+            patch_height = (height - 1) * src.stride_y + (src.KH - 1) * src.dilation_y + 1
+            patch_width = (work.block_width - 1) * src.stride_x + (src.KW - 1) * src.dilation_x + 1
+            patch = np.uint64(scratch + src.scratch)
+            copy_patch(src, simd.at(like, inputs), y0 * src.stride_y - src.top, x0 * src.stride_x - src.left,
+                       patch_height, patch_width, simd.at(like, patch))  # fmt: skip
+            inputs = patch
+        if s == 0:
+            inputs0 = inputs
+        else:
+            inputs1 = inputs
         offsets = simd.at(segments, scratch + (work.offsets0 if s == 0 else work.offsets1))
         for r in range(count + MAX_ROWS):
             inside = min(r, count - 1)
-            offsets[r] = (inside // width * src.stride_y * patch_width + inside % width * src.stride_x) * src.C
+            offsets[r] = (row0 + inside // width * src.stride_y * patch_width + inside % width * src.stride_x) * src.C
     z = simd.at(like, scratch + work.z)
     step = simd.vector_lanes(z)
     segment = simd.pointer(segments)
@@ -149,7 +166,7 @@ def _run_block(
                         continue
                     s = passes[n, 0]
                     begin = group_bias if n == first_pass else sums
-                    base = simd.at(like, scratch + sources[s].scratch)
+                    base = simd.at(like, inputs0 if s == 0 else inputs1)
                     offsets = simd.at(segments, scratch + (work.offsets0 if s == 0 else work.offsets1) + 8 * r)
                     _tile(vectors, begin, 0 if n == first_pass else columns, sums, base, offsets, segment, passes[n, 1],
                           passes[n, 2], panel_weights)  # fmt: skip

@@ -1,6 +1,8 @@
-"""Convolution kernels transformed for Winograd, written where the packed panels want them."""
+"""Convolution kernels transformed for Winograd, written where the packed panels want them; and their gradients back."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numba
 import numpy as np
@@ -23,7 +25,7 @@ JOB = np.dtype([
 
 @inline
 def _combine(matrix, row, values, apart, result):
-    """Put Σ_i matrix[row, i] · values[i·apart] into `result`, for `COLUMNS` columns."""
+    """Σ_i matrix[row, i] · values[i·apart], for `COLUMNS` columns, to result."""
     step = simd.vector_lanes(values)
     for f in range(0, COLUMNS, step):
         total = simd.zeros(values)
@@ -94,6 +96,50 @@ def _parallel(like, jobs, G, scales, groups, weights):
 
 KERNELS = _serial, _parallel
 
+
+@inline
+def _pull_back(like, jobs, G_T, sums, worker):
+    """Of each kernel's row, and `COLUMNS` columns, bring the sums of all points back to the taps."""
+    job = jobs[0]
+    k, alpha = G_T.shape
+    room = np.zeros((64 + 40 + 1, COLUMNS))
+    values = simd.pointer(room)
+    half, line = simd.shift(values, 64 * COLUMNS), simd.shift(values, 104 * COLUMNS)
+    _, pairs, rows, width = sums.shape
+    target = simd.at(like, job.kernel)
+    for n in range(job.rows * worker // job.workers, job.rows * (worker + 1) // job.workers):
+        for f0 in range(0, job.filters, COLUMNS):
+            count = min(COLUMNS, job.filters - f0)
+            for p in range(alpha * alpha):
+                place = ((p * pairs + f0 // width) * rows + job.first_row + n) * width + f0 % width
+                source, value = simd.shift(simd.pointer(sums), place), simd.shift(values, p * COLUMNS)
+                for f in range(COLUMNS):
+                    value[f] = source[f]
+            for i in range(k):
+                for b in range(alpha):
+                    place = (i * alpha + b) * COLUMNS
+                    _combine(G_T, i, simd.shift(values, b * COLUMNS), alpha * COLUMNS, simd.shift(half, place))
+            for i in range(k):
+                for j in range(k):
+                    _combine(G_T, j, simd.shift(half, i * alpha * COLUMNS), COLUMNS, line)
+                    at = n * job.row_stride + i * job.y_stride + j * job.x_stride + f0 * job.column_stride
+                    for f in range(count):
+                        target[at + f * job.column_stride] = line[f]
+
+
+@kernel()
+def _back_serial(like, jobs, G_T, sums):
+    _pull_back(like, jobs, G_T, sums, 0)
+
+
+@kernel(parallel=True)
+def _back_parallel(like, jobs, G_T, sums):
+    for worker in numba.prange(jobs[0].workers):
+        _pull_back(like, jobs, G_T, sums, worker)
+
+
+BACK_KERNELS = _back_serial, _back_parallel
+
 PARALLEL_SCALARS = 1 << 19
 """Packed scalars that are worth a second thread."""
 
@@ -103,18 +149,29 @@ def transform(kernels: list[np.ndarray], scales: np.ndarray, G: np.ndarray, colu
 
     The columns of a gate are multiplied by its scale; everything is computed in float64 and rounded once.
     """
-    team = max(1, min(threads.usable_threads(), columns.weights.size // PARALLEL_SCALARS))
+    _run(KERNELS, kernels, len(scales), columns.weights, G, scales, columns.groups, columns.weights)
+
+
+def pull_back(sums: np.ndarray, G: np.ndarray, gradients: list[np.ndarray]) -> None:
+    """Write Gᵀ U G of sums U (points, pairs, rows, two vectors) to the gradients (k, k, C, F), which share the rows."""
+    _run(BACK_KERNELS, gradients, 1, sums.reshape(-1), np.ascontiguousarray(G.T), sums)
+
+
+def _run(
+    kernels: tuple[Any, Any], arrays: list[np.ndarray], gates: int, scalars: np.ndarray, *arguments: np.ndarray
+) -> None:
+    """Run the kernels for arrays (k, k, C, gates·F), whose channels are rows one after another of all `scalars`."""
+    team = max(1, min(threads.usable_threads(), scalars.size // PARALLEL_SCALARS))
     job = np.zeros(1, JOB)
-    first_row, all_rows = 0, sum(taps.shape[2] for taps in kernels)
-    serial, parallel = KERNELS
-    for taps in kernels:
-        strides = (stride // taps.itemsize for stride in taps.strides)
-        job[0] = (taps.ctypes.data, *strides, taps.shape[2], first_row, all_rows, len(scales),
-                  taps.shape[3] // len(scales), team)  # fmt: skip
-        first_row += taps.shape[2]
-        arguments = columns.weights[:0], job, G, scales, columns.groups, columns.weights
+    first_row, all_rows = 0, sum(array.shape[2] for array in arrays)
+    serial, parallel = kernels
+    for array in arrays:
+        strides = (stride // array.itemsize for stride in array.strides)
+        job[0] = (array.ctypes.data, *strides, array.shape[2], first_row, all_rows, gates, array.shape[3] // gates,
+                  team)  # fmt: skip
+        first_row += array.shape[2]
         if team == 1:
-            serial(*arguments)
+            serial(scalars[:0], job, *arguments)
         else:
             with threads.team(team):
-                parallel(*arguments)
+                parallel(scalars[:0], job, *arguments)

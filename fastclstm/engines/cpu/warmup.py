@@ -42,6 +42,7 @@ def _operations(dtype: str) -> Iterator[tuple[str, tuple[Any, Any], Callable[[],
     yield "direct gradient of kernels", weight_gradient.DIRECT, pull_back
     yield "gradient of gates", gates_backward.KERNELS, partial(_train, dtype, "winograd")
     yield "winograd gradient of kernels", weight_gradient.WINOGRAD, partial(_train, dtype, "winograd")
+    yield "gradient of transformed kernels", kernel_transform.BACK_KERNELS, partial(_train, dtype, "winograd")
     volume, indices = np.ones((1, 1, 1, 1, 1), dtype), np.zeros((1, 1, 1, 1, 1), np.int64)
     pool = PoolSpec.infer(volume.shape, 1)
     yield "pooling", VALUES, partial(max_pool3d, pool, volume, False)

@@ -19,7 +19,7 @@ import numpy as np
 from numba import types
 from numba.extending import intrinsic
 
-from fastclstm.engines.cpu import direct, sequence, simd, threads, winograd
+from fastclstm.engines.cpu import direct, kernel_transform, sequence, simd, threads, winograd
 from fastclstm.engines.cpu.compilation import inline, kernel
 from fastclstm.engines.cpu.flow import Slots
 from fastclstm.engines.cpu.frames import SOURCE, copy_patch, source
@@ -322,26 +322,15 @@ class WeightGradient:
     def result(self) -> list[np.ndarray]:
         """Return the gradients (KH, KW, C, F) of the kernels."""
         if self._m:
-            return self._winograd_result()
+            gradients = [np.empty((spec.KH, spec.KW, spec.C, spec.F), self._dtype) for spec in self._specs]
+            kernel_transform.pull_back(self._sums, winograd.transforms(self._m, self._specs[0].KH).G, gradients)
+            return gradients
         matrix = self._sums.swapaxes(0, 1).reshape(self._sums.shape[1], -1)[:, : self._specs[0].F]
         return [
             np.concatenate([matrix[row : row + length] for source, _, length, _, row in self._plan.runs if source == s])
             .reshape(spec.KH, spec.KW, spec.C, spec.F)
             for s, spec in enumerate(self._specs)
         ]  # fmt: skip
-
-    def _winograd_result(self) -> list[np.ndarray]:
-        first = self._specs[0]
-        width = self._sums.shape[-1]
-        gradients = [np.empty((spec.KH, spec.KW, spec.C, spec.F), self._dtype) for spec in self._specs]
-        for pair in range(self._sums.shape[1]):
-            columns = slice(pair * width, min((pair + 1) * width, first.F))
-            row = 0  # what is beyond the channels may be anything
-            for spec, gradient in zip(self._specs, gradients, strict=True):
-                taps = winograd.weight_gradient(self._sums[:, pair, row : row + spec.C], self._m, spec.KH)
-                gradient[..., columns] = taps[..., : columns.stop - columns.start]
-                row += spec.C
-        return gradients
 
 
 def choose(specs: tuple[ConvSpec, ...], T: int, algorithm: str, itemsize: int) -> int:

@@ -490,19 +490,6 @@ def points(m: int, k: int) -> int:
     return (m + k - 1) ** 2
 
 
-@lru_cache(maxsize=8)
-def _kernel_transform(m: int, k: int) -> np.ndarray:
-    """The matrix (α², k²) of w ↦ G w Gᵀ."""
-    G = transforms(m, k).G
-    return np.kron(G, G)
-
-
-def weight_gradient(sums: np.ndarray, m: int, k: int) -> np.ndarray:
-    """Gᵀ U G in float64 of sums of products U (α², …), the transpose of w ↦ G w Gᵀ: (k, k, …)."""
-    taps = _kernel_transform(m, k).T @ sums.reshape(len(sums), -1).astype(np.float64, copy=False)
-    return taps.reshape(k, k, *sums.shape[1:])
-
-
 @lru_cache(maxsize=256)
 def plan(specs: tuple[ConvSpec, ...], m: int, groups: int, itemsize: int, threads: int) -> Plan:
     """Plan the sum of the convolutions `specs` (same output grid, own inputs) in tiles of m×m outputs."""
