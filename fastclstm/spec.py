@@ -190,7 +190,7 @@ class ConvSpec:
 
     def with_batch(self, count: int) -> ConvSpec:
         """Return the same geometry for `count` images."""
-        return replace(self, B=count)
+        return self if count == self.B else replace(self, B=count)
 
     @property
     def flops(self) -> int:
@@ -447,6 +447,8 @@ class ConvLSTMSpec:
 
     def with_batch(self, count: int) -> ConvLSTMSpec:
         """Return the same geometry for `count` sequences."""
+        if count == self.B:
+            return self
         conv = None if self.peephole_conv is None else self.peephole_conv.with_batch(count)
         return replace(
             self,

@@ -51,7 +51,7 @@ def convlstm2d(
         return recurrence.forward(
             spec, convolution, *arguments, normalization=normalization, dropout=dropout, save=save, out=out
         )
-    length = spec.T if save is True else backward.piece_length(spec, x.itemsize)
+    length = backward.piece_length(spec, x.itemsize) if save == "states" else spec.T
     return _fused(spec, m, x, (recurrent_kernel, kernel), bias, (h, c), peephole, mask, algorithm, save, length, out)
 
 
