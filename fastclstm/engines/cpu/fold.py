@@ -92,10 +92,4 @@ def fold(spec: ConvSpec, dtype: np.dtype, taps: Slots, dx: Slots, T: int, team: 
     """Sum taps (B, T, HO, WO, KH, KW, C) to dx (B, T, H, W, C)."""
     job = np.zeros(1, JOB)
     job[0] = (spec.B, T, spec.HO, spec.WO, team, *taps[:3], *dx[:3])
-    arguments = np.empty(0, dtype), job, np.array([source(spec)], SOURCE)
-    serial, parallel = KERNELS
-    if team == 1:
-        serial(*arguments)
-    else:
-        with threads.team(team):
-            parallel(*arguments)
+    threads.run(KERNELS, team, np.empty(0, dtype), job, np.array([source(spec)], SOURCE))

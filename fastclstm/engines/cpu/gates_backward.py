@@ -176,13 +176,7 @@ class GateGradients:
         for name, slot in arrays.items():
             self._step[name], self._step[f"{name}_image"] = slot.address, slot.image
         rows = np.empty((team, self._sums.shape[1] + 16), self._sums.dtype)
-        serial, parallel = KERNELS
-        arguments = (self._sums.reshape(-1)[:0], self._step, self._cell, rows)
-        if team == 1:
-            serial(*arguments)
-        else:
-            with threads.team(team):
-                parallel(*arguments)
+        threads.run(KERNELS, team, self._sums.reshape(-1)[:0], self._step, self._cell, rows)
 
     def result(self) -> tuple[np.ndarray, np.ndarray | None]:
         """Return the gradients of the bias (4F,) and of the peepholes (3, …, F)."""

@@ -164,14 +164,9 @@ def _run(
     team = max(1, min(threads.usable_threads(), scalars.size // PARALLEL_SCALARS))
     job = np.zeros(1, JOB)
     first_row, all_rows = 0, sum(array.shape[2] for array in arrays)
-    serial, parallel = kernels
     for array in arrays:
         strides = (stride // array.itemsize for stride in array.strides)
         job[0] = (array.ctypes.data, *strides, array.shape[2], first_row, all_rows, gates, array.shape[3] // gates,
                   team)  # fmt: skip
         first_row += array.shape[2]
-        if team == 1:
-            serial(scalars[:0], job, *arguments)
-        else:
-            with threads.team(team):
-                parallel(scalars[:0], job, *arguments)
+        threads.run(kernels, team, scalars[:0], job, *arguments)

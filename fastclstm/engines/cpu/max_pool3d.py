@@ -54,9 +54,11 @@ def max_pool3d(spec: PoolSpec, x: np.ndarray, return_indices: bool) -> tuple[np.
         geometry[0] = (*x.shape, spec.TO, spec.HO, spec.WO, *spec.pool_size, *spec.strides, front, top, left, workers)
         rows = np.empty((workers, spec.W * spec.C + 64), x.dtype)
         if indices is None:
-            _run(VALUES, workers, geometry, _address(x), y.reshape(-1), rows)
+            threads.run(VALUES, workers, geometry, _address(x), y.reshape(-1), rows)
         else:
-            _run(INDICES, workers, geometry, _address(x), y.reshape(-1), indices.reshape(-1), rows, _tap_offsets(spec))
+            threads.run(
+                INDICES, workers, geometry, _address(x), y.reshape(-1), indices.reshape(-1), rows, _tap_offsets(spec)
+            )
     return y, indices
 
 
@@ -68,7 +70,9 @@ def max_pool3d_backward(spec: PoolSpec, indices: np.ndarray, dy: np.ndarray | No
         pixels = spec.TO * spec.HO * spec.WO
         volume = (spec.B, spec.T * spec.H * spec.W, spec.C)
         workers = max(1, min(threads.usable_threads(), dy.nbytes // SERIAL_BYTES))
-        _run(SCATTER, workers, indices.reshape(spec.B, pixels, spec.C), _address(dy), dx.reshape(volume), workers)
+        threads.run(
+            SCATTER, workers, indices.reshape(spec.B, pixels, spec.C), _address(dy), dx.reshape(volume), workers
+        )
     return dx
 
 
@@ -81,15 +85,6 @@ def _tap_offsets(spec: PoolSpec) -> np.ndarray:
 def _address(array: np.ndarray) -> np.uint64:
     """Where an array is: for a kernel that must not be compiled once more for read-only arrays."""
     return np.uint64(array.ctypes.data)
-
-
-def _run(kernels, workers, *arguments) -> None:
-    serial, parallel = kernels
-    if workers == 1:
-        serial(*arguments)
-    else:
-        with threads.team(workers):
-            parallel(*arguments)
 
 
 @inline

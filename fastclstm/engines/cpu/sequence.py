@@ -116,12 +116,6 @@ def run(
         trouble.ctypes.data, memory.ctypes.data, share,
     )  # fmt: skip
     kept = NO_GATES if gates is NOTHING else np.array(gates[:3], np.int64)
-    arguments = (columns.weights[:0], flow, kept, plan.work, plan.sources, columns.groups, *plan.tables,
-                 columns.weights, columns.bias, cell, NO_MASK if mask is None else mask)  # fmt: skip
-    serial, parallel = plan.kernels
-    if workers == 1:
-        serial(*arguments)
-    else:
-        with threads.team(workers):
-            parallel(*arguments)
+    threads.run(plan.kernels, workers, columns.weights[:0], flow, kept, plan.work, plan.sources, columns.groups,
+                *plan.tables, columns.weights, columns.bias, cell, NO_MASK if mask is None else mask)  # fmt: skip
     return trouble != 0

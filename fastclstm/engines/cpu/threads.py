@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numba
 
@@ -137,9 +138,21 @@ def team(count: int) -> Iterator[None]:
     before = numba.get_num_threads()
     first = _team_at_work.acquire(blocking=False)
     try:
-        numba.set_num_threads(count)
+        if count != before:
+            numba.set_num_threads(count)
         yield
     finally:
-        numba.set_num_threads(before)
+        if count != before:
+            numba.set_num_threads(before)
         if first:
             _team_at_work.release()
+
+
+def run(kernels: tuple[Any, Any], count: int, *arguments: Any) -> None:
+    """Call the first of two kernels, the serial one, or with a `count` above 1 the parallel one by a team."""
+    serial, parallel = kernels
+    if count == 1:
+        serial(*arguments)
+    else:
+        with team(count):
+            parallel(*arguments)

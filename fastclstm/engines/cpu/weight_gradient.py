@@ -311,13 +311,8 @@ class WeightGradient:
         scratch = sequence.scratch((plan.scratch_scalars + team * plan.patch_scalars) * itemsize, "weight_gradient")
         places = (*dz[:3], *(field for slot in (*inputs, *inputs)[:2] for field in slot[:3]))
         job[0] = (T, B * T, team, *places, scratch.ctypes.data)
-        serial, parallel = plan.kernels
-        arguments = (self._sums.reshape(-1)[:0], job, plan.work, plan.sources, plan.runs, self._sums.reshape(-1))
-        if team == 1:
-            serial(*arguments)
-        else:
-            with threads.team(team):
-                parallel(*arguments)
+        sums = self._sums.reshape(-1)
+        threads.run(plan.kernels, team, sums[:0], job, plan.work, plan.sources, plan.runs, sums)
 
     def result(self) -> list[np.ndarray]:
         """Return the gradients (KH, KW, C, F) of the kernels."""
