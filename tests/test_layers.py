@@ -107,6 +107,7 @@ SEQUENCE_OPTIONS = {
     "zero_output_for_mask": False,
     "time_major": False,
     "time_dropout": 0.0,
+    "recompute": False,
     "activity_regularizer": None,
 }
 POOLING_OPTIONS = {
