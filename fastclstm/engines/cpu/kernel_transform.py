@@ -71,16 +71,16 @@ def _work(like, jobs, G, scales, groups, weights, worker):
                 first = row * job.row_stride + (gate * job.filters + first_filter + f0) * job.column_stride
                 _transform_columns(like, job, G, scales[gate], first, count, taps, half)
                 column = gate * gate_width + f0
-                before = min(count, width - column % width)  # in the first of two panels
                 for p in range(alpha * alpha):
                     _combine(G, p % alpha, simd.shift(half, p // alpha * k * COLUMNS), COLUMNS, line)
-                    panel = ((p * pairs + column // width) * job.all_rows + job.first_row + row) * width
-                    place = simd.shift(target, panel + column % width)
-                    for f in range(before):
-                        place[f] = line[f]
-                    place = simd.shift(target, panel + job.all_rows * width)
-                    for f in range(before, count):
-                        place[f - before] = line[f]
+                    f = 0
+                    while f < count:  # panel by panel
+                        at = (column + f) % width
+                        panel = (p * pairs + (column + f) // width) * job.all_rows + job.first_row + row
+                        place, end = simd.shift(target, panel * width + at), min(count, f + width - at)
+                        for i in range(end - f):
+                            place[i] = line[f + i]
+                        f = end
 
 
 @kernel()
@@ -111,10 +111,14 @@ def _pull_back(like, jobs, G_T, sums, worker):
         for f0 in range(0, job.filters, COLUMNS):
             count = min(COLUMNS, job.filters - f0)
             for p in range(alpha * alpha):
-                place = ((p * pairs + f0 // width) * rows + job.first_row + n) * width + f0 % width
-                source, value = simd.shift(simd.pointer(sums), place), simd.shift(values, p * COLUMNS)
-                for f in range(COLUMNS):
-                    value[f] = source[f]
+                value, f = simd.shift(values, p * COLUMNS), 0
+                while f < count:  # panel by panel
+                    at = (f0 + f) % width
+                    panel = (p * pairs + (f0 + f) // width) * rows + job.first_row + n
+                    source, end = simd.shift(simd.pointer(sums), panel * width + at), min(count, f + width - at)
+                    for i in range(end - f):
+                        value[f + i] = source[i]
+                    f = end
             for i in range(k):
                 for b in range(alpha):
                     place = (i * alpha + b) * COLUMNS
