@@ -5,6 +5,7 @@ import pytest
 
 from fastclstm import functional
 from fastclstm.engines.cpu import backward, convlstm2d_backward, vmath
+from fastclstm.functional.convlstm import ConvLSTMCall
 
 
 def problem(B=3, T=5, H=10, W=9, C=2, F=6, k=3, seed=0):
@@ -98,7 +99,7 @@ def test_steps_taken_again_give_the_same_gradients(monkeypatch, options, algorit
 def test_what_is_kept():
     """5 F numbers a step, of which recompute leaves the states at which pieces begin."""
     arguments, _ = problem(B=2, T=9)
-    call = functional._ConvLSTMCall(**arguments)
+    call = ConvLSTMCall(**arguments)
     frames = 10 * 9 * 6 * 4
     (kept,) = call.forward(save=True)[3].kept
     assert (kept.gates.nbytes, kept.c.nbytes) == (2 * 9 * 4 * frames, 2 * 10 * frames)
@@ -139,7 +140,7 @@ def test_what_the_kernels_do_not_know_takes_the_recurrence():
     cases = (({}, True), ({"activation": "silu"}, False), ({"activation": (np.sin, np.cos)}, False),
              ({"output_activation": "gelu"}, False), ({"recurrent_activation": "hard_sigmoid"}, True))  # fmt: skip
     for options, known in cases:
-        call = functional._ConvLSTMCall(**arguments, **options)
+        call = ConvLSTMCall(**arguments, **options)
         assert isinstance(call.forward(save=True)[3], backward.Saved) == known
         _, gradients = train(arguments, cotangents, **options)
         _, expected = train(arguments, cotangents, **options, engine="reference")
@@ -160,7 +161,7 @@ def test_derivatives_follow_from_values(name):
     for engine in ("cpu", "reference"):
         _, pullback = functional.convlstm2d_vjp(x, ones, zeros, engine=engine, **options)
         results.append(pullback(cotangent))
-    assert isinstance(functional._ConvLSTMCall(x, ones, zeros, None, **options).forward(save=True)[3], backward.Saved)
+    assert isinstance(ConvLSTMCall(x, ones, zeros, None, **options).forward(save=True)[3], backward.Saved)
     for key in ("x", "kernel"):
         scale = np.abs(results[1][key]).max()
         np.testing.assert_allclose(results[0][key], results[1][key], rtol=0, atol=1e-12 * scale, err_msg=key)
@@ -169,7 +170,7 @@ def test_derivatives_follow_from_values(name):
 def test_no_gradient_of_a_state_that_was_not_given():
     arguments, cotangents = problem()
     del arguments["initial_state"]
-    call = functional._ConvLSTMCall(**arguments)
+    call = ConvLSTMCall(**arguments)
     saved = call.forward(save=True)[3]
     gradients = convlstm2d_backward(call.spec, saved, *cotangents)
     assert gradients["h"] is None

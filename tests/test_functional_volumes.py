@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from layer_checks import close, differences, equal, normal
 
 from fastclstm import functional
+from fastclstm.functional import volumes
 from fastclstm.spec import Conv3DSpec
 
 
@@ -121,10 +122,10 @@ def test_chunks_do_not_change_a_bit(engine, monkeypatch):
     x, kernel, bias = (a.astype(np.float32) for a in (normal(3, 5, 8, 8, 4), normal(3, 3, 3, 4, 6), normal(6)))
     whole, pullback = functional.conv3d_vjp(x, kernel, bias, engine=engine, algorithm="direct")
     gradients = pullback(whole)
-    monkeypatch.setattr(functional, "GATHERED_BYTES", 2 * 8 * 8 * 12 * 4)
+    monkeypatch.setattr(volumes, "GATHERED_BYTES", 2 * 8 * 8 * 12 * 4)
     parts, pullback = functional.conv3d_vjp(x, kernel, bias, engine=engine, algorithm="direct")
     equal(parts, whole)
-    assert len(list(functional._Conv3DCall(x, kernel, bias, 1, "same", "zeros", 1, "auto", engine)._chunks())) == 8
+    assert len(list(volumes.Conv3DCall(x, kernel, bias, 1, "same", "zeros", 1, "auto", engine)._chunks())) == 8
     for name, gradient in pullback(whole).items():
         close(gradient, gradients[name], 1e-3 if name != "x" else 1e-5)
         assert gradient.dtype == np.float32

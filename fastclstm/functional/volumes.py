@@ -1,0 +1,183 @@
+"""conv3d: volumes of time, height and width with a kernel, by way of conv2d."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from fastclstm import dispatch
+from fastclstm.functional.arguments import Gradients, read_cotangent
+from fastclstm.spec import Conv3DSpec
+
+GATHERED_BYTES = 64 << 20
+"""Size of the frames that are laid side by side before each convolution."""
+
+
+def conv3d(
+    x: Any,
+    kernel: Any,
+    bias: Any = None,
+    *,
+    strides: Any = 1,
+    padding: Any = "same",
+    padding_mode: str = "zeros",
+    dilation: Any = 1,
+    algorithm: str = "auto",
+    engine: str | None = None,
+) -> Any:
+    """Convolve volumes of time, height and width with a kernel (3D cross-correlation).
+
+    An output frame is one 2D convolution of the KT frames that it sees, laid side by side on the channel axis: so it
+    is as fast as `conv2d`, and exactly as accurate.
+
+    Parameters
+    ----------
+    x : array (B, T, H, W, C)
+        Sequences of frames, channels-last.
+    kernel : array (KT, KH, KW, C, F)
+        The filters.
+    bias : array (F,), optional
+        Added to every pixel.
+    strides, dilation : int or (int, int, int)
+        Step of the window and of the taps within it, on time, height and width; at most one of them above 1.
+    padding : "same", "valid", int, three ints or three pairs (before, after)
+        "same": ``TO = ceil(T / stride)``, where an odd total puts the extra step after; likewise height and width.
+    padding_mode : "zeros" or "circular"
+        What the padding holds, on all three axes.
+    algorithm, engine
+        As in `conv2d`.
+
+    Returns
+    -------
+    array (B, TO, HO, WO, F)
+
+    Raises
+    ------
+    ValueError
+        Shapes or options that do not fit together.
+    TypeError
+        Complex, object or ragged arrays; arrays on another device.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastclstm.functional import conv3d
+    >>> conv3d(np.ones((1, 3, 3, 3, 1)), np.ones((3, 3, 3, 1, 1))).ravel()[[0, 13, 26]]
+    array([ 8., 27.,  8.])
+    """
+    call = Conv3DCall(x, kernel, bias, strides, padding, padding_mode, dilation, algorithm, engine)
+    return dispatch.restorer(x)(call.forward())
+
+
+def conv3d_vjp(
+    x: Any,
+    kernel: Any,
+    bias: Any = None,
+    *,
+    strides: Any = 1,
+    padding: Any = "same",
+    padding_mode: str = "zeros",
+    dilation: Any = 1,
+    algorithm: str = "auto",
+    engine: str | None = None,
+) -> tuple[Any, Callable[[Any], Gradients]]:
+    """Compute `conv3d` and the function that pulls gradients back through it.
+
+    Parameters are those of `conv3d`.
+
+    Returns
+    -------
+    y : array (B, TO, HO, WO, F)
+    pullback : callable
+        ``pullback(dy)``, with dy the gradient of a scalar with respect to y, returns a dict of gradients with the
+        keys "x", "kernel" and, if one was given, "bias".
+    """
+    call = Conv3DCall(x, kernel, bias, strides, padding, padding_mode, dilation, algorithm, engine)
+    restore = dispatch.restorer(x)
+
+    def pullback(dy: Any) -> Gradients:
+        dx, dkernel, dbias = call.backward(read_cotangent("conv3d", "dy", dy, call.spec.output_shape, call.x.dtype))
+        gradients = {"x": restore(dx), "kernel": restore(dkernel)}
+        if bias is not None:
+            gradients["bias"] = restore(dbias)
+        return gradients
+
+    return restore(call.forward()), pullback
+
+
+class Conv3DCall:
+    """One validated call of `conv3d`: its engine, geometry and native arrays."""
+
+    def __init__(
+        self, x: Any, kernel: Any, bias: Any, strides: Any, padding: Any, padding_mode: str, dilation: Any,
+        algorithm: str, engine: str | None,
+    ):  # fmt: skip
+        self.engine = dispatch.get_engine(engine)
+        dispatch.check_algorithm("conv3d", self.engine, algorithm)
+        self.algorithm = algorithm
+        given = {"x": x, "kernel": kernel} | ({} if bias is None else {"bias": bias})
+        arrays = {name: dispatch.as_numpy("conv3d", name, value) for name, value in given.items()}
+        self.spec = Conv3DSpec.infer(
+            arrays["x"].shape, arrays["kernel"].shape, None if bias is None else arrays["bias"].shape,
+            strides=strides, padding=padding, padding_mode=padding_mode, dilation=dilation,
+        )  # fmt: skip
+        dtype = dispatch.working_dtype(*arrays.values())
+        ready = {name: dispatch.native(array, dtype) for name, array in arrays.items()}
+        self.x, self.bias = ready["x"], ready.get("bias")
+        self.kernel_shape, frame = ready["kernel"].shape, self.spec.frame
+        self.kernel = np.ascontiguousarray(np.moveaxis(ready["kernel"], 0, 2)).reshape(
+            frame.KH, frame.KW, frame.C, frame.F
+        )
+
+    def forward(self) -> np.ndarray:
+        """Return y (B, TO, HO, WO, F)."""
+        y = np.empty(self.spec.output_shape, self.x.dtype)
+        frames = y.reshape(self.spec.B * self.spec.TO, *y.shape[2:])
+        for part in self._chunks():
+            gathered = self._gather(part)
+            frames[part.start : part.stop] = self.engine.conv2d(
+                self.spec.frame.with_batch(len(part)), gathered, self.kernel, self.bias, algorithm=self.algorithm
+            )
+        return y
+
+    def backward(self, dy: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Pull dy back: dx, dkernel, dbias."""
+        dx, dkernel = np.zeros_like(self.x), np.zeros_like(self.kernel)
+        dbias = np.zeros(self.spec.frame.F, self.x.dtype)
+        if dy is not None:
+            frames = dy.reshape(self.spec.B * self.spec.TO, *dy.shape[2:])
+            for part in self._chunks():
+                dgathered, dk, db = self.engine.conv2d_backward(
+                    self.spec.frame.with_batch(len(part)), self._gather(part), self.kernel,
+                    frames[part.start : part.stop],
+                )  # fmt: skip
+                dkernel += dk
+                dbias += db
+                by_tap = dgathered.reshape(*dgathered.shape[:3], self.spec.KT, self.x.shape[-1])
+                for row, frame in enumerate(part):
+                    b, seen = self.spec.sources(frame)
+                    for tap, t in seen:
+                        dx[b, t] += by_tap[row, :, :, tap]
+        KT, KH, KW, C, F = self.kernel_shape
+        dkernel = np.ascontiguousarray(np.moveaxis(dkernel.reshape(KH, KW, KT, C, F), 2, 0))
+        return dx, dkernel, dbias
+
+    def _chunks(self) -> Iterator[range]:
+        """Yield runs of output frames, counted through B and TO, whose gathered input fits in `GATHERED_BYTES`."""
+        frame = self.spec.frame
+        count = max(1, GATHERED_BYTES // (frame.H * frame.W * frame.C * self.x.itemsize))
+        total = self.spec.B * self.spec.TO
+        for start in range(0, total, count):
+            yield range(start, min(start + count, total))
+
+    def _gather(self, part: range) -> np.ndarray:
+        """Lay the frames that each output frame sees side by side: (len(part), H, W, KT·C)."""
+        frame, spec = self.spec.frame, self.spec
+        gathered = np.zeros((len(part), frame.H, frame.W, spec.KT, self.x.shape[-1]), self.x.dtype)
+        for row, output in enumerate(part):
+            b, seen = spec.sources(output)
+            for tap, t in seen:
+                gathered[row, :, :, tap] = self.x[b, t]
+        return gathered.reshape(len(part), frame.H, frame.W, frame.C)
