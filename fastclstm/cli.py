@@ -178,6 +178,7 @@ def warmup(dtype: Annotated[str, typer.Option(help="float32, float64 or both.")]
 
     from tqdm import tqdm
 
+    from fastclstm.engines import disk_cache
     from fastclstm.engines.cpu import compilation, warmup
     from fastclstm.spec import choice
 
@@ -185,7 +186,7 @@ def warmup(dtype: Annotated[str, typer.Option(help="float32, float64 or both.")]
     folder = compilation.cache_folder()
     if folder is None or not os.access(folder, os.W_OK):
         raise OSError(f"warmup: kernels cannot be kept in {folder or 'any folder'}; "
-                      f"set {compilation.CACHE_VARIABLE} to a folder that can be written")  # fmt: skip
+                      f"set {disk_cache.CACHE_VARIABLE} to a folder that can be written")  # fmt: skip
     start, steps = time.perf_counter(), list(warmup.steps(*warmup.DTYPES if dtype == "both" else (dtype,)))
     with tqdm(steps, unit="kernel", disable=None) as progress:
         for name, compile_kernel in progress:

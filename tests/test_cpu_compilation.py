@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from fastclstm.engines import disk_cache
 from fastclstm.engines.cpu import compilation
 
 ROOT = Path(__file__).parents[1]
@@ -91,7 +92,7 @@ def test_warm_process_compiles_nothing(tmp_path):
                     pullback(y)
         print(json.dumps([repr(event.data) for _, event in compiled.buffer]))
     """
-    cache = os.environ.get(compilation.CACHE_VARIABLE)
+    cache = os.environ.get(disk_cache.CACHE_VARIABLE)
     threads = {"FASTCLSTM_NUM_THREADS": None, "NUMBA_NUM_THREADS": "2"}
     run(everything, cache, **threads) if cache else run(everything, tmp_path, **threads)
     assert run(everything, cache or tmp_path, **threads) == []
@@ -208,66 +209,6 @@ def test_home_may_be_unset(tmp_path):
     assert run(POOL, tmp_path, HOME=None, FASTCLSTM_CACHE_DIR=None, XDG_CACHE_HOME=str(tmp_path)) > 0
     assert run(POOL, tmp_path, HOME=None, FASTCLSTM_CACHE_DIR=None, XDG_CACHE_HOME=str(tmp_path)) == 0
     assert len(list(tmp_path.glob("fastclstm/kernels-*/*"))) == 1
-
-
-# The choice of the folder, here.
-
-
-@pytest.fixture
-def folder(monkeypatch, tmp_path):
-    """Function that chooses the folder anew, below tmp_path."""
-    monkeypatch.setenv(compilation.CACHE_VARIABLE, str(tmp_path))
-    return compilation.cache_folder.__wrapped__
-
-
-def test_folder_is_below_the_one_asked_for(folder, tmp_path, monkeypatch):
-    assert folder() == tmp_path / f"kernels-{compilation.source_digest()}"
-    assert folder().is_dir()
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv(compilation.CACHE_VARIABLE, "relative")
-    assert folder().parent == tmp_path / "relative"  # which stays where it is when the working folder changes
-
-
-def test_user_without_a_home_has_no_folder(folder, tmp_path, monkeypatch):
-    monkeypatch.delenv(compilation.CACHE_VARIABLE)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(compilation, "user_cache_path", lambda name: Path("~/.cache") / name)
-    assert folder() is None
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_read_only_folder_is_read(folder, monkeypatch):
-    def refused(*args, **kwargs):
-        raise PermissionError
-
-    monkeypatch.setattr(os, "utime", refused)
-    expected = folder()
-    assert expected.is_dir()
-    monkeypatch.setattr(Path, "mkdir", refused)
-    assert folder() == expected
-    expected.rmdir()
-    assert folder() is None
-
-
-def test_old_folders_are_few(folder, tmp_path):
-    others = [tmp_path / f"kernels-{n:016}" for n in range(7)]
-    for age, other in enumerate(others):
-        other.mkdir()
-        (other / "code").touch()
-        os.utime(other, (10_000 - age, 10_000 - age))
-    (tmp_path / "else").mkdir()
-    new = folder()
-    assert sorted(tmp_path.iterdir()) == sorted([*others[: compilation._FOLDERS_KEPT], new, tmp_path / "else"])
-
-
-def test_folder_in_use_stays(folder, tmp_path):
-    new = folder()
-    os.utime(new, (1, 1))
-    for n in range(7):
-        (tmp_path / f"kernels-{n:016}").mkdir()
-    assert folder() == new
-    assert new.stat().st_mtime > 1e9  # used now
-    assert len(list(tmp_path.iterdir())) == 8  # only a new version prunes
 
 
 # What tells one kernel's code from another's.

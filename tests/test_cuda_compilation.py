@@ -4,7 +4,6 @@ import re
 import shutil
 import subprocess
 import sys
-import textwrap
 from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 
 from fastclstm import functional
+from fastclstm.engines import disk_cache
 from fastclstm.engines.cuda import ALGORITHMS, compilation, device
 from fastclstm.engines.cuda.device import DeviceArray
 
@@ -37,7 +37,7 @@ def own(monkeypatch, tmp_path):
         '#include "scale.cuh"\nextern "C" __global__ void twice(float* x) { x[threadIdx.x] *= SCALE * FACTOR; }\n'
     )
     (sources / "scale.cuh").write_text("#define SCALE 2\n")
-    monkeypatch.setenv(compilation.CACHE_VARIABLE, str(cache))
+    monkeypatch.setenv(disk_cache.CACHE_VARIABLE, str(cache))
     for name in ("cache_folder", "source_digest"):
         monkeypatch.setattr(compilation, name, getattr(compilation, name).__wrapped__)
     monkeypatch.setattr(compilation, "source_folder", lambda: sources)
@@ -257,15 +257,6 @@ def test_another_nvrtc_shares_no_code(compiled, own, monkeypatch):
     assert compilation.cache_folder() != before
 
 
-@pytest.mark.parametrize("damage", [lambda c: c[:-1], lambda c: b"", lambda c: c[:40] + b"?" + c[41:] + b"?"])
-def test_a_damaged_file_is_compiled_again(compiled, own, damage):
-    compilation.compile_source("twice.cu", {}, "sm_80")
-    (path,) = files(own)
-    path.write_bytes(damage(path.read_bytes()))
-    assert compilation.compile_source("twice.cu", {}, "sm_80") == b"code 2"
-    assert compilation.compile_source("twice.cu", {}, "sm_80") == b"code 2"
-
-
 def test_a_folder_that_cannot_be_written_is_read(compiled, own, monkeypatch):
     compilation.compile_source("twice.cu", {}, "sm_80")
 
@@ -283,38 +274,6 @@ def test_without_any_folder(compiled, monkeypatch, own):
     monkeypatch.setattr(compilation, "cache_folder", lambda: None)
     assert compilation.compile_source("twice.cu", {}, "sm_80") == b"code 1"
     assert files(own) == []
-
-
-def test_user_without_a_home_has_no_folder(compiled, monkeypatch):
-    monkeypatch.delenv(compilation.CACHE_VARIABLE)
-    monkeypatch.setattr(compilation, "user_cache_path", lambda name: Path("~/.cache") / name)
-    assert compilation.cache_folder() is None
-
-
-def test_a_write_that_breaks_off_leaves_nothing(compiled, own, monkeypatch):
-    def refused(*args):
-        raise OSError
-
-    monkeypatch.setattr(Path, "replace", refused)
-    assert compilation.compile_source("twice.cu", {}, "sm_80") == b"code 1"
-    assert files(own) == []
-
-
-def test_writers_at_once(own, tmp_path):
-    """Processes that compile the same at the same time leave one whole file."""
-    code = f"""
-        from pathlib import Path
-        from fastclstm.engines.cuda import compilation
-        compilation.nvrtc = lambda: ((13, 0), (80,))
-        compilation.source_folder = lambda: Path({str(own)!r})
-        compilation._compile = lambda *args: b"code" * 100_000
-        for n in range(50):
-            compilation._write(compilation._cached("twice.cu", {{"N": n % 5}}, "sm_80"), compilation._compile())
-            assert compilation.compile_source("twice.cu", {{"N": n % 5}}, "sm_80") == b"code" * 100_000
-    """
-    workers = [subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT) for _ in range(3)]
-    assert [worker.wait() for worker in workers] == [0, 0, 0]
-    assert [path.suffix for path in files(own)] == [".cubin"] * 5
 
 
 # --- Where the sources are ---

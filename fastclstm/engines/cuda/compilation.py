@@ -1,25 +1,16 @@
-"""csrc/ to machine code: NVRTC, by cuda.core, and a disk cache. Nothing here needs a GPU or a driver.
-
-A compiled file is kept in a folder named by a digest of every source and of NVRTC's version, below the one that the
-cpu engine uses too. Writers rename a finished file into place; what cannot be read is compiled again, what cannot be
-written is left.
-"""
+"""csrc/ to machine code: NVRTC, by cuda.core, and a disk cache. Nothing here needs a GPU or a driver."""
 
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-from uuid import uuid4
 
-from platformdirs import user_cache_path
+from fastclstm.engines import disk_cache
 
-CACHE_VARIABLE = "FASTCLSTM_CACHE_DIR"
 OPTIONS = {"std": "c++17"}
 """What NVRTC is told beside macros and architecture: fields of cuda.core's ProgramOptions."""
 MISSING = "engine 'cuda' needs cuda-core with NVRTC ({}); pip install 'fastclstm[cuda]'"
@@ -72,26 +63,13 @@ def _sources() -> list[Path]:
 @cache
 def source_digest() -> str:
     """Digest of every CUDA source, and of what compiles it."""
-    digest = hashlib.sha256(repr((nvrtc()[0], OPTIONS)).encode())
-    for path in _sources():
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()[:16]
+    return disk_cache.digest_of((nvrtc()[0], OPTIONS), _sources())
 
 
 @cache
 def cache_folder() -> Path | None:
-    """Folder of the compiled files, below $FASTCLSTM_CACHE_DIR or the user's cache folder; None if there is none.
-
-    It may be read-only: then what is there is used.
-    """
-    chosen = os.environ.get(CACHE_VARIABLE)
-    parent = Path(chosen).expanduser().absolute() if chosen else user_cache_path("fastclstm")
-    if not parent.is_absolute():  # a user without a home
-        return None
-    folder = parent / f"cuda-{source_digest()}"
-    with suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-    return folder if folder.is_dir() else None
+    """Folder of the compiled files; None if there is none."""
+    return disk_cache.folder("cuda", source_digest())
 
 
 def target(architecture: int) -> str:
@@ -122,11 +100,11 @@ def compile_source(source: str, macros: Macros, architecture: str) -> bytes:
         NVRTC refuses; its log is the message.
     """
     path = _cached(source, macros, architecture)
-    if path is not None and (code := _read(path)) is not None:
+    if path is not None and (code := disk_cache.read(path)) is not None:
         return code
     code = _compile(source, macros, architecture)
     if path is not None:
-        _write(path, code)
+        disk_cache.write(path, code)
     return code
 
 
@@ -153,21 +131,3 @@ def _cached(source: str, macros: Macros, architecture: str) -> Path | None:
     key = repr((source, sorted((name, str(value)) for name, value in macros.items()), architecture))
     name = f"{Path(source).stem}-{architecture}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.cubin"
     return None if folder is None else folder / name
-
-
-def _read(path: Path) -> bytes | None:
-    try:
-        content = path.read_bytes()
-    except OSError:
-        return None
-    return content[32:] if hashlib.sha256(content[32:]).digest() == content[:32] else None
-
-
-def _write(path: Path, code: bytes) -> None:
-    unfinished = path.with_name(f"{uuid4().hex}.unfinished")
-    try:
-        unfinished.write_bytes(hashlib.sha256(code).digest() + code)
-        unfinished.replace(path)
-    except OSError:
-        with suppress(OSError):
-            unfinished.unlink()
