@@ -161,11 +161,21 @@ class Container(Layer):
             layer.trainable = value
 
 
+def walk(layer: Layer, path: str = "") -> Iterator[tuple[str, Layer]]:
+    """Yield a layer and all within it, each with its path."""
+    yield path, layer
+    for name, inner in layer._sublayers.items():
+        yield from walk(inner, f"{path}.{name}" if path else name)
+
+
+def told(path: str, layer: Layer) -> str:
+    """Name a layer for an error, by its path and class."""
+    return f"layer {path}, {type(layer).__name__}" if path else type(layer).__name__
+
+
 def parts(layer: Layer) -> Iterator[Layer]:
     """Yield a layer and all within it."""
-    yield layer
-    for inner in layer._sublayers.values():
-        yield from parts(inner)
+    return (part for _, part in walk(layer))
 
 
 @contextmanager

@@ -2,36 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import math
 import os
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import numpy as np
 
 from fastclstm import dispatch
-from fastclstm.io import weights
 from fastclstm.layers import batches
-from fastclstm.layers.array_layer import Container, told_of
-from fastclstm.layers.base import Layer
+from fastclstm.layers.array_layer import Container, told, walk
 from fastclstm.layers.batches import Arrays, Batch, Data, by_name, check_count
 from fastclstm.layers.convlstm2d import ConvLSTM2D
+from fastclstm.layers.fitting import Fitting, Metrics, drawn, evaluate, forget, one_array
 from fastclstm.layers.history import EarlyStopping, History
-from fastclstm.nn import is_number, losses, metrics, optimizers, schedules
-from fastclstm.nn.described import Described, describe, restore
-
-CHECKPOINT = "Training checkpoint"
-"""The class that a checkpoint's metadata names."""
-
-Metric = Callable[[Any, Any], Any]
-Metrics = Mapping[str, Metric]
+from fastclstm.nn import is_number, losses, metrics, optimizers
 
 
 class Trainable(Container):
@@ -165,7 +150,7 @@ class Trainable(Container):
         calls = _listed("callbacks", callbacks)
         if not all(map(callable, calls)):
             raise TypeError(f"fit: callbacks must be functions of the History, got {callbacks!r}")
-        training = _Training(
+        training = Fitting(
             self, losses.get(loss), optimizers.get(optimizer), _metrics(metrics), data, validation, bool(shuffle),
             None if seed is None else int(seed),
             early_stopping, checkpoint, checkpoint_every,
@@ -173,7 +158,7 @@ class Trainable(Container):
         try:
             return training.run(epochs, time_limit, resume, calls, quiet)
         finally:
-            _forget(self)
+            forget(self)
 
     def evaluate(
         self, x: Any, y: Any = None, *, loss: Any = "mse", metrics: Any = (), batch_size: int = 16,
@@ -192,7 +177,7 @@ class Trainable(Container):
         """
         given = {"x": x, "y": y, "sample_weight": sample_weight, "mask": mask, "lengths": lengths}
         data = _read(self, "evaluate", given, batch_size)
-        return _evaluate(self, losses.get(loss), _metrics(metrics), _drawn(self, data))
+        return evaluate(self, losses.get(loss), _metrics(metrics), drawn(self, data))
 
     def predict(self, x: Any, batch_size: int = 16, *, mask: Any = None, lengths: Any = None, **options: Any) -> Any:
         """Return the model's output for x (N, …), computed `batch_size` samples at a time, as x's kind of array.
@@ -208,8 +193,8 @@ class Trainable(Container):
         as_given, data = dispatch.restorer(x), Arrays("predict", {"x": x, "mask": mask, "lengths": lengths}, batch_size)
         made: Any = None
         done = 0
-        for batch in _drawn(self, data):
-            y = _one_array(self, self.forward(batch.pop("x"), **batch, **options))
+        for batch in drawn(self, data):
+            y = one_array(self, self.forward(batch.pop("x"), **batch, **options))
             if made is None:
                 made = np.empty((data.count, *y.shape[1:]), y.dtype)
             made[done : done + len(y)] = y
@@ -234,27 +219,16 @@ def _read(model: Trainable, op: str, given: Mapping[str, Any], batch_size: int, 
     _check_layers(model, op)
     data = batches.read(op, given, batch_size, steps)
     if isinstance(data, Arrays):
-        next(_drawn(model, data))
+        next(drawn(model, data))
     return data
-
-
-def _drawn(model: Trainable, data: Data, epoch: int = 0, start: int = 0, seed: int | None = None) -> Iterator[Batch]:
-    """Yield the batches of an epoch, each kind of them checked."""
-    kinds = set()
-    for batch in data.batches(epoch, start, seed):
-        kind = (*batch, *batch["x"].shape[1:])
-        if kind not in kinds:
-            model._check_batch(data.op, batch)
-            kinds.add(kind)
-        yield batch
 
 
 def _check_layers(model: Trainable, op: str) -> None:
     """Raise ValueError where a layer has the samples on another axis, or goes on from those before."""
-    for path, layer in _walk(model):
+    for path, layer in walk(model):
         if isinstance(layer, ConvLSTM2D) and (layer.time_major or layer.stateful):
             option = "time_major" if layer.time_major else "stateful"
-            raise ValueError(f"{op}: {_told(path, layer)} has {option}=True, but batches are samples that are drawn "
+            raise ValueError(f"{op}: {told(path, layer)} has {option}=True, but batches are samples that are drawn "
                              f"anew, on the first axis; build it with {option}=False")  # fmt: skip
 
 
@@ -285,427 +259,3 @@ def _name(metric: Any) -> str:
         return metric
     whole = metric.func if isinstance(metric, partial) else metric
     return getattr(metric, "__name__", getattr(whole, "__name__", type(whole).__name__))
-
-
-class _Sums:
-    """What batches give, summed up: numbers times their samples, and the counts of metrics that are quotients."""
-
-    def __init__(self, metrics: Metrics, sums: Mapping[str, Any] | None = None, samples: int = 0):
-        self.metrics, self.sums, self.samples = metrics, dict(sums or {}), samples
-
-    def add(self, loss: float, y: np.ndarray, target: np.ndarray, samples: int) -> None:
-        """Add the loss and the metrics of a batch of so many samples; nothing where a metric fails."""
-        parts = {name: self._part(name, metric, y, target, samples) for name, metric in self.metrics.items()}
-        self.samples += samples
-        for name, part in ({"loss": samples * loss} | parts).items():
-            self.sums[name] = np.add(self.sums.get(name, 0.0), part).tolist()
-
-    def values(self) -> dict[str, float]:
-        """Return the loss and the metrics of all batches together."""
-        return {name: self._value(name, total) for name, total in self.sums.items()}
-
-    def _part(self, name: str, metric: Metric, y: np.ndarray, target: np.ndarray, samples: int) -> Any:
-        counted = metrics.counted(metric)
-        if counted is not None:
-            part = counted[0](y, target)
-            _one_number(name, counted[1](part))
-            return part
-        return samples * _one_number(name, metric(y, target))
-
-    def _value(self, name: str, total: Any) -> float:
-        counted = metrics.counted(self.metrics[name]) if name in self.metrics else None
-        return total / max(1, self.samples) if counted is None else float(counted[1](np.asarray(total)))
-
-
-def _one_number(name: str, value: Any) -> float:
-    number = np.asarray(value)
-    if number.size != 1 or number.dtype.kind not in "fiub":
-        told = f"an array of shape {number.shape}" if number.size != 1 else repr(value)
-        raise ValueError(f"metrics: {name} must return one number, got {told}")
-    return float(number.reshape(()))
-
-
-def _evaluate(model: Trainable, loss: losses.Loss, named: Metrics, drawn: Iterable[Batch]) -> dict[str, float]:
-    sums = _Sums(named)
-    for batch in drawn:
-        y = _one_array(model, model._predict_batch(batch, training=False))
-        sums.add(loss(y, batch["y"], batch.get("sample_weight")), y, batch["y"], len(batch["x"]))
-    return sums.values()
-
-
-def _one_array(model: Layer, output: Any) -> np.ndarray:
-    if not isinstance(output, np.ndarray):
-        raise TypeError(f"{type(model).__name__} returns more than one array ({type(output).__name__}), but fit, "
-                        f"evaluate and predict are for one; leave out return_state and the like")  # fmt: skip
-    return output
-
-
-def _walk(layer: Layer, path: str = "") -> Iterator[tuple[str, Layer]]:
-    """Yield a layer and all within it, each with its path."""
-    yield path, layer
-    for name, inner in layer._sublayers.items():
-        yield from _walk(inner, f"{path}.{name}" if path else name)
-
-
-def _forget(model: Layer) -> None:
-    """Free what the layers keep for backward."""
-    for _, layer in _walk(model):
-        layer._pullback = None
-
-
-def _told(path: str, layer: Layer) -> str:
-    return f"layer {path}, {type(layer).__name__}" if path else type(layer).__name__
-
-
-def _generators(model: Layer) -> dict[str, np.random.Generator]:
-    """Return the generators that the layers draw from, by the path of layer and attribute."""
-    return {f"{path}.{name}".removeprefix("."): value for path, layer in _walk(model)
-            for name, value in vars(layer).items() if isinstance(value, np.random.Generator)}  # fmt: skip
-
-
-def _generator_states(model: Layer) -> dict[str, Any]:
-    return {name: rng.bit_generator.state for name, rng in _generators(model).items()}
-
-
-def _set_generator_states(model: Layer, states: Mapping[str, Any]) -> None:
-    for name, rng in _generators(model).items():
-        rng.bit_generator.state = states[name]
-
-
-def _freeze(model: Layer, places: Sequence[str]) -> None:
-    """Freeze the layers at the places that `Layer._frozen` returned, and no others."""
-    for _, layer in _walk(model):
-        layer.trainable = True
-    for place in places:
-        model._part(place).trainable = False
-
-
-def _plain_state(state: Any) -> Any:
-    """Return a bit generator's state as JSON can hold it."""
-    if isinstance(state, Mapping):
-        return {key: _plain_state(value) for key, value in state.items()}
-    if isinstance(state, np.ndarray):
-        return {"dtype": state.dtype.name, "values": state.tolist()}
-    return state
-
-
-def _bit_state(state: Any) -> Any:
-    """Undo `_plain_state`."""
-    if isinstance(state, Mapping):
-        if set(state) == {"dtype", "values"}:
-            return np.array(state["values"], state["dtype"])
-        return {key: _bit_state(value) for key, value in state.items()}
-    return state
-
-
-@dataclass
-class _Progress:
-    """How far a training is: what a checkpoint holds beside arrays and generators."""
-
-    seed: int
-    epoch: int = 0
-    step: int = 0
-    """Of the epoch."""
-    sums: dict[str, Any] = field(default_factory=dict)
-    samples: int = 0
-    """Of the steps of this epoch so far, as are `sums` and `seconds`."""
-    seconds: float = 0.0
-    history: dict[str, list[float]] = field(default_factory=dict)
-    best: float | None = None
-    waited: int = 0
-    stopped: bool = False
-
-
-@dataclass
-class _Training:
-    """One call of `fit`."""
-
-    model: Trainable
-    loss: losses.Loss
-    optimizer: optimizers.Optimizer
-    metrics: Metrics
-    data: Data
-    validation: Data | None
-    shuffle: bool
-    seed: int | None
-    early_stopping: EarlyStopping | None
-    checkpoint: str | os.PathLike[str] | None
-    checkpoint_every: int | None
-
-    def __post_init__(self) -> None:
-        entropy: Any = np.random.SeedSequence().entropy if self.seed is None else self.seed
-        self.progress = _Progress(int(entropy))
-        self.history = History()
-        self.best_parameters: dict[str, np.ndarray] = {}
-        stopping = self.early_stopping
-        if stopping is not None:
-            known = [*self._curves(), *(f"val_{name}" for name in self._curves() if self.validation)]
-            default = "val_loss" if self.validation else "loss"
-            self.monitor = default if stopping.monitor is None else stopping.monitor
-            if self.monitor not in known:
-                raise ValueError(f"EarlyStopping: monitor must be one of {', '.join(map(repr, known))}, got "
-                                 f"{self.monitor!r}; give fit that metric, or validation data")  # fmt: skip
-
-    def run(
-        self, epochs: int, time_limit: float | None, resume: bool, callbacks: Sequence[Callable[[History], Any]],
-        quiet: bool | None,
-    ) -> History:  # fmt: skip
-        """Train until there is a reason to end."""
-        from tqdm import tqdm
-
-        if isinstance(self.validation, Arrays):  # not after an epoch, should it not fit
-            with told_of("the validation data"):
-                _evaluate(self.model, self.loss, {}, islice(_drawn(self.model, self.validation), 1))
-        self.plan = json.loads(json.dumps(self._plan()))
-        if resume and self.checkpoint is not None and os.path.exists(self.checkpoint):
-            self._resume(self.checkpoint)
-        else:
-            self._save()
-        progress, steps = self.progress, self.data.steps or 0
-        total = steps * epochs if steps and time_limit is None else None
-        with tqdm(total=total, initial=steps * progress.epoch + progress.step, unit="step", disable=quiet) as bar:
-            while progress.epoch < epochs and not progress.stopped:
-                bar.set_description(f"epoch {progress.epoch + 1}" + (f"/{epochs}" if time_limit is None else ""))
-                if self._run_epoch(bar, time_limit):
-                    break
-                answers = [callback(self.history) for callback in callbacks]
-                self._save()
-                if any(isinstance(answer, bool | np.bool_) and answer for answer in answers):
-                    break
-        if self.best_parameters:
-            self.model.set_parameters(self.best_parameters)
-        return self.history
-
-    def _run_epoch(self, bar: Any, time_limit: float | None) -> bool:
-        """Take the steps that are left of an epoch; return whether the time was over before."""
-        progress, before = self.progress, self.progress.seconds
-        limit = math.inf if time_limit is None else time_limit - sum(self.history.get("seconds", ()))
-        if before >= limit:
-            return True
-        start = time.perf_counter() - before
-        sums = _Sums(self.metrics, progress.sums, progress.samples)
-        seed = progress.seed if self.shuffle else None
-        for batch in _drawn(self.model, self.data, progress.epoch, progress.step, seed):
-            self._step(batch, sums)
-            progress.step += 1
-            progress.sums, progress.samples = sums.sums, sums.samples
-            progress.seconds = time.perf_counter() - start
-            left = {} if time_limit is None else {"left": f"{max(0, limit - progress.seconds):.0f} s"}
-            bar.set_postfix(loss=f"{sums.sums['loss'] / max(1, sums.samples):.4g}", **left, refresh=False)
-            bar.update()
-            if progress.seconds >= limit:
-                break
-            if self.checkpoint_every is not None and progress.step % self.checkpoint_every == 0:
-                self._save()
-        row = sums.values()
-        if self.validation is not None:
-            measured = _evaluate(self.model, self.loss, self.metrics, _drawn(self.model, self.validation))
-            row |= {f"val_{name}": value for name, value in measured.items()}
-        row["learning_rate"] = float(schedules.get(self.optimizer.learning_rate)(self.optimizer.steps - 1))
-        row["seconds"] = time.perf_counter() - start
-        for name, value in row.items():
-            self.history.setdefault(name, []).append(value)
-        progress.epoch += 1
-        progress.step, progress.sums, progress.samples, progress.seconds = 0, {}, 0, 0.0
-        if self.early_stopping is not None:
-            self._watch(self.early_stopping, row[self.monitor])
-        return False
-
-    def _step(self, batch: Batch, sums: _Sums) -> None:
-        """Move the parameters by one batch, and add up its loss and metrics."""
-        model, parameters, states = self.model, self.model.parameters, _generator_states(self.model)
-        moments = self.optimizer.steps, self.optimizer.state  # which a step replaces
-        try:
-            y = _one_array(model, model._predict_batch(batch, training=True))
-            value, dy = self.loss.value_and_gradient(y, batch["y"], batch.get("sample_weight"))
-            value += model.penalty
-            if not math.isfinite(value):
-                raise FloatingPointError(f"the loss is {value}")
-            model.backward(dy)
-            _forget(model)
-            learning, gradients = model.trainable_parameters, model.get_gradients()
-            if missing := sorted(set(learning) - set(gradients)):
-                raise ValueError(f"fit: backward kept no gradient of {', '.join(missing)}; set store_gradients=True "
-                                 f"on the layers they are of, or trainable=False")  # fmt: skip
-            moved = self.optimizer.step(learning, gradients)
-            model.set_parameters(model.parameters | moved)
-            model.apply_constraints()
-            for name, array in model.parameters.items():  # moving statistics too
-                if array is not parameters[name] and not _finite(array):
-                    raise FloatingPointError(f"the new {name} holds NaN or Inf")
-            sums.add(value, y, batch["y"], len(batch["x"]))
-        except BaseException as error:
-            model.set_parameters(parameters)
-            _set_generator_states(model, states)
-            self.optimizer.steps, self.optimizer.state = moments
-            where = f"epoch {self.progress.epoch + 1}, step {self.progress.step + 1}"
-            if isinstance(error, FloatingPointError):
-                raise FloatingPointError(
-                    f"fit: at {where}, {error}; {self._origin(batch)}. The parameters are those before this step; "
-                    f"lower the learning rate, give the optimizer a clip_norm, or look at the data"
-                ) from error
-            error.add_note(f"in {where} of fit")
-            raise
-
-    def _origin(self, batch: Batch) -> str:
-        """Compute a step again, layer by layer, to say where what is not finite began."""
-        for name, array in batch.items():
-            if not _finite(array):
-                return f"it began in the batch: {name} holds NaN or Inf"
-        model, states = self.model, _generator_states(self.model)
-        parameters = model.parameters
-        try:
-            with np.errstate(all="ignore"), _watched(model) as found:
-                y = model._predict_batch(batch, training=True)
-                if not found:
-                    value, dy = self.loss.value_and_gradient(y, batch["y"], batch.get("sample_weight"))
-                    if not (math.isfinite(value + model.penalty) and _finite(dy)):
-                        return "it began in the loss or the penalty, as all outputs are finite"
-                    model.backward(dy)
-        finally:
-            model.set_parameters(parameters)
-            _set_generator_states(model, states)
-        return f"it began in {found[0]}" if found else "all outputs and gradients are finite"
-
-    def _watch(self, stopping: EarlyStopping, value: float) -> None:
-        progress = self.progress
-        if stopping.improves(value, progress.best):
-            progress.best, progress.waited = value, 0
-            if stopping.restore_best:
-                self.best_parameters = self.model.parameters
-            return
-        progress.waited += 1
-        progress.stopped = progress.waited >= stopping.patience
-
-    def _curves(self) -> tuple[str, ...]:
-        return ("loss", *self.metrics)
-
-    def _plan(self) -> dict[str, Any]:
-        """Return all that a resumed training must share with the one before, as JSON holds it."""
-        return {
-            "data": self.data.told(),
-            "model": describe(self.model),
-            "parameters": {name: [*a.shape, a.dtype.name] for name, a in self.model.parameters.items()},
-            "trainable": list(self.model.trainable_parameters),
-            "generators": sorted(_generators(self.model)),
-            "optimizer": describe(self.optimizer),
-            "loss": describe(self.loss) if isinstance(self.loss, Described) else "functions",
-            "metrics": list(self.metrics),
-            "validation": None if self.validation is None else self.validation.told(),
-            "shuffle": self.shuffle,
-            "seed": self.seed,
-            "early_stopping": None if self.early_stopping is None else describe(self.early_stopping),
-            "options": self.model._fit_options(),
-        }
-
-    def _save(self) -> None:
-        if self.checkpoint is None:
-            return
-        self.progress.history = dict(self.history)
-        parts = {"model": self.model.parameters, "optimizer": self.optimizer.get_state(), "best": self.best_parameters}
-        rate = self.optimizer.learning_rate
-        metadata = {
-            "class": CHECKPOINT,
-            "plan": self.plan,
-            "progress": dataclasses.asdict(self.progress),
-            "learning_rate": describe(rate) if isinstance(rate, Described) else rate if is_number(rate) else None,
-            "frozen": self.model._frozen(),
-            "generators": _plain_state(_generator_states(self.model)),
-        }
-        arrays = {f"{part}/{name}": array for part, named in parts.items() for name, array in named.items()}
-        weights.save(self.checkpoint, arrays, metadata)
-
-    def _resume(self, path: str | os.PathLike[str]) -> None:
-        """Put everything back to where a checkpoint has it; after an error nothing has changed."""
-        arrays, metadata = weights.load(path)
-        name = os.fspath(path)
-        if metadata.get("class") != CHECKPOINT:
-            raise ValueError(f"{name} is no checkpoint of a training but holds a {metadata.get('class')}; "
-                             f"give another name, or resume=False to replace it")  # fmt: skip
-        if difference := _difference(metadata.get("plan"), self.plan):
-            raise ValueError(f"{name} is of another training: {difference}; give the same model, data and options, "
-                             f"or resume=False to start anew")  # fmt: skip
-        parts: dict[str, dict[str, np.ndarray]] = {"model": {}, "optimizer": {}, "best": {}}
-        model, optimizer = self.model, self.optimizer
-        parameters, state, states = model.parameters, optimizer.get_state(), _generator_states(model)
-        frozen = model._frozen()
-        try:
-            for key, array in arrays.items():
-                part, _, key = key.partition("/")
-                parts[part][key] = array
-            progress = _Progress(**metadata["progress"])
-            if parts["best"]:
-                model.set_parameters(parts["best"])
-                self.best_parameters = model.parameters
-            model.set_parameters(parts["model"])
-            optimizer.set_state(parts["optimizer"])
-            _set_generator_states(model, _bit_state(metadata["generators"]))
-            _freeze(model, metadata["frozen"])
-            rate = metadata["learning_rate"]
-            rate = restore(rate) if isinstance(rate, Mapping) else rate
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            model.set_parameters(parameters)
-            optimizer.set_state(state)
-            _set_generator_states(model, states)
-            _freeze(model, frozen)
-            raise ValueError(f"{name} is damaged, or the optimizer's options are no longer those it was written with: "
-                             f"{error}; give them back, or resume=False replaces it") from error  # fmt: skip
-        if rate is not None:  # it may have been assigned to
-            optimizer.learning_rate = rate
-        self.progress, self.history = progress, History(progress.history)
-
-
-def _difference(old: Any, new: Any, path: str = "") -> str:
-    """Say where two JSON values differ first, or nothing."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in [*old, *(key for key in new if key not in old)]:
-            where = f"{path}.{key}" if path else key
-            if found := _difference(old.get(key), new.get(key), where.removesuffix(".options")):
-                return found
-        return ""
-    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        return next(
-            filter(None, (_difference(*p, f"{path}[{n}]") for n, p in enumerate(zip(old, new, strict=True)))), ""
-        )
-    return "" if old == new else f"{path} was {old!r} and is {new!r}"
-
-
-def _finite(*values: Any) -> bool:
-    """Whether all arrays in nested tuples, lists and dicts are finite."""
-    for value in values:
-        if isinstance(value, tuple | list):
-            if not _finite(*value):
-                return False
-        elif isinstance(value, Mapping):
-            if not _finite(*value.values()):
-                return False
-        elif isinstance(value, np.ndarray) and not np.isfinite(value).all():
-            return False
-    return True
-
-
-@contextmanager
-def _watched(model: Layer) -> Iterator[list[str]]:
-    """Give a list that gets the first output or gradient of a layer that is not finite, by name."""
-    found: list[str] = []
-
-    def watch(path: str, layer: Layer, method: str, what: str) -> None:
-        call = getattr(layer, method)
-
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            result = call(*args, **kwargs)
-            if not found and not _finite(result, layer.get_gradients() if method == "backward" else ()):
-                found.append(f"{what} of {_told(path, layer)}")
-            return result
-
-        setattr(layer, method, watched)
-
-    layers = list(_walk(model))
-    for path, layer in layers:
-        watch(path, layer, "forward", "the output")
-        watch(path, layer, "backward", "the gradients")
-    try:
-        yield found
-    finally:
-        for _, layer in layers:
-            del layer.forward, layer.backward  # those of the instance: the class's are seen again
