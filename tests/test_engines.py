@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import fastclstm
 from fastclstm import dispatch, functional
 from fastclstm.engines.cuda import device
+from fastclstm.functional.convlstm import ConvLSTMCall
 from fastclstm.nn.normalization import Normalization
 from fastclstm.spec import NORMALIZED_PARTS
 
@@ -465,7 +466,7 @@ def test_last_states_go_where_they_are_wanted(engine, T, options, return_sequenc
         arguments["mask"] = np.array(options["mask"])[:, :T]
     if not peephole:
         del arguments["peephole"]
-    call = functional._ConvLSTMCall(**arguments, engine=engine)
+    call = ConvLSTMCall(**arguments, engine=engine)
     expected = call.forward(save=False)
     h, c = np.full_like(expected[1], np.nan), call.arrays["c"].copy()
     call.arrays["c"] = c

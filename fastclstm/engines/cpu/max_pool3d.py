@@ -101,21 +101,48 @@ def _pool_rows(g, x, y, rows, worker):
     row = simd.shift(simd.pointer(rows), worker * rows.shape[1])
     step = simd.vector_lanes(base)
     length = g.W * g.C
+    wide, pairs = length - length % (4 * step), g.C - g.C % (2 * step)
     for n in range(count * worker // g.workers, count * (worker + 1) // g.workers):
         b, to, ho = n // (g.TO * g.HO), n // g.HO % g.TO, n % g.HO
         t0, t1 = _span(to * g.ST - g.front, g.PT, g.T)
         h0, h1 = _span(ho * g.SH - g.top, g.PH, g.H)
-        for k in range(0, length, step):
-            lanes = min(step, length - k)
-            best = _line(base, ((b * g.T + t0) * g.H + h0) * length + k, lanes)
+        first = ((b * g.T + t0) * g.H + h0) * length
+        for k in range(0, wide, 4 * step):  # four vectors at a time keep the units busy
+            line = simd.shift(base, first + k)
+            best_0, best_1 = simd.load(line), simd.load(simd.shift(line, step))
+            best_2, best_3 = simd.load(simd.shift(line, 2 * step)), simd.load(simd.shift(line, 3 * step))
             for t in range(t0, t1):
-                for h in range(h0, h1):
+                for h in range(h0 + (t == t0), h1):
+                    line = simd.shift(base, ((b * g.T + t) * g.H + h) * length + k)
+                    best_0 = _larger(best_0, simd.load(line))
+                    best_1 = _larger(best_1, simd.load(simd.shift(line, step)))
+                    best_2 = _larger(best_2, simd.load(simd.shift(line, 2 * step)))
+                    best_3 = _larger(best_3, simd.load(simd.shift(line, 3 * step)))
+            target_row = simd.shift(row, k)
+            simd.store(target_row, best_0)
+            simd.store(simd.shift(target_row, step), best_1)
+            simd.store(simd.shift(target_row, 2 * step), best_2)
+            simd.store(simd.shift(target_row, 3 * step), best_3)
+        for k in range(wide, length, step):
+            lanes = min(step, length - k)
+            best = _line(base, first + k, lanes)
+            for t in range(t0, t1):
+                for h in range(h0 + (t == t0), h1):
                     best = _larger(best, _line(base, ((b * g.T + t) * g.H + h) * length + k, lanes))
             simd.store(simd.shift(row, k), best)
         for wo in range(g.WO):
             w0, w1 = _span(wo * g.SW - g.left, g.PW, g.W)
             out = simd.shift(target, (n * g.WO + wo) * g.C)
-            for k in range(0, g.C, step):
+            for k in range(0, pairs, 2 * step):
+                pixel = simd.shift(row, w0 * g.C + k)
+                best_0, best_1 = simd.load(pixel), simd.load(simd.shift(pixel, step))
+                for _ in range(w0 + 1, w1):
+                    pixel = simd.shift(pixel, g.C)
+                    best_0 = _larger(best_0, simd.load(pixel))
+                    best_1 = _larger(best_1, simd.load(simd.shift(pixel, step)))
+                simd.store(simd.shift(out, k), best_0)
+                simd.store(simd.shift(out, k + step), best_1)
+            for k in range(pairs, g.C, step):
                 best = simd.load(simd.shift(row, w0 * g.C + k))
                 for w in range(w0 + 1, w1):
                     best = _larger(best, simd.load(simd.shift(row, w * g.C + k)))
