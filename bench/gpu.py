@@ -1,11 +1,12 @@
-"""Time convlstm2d on a GPU against PyTorch, eager and compiled, in interleaved rounds. Needs a GPU and PyTorch.
+"""Time convlstm2d and max_pool3d on a GPU against PyTorch, eager and compiled, in interleaved rounds.
 
-Every implementation gets the same weights and is checked against PyTorch in float64 before it is timed. Times are those
-of CUDA events around many calls, inputs being so many that they do not stay in the L2 cache: "call" is what a caller
-waits for, Python and launches included; "graph" is the replay of the same work as a CUDA graph (of fastclstm: of its
-time steps, without packing weights). Shares are of the floor, the larger of the operations over the measured rate of
-matrix products in that precision and the bytes over the measured bandwidth. In bfloat16 and float16 PyTorch keeps the
-cell state in 16 bits too, fastclstm in float32.
+Needs a GPU and PyTorch. Every implementation gets the same weights and is checked against PyTorch in float64 before it
+is timed. Times are those of CUDA events around many calls, inputs being so many that they do not stay in the L2 cache:
+"call" is what a caller waits for, Python and launches included; "graph" is the replay of the same work as a CUDA graph
+(of fastclstm: of its time steps, without packing weights). Shares are of the floor, the larger of the operations over
+the measured rate of matrix products in that precision and the bytes over the measured bandwidth; beside it stands the
+time that a graph of as many empty kernels as there are steps takes. In bfloat16 and float16 PyTorch keeps the cell
+state in 16 bits too, fastclstm in float32.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,13 +34,13 @@ from fastclstm.engines.cuda import device
 CASES = {
     case.name: case
     for case in (
-        *(case for case in cases.CASES.values() if isinstance(case, cases.ConvLSTMCase)),
+        *cases.CASES.values(),
         cases.ConvLSTMCase("step", B=8, T=20, H=64, W=64, C=64, F=64, K=3),
         cases.ConvLSTMCase("large", B=16, T=20, H=128, W=128, C=64, F=64, K=3),
         cases.ConvLSTMCase("wide", B=8, T=10, H=64, W=64, C=128, F=256, K=3),
     )
 }
-LARGEST_ERROR = {"float32": 1e-5, "simt": 1e-5, "tf32": 5e-3, "float16": 5e-3, "bfloat16": 5e-2}
+LARGEST_ERROR = {"exact": 0.0, "float32": 1e-5, "simt": 1e-5, "tf32": 5e-3, "float16": 5e-3, "bfloat16": 5e-2}
 """‖y - exact‖ / ‖exact‖ that a precision may show before it is timed."""
 RATE = {"float32": "float32", "simt": "float32", "tf32": "tf32", "float16": "float16", "bfloat16": "bfloat16"}
 """Whose rate of matrix products is the ceiling. float32 on tensor cores (three tf32 products) may exceed float32's."""
@@ -143,28 +144,30 @@ def torch_compiled(case: cases.ConvLSTMCase, inputs: list[Any], precision: str) 
     return Implementation(f"torch compiled {precision}", precision, call, None, [inputs])
 
 
-def training(case: cases.ConvLSTMCase, inputs: list[Any], weights: dict[str, Any]) -> list[Implementation]:
+def training(
+    case: cases.ConvLSTMCase, inputs: list[Any], weights: dict[str, Any], precisions: list[str]
+) -> list[Implementation]:
     """Return forward and backward together: fastclstm and PyTorch's autograd."""
     import torch
 
     dy = torch.randn(case.B, case.T, case.H, case.W, case.F, device="cuda")
     found = []
-    for precision in ("float32", "tf32"):
+    for precision in precisions:
 
         def vjp(n: int, precision: str = precision) -> Any:
             y, pullback = functional.convlstm2d_vjp(inputs[n], **weights, algorithm=precision)
             return y, pullback(dy)
 
-        module, _ = _module(case, inputs[:1], precision, split=False)
+        module, converted = _module(case, inputs, precision, split=False)
         for parameter in module.parameters():
             parameter.requires_grad_()
 
-        def autograd(n: int, precision: str = precision, module: Any = module) -> Any:
+        def autograd(n: int, precision: str = precision, module: Any = module, xs: list[Any] = converted) -> Any:
             with _flags(precision):
-                x = inputs[n].detach().requires_grad_()
+                x = xs[n].detach().requires_grad_()
                 module.zero_grad(set_to_none=True)
                 y = module(x)
-                y.backward(dy)
+                y.backward(dy.to(y.dtype))
                 return y, x.grad
 
         found += [
@@ -172,6 +175,20 @@ def training(case: cases.ConvLSTMCase, inputs: list[Any], weights: dict[str, Any
             Implementation(f"torch training {precision}", precision, autograd, passes=3),
         ]
     return found
+
+
+def pooling(case: cases.PoolCase, inputs: list[Any]) -> list[Implementation]:
+    """Return max pooling of channels-last arrays: fastclstm, and PyTorch on them and on contiguous ones."""
+    import torch
+
+    turned = [x.permute(0, 4, 1, 2, 3) for x in inputs]
+    contiguous = [x.contiguous() for x in turned]
+    pool = partial(torch.nn.functional.max_pool3d, kernel_size=case.pool_size, stride=case.stride)
+    return [
+        Implementation("fastclstm", "exact", lambda n: functional.max_pool3d(inputs[n], case.pool_size, case.stride)),
+        Implementation("torch channels-last", "exact", lambda n: pool(turned[n]).permute(0, 2, 3, 4, 1)),
+        Implementation("torch contiguous", "exact", lambda n: pool(contiguous[n]).permute(0, 2, 3, 4, 1)),
+    ]
 
 
 def _module(case: cases.ConvLSTMCase, inputs: list[Any], precision: str, split: bool) -> tuple[Any, list[Any]]:
@@ -227,7 +244,7 @@ def calls_of(run: Callable[[int], Any], count: int) -> int:
     return max(3, min(1000, math.ceil(SHORTEST / max(seconds, 1e-7))))
 
 
-def inputs_of(case: cases.ConvLSTMCase) -> list[Any]:
+def inputs_of(case: cases.Case) -> list[Any]:
     """Return so many inputs that they are at least twice the L2 cache, and two at least."""
     import torch
 
@@ -264,8 +281,27 @@ def rates() -> dict[str, float]:
     return found
 
 
-def floor(case: cases.ConvLSTMCase, precision: str, measured: dict[str, float]) -> float:
-    """Return the seconds that a case takes at least: its operations, or x read, h and c written and read each step."""
+def replay_seconds(kernels: int) -> float:
+    """Measure the replay of a CUDA graph of so many kernels that do next to nothing, one after the other."""
+    import torch
+
+    one = torch.zeros(1, device="cuda")
+    one.add_(1)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(kernels):
+            one.add_(1)
+    timed(lambda n: graph.replay(), 1, 20)
+    return timed(lambda n: graph.replay(), 1, 200)
+
+
+def floor(case: cases.Case, precision: str, measured: dict[str, float]) -> float:
+    """Return the seconds that a case takes at least: its operations or its bytes.
+
+    Those of a ConvLSTM are x read, h and c written and read in each step.
+    """
+    if isinstance(case, cases.PoolCase):
+        return case.work * 1e9 / (measured["copy"] * 1e12)
     pixels = case.B * case.T * case.H * case.W
     moved = pixels * (case.C + 4 * case.F) * 4
     return max(case.work * 1e9 / (measured[RATE[precision]] * 1e12), moved / (measured["copy"] * 1e12))
@@ -274,17 +310,18 @@ def floor(case: cases.ConvLSTMCase, precision: str, measured: dict[str, float]) 
 # The run -------------------------------------------------------------------------------------------------------------
 
 
-def bench(case: cases.ConvLSTMCase, options: argparse.Namespace, measured: dict[str, float]) -> dict[str, Any]:
-    """Build, check and time every implementation of one case."""
+Builders = dict[str, Callable[[], Implementation | list[Implementation]]]
+
+
+def convlstm_builders(case: cases.ConvLSTMCase, inputs: list[Any], options: argparse.Namespace) -> tuple[Any, Builders]:
+    """Return the exact result of the first input, and what builds each implementation of a ConvLSTM."""
     import torch
 
-    inputs = inputs_of(case)
     weights = {name: torch.from_numpy(array).cuda() for name, array in case.arrays().items() if name != "x"}
     module, doubles = _module(case, inputs[:1], "float64", split=False)
     with torch.inference_mode():
         exact = module(doubles[0])
-    del module, doubles
-    builders: dict[str, Callable[[], Implementation | list[Implementation]]] = {}
+    builders: Builders = {}
     for precision in options.precisions:
         builders[f"fastclstm {precision}"] = partial(ours, inputs, weights, precision)
         if precision != "simt":
@@ -293,7 +330,28 @@ def bench(case: cases.ConvLSTMCase, options: argparse.Namespace, measured: dict[
             if options.compile:
                 builders[f"torch compiled {precision}"] = partial(torch_compiled, case, inputs, precision)
     if options.training:
-        builders["training"] = partial(training, case, inputs, weights)
+        precisions = [precision for precision in options.precisions if precision != "simt"]
+        builders["training"] = partial(training, case, inputs, weights, precisions)
+    return exact, builders
+
+
+def pool_builders(case: cases.PoolCase, inputs: list[Any], options: argparse.Namespace) -> tuple[Any, Builders]:
+    """Return the exact result of the first input, and what builds each implementation of a pooling."""
+    import torch
+
+    x = inputs[0].double().permute(0, 4, 1, 2, 3)
+    exact = torch.nn.functional.max_pool3d(x, case.pool_size, case.stride).permute(0, 2, 3, 4, 1)
+    return exact, {"pooling": partial(pooling, case, inputs)}
+
+
+def bench(case: cases.Case, options: argparse.Namespace, measured: dict[str, float]) -> dict[str, Any]:
+    """Build, check and time every implementation of one case."""
+    inputs = inputs_of(case)
+    builders: Builders
+    if isinstance(case, cases.PoolCase):
+        exact, builders = pool_builders(case, inputs, options)
+    else:
+        exact, builders = convlstm_builders(case, inputs, options)
     ready: list[Implementation] = []
     left_out: dict[str, str] = {}
     errors: dict[str, float] = {}
@@ -326,15 +384,20 @@ def bench(case: cases.ConvLSTMCase, options: argparse.Namespace, measured: dict[
             "name": name, "how": how, "precision": one.precision, "seconds": values, "median_seconds": median,
             "tflops": one.passes * case.work / 1e3 / median, "share_of_floor": least / median, "error": errors[name],
         })  # fmt: skip
-    return {"case": case.name, "title": case.title, "inputs": len(inputs), "results": results, "left_out": left_out}
+    steps = 1 if isinstance(case, cases.PoolCase) else case.T
+    return {"case": case.name, "title": case.title, "inputs": len(inputs), "results": results, "left_out": left_out,
+            "empty_replay_seconds": replay_seconds(steps)}  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the cases that the command line asks for, print them and write them as JSON."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=(__doc__ or "").split("\n\n")[0])
-    default = ["readme", "mmnist", "deep", "shi", "step", "large"]
+    default = ["readme", "mmnist", "deep", "shi", "step", "large", "pool_video"]
     parser.add_argument("--cases", nargs="+", choices=CASES, default=default)
-    parser.add_argument("--precisions", nargs="+", choices=LARGEST_ERROR, default=["float32", "tf32", "bfloat16"])
+    parser.add_argument(
+        "--batches", nargs="+", type=int, default=[], help="sizes of the batch instead of the cases' own"
+    )
+    parser.add_argument("--precisions", nargs="+", choices=RATE, default=["float32", "tf32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--training", action="store_true", help="also forward and backward together")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
@@ -353,8 +416,10 @@ def main(arguments: list[str] | None = None) -> None:
     today, name = datetime.date.today().isoformat(), torch.cuda.get_device_name(0)
     out = options.out or Path(__file__).parent / "results" / f"{today}-{name.lower().replace(' ', '-')}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    for case_name in options.cases:
-        runs.append(bench(CASES[case_name], options, measured))
+    for case in (
+        replace(CASES[name], B=size or CASES[name].B) for name in options.cases for size in options.batches or [0]
+    ):
+        runs.append(bench(case, options, measured))
         _print(runs[-1])
         report = {"date": today, "device": str(device.current()), "driver": _driver(), "versions": _versions(),
                   "rates": measured, "rounds": options.rounds, "runs": runs}  # fmt: skip
@@ -379,7 +444,8 @@ def _versions() -> dict[str, str]:
 
 
 def _print(run: dict[str, Any]) -> None:
-    print(f"{run['case']} ({run['title']}), {run['inputs']} inputs in turn")
+    print(f"{run['case']} ({run['title']}), {run['inputs']} inputs in turn; a graph of as many empty kernels: "
+          f"{run['empty_replay_seconds'] * 1e6:.1f} µs")  # fmt: skip
     for one in sorted(run["results"], key=lambda one: one["median_seconds"]):
         print(f"  {one['name']:28} {one['how']:6} {one['median_seconds'] * 1e3:9.3f} ms {one['tflops']:7.1f} TFLOP/s "
               f"{one['share_of_floor']:6.1%} of the floor, error {one['error']:.1e}", flush=True)  # fmt: skip

@@ -691,6 +691,8 @@ def test_the_floor_is_the_larger_of_two():
     assert bench_gpu.floor(case, "bfloat16", measured) == pytest.approx(operations / 800e12)
     moved = 8 * 20 * 64 * 64 * (64 + 4 * 64) * 4
     assert bench_gpu.floor(case, "simt", measured | {"copy": 1e-3}) == pytest.approx(moved / 1e9)
+    read_and_written = 8 * 16 * 112 * 112 * 64 * 4 * (1 + 1 / 8)
+    assert bench_gpu.floor(bench_gpu.CASES["pool_video"], "exact", measured) == pytest.approx(read_and_written / 4e12)
 
 
 # --- The fake is true to the library ---
