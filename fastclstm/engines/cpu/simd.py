@@ -74,9 +74,10 @@ def constant(vector: ir.VectorType, value: float) -> ir.Constant:
     return ir.Constant(vector, [ir.Constant(vector.element, value)] * vector.count)
 
 
-def splat(builder: ir.IRBuilder, scalar: ir.Value) -> ir.Value:
-    """Return a vector with `scalar` in every lane."""
-    count = VECTOR_BYTES // (4 if scalar.type in (ir.FloatType(), INT32) else 8)
+def splat(builder: ir.IRBuilder, scalar: ir.Value, count: int | None = None) -> ir.Value:
+    """Return a vector with `scalar` in each of `count` lanes; None: in those of one register."""
+    if count is None:
+        count = VECTOR_BYTES // (4 if scalar.type in (ir.FloatType(), INT32) else 8)
     vector = ir.VectorType(scalar.type, count)
     undefined = ir.Constant(vector, ir.Undefined)
     first = builder.insert_element(undefined, scalar, INT32(0))
@@ -148,7 +149,7 @@ def emit_loop(builder: ir.IRBuilder, start, stop, step: int, carried: list[ir.Va
 
 
 def _scalar_bytes(vector: ir.VectorType) -> int:
-    return 4 if vector.element == ir.FloatType() else 8
+    return 4 if vector.element in (ir.FloatType(), INT32) else 8
 
 
 # ------------------------------------------------------------------------------------------------------ operators
@@ -288,7 +289,8 @@ def _lane_mask(builder: ir.IRBuilder, count: ir.Value, vector: ir.VectorType) ->
 
 
 def _emit_masked(builder: ir.IRBuilder, kind: str, vector: ir.VectorType, result: ir.Type, *args: ir.Value) -> ir.Value:
-    name = f"llvm.masked.{kind}.v{vector.count}f{8 * _scalar_bytes(vector)}.p0"
+    letter = "i" if isinstance(vector.element, ir.IntType) else "f"
+    name = f"llvm.masked.{kind}.v{vector.count}{letter}{8 * _scalar_bytes(vector)}.p0"
     function_type = ir.FunctionType(result, [arg.type for arg in args])
     return builder.call(cgutils.get_or_insert_function(builder.module, function_type, name), args)
 
@@ -298,7 +300,14 @@ def emit_load_some(builder: ir.IRBuilder, base: ir.Value, vector: ir.VectorType,
     mask = _lane_mask(builder, count, vector)
     address = builder.bitcast(base, vector.as_pointer())
     align = INT32(_scalar_bytes(vector))
-    return _emit_masked(builder, "load", vector, vector, address, align, mask, constant(vector, 0.0))
+    return _emit_masked(builder, "load", vector, vector, address, align, mask, constant(vector, 0))
+
+
+def emit_store_some(builder: ir.IRBuilder, value: ir.Value, base: ir.Value, count: ir.Value) -> None:
+    """Store the first `count` lanes, without touching memory beyond them."""
+    mask, address = _lane_mask(builder, count, value.type), builder.bitcast(base, value.type.as_pointer())
+    align = INT32(_scalar_bytes(value.type))
+    _emit_masked(builder, "store", value.type, ir.VoidType(), value, address, align, mask)
 
 
 @intrinsic
@@ -316,10 +325,7 @@ def store_some(typingctx, base, value, count):
     """Write the first `count` lanes of a vector to a pointer."""
 
     def codegen(context, builder, sig, args):
-        vector = args[1].type
-        mask = _lane_mask(builder, args[2], vector)
-        address = builder.bitcast(args[0], vector.as_pointer())
-        _emit_masked(builder, "store", vector, ir.VoidType(), args[1], address, INT32(_scalar_bytes(vector)), mask)
+        emit_store_some(builder, args[1], args[0], args[2])
         return context.get_dummy_value()
 
     return types.void(base, value, types.intp), codegen

@@ -11,7 +11,7 @@ import numpy as np
 from fastclstm.engines.cpu import direct, fold, gates_backward, kernel_transform, weight_gradient, winograd
 from fastclstm.engines.cpu.conv2d import conv2d, conv2d_backward
 from fastclstm.engines.cpu.convlstm2d import convlstm2d, convlstm2d_backward
-from fastclstm.engines.cpu.max_pool3d import INDICES, SCATTER, VALUES, max_pool3d, max_pool3d_backward
+from fastclstm.engines.cpu.max_pool3d import INDICES, SCATTER, SHARE, VALUES, max_pool3d, max_pool3d_backward
 from fastclstm.nn import activations
 from fastclstm.spec import ConvLSTMSpec, ConvSpec, PoolSpec
 
@@ -47,7 +47,9 @@ def _operations(dtype: str) -> Iterator[tuple[str, tuple[Any, Any], Callable[[],
     pool = PoolSpec.infer(volume.shape, 1)
     yield "pooling", VALUES, partial(max_pool3d, pool, volume, False)
     yield "pooling with indices", INDICES, partial(max_pool3d, pool, volume, True)
-    yield "gradient of pooling", SCATTER, partial(max_pool3d_backward, pool, indices, volume)
+    yield "gradient of pooling", SHARE, partial(max_pool3d_backward, pool, indices, volume)
+    overlapping = PoolSpec.infer(volume.shape, 2, 1, padding="same")
+    yield "gradient of overlapping pooling", SCATTER, partial(max_pool3d_backward, overlapping, indices, volume)
 
 
 def _both(*calls: Callable[[], Any]) -> None:
