@@ -41,12 +41,42 @@ template <class T> static T max(T a, T b) { return a < b ? b : a; }
 
 namespace emulator {
 
-const int MOST_THREADS = 1024, STACK = 128 << 10, COPIES = 160, GROUPS = 8;
+const int MOST_THREADS = 1024, STACK = 128 << 10, COPIES = 160, GROUPS = 8, SUMS = 4, PRODUCTS = 64;
+const unsigned SHARED_ADDRESS = 1024 + 128;  // where shared memory starts: aligned as far as kernels ask for it
 
 struct Copy {
     void* to;
     const void* from;
     int bytes, taken;
+};
+
+struct Piece {
+    int at, bytes;
+};
+
+// Sums that products under way own: they are here, and in the thread's registers there is POISON.
+struct Owned {
+    float* sum;
+    int count;
+    float values[64];
+};
+const unsigned POISON = 0x7fc0dead;
+
+struct Order {
+    unsigned long long a, b;         // descriptors
+    int columns, accumulate, bytes;  // `bytes` of an element
+    float (*element)(const unsigned char*);
+};
+
+// A product of a warpgroup: what its threads ask for, and its operands as they are when the first of them waits for it.
+struct Product {
+    Order order;
+    const unsigned* registers[128];  // a may come from here,
+    unsigned given[128][4];          // which held this
+    float* sums[128];
+    int issued, finished;  // threads
+    bool read;
+    float rows[64][16], weights[128][16];
 };
 
 struct Fiber {
@@ -61,6 +91,13 @@ struct Fiber {
     unsigned exchanges;
     Copy copies[COPIES];  // asked for and not yet made, the groups one after another
     int count, ends[GROUPS], groups;
+    Piece written[COPIES];  // to shared memory, and not yet shown to the async proxy
+    int written_count;
+    bool may_multiply;                     // since wgmma.fence no register of a product was free
+    int issued, finished;                  // products
+    int product_ends[GROUPS], product_groups;
+    Owned owned[SUMS];
+    int owned_count;
 };
 
 struct Barrier {
@@ -70,10 +107,14 @@ struct Barrier {
 static Fiber fibers[MOST_THREADS];
 static int order[MOST_THREADS], threads, alive;
 static int warp_alive[MOST_THREADS / 32];
-static Barrier block_barrier, warp_barriers[MOST_THREADS / 32];
+static Barrier block_barrier, warp_barriers[MOST_THREADS / 32], warpgroup_barriers[MOST_THREADS / 128];
+static Product products[MOST_THREADS / 128][PRODUCTS];
 static unsigned char exchange[2][MOST_THREADS / 32][32][64];
 static unsigned char* stacks;
 static unsigned char* shared;
+static unsigned char* async_shared;  // as the async proxy sees it
+static short *copying, *reading;     // copies to, and products that read, each word of it
+static int shared_size;
 static Fiber* current;
 static jmp_buf scheduler;
 static ucontext_t origin;
@@ -128,6 +169,7 @@ static unsigned char (*gather(const void* mine, int bytes))[64]
 
 static void finished()
 {
+    if (current->finished < current->issued) fail("a product is not waited for");
     current->done = true;
     alive--;
     int w = warp();
@@ -193,6 +235,14 @@ static void shuffle_threads()
 static void run_block(int shared_bytes)
 {
     memset(shared, 0xff, shared_bytes + 64);
+    memset(async_shared, 0xff, shared_bytes);
+    memset(copying, 0, (shared_bytes / 4 + 1) * sizeof *copying);
+    memset(reading, 0, (shared_bytes / 4 + 1) * sizeof *reading);
+    shared_size = shared_bytes;
+    for (int w = 0; w * 128 < threads; w++) {
+        warpgroup_barriers[w] = {};
+        for (Product& product : products[w]) product.issued = product.finished = 0;
+    }
     alive = threads;
     block_barrier = {};
     for (int w = 0; w * 32 < threads; w++) {
@@ -204,6 +254,8 @@ static void run_block(int shared_bytes)
         fiber.done = false;
         fiber.waits = nullptr;
         fiber.count = fiber.groups = 0;
+        fiber.written_count = fiber.issued = fiber.finished = fiber.product_groups = fiber.owned_count = 0;
+        fiber.may_multiply = false;
         fiber.exchanges = 0;
         fiber.thread = i;
         fiber.index = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
@@ -242,6 +294,9 @@ static const char* launch(void (*kernel)(void**), void** given, const unsigned* 
         stacks = (unsigned char*)memory;
     }
     shared = (unsigned char*)aligned_alloc(128, (bytes + 64 + 127) / 128 * 128);
+    async_shared = (unsigned char*)malloc(bytes + 1);
+    copying = (short*)malloc((bytes / 4 + 1) * sizeof *copying);
+    reading = (short*)malloc((bytes / 4 + 1) * sizeof *reading);
     int count = grid[0] * grid[1] * grid[2];
     int* blocks = (int*)malloc(count * sizeof(int));
     for (int i = 0; i < count; i++) blocks[i] = i;
@@ -252,6 +307,9 @@ static const char* launch(void (*kernel)(void**), void** given, const unsigned* 
     }
     free(blocks);
     free(shared);
+    free(async_shared);
+    free(copying);
+    free(reading);
     if (error[0])
         for (Fiber& fiber : fibers) fiber.started = false;
     return error[0] ? error : nullptr;
@@ -334,6 +392,12 @@ static inline void emulated_cp_async(void* to, const void* from, int bytes, bool
     emulator::Fiber& fiber = *emulator::current;
     if (uintptr_t(to) % bytes || (taken && uintptr_t(from) % bytes)) emulator::fail("a misaligned copy");
     if (fiber.count == emulator::COPIES) emulator::fail("too many copies under way");
+    long at = (unsigned char*)to - emulator::shared;
+    if (at < 0 || at + bytes > emulator::shared_size) emulator::fail("a copy beyond shared memory");
+    for (int i = 0; i < bytes / 4; i++) {
+        if (emulator::reading[at / 4 + i]) emulator::fail("a copy to what a product still reads");
+        emulator::copying[at / 4 + i]++;
+    }
     fiber.copies[fiber.count++] = {to, from, bytes, taken};
 }
 
@@ -357,6 +421,9 @@ static inline void emulated_wait(int most)
             memcpy(copy.to, copy.from, copy.bytes);
         else
             memset(copy.to, 0, copy.bytes);
+        int at = int((unsigned char*)copy.to - emulator::shared);
+        for (int word = 0; word < copy.bytes / 4; word++) emulator::copying[at / 4 + word]--;
+        fiber.written[fiber.written_count++ % emulator::COPIES] = {at, copy.bytes};
     }
     memmove(fiber.copies, fiber.copies + made, (fiber.count - made) * sizeof(emulator::Copy));
     fiber.count -= made;
@@ -368,6 +435,9 @@ static inline void emulated_wait(int most)
 static inline void emulated_ldmatrix(unsigned (&result)[4], const void* row)
 {
     if (uintptr_t(row) % 16) emulator::fail("a misaligned row of ldmatrix");
+    for (int i = 0; i < 4; i++)
+        if (emulator::copying[((const unsigned char*)row - emulator::shared) / 4 + i])
+            emulator::fail("ldmatrix reads what is still being copied");
     auto rows = emulator::gather(&row, sizeof row);
     int lane = emulator::lane();
     for (int i = 0; i < 4; i++) {
@@ -423,6 +493,184 @@ static void emulated_mma(float (&sum)[4], const unsigned (&a)[4], const unsigned
             }
         sum[n] = toward_zero(total);
     }
+}
+
+// Products of a warpgroup, by the rules that csrc/warpgroup.cuh names. They run as late as they may; what a kernel must
+// not do meanwhile, and what it must have done before, is checked.
+
+static inline unsigned emulated_shared_address(const void* pointer)
+{
+    return unsigned((const unsigned char*)pointer - emulator::shared) + emulator::SHARED_ADDRESS;
+}
+
+// What this thread's copies have written so far is shown to the async proxy; where it wrote more than can be
+// remembered, the oldest is not.
+static inline void emulated_fence_async_proxy()
+{
+    emulator::Fiber& fiber = *emulator::current;
+    for (int i = 0; i < min(fiber.written_count, emulator::COPIES); i++) {
+        const emulator::Piece& piece = fiber.written[i];
+        memcpy(emulator::async_shared + piece.at, emulator::shared + piece.at, piece.bytes);
+    }
+    fiber.written_count = 0;
+}
+
+static inline void emulated_wgmma_fence() { emulator::current->may_multiply = true; }
+
+static inline void emulated_wgmma_commit()
+{
+    emulator::Fiber& fiber = *emulator::current;
+    if (fiber.product_groups == emulator::GROUPS) emulator::fail("too many groups of products");
+    fiber.product_ends[fiber.product_groups++] = fiber.issued;
+}
+
+namespace emulator {
+
+// Where in shared memory 16 bytes of a row's 32 bytes of depth stand.
+static int operand_at(unsigned long long descriptor, int row, int piece)
+{
+    unsigned start = unsigned(descriptor & 0x3fff) << 4, stride = unsigned(descriptor >> 32 & 0x3fff) << 4;
+    if (descriptor >> 62 != 1) fail("only the swizzle of 128 bytes is emulated");
+    if (descriptor & (0x3ffull << 52 | 7ull << 46 | 3ull << 30 | 3ull << 14)) fail("unknown bits in a descriptor");
+    if (start & 0x380 || stride & 0x3ff || descriptor >> 49 & 7) fail("an atom does not start at 1024 bytes");
+    if (start % 128 + 32 > 128) fail("a product reads beyond its row");
+    unsigned address = start + row / 8 * stride + row % 8 * 128 + piece * 16;
+    address ^= address >> 3 & 0x70;
+    int at = int(address - SHARED_ADDRESS);
+    if (at < 0 || at + 16 > shared_size) fail("a product reads beyond shared memory");
+    return at;
+}
+
+static void check_shown(int at)
+{
+    for (int i = 0; i < 4; i++)
+        if (copying[at / 4 + i]) fail("a product reads what is still being copied");
+    if (memcmp(shared + at, async_shared + at, 16)) fail("a product reads what no fence.proxy.async has shown it");
+}
+
+template <class Visit> static void visit_operands(const Product& product, Visit visit)
+{
+    for (int row = 0; row < 64 && !product.registers[0]; row++)
+        for (int piece = 0; piece < 2; piece++) visit(operand_at(product.order.a, row, piece), row, piece, true);
+    for (int column = 0; column < product.order.columns; column++)
+        for (int piece = 0; piece < 2; piece++) visit(operand_at(product.order.b, column, piece), column, piece, false);
+}
+
+static void issue(const Order& order, const unsigned* a, float* sum)
+{
+    Fiber& fiber = *current;
+    int group = fiber.thread / 128, t = fiber.thread % 128;
+    Product& product = products[group][fiber.issued % PRODUCTS];
+    if (threads % 128) fail("a block is not of whole warpgroups");
+    if (!fiber.may_multiply) fail("wgmma.fence is missing");
+    if (product.issued == 128) fail("too many products under way");
+    if (!product.issued) product.order = order, product.read = false;
+    if (memcmp(&product.order, &order, sizeof order))
+        fail("the threads of a warpgroup issue different products");
+    product.registers[t] = a;
+    if (a) memcpy(product.given[t], a, sizeof product.given[t]);
+    product.sums[t] = sum;
+    int n = 0, count = order.columns / 2;
+    while (n < fiber.owned_count && fiber.owned[n].sum != sum) n++;
+    if (n == SUMS) fail("too many sums under way");
+    if (n == fiber.owned_count) {
+        fiber.owned_count++;
+        fiber.owned[n].sum = sum, fiber.owned[n].count = count;
+        memcpy(fiber.owned[n].values, sum, count * sizeof *sum);
+        for (int i = 0; i < count; i++) memcpy(sum + i, &POISON, sizeof POISON);
+    }
+    fiber.issued++;
+    if (++product.issued == 128)
+        visit_operands(product, [](int at, int, int, bool) {
+            check_shown(at);
+            for (int i = 0; i < 4; i++) reading[at / 4 + i]++;
+        });
+    wait(warpgroup_barriers[group], 128);
+}
+
+static void read_operands(Product& product)
+{
+    const Order& order = product.order;
+    int each = 16 / order.bytes;
+    visit_operands(product, [&](int at, int row, int piece, bool of_a) {
+        check_shown(at);
+        for (int i = 0; i < each; i++)
+            (of_a ? product.rows : product.weights)[row][piece * each + i] =
+                order.element(async_shared + at + i * order.bytes);
+    });
+    for (int t = 0; t < 128 && product.registers[0]; t++)
+        for (int i = 0; i < 4; i++)
+            product.rows[t / 32 * 16 + t % 32 / 4 + i % 2 * 8][t % 4 + i / 2 * 4] =
+                order.element((const unsigned char*)&product.given[t][i]);
+    product.read = true;
+}
+
+static void finish(Product& product)
+{
+    Fiber& fiber = *current;
+    int t = fiber.thread % 128, depth = 32 / product.order.bytes;
+    if (!product.read) read_operands(product);
+    if (product.registers[t] && memcmp(product.registers[t], product.given[t], sizeof product.given[t]))
+        fail("registers of a product were changed while it was under way");
+    Owned* owned = fiber.owned;
+    while (owned->sum != product.sums[t]) owned++;
+    for (int i = 0; i < owned->count; i++) {
+        int row = t / 32 * 16 + t % 32 / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + t % 4 * 2 + i % 2;
+        double total = product.order.accumulate ? owned->values[i] : 0;
+        for (int k = 0; k < depth; k++) total += double(product.rows[row][k]) * product.weights[column][k];
+        owned->values[i] = toward_zero(total);
+    }
+    if (++product.finished < 128) return;
+    visit_operands(product, [](int at, int, int, bool) {
+        for (int i = 0; i < 4; i++) reading[at / 4 + i]--;
+    });
+    product.issued = product.finished = 0;
+}
+
+// Give sums back that no product owns any more.
+static void give_back()
+{
+    Fiber& fiber = *current;
+    int group = fiber.thread / 128, t = fiber.thread % 128, left = 0;
+    for (int n = 0; n < fiber.owned_count; n++) {
+        Owned& owned = fiber.owned[n];
+        bool under_way = false;
+        for (int p = fiber.finished; p < fiber.issued; p++)
+            under_way = under_way || products[group][p % PRODUCTS].sums[t] == owned.sum;
+        for (int i = 0; i < owned.count; i++)
+            if (memcmp(owned.sum + i, &POISON, sizeof POISON)) fail("a sum was changed while a product owned it");
+        if (under_way)
+            fiber.owned[left++] = owned;
+        else
+            memcpy(owned.sum, owned.values, owned.count * sizeof *owned.sum);
+    }
+    fiber.owned_count = left;
+}
+
+}  // namespace emulator
+
+// Wait for all products but those of the newest `most` groups.
+static inline void emulated_wgmma_wait(int most)
+{
+    emulator::Fiber& fiber = *emulator::current;
+    int group = fiber.thread / 128, now = fiber.product_groups - most;
+    if (now > 0) {
+        for (; fiber.finished < fiber.product_ends[now - 1]; fiber.finished++)
+            emulator::finish(emulator::products[group][fiber.finished % emulator::PRODUCTS]);
+        for (int g = now; g < fiber.product_groups; g++) fiber.product_ends[g - now] = fiber.product_ends[g];
+        fiber.product_groups -= now;
+        emulator::give_back();
+    }
+    fiber.may_multiply = false;
+}
+
+template <int N>
+static void emulated_wgmma(float (&sum)[N / 8][4], const unsigned* a, unsigned long long a_descriptor,
+                           unsigned long long b_descriptor, int accumulate, int bytes,
+                           float (*element)(const unsigned char*))
+{
+    emulator::Order order = {a_descriptor, b_descriptor, N, accumulate, bytes, element};
+    emulator::issue(order, a, sum[0]);
 }
 
 static inline unsigned short emulated_bits(int kind, float x)

@@ -14,15 +14,16 @@ Weights = np.ndarray | DeviceArray
 
 
 def conv2d(
-    spec: ConvSpec, x: DeviceArray, kernel: Weights, bias: Weights | None, *, algorithm: str = "auto"
-) -> DeviceArray:
-    """Convolve x (B, H, W, C) with kernel (KH, KW, C, F): y (B, HO, WO, F)."""
+    spec: ConvSpec, x: DeviceArray, kernel: Weights, bias: Weights | None, *, algorithm: str = "auto",
+    tiling: product.Tiling | None = None,
+) -> DeviceArray:  # fmt: skip
+    """Convolve x (B, H, W, C) with kernel (KH, KW, C, F): y (B, HO, WO, F); `tiling` None: what `choose` says."""
     device, dtype = x.device, x.dtype
     pixels = spec.B * spec.HO * spec.WO
     y = device.empty((spec.B, spec.HO, spec.WO, spec.F), dtype)
-    kind = product.kind(device, dtype, algorithm)
     if pixels:
-        tiling = product.choose(kind, dtype, device.multiprocessors, pixels, spec.F)
+        if tiling is None:
+            tiling = product.choose(product.kind(device, dtype, algorithm), dtype, device, pixels, spec.F)
         data, channels = product.operands(device, tiling, x)
         frames = product.frames(device, spec, data, tiling.depth, channels=channels)
         weights = product.pack(device, tiling, (on_device(device, kernel),), [frames], spec.F)
@@ -52,7 +53,7 @@ def input_gradient(
     device, dtype = kernel.device, kernel.dtype
     pixels = spec.B * spec.H * spec.W
     dx = device.empty((spec.B, spec.H, spec.W, spec.C), dtype)
-    tiling = product.choose(kind, dtype, device.multiprocessors, pixels, spec.C)
+    tiling = product.choose(kind, dtype, device, pixels, spec.C)
     frames = product.transposed_frames(device, spec, dy, tiling.depth, stride=stride)
     weights = product.pack(device, tiling, (kernel,), [frames], spec.C, transposed=True)
     _multiply(device, tiling, frames, weights, (pixels, spec.H, spec.W), spec.C, dx, residual=residual)
