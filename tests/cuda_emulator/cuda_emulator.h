@@ -1,7 +1,8 @@
 // CUDA C++ as C++ of the processor: the threads of a block are fibers, blocks run one after another.
 //
 // Included before a source of csrc/ (-include), which is then compiled with -DFASTCLSTM_EMULATOR. Threads and blocks
-// run in a shuffled order, each until its next barrier, so that what needs a barrier and has none goes wrong.
+// run in a shuffled order, each until its next barrier, and warps leave others behind, so that what needs a barrier and
+// has none goes wrong.
 #pragma once
 #include <math.h>
 #include <setjmp.h>
@@ -54,13 +55,14 @@ struct Piece {
     int at, bytes;
 };
 
-// Sums that products under way own: they are here, and in the thread's registers there is POISON.
+// Sums that products under way own: they are here, and in the thread's registers there is POISON, a signalling NaN that
+// arithmetic changes.
 struct Owned {
     float* sum;
     int count;
     float values[64];
 };
-const unsigned POISON = 0x7fc0dead;
+const unsigned POISON = 0x7fa0dead;
 
 struct Order {
     unsigned long long a, b;         // descriptors
@@ -263,12 +265,15 @@ static void run_block(int shared_bytes)
     shuffle_threads();
     while (alive && !error[0]) {
         bool progress = false;
-        for (int i = 0; i < threads && !error[0]; i++) {
-            Fiber& fiber = fibers[order[i]];
-            if (fiber.done || (fiber.waits && *fiber.waits == fiber.seen)) continue;
-            enter(fiber);
-            progress = true;
-        }
+        unsigned resting = draw(1u << 31);  // warps that others leave behind this time, if those can go on
+        for (int time = 0; time < 2 && !progress; time++)
+            for (int i = 0; i < threads && !error[0]; i++) {
+                Fiber& fiber = fibers[order[i]];
+                if (fiber.done || (fiber.waits && *fiber.waits == fiber.seen)) continue;
+                if (!time && resting >> order[i] / 32 % 31 & 1) continue;
+                enter(fiber);
+                progress = true;
+            }
         if (!progress && !error[0]) snprintf(error, sizeof error, "a barrier is not reached by every thread");
     }
     for (int i = 0; i < 64; i++)
