@@ -100,44 +100,50 @@ template <class T, int N> DEVICE void pin(T (&x)[N])
 }
 
 #if KIND == 4
-#define WGMMA_KIND "k16.f32.bf16.bf16 {"
+#define WGMMA_KIND "k16.f32.bf16.bf16 "
 #define WGMMA_ELEMENT [](const unsigned char* at) { return emulated_bfloat16(*(const unsigned short*)at); }
 #elif KIND == 5
-#define WGMMA_KIND "k16.f32.f16.f16 {"
+#define WGMMA_KIND "k16.f32.f16.f16 "
 #define WGMMA_ELEMENT [](const unsigned char* at) { return emulated_float16(*(const unsigned short*)at); }
 #else
-#define WGMMA_KIND "k8.f32.tf32.tf32 {"
+#define WGMMA_KIND "k8.f32.tf32.tf32 "
 #define WGMMA_ELEMENT [](const unsigned char* at) { return emulated_tf32(*(const unsigned*)at); }
 #endif
-#define WGMMA_START "{ .reg .pred p; setp.ne.b32 p, "
-#define SUMS_4(s) "+f"(s[0]), "+f"(s[1]), "+f"(s[2]), "+f"(s[3])
-#define SUMS_16(s, j) SUMS_4(s[j]), SUMS_4(s[j + 1]), SUMS_4(s[j + 2]), SUMS_4(s[j + 3])
-#define SUMS_64(s) SUMS_16(s, 0), SUMS_16(s, 4)
-#define SUMS_128(s) SUMS_64(s), SUMS_16(s, 8), SUMS_16(s, 12)
+#define SUMS_4(s, j) "+f"(s[j][0]), "+f"(s[j][1]), "+f"(s[j][2]), "+f"(s[j][3])
+#define SUMS_16(s, j) SUMS_4(s, j), SUMS_4(s, j + 1), SUMS_4(s, j + 2), SUMS_4(s, j + 3)
+#define SUMS_32(s, j) SUMS_16(s, j), SUMS_16(s, j + 4)
+#define SUMS_64(s) SUMS_32(s, 0)
+#define SUMS_128(s) SUMS_32(s, 0), SUMS_32(s, 8)
+#define SUMS_256(s) SUMS_128(s), SUMS_32(s, 16), SUMS_32(s, 24)
 #define PLACES_64                                                                                                      \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, "                                 \
     "%18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define PLACES_128                                                                                                     \
     PLACES_64 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                     \
     "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define PLACES_256                                                                                                     \
+    PLACES_128 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "                    \
+    "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "                                 \
+    "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, "                                 \
+    "%110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, "                             \
+    "%124, %125, %126, %127"
+#define WGMMA(n, a, b, p, trans)                                                                                       \
+    "{ .reg .pred p; setp.ne.b32 p, " p ", 0; wgmma.mma_async.sync.aligned.m64n" #n WGMMA_KIND "{" PLACES_##n "}, "    \
+    a ", " b ", p, 1, 1" trans "; }" : SUMS_##n(sum)
 
 // sum (64 x N) = a (64 x 32 bytes) b (32 bytes x N) + (accumulate ? sum : 0), both in shared memory
 template <int N> DEVICE void wgmma(float (&sum)[N / 8][4], unsigned long long a, unsigned long long b, int accumulate)
 {
-    static_assert(N == 64 || N == 128, "");
+    static_assert(N == 64 || N == 128 || N == 256, "");
 #ifdef FASTCLSTM_EMULATOR
     emulated_wgmma<N>(sum, nullptr, a, b, accumulate, sizeof(operand), WGMMA_ELEMENT);
 #elif KIND >= 4
     if constexpr (N == 64)
-        asm volatile(WGMMA_START "%34, 0; wgmma.mma_async.sync.aligned.m64n64" WGMMA_KIND PLACES_64
-                                 "}, %32, %33, p, 1, 1, 0, 0; }"
-                     : SUMS_64(sum)
-                     : "l"(a), "l"(b), "r"(accumulate));
+        asm volatile(WGMMA(64, "%32", "%33", "%34", ", 0, 0") : "l"(a), "l"(b), "r"(accumulate));
+    else if constexpr (N == 128)
+        asm volatile(WGMMA(128, "%64", "%65", "%66", ", 0, 0") : "l"(a), "l"(b), "r"(accumulate));
     else
-        asm volatile(WGMMA_START "%66, 0; wgmma.mma_async.sync.aligned.m64n128" WGMMA_KIND PLACES_128
-                                 "}, %64, %65, p, 1, 1, 0, 0; }"
-                     : SUMS_128(sum)
-                     : "l"(a), "l"(b), "r"(accumulate));
+        asm volatile(WGMMA(256, "%128", "%129", "%130", ", 0, 0") : "l"(a), "l"(b), "r"(accumulate));
 #endif
 }
 
@@ -145,19 +151,16 @@ template <int N> DEVICE void wgmma(float (&sum)[N / 8][4], unsigned long long a,
 template <int N>
 DEVICE void wgmma(float (&sum)[N / 8][4], const unsigned (&a)[4], unsigned long long b, int accumulate)
 {
-    static_assert(N == 64 || N == 128, "");
+    static_assert(N == 64 || N == 128 || N == 256, "");
 #ifdef FASTCLSTM_EMULATOR
     emulated_wgmma<N>(sum, a, 0, b, accumulate, sizeof(operand), WGMMA_ELEMENT);
 #elif KIND < 4
+#define IN_REGISTERS "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate)
     if constexpr (N == 64)
-        asm volatile(WGMMA_START "%37, 0; wgmma.mma_async.sync.aligned.m64n64" WGMMA_KIND PLACES_64
-                                 "}, {%32, %33, %34, %35}, %36, p, 1, 1; }"
-                     : SUMS_64(sum)
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
+        asm volatile(WGMMA(64, "{%32, %33, %34, %35}", "%36", "%37", "") : IN_REGISTERS);
+    else if constexpr (N == 128)
+        asm volatile(WGMMA(128, "{%64, %65, %66, %67}", "%68", "%69", "") : IN_REGISTERS);
     else
-        asm volatile(WGMMA_START "%69, 0; wgmma.mma_async.sync.aligned.m64n128" WGMMA_KIND PLACES_128
-                                 "}, {%64, %65, %66, %67}, %68, p, 1, 1; }"
-                     : SUMS_128(sum)
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
+        asm volatile(WGMMA(256, "{%128, %129, %130, %131}", "%132", "%133", "") : IN_REGISTERS);
 #endif
 }

@@ -20,17 +20,17 @@
 #define TILE_COLUMNS COLUMNS
 #define TILE_QUADS (COLUMNS / 4)
 #define WEIGHT_PARTS (KIND == 3 ? 2 : 1)
-#define WIDTH (COLUMNS < 128 ? COLUMNS : 128)  // of a product
-#define ACROSS (COLUMNS / WIDTH)
 #define IN_FLIGHT (KIND >= 4 ? 1 : 0)  // blocks whose products may still run when the next ones start
 #define AHEAD (STAGES - 1 - IN_FLIGHT)  // blocks that are fetched ahead
 #define STAGE_BYTES ((TILE_ROWS + WEIGHT_PARTS * TILE_COLUMNS) * 128)
 #define PIXELS_A_THREAD (TILE_ROWS * 8 / THREADS)
 #define MIN_BLOCKS (COLUMNS > 128 || KIND == 3 ? 1 : 2)
-static_assert(AHEAD > 0 && TILE_COLUMNS % WIDTH == 0 && (KIND != 3 || ACROSS == 1), "");
+static_assert(AHEAD > 0, "one block at least is under way");
+
+typedef float Sums[COLUMNS / 8][4];
 
 struct Tile {
-    float sum[ACROSS][WIDTH / 8][4];
+    Sums sum;
 };
 
 // The stages, from a multiple of 1024 bytes on.
@@ -73,11 +73,9 @@ DEVICE void fetch_weights(unsigned char* stage, const operand* weights, int colu
             (const unsigned char*)(weights + (long long)(block * WEIGHT_PARTS + part) * columns * DEPTH);
 #pragma unroll
         for (int n = threadIdx.x; n < TILE_COLUMNS * 8; n += THREADS)
-            cp_async<16>(stage + swizzled(TILE_ROWS + part * TILE_COLUMNS + n / 8, n % 8), from + n * 16, true);
+            cp_async<16>(stage + swizzled(TILE_ROWS + part * COLUMNS + n / 8, n % 8), from + n * 16, true);
     }
 }
-
-typedef float Sums[ACROSS][WIDTH / 8][4];
 
 struct Operands {
 #if KIND < 4
@@ -103,10 +101,7 @@ DEVICE void multiply_block(Sums& sums, Operands&, const unsigned char* stage)
     pin(sums);
     wgmma_fence();
 #pragma unroll
-    for (int k = 0; k < 128; k += 32)
-#pragma unroll
-        for (int n = 0; n < ACROSS; n++)
-            wgmma<WIDTH>(sums[n], descriptor(rows + k), descriptor(columns + n * WIDTH * 128 + k), 1);
+    for (int k = 0; k < 128; k += 32) wgmma<COLUMNS>(sums, descriptor(rows + k), descriptor(columns + k), 1);
     wgmma_commit();
 }
 #else
@@ -124,16 +119,13 @@ DEVICE void multiply_block(Sums& sums, Operands& a, const unsigned char* stage)
     wgmma_fence();
     if (KIND == 3) {  // the small ones first, into new sums
 #pragma unroll
-        for (int k = 0; k < 4; k++) wgmma<WIDTH>(sums[0], a.low[k], descriptor(columns + k * 32), k > 0);
+        for (int k = 0; k < 4; k++) wgmma<COLUMNS>(sums, a.low[k], descriptor(columns + k * 32), k > 0);
 #pragma unroll
         for (int k = 0; k < 4; k++)
-            wgmma<WIDTH>(sums[0], a.high[k], descriptor(columns + TILE_COLUMNS * 128 + k * 32), 1);
+            wgmma<COLUMNS>(sums, a.high[k], descriptor(columns + COLUMNS * 128 + k * 32), 1);
     }
 #pragma unroll
-    for (int k = 0; k < 4; k++)
-#pragma unroll
-        for (int n = 0; n < ACROSS; n++)
-            wgmma<WIDTH>(sums[n], a.high[k], descriptor(columns + n * WIDTH * 128 + k * 32), 1);
+    for (int k = 0; k < 4; k++) wgmma<COLUMNS>(sums, a.high[k], descriptor(columns + k * 32), 1);
     wgmma_commit();
 }
 #endif
@@ -141,11 +133,9 @@ DEVICE void multiply_block(Sums& sums, Operands& a, const unsigned char* stage)
 DEVICE void clear(Tile& tile)
 {
 #pragma unroll
-    for (int n = 0; n < ACROSS; n++)
+    for (int j = 0; j < COLUMNS / 8; j++)
 #pragma unroll
-        for (int j = 0; j < WIDTH / 8; j++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) tile.sum[n][j][i] = 0;
+        for (int i = 0; i < 4; i++) tile.sum[j][i] = 0;
 }
 
 // Add the products over the taps of two frames, one after the other, for pixels from first_row on; weights
@@ -191,9 +181,9 @@ DEVICE void multiply_add(Tile& tile, const Grid& grid, const Frames& a, const Fr
 #if KIND == 3
         pin(sums);
 #pragma unroll
-        for (int j = 0; j < WIDTH / 8; j++)
+        for (int j = 0; j < COLUMNS / 8; j++)
 #pragma unroll
-            for (int i = 0; i < 4; i++) tile.sum[0][j][i] += sums[0][j][i];
+            for (int i = 0; i < 4; i++) tile.sum[j][i] += sums[j][i];
 #endif
     }
     wgmma_wait<0>();
@@ -216,13 +206,12 @@ DEVICE void stage_sums(real* to, const Tile& tile, int)
 {
     int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane / 4, quad = lane % 4 * 2;
 #pragma unroll
-    for (int block = 0; block < COLUMNS / 32; block++)
+    for (int first = 0; first < COLUMNS / 8; first += 4)
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            const float(&tiles)[WIDTH / 8][4] = tile.sum[block * 32 / WIDTH];
-            int first = block * 4 % (WIDTH / 8);
-            alignas(16) real sums[4] = {tiles[first][i], tiles[first + 1][i], tiles[first + 2][i], tiles[first + 3][i]};
-            copy4(to + ((row + i / 2 * 8) * TILE_QUADS + block * 8 + quad + i % 2) * 4, sums);
+            alignas(16) real sums[4] = {tile.sum[first][i], tile.sum[first + 1][i], tile.sum[first + 2][i],
+                                        tile.sum[first + 3][i]};
+            copy4(to + ((row + i / 2 * 8) * TILE_QUADS + first * 2 + quad + i % 2) * 4, sums);
         }
 }
 

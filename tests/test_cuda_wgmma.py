@@ -1,4 +1,4 @@
-"""Products by wgmma, in the emulator: against the oracle, what a kernel may not do, the choice, the switch, the check."""
+"""Products by wgmma, in the emulator: numbers, what a kernel may not do, the choice, the switch and the check."""
 
 import importlib
 import io
@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import test_cuda_conv2d
 import test_cuda_convlstm2d
+import test_engines
 from cuda_cases import ROUNDING, near, within
 from cuda_emulator import EmulatedDevice, needs_compiler
 from hypothesis import given, settings
 
 from fastclstm.engines import reference
-from fastclstm.engines.cuda import compilation, packing, product, wgmma
+from fastclstm.engines.cuda import compilation, device, product, wgmma
 from fastclstm.engines.cuda.product import KINDS
 from fastclstm.spec import ConvSpec
 
@@ -26,7 +27,7 @@ cuda = importlib.import_module("fastclstm.engines.cuda.conv2d")
 
 CSRC = Path(__file__).parents[1] / "csrc"
 EVERY = [(name, number) for name, kind in KINDS.items() for number in range(len(product.warpgroup_tilings(kind)))]
-SMALLEST = [(name, -1) for name, kind in KINDS.items() if kind]
+every_algorithm = pytest.mark.parametrize("algorithm", [name for name, kind in KINDS.items() if kind])
 every_tiling = pytest.mark.parametrize(("algorithm", "number"), EVERY)
 
 
@@ -82,16 +83,16 @@ def test_products_are_those_of_the_rounded_operands(algorithm, number):
 
 
 @needs_compiler
-@pytest.mark.parametrize(("algorithm", "number"), SMALLEST)
-def test_convolutions_of_every_geometry(algorithm, number, forced):
-    """Padding, strides, dilation, circular frames, odd sizes, channels that are no whole pieces; and their gradients."""
+@every_algorithm
+def test_convolutions_of_every_geometry(algorithm, forced):
+    """Padding, strides, dilation, circular frames, odd sizes, channels that are no whole pieces; and gradients."""
     device = EmulatedDevice(90)
 
     @settings(max_examples=12)
     @given(test_cuda_conv2d.problems())
     def check(problem):
         spec, arrays, dy = problem
-        with forced(9 if number < 0 else number):
+        with forced(-1):
             found = test_cuda_conv2d.run(device, algorithm, spec, arrays, dy)
         expected, plain = (test_cuda_conv2d.oracle(dtype, *problem) for dtype in (np.float64, np.float32))
         if algorithm == "float32":
@@ -104,15 +105,15 @@ def test_convolutions_of_every_geometry(algorithm, number, forced):
 
 
 @needs_compiler
-@pytest.mark.parametrize(("algorithm", "number"), SMALLEST)
-def test_every_option_of_a_step(algorithm, number, forced):
+@every_algorithm
+def test_every_option_of_a_step(algorithm, forced):
     device = EmulatedDevice(90)
 
     @settings(max_examples=8)
     @given(test_cuda_convlstm2d.problems(used=False))
     def check(case):
         clipped = case[0].cell_clip is not None
-        with forced(9 if number < 0 else number):
+        with forced(-1):
             found = test_cuda_convlstm2d.run(device, algorithm, np.float32, *case)
         expected = test_cuda_convlstm2d.oracle(np.float64, *case)
         if algorithm == "float32":
@@ -184,6 +185,22 @@ def test_weights_are_packed_rounded_or_in_two_parts(kind):
     np.testing.assert_allclose(found, expected, rtol=2.0 ** (-11 if kind == 1 else -22), atol=0)
 
 
+@needs_compiler
+@every_algorithm
+@pytest.mark.parametrize("op", ["conv2d", "convlstm2d"])
+def test_the_conformance_suite(op, algorithm, forced):
+    used = []
+
+    class Counting(EmulatedDevice):
+        def kernel(self, source, name, macros):
+            used.append("WARPGROUPS" in macros)
+            return super().kernel(source, name, macros)
+
+    with device.using(Counting(90)), forced(-1):
+        getattr(test_engines, f"test_{op}")("cuda", np.float32, algorithm)
+    assert any(used)
+
+
 # --- What a kernel may not do ---
 
 
@@ -213,13 +230,16 @@ def edited(folder, file, old, new):
         ("bfloat16", "wgmma.cuh", "cp_async_wait<AHEAD - 1>", "cp_async_wait<AHEAD>", "what is still being copied"),
         ("tf32", "wgmma.cuh", "cp_async_wait<AHEAD - 1>", "cp_async_wait<AHEAD>", "ldmatrix reads what is still being"),
         ("bfloat16", "wgmma.cuh", "    wgmma_fence();", "", "wgmma.fence is missing"),
-        ("bfloat16", "wgmma.cuh", "wgmma_wait<IN_FLIGHT>", "wgmma_wait<IN_FLIGHT + 1>", "to what a product still reads"),
+        ("bfloat16", "wgmma.cuh", "wgmma_wait<IN_FLIGHT>", "wgmma_wait<IN_FLIGHT + 1>",
+         "a copy to what a product still reads"),
         ("bfloat16", "wgmma.cuh", "#define AHEAD (STAGES - 1 - IN_FLIGHT)", "#define AHEAD (STAGES - 1)",
          "a copy to what a product still reads"),
         ("bfloat16", "wgmma.cuh", "    wgmma_wait<0>();", "", "a product is not waited for"),
-        ("bfloat16", "wgmma.cuh", "        __syncwarp();", "        tile.sum[0][0][0] += 1;", "a sum was changed"),
-        ("tf32", "wgmma.cuh", "        __syncwarp();", "        operands.high[3][1] = 0;", "registers of a product were"),
-        ("bfloat16", "wgmma.cuh", "return shared + (-shared_address(shared) & 1023);", "return shared;", "at 1024 bytes"),
+        ("bfloat16", "wgmma.cuh", "        __syncwarp();", "        sums[0][0] += 1;", "a sum was changed"),
+        ("tf32", "wgmma.cuh", "        __syncwarp();", "        operands.high[3][1] = 0;",
+         "registers of a product were changed"),
+        ("bfloat16", "wgmma.cuh", "return shared + (-shared_address(shared) & 1023);", "return shared;",
+         "an atom does not start at 1024 bytes"),
         ("bfloat16", "wgmma.cuh", "__shfl_sync(0xffffffff, threadIdx.x / 128, 0)", "threadIdx.x / 64 % 2",
          "issue different products"),
         ("bfloat16", "warpgroup.cuh", "1ull << 62", "2ull << 62", "only the swizzle of 128 bytes"),
@@ -285,31 +305,31 @@ def test_what_does_not_work_is_not_chosen(monkeypatch):
 
 
 @pytest.fixture
-def device():
+def hopper():
     return EmulatedDevice(90)
 
 
 @needs_compiler
-def test_the_switch(device, monkeypatch):
+def test_the_switch(hopper, monkeypatch):
     monkeypatch.setenv(wgmma.VARIABLE, "0")
-    assert chosen(device, 4, 8 * 64 * 64, 256) == (False, 128)
-    assert not device.launches  # nor is anything checked
+    assert chosen(hopper, 4, 8 * 64 * 64, 256) == (False, 128)
+    assert not hopper.launches  # nor is anything checked
     monkeypatch.setenv(wgmma.VARIABLE, "no")
     with pytest.raises(ValueError, match="the environment variable FASTCLSTM_CUDA_WGMMA must be 0 or 1, got 'no'"):
-        chosen(device, 4, 8 * 64 * 64, 256)
+        chosen(hopper, 4, 8 * 64 * 64, 256)
 
 
 @needs_compiler
-def test_each_tiling_is_checked_before_its_first_use(device, monkeypatch):
+def test_each_tiling_is_checked_before_its_first_use(hopper, monkeypatch):
     monkeypatch.setenv(wgmma.VARIABLE, "1")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert chosen(device, 4, 8 * 64 * 64, 64) == (True, 64)
-        assert [name for name, *_ in device.launches].count("conv2d") == 2
-        assert chosen(device, 4, 8 * 64 * 64, 64) == (True, 64)
-        assert [name for name, *_ in device.launches].count("conv2d") == 2  # once
-        assert chosen(device, 4, 8 * 64 * 64, 128) == (True, 128)
-        assert [name for name, *_ in device.launches].count("conv2d") == 4
+        assert chosen(hopper, 4, 8 * 64 * 64, 64) == (True, 64)
+        assert [name for name, *_ in hopper.launches].count("conv2d") == 2
+        assert chosen(hopper, 4, 8 * 64 * 64, 64) == (True, 64)
+        assert [name for name, *_ in hopper.launches].count("conv2d") == 2  # once
+        assert chosen(hopper, 4, 8 * 64 * 64, 128) == (True, 128)
+        assert [name for name, *_ in hopper.launches].count("conv2d") == 4
 
 
 @needs_compiler
@@ -322,7 +342,7 @@ def test_each_tiling_is_checked_before_its_first_use(device, monkeypatch):
         ("wgmma.cuh", "quad = lane % 4 * 2;", "quad = 6 - lane % 4 * 2;"),
         ("wgmma.cuh", "row + i / 2 * 8", "row + i % 2 * 8"),
         ("wgmma.cuh", "int k = 0; k < 128;", "int k = 32; k < 128;"),
-        ("wgmma.cuh", "tile.sum[n][j][i] = 0;", "tile.sum[n][j][i] = n || j || i ? 0 : 1;"),
+        ("wgmma.cuh", "tile.sum[j][i] = 0;", "tile.sum[j][i] = j || i ? 0 : 1;"),
     ],
 )
 def test_wrong_products_are_found_and_avoided(file, old, new, tmp_path, monkeypatch):
@@ -337,17 +357,16 @@ def test_wrong_products_are_found_and_avoided(file, old, new, tmp_path, monkeypa
 
 
 @needs_compiler
-def test_a_call_takes_wgmma_where_it_is_large_enough(device, monkeypatch):
+def test_a_call_takes_wgmma_where_it_is_large_enough(hopper, monkeypatch):
     """Through the engine's own choice, and switched off: the sums differ in their order alone."""
     case = test_cuda_convlstm2d.problem((3, 2, 10, 13, 8), (3, 3), 16)
     results = []
     for wanted in "01":
         monkeypatch.setenv(wgmma.VARIABLE, wanted)
-        device.launches.clear()
-        results.append(test_cuda_convlstm2d.run(device, "bfloat16", np.float32, *case))
-        (grid,) = {grid for name, grid, _ in device.launches if name == "convlstm2d_step"}
+        hopper.launches.clear()
+        results.append(test_cuda_convlstm2d.run(hopper, "bfloat16", np.float32, *case))
+        (grid,) = {grid for name, grid, _ in hopper.launches if name == "convlstm2d_step"}
         assert grid == ((4, 1, 1) if wanted == "1" else (7, 1, 1))
-    assert packing.activation_codes(case[0]) == packing.STANDARD
     for name, value in results[0].items():
         np.testing.assert_allclose(results[1][name], value, atol=2e-2 * abs(value).max(), err_msg=name)
 

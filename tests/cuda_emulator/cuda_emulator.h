@@ -60,7 +60,7 @@ struct Piece {
 struct Owned {
     float* sum;
     int count;
-    float values[64];
+    float values[128];
 };
 const unsigned POISON = 0x7fa0dead;
 
@@ -78,7 +78,7 @@ struct Product {
     float* sums[128];
     int issued, finished;  // threads
     bool read;
-    float rows[64][16], weights[128][16];
+    float rows[64][16], weights[256][16];
 };
 
 struct Fiber {

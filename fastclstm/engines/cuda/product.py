@@ -39,7 +39,7 @@ WASTE = 1.25
 """How much more a larger tiling may compute beside the edges than the smallest does."""
 
 FILLED = 0.75
-"""The share of the multiprocessors that blocks of wgmma must fill: alone they compute more than all do with mma.sync."""
+"""The share of the multiprocessors that blocks of wgmma must fill: each of them computes more than with mma.sync."""
 
 TABLES_KEPT = 64
 """Tables of taps that are kept on a device for the next call: those used last."""
@@ -170,19 +170,20 @@ def tilings(kind: int, itemsize: int) -> list[Tiling]:
 def choose(kind: int, dtype: np.dtype, device: Device, pixels: int, columns: int) -> Tiling:
     """Return the largest tiling that fills the GPU, of those that compute least in vain beside the columns.
 
-    Those of wgmma come first, on the architecture that has it.
+    Those of wgmma come first, on the architecture that has it, where they fill three quarters of the GPU and work.
     """
     from fastclstm.engines.cuda import wgmma  # it computes with what is here
 
     candidates = tilings(kind, dtype.itemsize)
-    least = WASTE * min(tiling.padded(columns) for tiling in candidates)
-    fitting = [tiling for tiling in candidates if tiling.padded(columns) <= least]
+    most = WASTE * min(tiling.padded(columns) for tiling in candidates)
     if device.architecture == WARPGROUPS:
-        fitting = [tiling for tiling in warpgroup_tilings(kind) if tiling.padded(columns) <= least] + fitting
+        candidates = warpgroup_tilings(kind) + candidates
+    fitting = [tiling for tiling in candidates if tiling.padded(columns) <= most]
     for tiling in fitting:
         down, across = tiling.grid(pixels, columns)
         share = FILLED if tiling.on_warpgroups else 1
-        if down * across >= share * device.multiprocessors and (not tiling.on_warpgroups or wgmma.works(device, tiling)):
+        fills = down * across >= share * device.multiprocessors
+        if fills and (not tiling.on_warpgroups or wgmma.works(device, tiling)):
             return tiling
     return fitting[-1]
 

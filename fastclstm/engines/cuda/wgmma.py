@@ -39,7 +39,7 @@ def works(device: Device, tiling: product.Tiling) -> bool:
         if not known[tiling]:
             warnings.warn(
                 f"engine 'cuda': products of kind {tiling.kind} by wgmma, {tiling.rows}x{tiling.columns}, differ from "
-                f"those by mma.sync on this GPU, which is used instead; please report it ({VARIABLE}=0 skips the check)",
+                f"those by mma.sync on this GPU, which is used instead; please report it ({VARIABLE}=0: no check)",
                 RuntimeWarning, stacklevel=2,
             )  # fmt: skip
     return known[tiling]
