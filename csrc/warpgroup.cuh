@@ -1,11 +1,11 @@
 // The instructions of a warpgroup (128 threads, sm_90a) as functions of it; and what they do in the emulator.
 //
-// What they rely on, each fact read in two places: PTX ISA 9.0, 9.7.15 (sections and figures in brackets), and CUTLASS 4,
-// include/cute/arch/mma_sm90_desc.hpp, arch/mma_sm90_gmma.hpp and atom/mma_traits_sm90_gmma.hpp (names in brackets).
+// What they rely on, each fact read in two places: PTX ISA 9.0, 9.7.15 (sections and figures in brackets), and CUTLASS
+// 4, include/cute/arch/mma_sm90_desc.hpp, arch/mma_sm90_gmma.hpp and atom/mma_traits_sm90_gmma.hpp (names in brackets).
 //
 // - A descriptor of an operand in shared memory holds, in units of 16 bytes, its address in bits 0 to 13, the leading
-//   offset in 16 to 29 and the stride offset in 32 to 45; a base offset in 49 to 51; and the swizzle in 62 and 63, where
-//   1 is that of 128 bytes [5.1.2.2; GmmaDescriptor].
+//   offset in 16 to 29 and the stride offset in 32 to 45; a base offset in 49 to 51; and the swizzle in 62 and 63,
+//   where 1 is that of 128 bytes [5.1.2.2; GmmaDescriptor].
 // - With that swizzle and the depth inside (K-major, for A and B alike) a row is 128 bytes, eight rows are an atom,
 //   atoms lie the stride offset apart and the leading offset is not used but "assumed 1" [5.1.2.1, table of canonical
 //   layouts; make_gmma_desc, Layout_K_SW128_Atom_Bits].
@@ -18,9 +18,9 @@
 //   [figures 149 and 151; CLayout_64xN]: as those of four mma.sync of 16 rows.
 // - A in registers (tf32): register 2v + u of thread t is row 16 (t / 32) + t % 32 / 4 + 8u, depth t % 4 + 4v [figure
 //   150; ALayout_64x8]: what ldmatrix gives mma.sync.
-// - Products read shared memory in the async proxy: what a thread has written itself, by cp.async too, needs that
-//   thread's fence.proxy.async before the barrier after which a product reads it [4, 7.1; fence_view_async_shared]. Once
-//   a product has been waited for, its operands may be written again [4].
+// - Products read shared memory in the async proxy: what a thread has written, as which a cp.async of its own is taken
+//   here, needs that thread's fence.proxy.async before the barrier after which a product reads it [4, 7.1;
+//   fence_view_async_shared]. Once a product has been waited for, its operands may be written again [4].
 // - wgmma.fence stands before the first product and wherever a thread has touched registers of one; sums of products of
 //   one shape need none between them [7.1; warpgroup_arrive]. Registers of a product belong to it until it has been
 //   waited for [7.3; warpgroup_fence_operand, here `pin`, keeps the compiler from moving their use].
@@ -36,7 +36,7 @@ DEVICE unsigned shared_address(const void* pointer)
 #endif
 }
 
-// Rows of 128 bytes, swizzled; `address`: of a multiple of 8 rows from a multiple of 1024 bytes on, and 32 bytes a product.
+// Rows of 128 bytes, swizzled, from an address on: a multiple of 1024 bytes, and 32 a product.
 DEVICE unsigned long long descriptor(unsigned address)
 {
     return (unsigned long long)(address >> 4) | 1ull << 16 | 1024ull >> 4 << 32 | 1ull << 62;

@@ -1,13 +1,14 @@
 // A tile of an implicit matrix product on Hopper's own tensor core instructions (sm_90a): the interface of mma.cuh.
 //
-// A warpgroup owns 64 pixels and all COLUMNS of the tile. Blocks of depth are rows of 128 bytes, swizzled, of pixels and
-// of columns, STAGES deep. All of them come by cp.async and a block has one barrier: nothing here waits for a count of
-// bytes, so that nothing can wait for ever. Columns are packed as for mma.cuh, whose sums lie in a warp's registers alike.
+// A warpgroup owns 64 pixels and all COLUMNS of the tile. Blocks of depth are rows of 128 bytes, swizzled, of pixels
+// and of columns, STAGES deep. All of them come by cp.async and a block has one barrier: nothing here waits for a count
+// of bytes, so that nothing can wait for ever. Columns are packed as for mma.cuh, whose sums lie in a warp's registers
+// alike.
 //
-// Operands of 16 bits are both read from shared memory, and the products of a block run on while the next block's start.
-// For tf32 and float32 the pixels pass through registers, where they are rounded, or split in two; the weights come
-// rounded, or in two parts. With float32 the products of a block are summed apart, and those sums added outside of the
-// tensor cores, which cut off where others round.
+// Operands of 16 bits are both read from shared memory, and the products of a block run on while the next block's
+// start. For tf32 and float32 the pixels pass through registers, where they are rounded, or split in two; the weights
+// come rounded, or in two parts. With float32 the products of a block are summed apart, and those sums added outside of
+// the tensor cores, which cut off where others round.
 //
 // Macros: WARPGROUPS, COLUMNS (64, 128 or 256), STAGES; KIND as in mma.cuh.
 #pragma once
@@ -26,6 +27,7 @@
 #define PIXELS_A_THREAD (TILE_ROWS * 8 / THREADS)
 #define MIN_BLOCKS (COLUMNS > 128 || KIND == 3 ? 1 : 2)
 static_assert(AHEAD > 0, "one block at least is under way");
+static_assert(THREADS % 64 == 0 && COLUMNS * 8 % THREADS == 0, "all threads fetch as much, in rows alike modulo 8");
 
 typedef float Sums[COLUMNS / 8][4];
 
@@ -49,11 +51,12 @@ DEVICE void fetch_pixels(unsigned char* stage, const Frames& frames, const Pixel
     const int each = 16 / int(sizeof(operand));
     int piece = threadIdx.x % 8;
     const int4* taps = frames.taps + block * DEPTH + piece * each;
+    int4 tap = __ldg(taps);
 #pragma unroll
     for (int i = 0; i < PIXELS_A_THREAD; i++) {
         unsigned char* to = stage + swizzled(threadIdx.x / 8 + i * (THREADS / 8), piece);
         if (sizeof(operand) == 2 || frames.whole) {
-            const operand* from = find(frames, pixels[i], __ldg(taps));
+            const operand* from = find(frames, pixels[i], KIND >= 4 ? tap : __ldg(taps));  // registers are scarce
             cp_async<16>(to, from ? from : frames.data, from);
         } else {
 #pragma unroll 1
@@ -71,9 +74,11 @@ DEVICE void fetch_weights(unsigned char* stage, const operand* weights, int colu
     for (int part = 0; part < WEIGHT_PARTS; part++) {
         const unsigned char* from =
             (const unsigned char*)(weights + (long long)(block * WEIGHT_PARTS + part) * columns * DEPTH);
-#pragma unroll
-        for (int n = threadIdx.x; n < TILE_COLUMNS * 8; n += THREADS)
+#pragma unroll 2
+        for (int i = 0; i < COLUMNS * 8 / THREADS; i++) {
+            int n = threadIdx.x + i * THREADS;
             cp_async<16>(stage + swizzled(TILE_ROWS + part * COLUMNS + n / 8, n % 8), from + n * 16, true);
+        }
     }
 }
 
