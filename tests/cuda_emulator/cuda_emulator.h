@@ -64,6 +64,35 @@ struct Owned {
 };
 const unsigned POISON = 0x7fa0dead;
 
+// What a thread has to do with products of its warpgroup.
+struct Multiplying {
+    Piece written[COPIES];  // by its copies to shared memory, and not yet shown to the async proxy
+    int written_count;
+    bool fenced;  // since wgmma.fence no register of a product was free
+    int issued, finished, ends[GROUPS], groups;
+    Owned owned[SUMS];
+    int owned_count;
+};
+
+struct Fiber {
+    jmp_buf at;
+    ucontext_t start;
+    bool started;
+    bool done;
+    const int* waits;  // for *waits to differ from `seen`
+    int seen;
+    dim3 index;
+    int thread;
+    unsigned exchanges;
+    Copy copies[COPIES];  // asked for and not yet made, the groups one after another
+    int count, ends[GROUPS], groups;
+    Multiplying multiplying;
+};
+
+struct Barrier {
+    int arrived, generation;
+};
+
 struct Order {
     unsigned long long a, b;         // descriptors
     int columns, accumulate, bytes;  // `bytes` of an element
@@ -81,42 +110,40 @@ struct Product {
     float rows[64][16], weights[256][16];
 };
 
-struct Fiber {
-    jmp_buf at;
-    ucontext_t start;
-    bool started;
-    bool done;
-    const int* waits;  // for *waits to differ from `seen`
-    int seen;
-    dim3 index;
-    int thread;
-    unsigned exchanges;
-    Copy copies[COPIES];  // asked for and not yet made, the groups one after another
-    int count, ends[GROUPS], groups;
-    Piece written[COPIES];  // to shared memory, and not yet shown to the async proxy
-    int written_count;
-    bool may_multiply;                     // since wgmma.fence no register of a product was free
-    int issued, finished;                  // products
-    int product_ends[GROUPS], product_groups;
-    Owned owned[SUMS];
-    int owned_count;
+// Beside the shared memory of a block: how the async proxy sees it, how many copies to each word of it are under way and
+// how many products that read it; and the products.
+struct Shadow {
+    unsigned char* shown;
+    short *copying, *reading;
+    int size;
+    Barrier barriers[MOST_THREADS / 128];
+    Product products[MOST_THREADS / 128][PRODUCTS];
 };
 
-struct Barrier {
-    int arrived, generation;
-};
+static void reset(Shadow& shadow, int shared_bytes, int threads)
+{
+    int words = shared_bytes / 4 + 1;
+    shadow.size = shared_bytes;
+    shadow.shown = (unsigned char*)realloc(shadow.shown, words * 4);
+    shadow.copying = (short*)realloc(shadow.copying, words * sizeof(short));
+    shadow.reading = (short*)realloc(shadow.reading, words * sizeof(short));
+    memset(shadow.shown, 0xff, shared_bytes);
+    memset(shadow.copying, 0, words * sizeof(short));
+    memset(shadow.reading, 0, words * sizeof(short));
+    for (int w = 0; w * 128 < threads; w++) {
+        shadow.barriers[w] = {};
+        for (Product& product : shadow.products[w]) product.issued = product.finished = 0;
+    }
+}
 
 static Fiber fibers[MOST_THREADS];
 static int order[MOST_THREADS], threads, alive;
 static int warp_alive[MOST_THREADS / 32];
-static Barrier block_barrier, warp_barriers[MOST_THREADS / 32], warpgroup_barriers[MOST_THREADS / 128];
-static Product products[MOST_THREADS / 128][PRODUCTS];
+static Barrier block_barrier, warp_barriers[MOST_THREADS / 32];
 static unsigned char exchange[2][MOST_THREADS / 32][32][64];
 static unsigned char* stacks;
 static unsigned char* shared;
-static unsigned char* async_shared;  // as the async proxy sees it
-static short *copying, *reading;     // copies to, and products that read, each word of it
-static int shared_size;
+static Shadow shadow;
 static Fiber* current;
 static jmp_buf scheduler;
 static ucontext_t origin;
@@ -171,7 +198,7 @@ static unsigned char (*gather(const void* mine, int bytes))[64]
 
 static void finished()
 {
-    if (current->finished < current->issued) fail("a product is not waited for");
+    if (current->multiplying.finished < current->multiplying.issued) fail("a product is not waited for");
     current->done = true;
     alive--;
     int w = warp();
@@ -237,14 +264,7 @@ static void shuffle_threads()
 static void run_block(int shared_bytes)
 {
     memset(shared, 0xff, shared_bytes + 64);
-    memset(async_shared, 0xff, shared_bytes);
-    memset(copying, 0, (shared_bytes / 4 + 1) * sizeof *copying);
-    memset(reading, 0, (shared_bytes / 4 + 1) * sizeof *reading);
-    shared_size = shared_bytes;
-    for (int w = 0; w * 128 < threads; w++) {
-        warpgroup_barriers[w] = {};
-        for (Product& product : products[w]) product.issued = product.finished = 0;
-    }
+    reset(shadow, shared_bytes, threads);
     alive = threads;
     block_barrier = {};
     for (int w = 0; w * 32 < threads; w++) {
@@ -256,8 +276,7 @@ static void run_block(int shared_bytes)
         fiber.done = false;
         fiber.waits = nullptr;
         fiber.count = fiber.groups = 0;
-        fiber.written_count = fiber.issued = fiber.finished = fiber.product_groups = fiber.owned_count = 0;
-        fiber.may_multiply = false;
+        fiber.multiplying = {};
         fiber.exchanges = 0;
         fiber.thread = i;
         fiber.index = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
@@ -299,9 +318,6 @@ static const char* launch(void (*kernel)(void**), void** given, const unsigned* 
         stacks = (unsigned char*)memory;
     }
     shared = (unsigned char*)aligned_alloc(128, (bytes + 64 + 127) / 128 * 128);
-    async_shared = (unsigned char*)malloc(bytes + 1);
-    copying = (short*)malloc((bytes / 4 + 1) * sizeof *copying);
-    reading = (short*)malloc((bytes / 4 + 1) * sizeof *reading);
     int count = grid[0] * grid[1] * grid[2];
     int* blocks = (int*)malloc(count * sizeof(int));
     for (int i = 0; i < count; i++) blocks[i] = i;
@@ -312,9 +328,6 @@ static const char* launch(void (*kernel)(void**), void** given, const unsigned* 
     }
     free(blocks);
     free(shared);
-    free(async_shared);
-    free(copying);
-    free(reading);
     if (error[0])
         for (Fiber& fiber : fibers) fiber.started = false;
     return error[0] ? error : nullptr;
@@ -392,17 +405,43 @@ template <class T> static T __ldg(const T* address)
 
 static inline unsigned char* emulated_shared_memory() { return emulator::shared; }
 
+namespace emulator {
+
+static long offset_of(const void* pointer) { return (const unsigned char*)pointer - shared; }
+
+static bool is_copied(long at, int bytes)
+{
+    bool copied = false;
+    for (int i = 0; i < bytes / 4; i++) copied = copied || shadow.copying[at / 4 + i];
+    return copied;
+}
+
+static void start_copy(const void* to, int bytes)
+{
+    long at = offset_of(to);
+    if (at < 0 || at + bytes > shadow.size) fail("a copy beyond shared memory");
+    for (int i = 0; i < bytes / 4; i++) {
+        if (shadow.reading[at / 4 + i]) fail("a copy to what a product still reads");
+        shadow.copying[at / 4 + i]++;
+    }
+}
+
+static void end_copy(const Copy& copy)
+{
+    int at = int(offset_of(copy.to));
+    for (int i = 0; i < copy.bytes / 4; i++) shadow.copying[at / 4 + i]--;
+    Multiplying& mine = current->multiplying;
+    mine.written[mine.written_count++ % COPIES] = {at, copy.bytes};
+}
+
+}  // namespace emulator
+
 static inline void emulated_cp_async(void* to, const void* from, int bytes, bool taken)
 {
     emulator::Fiber& fiber = *emulator::current;
     if (uintptr_t(to) % bytes || (taken && uintptr_t(from) % bytes)) emulator::fail("a misaligned copy");
     if (fiber.count == emulator::COPIES) emulator::fail("too many copies under way");
-    long at = (unsigned char*)to - emulator::shared;
-    if (at < 0 || at + bytes > emulator::shared_size) emulator::fail("a copy beyond shared memory");
-    for (int i = 0; i < bytes / 4; i++) {
-        if (emulator::reading[at / 4 + i]) emulator::fail("a copy to what a product still reads");
-        emulator::copying[at / 4 + i]++;
-    }
+    emulator::start_copy(to, bytes);
     fiber.copies[fiber.count++] = {to, from, bytes, taken};
 }
 
@@ -426,9 +465,7 @@ static inline void emulated_wait(int most)
             memcpy(copy.to, copy.from, copy.bytes);
         else
             memset(copy.to, 0, copy.bytes);
-        int at = int((unsigned char*)copy.to - emulator::shared);
-        for (int word = 0; word < copy.bytes / 4; word++) emulator::copying[at / 4 + word]--;
-        fiber.written[fiber.written_count++ % emulator::COPIES] = {at, copy.bytes};
+        emulator::end_copy(copy);
     }
     memmove(fiber.copies, fiber.copies + made, (fiber.count - made) * sizeof(emulator::Copy));
     fiber.count -= made;
@@ -440,9 +477,7 @@ static inline void emulated_wait(int most)
 static inline void emulated_ldmatrix(unsigned (&result)[4], const void* row)
 {
     if (uintptr_t(row) % 16) emulator::fail("a misaligned row of ldmatrix");
-    for (int i = 0; i < 4; i++)
-        if (emulator::copying[((const unsigned char*)row - emulator::shared) / 4 + i])
-            emulator::fail("ldmatrix reads what is still being copied");
+    if (emulator::is_copied(emulator::offset_of(row), 16)) emulator::fail("ldmatrix reads what is still being copied");
     auto rows = emulator::gather(&row, sizeof row);
     int lane = emulator::lane();
     for (int i = 0; i < 4; i++) {
@@ -505,28 +540,28 @@ static void emulated_mma(float (&sum)[4], const unsigned (&a)[4], const unsigned
 
 static inline unsigned emulated_shared_address(const void* pointer)
 {
-    return unsigned((const unsigned char*)pointer - emulator::shared) + emulator::SHARED_ADDRESS;
+    return unsigned(emulator::offset_of(pointer)) + emulator::SHARED_ADDRESS;
 }
 
 // What this thread's copies have written so far is shown to the async proxy; where it wrote more than can be
 // remembered, the oldest is not.
 static inline void emulated_fence_async_proxy()
 {
-    emulator::Fiber& fiber = *emulator::current;
-    for (int i = 0; i < min(fiber.written_count, emulator::COPIES); i++) {
-        const emulator::Piece& piece = fiber.written[i];
-        memcpy(emulator::async_shared + piece.at, emulator::shared + piece.at, piece.bytes);
+    emulator::Multiplying& mine = emulator::current->multiplying;
+    for (int i = 0; i < min(mine.written_count, emulator::COPIES); i++) {
+        const emulator::Piece& piece = mine.written[i];
+        memcpy(emulator::shadow.shown + piece.at, emulator::shared + piece.at, piece.bytes);
     }
-    fiber.written_count = 0;
+    mine.written_count = 0;
 }
 
-static inline void emulated_wgmma_fence() { emulator::current->may_multiply = true; }
+static inline void emulated_wgmma_fence() { emulator::current->multiplying.fenced = true; }
 
 static inline void emulated_wgmma_commit()
 {
-    emulator::Fiber& fiber = *emulator::current;
-    if (fiber.product_groups == emulator::GROUPS) emulator::fail("too many groups of products");
-    fiber.product_ends[fiber.product_groups++] = fiber.issued;
+    emulator::Multiplying& mine = emulator::current->multiplying;
+    if (mine.groups == emulator::GROUPS) emulator::fail("too many groups of products");
+    mine.ends[mine.groups++] = mine.issued;
 }
 
 namespace emulator {
@@ -542,15 +577,14 @@ static int operand_at(unsigned long long descriptor, int row, int piece)
     unsigned address = start + row / 8 * stride + row % 8 * 128 + piece * 16;
     address ^= address >> 3 & 0x70;
     int at = int(address - SHARED_ADDRESS);
-    if (at < 0 || at + 16 > shared_size) fail("a product reads beyond shared memory");
+    if (at < 0 || at + 16 > shadow.size) fail("a product reads beyond shared memory");
     return at;
 }
 
 static void check_shown(int at)
 {
-    for (int i = 0; i < 4; i++)
-        if (copying[at / 4 + i]) fail("a product reads what is still being copied");
-    if (memcmp(shared + at, async_shared + at, 16)) fail("a product reads what no fence.proxy.async has shown it");
+    if (is_copied(at, 16)) fail("a product reads what is still being copied");
+    if (memcmp(shared + at, shadow.shown + at, 16)) fail("a product reads what no fence.proxy.async has shown it");
 }
 
 template <class Visit> static void visit_operands(const Product& product, Visit visit)
@@ -563,11 +597,11 @@ template <class Visit> static void visit_operands(const Product& product, Visit 
 
 static void issue(const Order& order, const unsigned* a, float* sum)
 {
-    Fiber& fiber = *current;
-    int group = fiber.thread / 128, t = fiber.thread % 128;
-    Product& product = products[group][fiber.issued % PRODUCTS];
+    Multiplying& mine = current->multiplying;
+    int group = current->thread / 128, t = current->thread % 128;
+    Product& product = shadow.products[group][mine.issued % PRODUCTS];
     if (threads % 128) fail("a block is not of whole warpgroups");
-    if (!fiber.may_multiply) fail("wgmma.fence is missing");
+    if (!mine.fenced) fail("wgmma.fence is missing");
     if (product.issued == 128) fail("too many products under way");
     if (!product.issued) product.order = order, product.read = false;
     if (memcmp(&product.order, &order, sizeof order))
@@ -576,21 +610,21 @@ static void issue(const Order& order, const unsigned* a, float* sum)
     if (a) memcpy(product.given[t], a, sizeof product.given[t]);
     product.sums[t] = sum;
     int n = 0, count = order.columns / 2;
-    while (n < fiber.owned_count && fiber.owned[n].sum != sum) n++;
+    while (n < mine.owned_count && mine.owned[n].sum != sum) n++;
     if (n == SUMS) fail("too many sums under way");
-    if (n == fiber.owned_count) {
-        fiber.owned_count++;
-        fiber.owned[n].sum = sum, fiber.owned[n].count = count;
-        memcpy(fiber.owned[n].values, sum, count * sizeof *sum);
+    if (n == mine.owned_count) {
+        mine.owned_count++;
+        mine.owned[n].sum = sum, mine.owned[n].count = count;
+        memcpy(mine.owned[n].values, sum, count * sizeof *sum);
         for (int i = 0; i < count; i++) memcpy(sum + i, &POISON, sizeof POISON);
     }
-    fiber.issued++;
+    mine.issued++;
     if (++product.issued == 128)
         visit_operands(product, [](int at, int, int, bool) {
             check_shown(at);
-            for (int i = 0; i < 4; i++) reading[at / 4 + i]++;
+            for (int i = 0; i < 4; i++) shadow.reading[at / 4 + i]++;
         });
-    wait(warpgroup_barriers[group], 128);
+    wait(shadow.barriers[group], 128);
 }
 
 static void read_operands(Product& product)
@@ -601,7 +635,7 @@ static void read_operands(Product& product)
         check_shown(at);
         for (int i = 0; i < each; i++)
             (of_a ? product.rows : product.weights)[row][piece * each + i] =
-                order.element(async_shared + at + i * order.bytes);
+                order.element(shadow.shown + at + i * order.bytes);
     });
     for (int t = 0; t < 128 && product.registers[0]; t++)
         for (int i = 0; i < 4; i++)
@@ -612,12 +646,12 @@ static void read_operands(Product& product)
 
 static void finish(Product& product)
 {
-    Fiber& fiber = *current;
-    int t = fiber.thread % 128, depth = 32 / product.order.bytes;
+    Multiplying& mine = current->multiplying;
+    int t = current->thread % 128, depth = 32 / product.order.bytes;
     if (!product.read) read_operands(product);
     if (product.registers[t] && memcmp(product.registers[t], product.given[t], sizeof product.given[t]))
         fail("registers of a product were changed while it was under way");
-    Owned* owned = fiber.owned;
+    Owned* owned = mine.owned;
     while (owned->sum != product.sums[t]) owned++;
     for (int i = 0; i < owned->count; i++) {
         int row = t / 32 * 16 + t % 32 / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + t % 4 * 2 + i % 2;
@@ -627,7 +661,7 @@ static void finish(Product& product)
     }
     if (++product.finished < 128) return;
     visit_operands(product, [](int at, int, int, bool) {
-        for (int i = 0; i < 4; i++) reading[at / 4 + i]--;
+        for (int i = 0; i < 4; i++) shadow.reading[at / 4 + i]--;
     });
     product.issued = product.finished = 0;
 }
@@ -635,21 +669,21 @@ static void finish(Product& product)
 // Give sums back that no product owns any more.
 static void give_back()
 {
-    Fiber& fiber = *current;
-    int group = fiber.thread / 128, t = fiber.thread % 128, left = 0;
-    for (int n = 0; n < fiber.owned_count; n++) {
-        Owned& owned = fiber.owned[n];
+    Multiplying& mine = current->multiplying;
+    int group = current->thread / 128, t = current->thread % 128, left = 0;
+    for (int n = 0; n < mine.owned_count; n++) {
+        Owned& owned = mine.owned[n];
         bool under_way = false;
-        for (int p = fiber.finished; p < fiber.issued; p++)
-            under_way = under_way || products[group][p % PRODUCTS].sums[t] == owned.sum;
+        for (int p = mine.finished; p < mine.issued; p++)
+            under_way = under_way || shadow.products[group][p % PRODUCTS].sums[t] == owned.sum;
         for (int i = 0; i < owned.count; i++)
             if (memcmp(owned.sum + i, &POISON, sizeof POISON)) fail("a sum was changed while a product owned it");
         if (under_way)
-            fiber.owned[left++] = owned;
+            mine.owned[left++] = owned;
         else
             memcpy(owned.sum, owned.values, owned.count * sizeof *owned.sum);
     }
-    fiber.owned_count = left;
+    mine.owned_count = left;
 }
 
 }  // namespace emulator
@@ -657,16 +691,16 @@ static void give_back()
 // Wait for all products but those of the newest `most` groups.
 static inline void emulated_wgmma_wait(int most)
 {
-    emulator::Fiber& fiber = *emulator::current;
-    int group = fiber.thread / 128, now = fiber.product_groups - most;
+    emulator::Multiplying& mine = emulator::current->multiplying;
+    int group = emulator::current->thread / 128, now = mine.groups - most;
     if (now > 0) {
-        for (; fiber.finished < fiber.product_ends[now - 1]; fiber.finished++)
-            emulator::finish(emulator::products[group][fiber.finished % emulator::PRODUCTS]);
-        for (int g = now; g < fiber.product_groups; g++) fiber.product_ends[g - now] = fiber.product_ends[g];
-        fiber.product_groups -= now;
+        for (; mine.finished < mine.ends[now - 1]; mine.finished++)
+            emulator::finish(emulator::shadow.products[group][mine.finished % emulator::PRODUCTS]);
+        for (int g = now; g < mine.groups; g++) mine.ends[g - now] = mine.ends[g];
+        mine.groups -= now;
         emulator::give_back();
     }
-    fiber.may_multiply = false;
+    mine.fenced = false;
 }
 
 template <int N>
