@@ -74,7 +74,7 @@ def error_of_products(gpu, algorithm, number):
     """Against products of the rounded operands, in units of the largest; several blocks of pixels, columns, depth."""
     tiling = product.warpgroup_tilings(KINDS[algorithm])[number]
     spec, x, kernel = random_case((2, 9, 15, 56), (3, 3), tiling.columns + 20)
-    y = gpu.get(cuda.conv2d(spec, gpu.put(x), kernel, None, tiling=tiling))
+    y = gpu.get(cuda.convolve(spec, tiling, gpu.put(x), gpu.put(kernel), None))
     expected = reference.conv2d(spec, rounded(algorithm, x), rounded(algorithm, kernel), None)
     return abs(y - expected).max() / abs(expected).max()
 
@@ -173,7 +173,7 @@ def test_every_run_and_every_tiling_have_the_same_bits(algorithm):
     device = EmulatedDevice(90)
     spec, x, kernel = random_case((1, 7, 20, 24), (3, 3), 70)
     runs = [
-        device.get(cuda.conv2d(spec, device.put(x), kernel, None, tiling=tiling))
+        device.get(cuda.convolve(spec, tiling, device.put(x), device.put(kernel), None))
         for tiling in product.warpgroup_tilings(KINDS[algorithm]) * 2
     ]
     for y in runs[1:]:
@@ -267,7 +267,7 @@ def test_the_emulator_notices(algorithm, file, old, new, message, tmp_path):
     device, tiling = edited(tmp_path, file, old, new), product.warpgroup_tilings(KINDS[algorithm])[-1]
     spec, x, kernel = random_case((1, 9, 15, 64), (3, 3), 40)
     with pytest.raises(AssertionError, match=message):
-        cuda.conv2d(spec, device.put(x), kernel, None, tiling=tiling)
+        cuda.convolve(spec, tiling, device.put(x), device.put(kernel), None)
 
 
 # --- The choice ---
@@ -338,6 +338,7 @@ def test_the_switch(hopper, monkeypatch):
 
 @needs_compiler
 def test_each_tiling_is_checked_before_its_first_use(hopper, monkeypatch):
+    """By what computes, where the device asked only writes down what to do."""
     monkeypatch.setenv(wgmma.VARIABLE, "1")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -345,7 +346,8 @@ def test_each_tiling_is_checked_before_its_first_use(hopper, monkeypatch):
         assert [name for name, *_ in hopper.launches].count("conv2d") == 2
         assert chosen(hopper, 4, 8 * 64 * 64, 64) == (True, 64)
         assert [name for name, *_ in hopper.launches].count("conv2d") == 2  # once
-        assert chosen(hopper, 4, 8 * 64 * 64, 128) == (True, 128)
+        writer = SimpleNamespace(architecture=90, multiprocessors=4, itself=hopper)
+        assert chosen(writer, 4, 8 * 64 * 64, 128) == (True, 128)
         assert [name for name, *_ in hopper.launches].count("conv2d") == 4
 
 

@@ -14,21 +14,28 @@ Weights = np.ndarray | DeviceArray
 
 
 def conv2d(
-    spec: ConvSpec, x: DeviceArray, kernel: Weights, bias: Weights | None, *, algorithm: str = "auto",
-    tiling: product.Tiling | None = None,
-) -> DeviceArray:  # fmt: skip
-    """Convolve x (B, H, W, C) with kernel (KH, KW, C, F): y (B, HO, WO, F); `tiling` None: what `choose` says."""
+    spec: ConvSpec, x: DeviceArray, kernel: Weights, bias: Weights | None, *, algorithm: str = "auto"
+) -> DeviceArray:
+    """Convolve x (B, H, W, C) with kernel (KH, KW, C, F): y (B, HO, WO, F)."""
     device, dtype = x.device, x.dtype
-    pixels = spec.B * spec.HO * spec.WO
-    y = device.empty((spec.B, spec.HO, spec.WO, spec.F), dtype)
-    if pixels:
-        if tiling is None:
-            tiling = product.choose(product.kind(device, dtype, algorithm), dtype, device, pixels, spec.F)
-        data, channels = product.operands(device, tiling, x)
-        frames = product.frames(device, spec, data, tiling.depth, channels=channels)
-        weights = product.pack(device, tiling, (on_device(device, kernel),), [frames], spec.F)
-        _multiply(device, tiling, frames, weights, (pixels, spec.HO, spec.WO), spec.F, y,
-                  bias=None if bias is None else on_device(device, bias))  # fmt: skip
+    kind = product.kind(device, dtype, algorithm)
+    if not spec.B:
+        return device.empty((0, spec.HO, spec.WO, spec.F), dtype)
+    tiling = product.choose(kind, dtype, device, spec.B * spec.HO * spec.WO, spec.F)
+    return convolve(spec, tiling, x, on_device(device, kernel), None if bias is None else on_device(device, bias))
+
+
+def convolve(
+    spec: ConvSpec, tiling: product.Tiling, x: DeviceArray, kernel: DeviceArray, bias: DeviceArray | None
+) -> DeviceArray:
+    """Convolve as `conv2d` does, with products cut in a given way."""
+    device = x.device
+    y = device.empty((spec.B, spec.HO, spec.WO, spec.F), x.dtype)
+    data, channels = product.operands(device, tiling, x)
+    frames = product.frames(device, spec, data, tiling.depth, channels=channels)
+    weights = product.pack(device, tiling, (kernel,), [frames], spec.F)
+    grid = spec.B * spec.HO * spec.WO, spec.HO, spec.WO
+    _multiply(device, tiling, frames, weights, grid, spec.F, y, bias=bias)
     return y
 
 

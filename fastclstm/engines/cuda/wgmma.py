@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from fastclstm.engines.cuda import product
-from fastclstm.engines.cuda.conv2d import conv2d
+from fastclstm.engines.cuda.conv2d import convolve
 from fastclstm.engines.cuda.device import Device
 from fastclstm.spec import ConvSpec
 
@@ -33,6 +33,7 @@ def works(device: Device, tiling: product.Tiling) -> bool:
         raise ValueError(f"the environment variable {VARIABLE} must be 0 or 1, got {wanted!r}")
     if wanted == "0":
         return False
+    device = device.itself
     known = _checked.setdefault(device, {})
     if tiling not in known:
         known[tiling] = _agrees(device, tiling)
@@ -53,7 +54,7 @@ def _agrees(device: Device, tiling: product.Tiling) -> bool:
     )
     spec = ConvSpec.infer(x.shape, kernel.shape)
     found, expected = (
-        device.get(conv2d(spec, device.put(x), kernel, None, tiling=used))
+        device.get(convolve(spec, used, device.put(x), device.put(kernel), None))
         for used in (tiling, product.tilings(tiling.kind, 4)[-1])
     )
     return bool(np.abs(found - expected).max() <= TOLERANCE * np.abs(expected).max())
