@@ -10,6 +10,8 @@ DEVICE long long thread_number() { return (long long)blockIdx.x * blockDim.x + t
 // Column p is member r of quad q: q = p / 4 with block 1; with block 8 quads come eight at a time, member by member.
 // That is weight 4q + r, or (gates) r · count / 4 + q, of the `count` that each tap has; `transposed`: the tap's
 // channel is one of the filters, and the weights are its channels.
+//
+// With KIND 3 a weight is packed in two tf32 parts, [block][part][columns][inner]; with 1 it is rounded to tf32.
 KERNEL(256)
 pack(const real* weights, const int4* taps, int depth, int inner, int columns, int quad_block, int count, int gates,
      int transposed, int channels, int filters, operand* packed)
@@ -27,7 +29,13 @@ pack(const real* weights, const int4* taps, int depth, int inner, int columns, i
         int channel = transposed ? column : tap.z, filter = transposed ? tap.z : column;
         x = weights[((long long)tap.w * channels + channel) * filters + filter];
     }
+#if KIND == 3
+    long long part = (long long)inner * columns, high = n + n / part * part;
+    set_operand<TF32>(packed + high, x);
+    set_operand<TF32>(packed + high + part, x - packed[high]);
+#else
     set_operand<KIND>(packed + n, x);
+#endif
 }
 
 // Frames [pixel][channels] to operands [pixel][padded], zeros in the padding.

@@ -7,9 +7,12 @@
 // Sums pass through shared memory once more, so that neighbouring threads own neighbouring filters: what follows on
 // them is coalesced, and one piece of code for all of a thread's.
 //
-// With a KIND other than 0 the products run on the tensor cores (mma.cuh), else on the ordinary units (simt.cuh).
+// With a KIND other than 0 the products run on the tensor cores (mma.cuh, or wgmma.cuh where WARPGROUPS are told), else
+// on the ordinary units (simt.cuh).
 // Blocks are (pixels, quads of columns); every element of a result has one owner, so that nothing depends on their order.
-#if KIND
+#ifdef WARPGROUPS
+#include "wgmma.cuh"
+#elif KIND
 #include "mma.cuh"
 #else
 #include "simt.cuh"
@@ -53,7 +56,7 @@ template <class Visit> DEVICE void visit_columns(const Tile& tile, int first_row
 DEVICE real read(const real* from, long long at) { return from ? __ldg(from + at) : real(0); }
 
 // y [pixels][filters] of frames x, plus what `residual` holds.
-KERNEL(THREADS, 512 / THREADS)
+KERNEL(THREADS, MIN_BLOCKS)
 conv2d(FRAMES(x), const operand* weights, int columns, int pixels, int height, int width, const real* bias,
        const real* residual, real* y, int filters)
 {
@@ -73,7 +76,7 @@ conv2d(FRAMES(x), const operand* weights, int columns, int pixels, int height, i
 // One time step. h, x: frames; c, y, z ...: [image][pixel][filter] with elements from one image to the next beside
 // them. A quad is the gates i, f, g, o of a filter. Null: absent, or zeros. A masked image keeps its h, c and output.
 // What is read here is written by no thread of this launch, but for y_last.
-KERNEL(THREADS, 512 / THREADS)
+KERNEL(THREADS, MIN_BLOCKS)
 convlstm2d_step(FRAMES(h), FRAMES(x), const operand* weights, int columns, int pixels, int height, int width,
                 int filters, const real* bias, const real* h_last, long long h_last_stride, real* h_next,
                 long long h_next_stride, const real* c_last, long long c_last_stride, real* c_next,
@@ -124,7 +127,7 @@ convlstm2d_step(FRAMES(h), FRAMES(x), const operand* weights, int columns, int p
 // One time step backwards: frames dz of the step after (none at the last step), to dz of this one and dc of the one
 // before. dh_last, dc_last: gradients of the states after this step besides; dh, dy_carry, in place: what masked steps
 // hand on. Null: absent, or zeros.
-KERNEL(THREADS, 512 / THREADS)
+KERNEL(THREADS, MIN_BLOCKS)
 convlstm2d_step_backward(FRAMES(dz), const operand* weights, int columns, int pixels, int height, int width,
                          int filters, const real* dy, long long dy_stride, const real* dh_last, const real* dc_last,
                          real* dh, real* dy_carry, real* dc_next, const real* z, long long z_stride,

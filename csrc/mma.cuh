@@ -12,6 +12,7 @@
 
 #define DEPTH (64 / int(sizeof(operand)))
 #define THREADS (WARPS_M * WARPS_N * 32)
+#define MIN_BLOCKS (512 / THREADS)
 #define TILE_ROWS (WARPS_M * ROW_TILES * 16)
 #define TILE_COLUMNS (WARPS_N * 32)
 #define TILE_QUADS (WARPS_N * 8)

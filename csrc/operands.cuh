@@ -64,7 +64,13 @@ DEVICE unsigned short to_float16(float x)
 #endif
 }
 
-template <int KIND_OF> DEVICE void set_operand(real* to, real x) { *to = x; }
+template <int KIND_OF> DEVICE void set_operand(real* to, real x)
+{
+    if constexpr (KIND_OF == TF32)
+        *to = from_bits(to_tf32(float(x)));
+    else
+        *to = x;
+}
 template <int KIND_OF> DEVICE void set_operand(unsigned short* to, real x)
 {
     if constexpr (KIND_OF == BFLOAT16)

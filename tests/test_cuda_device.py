@@ -243,6 +243,7 @@ def test_the_first_gpu_unless_the_process_has_chosen(driver):
 
 def test_what_a_gpu_is(card):
     assert (card.architecture, card.multiprocessors, card.shared_bytes) == (90, 132, 232_448)
+    assert card.itself is card
     assert str(card) == "Fake 0, sm_90, 132 multiprocessors, driver for CUDA 13.2"
 
 

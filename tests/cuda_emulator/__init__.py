@@ -77,10 +77,10 @@ class EmulatedDevice(Device):
     """Memory of its own and csrc/ compiled for the processor; wrong arguments, writes and barriers raise."""
 
     multiprocessors = 4
-    shared_bytes = 99 << 10
 
     def __init__(self, architecture=80):
         self.architecture = architecture
+        self.shared_bytes = (227 if architecture == 90 else 99) << 10
         self.launches = []
         """(kernel, grid, block) of what was launched."""
         self.graphs = []

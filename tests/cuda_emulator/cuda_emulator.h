@@ -1,7 +1,8 @@
 // CUDA C++ as C++ of the processor: the threads of a block are fibers, blocks run one after another.
 //
 // Included before a source of csrc/ (-include), which is then compiled with -DFASTCLSTM_EMULATOR. Threads and blocks
-// run in a shuffled order, each until its next barrier, so that what needs a barrier and has none goes wrong.
+// run in a shuffled order, each until its next barrier, and warps leave others behind, so that what needs a barrier and
+// has none goes wrong.
 #pragma once
 #include <math.h>
 #include <setjmp.h>
@@ -41,12 +42,36 @@ template <class T> static T max(T a, T b) { return a < b ? b : a; }
 
 namespace emulator {
 
-const int MOST_THREADS = 1024, STACK = 128 << 10, COPIES = 160, GROUPS = 8;
+const int MOST_THREADS = 1024, STACK = 128 << 10, COPIES = 160, GROUPS = 8, SUMS = 4, PRODUCTS = 64;
+const unsigned SHARED_ADDRESS = 1024 + 128;  // where shared memory starts: aligned as far as kernels ask for it
 
 struct Copy {
     void* to;
     const void* from;
     int bytes, taken;
+};
+
+struct Piece {
+    int at, bytes;
+};
+
+// Sums that products under way own: they are here, and in the thread's registers there is POISON, a signalling NaN that
+// arithmetic changes.
+struct Owned {
+    float* sum;
+    int count;
+    float values[128];
+};
+const unsigned POISON = 0x7fa0dead;
+
+// What a thread has to do with products of its warpgroup.
+struct Multiplying {
+    Piece written[COPIES];  // by its copies to shared memory, and not yet shown to the async proxy
+    int written_count;
+    bool fenced;  // since wgmma.fence no register of a product was free
+    int issued, finished, ends[GROUPS], groups;
+    Owned owned[SUMS];
+    int owned_count;
 };
 
 struct Fiber {
@@ -61,11 +86,55 @@ struct Fiber {
     unsigned exchanges;
     Copy copies[COPIES];  // asked for and not yet made, the groups one after another
     int count, ends[GROUPS], groups;
+    Multiplying multiplying;
 };
 
 struct Barrier {
     int arrived, generation;
 };
+
+struct Order {
+    unsigned long long a, b;         // descriptors
+    int columns, accumulate, bytes;  // `bytes` of an element
+    float (*element)(const unsigned char*);
+};
+
+// A product of a warpgroup: what its threads ask for, and its operands as they are when the first of them waits for it.
+struct Product {
+    Order order;
+    const unsigned* registers[128];  // a may come from here,
+    unsigned given[128][4];          // which held this
+    float* sums[128];
+    int issued, finished;  // threads
+    bool read;
+    float rows[64][16], weights[256][16];
+};
+
+// Beside the shared memory of a block: how the async proxy sees it, how many copies to each word of it are under way and
+// how many products that read it; and the products.
+struct Shadow {
+    unsigned char* shown;
+    short *copying, *reading;
+    int size;
+    Barrier barriers[MOST_THREADS / 128];
+    Product products[MOST_THREADS / 128][PRODUCTS];
+};
+
+static void reset(Shadow& shadow, int shared_bytes, int threads)
+{
+    int words = shared_bytes / 4 + 1;
+    shadow.size = shared_bytes;
+    shadow.shown = (unsigned char*)realloc(shadow.shown, words * 4);
+    shadow.copying = (short*)realloc(shadow.copying, words * sizeof(short));
+    shadow.reading = (short*)realloc(shadow.reading, words * sizeof(short));
+    memset(shadow.shown, 0xff, shared_bytes);
+    memset(shadow.copying, 0, words * sizeof(short));
+    memset(shadow.reading, 0, words * sizeof(short));
+    for (int w = 0; w * 128 < threads; w++) {
+        shadow.barriers[w] = {};
+        for (Product& product : shadow.products[w]) product.issued = product.finished = 0;
+    }
+}
 
 static Fiber fibers[MOST_THREADS];
 static int order[MOST_THREADS], threads, alive;
@@ -74,6 +143,7 @@ static Barrier block_barrier, warp_barriers[MOST_THREADS / 32];
 static unsigned char exchange[2][MOST_THREADS / 32][32][64];
 static unsigned char* stacks;
 static unsigned char* shared;
+static Shadow shadow;
 static Fiber* current;
 static jmp_buf scheduler;
 static ucontext_t origin;
@@ -128,6 +198,7 @@ static unsigned char (*gather(const void* mine, int bytes))[64]
 
 static void finished()
 {
+    if (current->multiplying.finished < current->multiplying.issued) fail("a product is not waited for");
     current->done = true;
     alive--;
     int w = warp();
@@ -193,6 +264,7 @@ static void shuffle_threads()
 static void run_block(int shared_bytes)
 {
     memset(shared, 0xff, shared_bytes + 64);
+    reset(shadow, shared_bytes, threads);
     alive = threads;
     block_barrier = {};
     for (int w = 0; w * 32 < threads; w++) {
@@ -204,6 +276,7 @@ static void run_block(int shared_bytes)
         fiber.done = false;
         fiber.waits = nullptr;
         fiber.count = fiber.groups = 0;
+        fiber.multiplying = {};
         fiber.exchanges = 0;
         fiber.thread = i;
         fiber.index = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
@@ -211,12 +284,15 @@ static void run_block(int shared_bytes)
     shuffle_threads();
     while (alive && !error[0]) {
         bool progress = false;
-        for (int i = 0; i < threads && !error[0]; i++) {
-            Fiber& fiber = fibers[order[i]];
-            if (fiber.done || (fiber.waits && *fiber.waits == fiber.seen)) continue;
-            enter(fiber);
-            progress = true;
-        }
+        unsigned resting = draw(1u << 31);  // warps that others leave behind this time, if those can go on
+        for (int time = 0; time < 2 && !progress; time++)
+            for (int i = 0; i < threads && !error[0]; i++) {
+                Fiber& fiber = fibers[order[i]];
+                if (fiber.done || (fiber.waits && *fiber.waits == fiber.seen)) continue;
+                if (!time && resting >> order[i] / 32 % 31 & 1) continue;
+                enter(fiber);
+                progress = true;
+            }
         if (!progress && !error[0]) snprintf(error, sizeof error, "a barrier is not reached by every thread");
     }
     for (int i = 0; i < 64; i++)
@@ -329,11 +405,43 @@ template <class T> static T __ldg(const T* address)
 
 static inline unsigned char* emulated_shared_memory() { return emulator::shared; }
 
+namespace emulator {
+
+static long offset_of(const void* pointer) { return (const unsigned char*)pointer - shared; }
+
+static bool is_copied(long at, int bytes)
+{
+    bool copied = false;
+    for (int i = 0; i < bytes / 4; i++) copied = copied || shadow.copying[at / 4 + i];
+    return copied;
+}
+
+static void start_copy(const void* to, int bytes)
+{
+    long at = offset_of(to);
+    if (at < 0 || at + bytes > shadow.size) fail("a copy beyond shared memory");
+    for (int i = 0; i < bytes / 4; i++) {
+        if (shadow.reading[at / 4 + i]) fail("a copy to what a product still reads");
+        shadow.copying[at / 4 + i]++;
+    }
+}
+
+static void end_copy(const Copy& copy)
+{
+    int at = int(offset_of(copy.to));
+    for (int i = 0; i < copy.bytes / 4; i++) shadow.copying[at / 4 + i]--;
+    Multiplying& mine = current->multiplying;
+    mine.written[mine.written_count++ % COPIES] = {at, copy.bytes};
+}
+
+}  // namespace emulator
+
 static inline void emulated_cp_async(void* to, const void* from, int bytes, bool taken)
 {
     emulator::Fiber& fiber = *emulator::current;
     if (uintptr_t(to) % bytes || (taken && uintptr_t(from) % bytes)) emulator::fail("a misaligned copy");
     if (fiber.count == emulator::COPIES) emulator::fail("too many copies under way");
+    emulator::start_copy(to, bytes);
     fiber.copies[fiber.count++] = {to, from, bytes, taken};
 }
 
@@ -357,6 +465,7 @@ static inline void emulated_wait(int most)
             memcpy(copy.to, copy.from, copy.bytes);
         else
             memset(copy.to, 0, copy.bytes);
+        emulator::end_copy(copy);
     }
     memmove(fiber.copies, fiber.copies + made, (fiber.count - made) * sizeof(emulator::Copy));
     fiber.count -= made;
@@ -368,6 +477,7 @@ static inline void emulated_wait(int most)
 static inline void emulated_ldmatrix(unsigned (&result)[4], const void* row)
 {
     if (uintptr_t(row) % 16) emulator::fail("a misaligned row of ldmatrix");
+    if (emulator::is_copied(emulator::offset_of(row), 16)) emulator::fail("ldmatrix reads what is still being copied");
     auto rows = emulator::gather(&row, sizeof row);
     int lane = emulator::lane();
     for (int i = 0; i < 4; i++) {
@@ -423,6 +533,183 @@ static void emulated_mma(float (&sum)[4], const unsigned (&a)[4], const unsigned
             }
         sum[n] = toward_zero(total);
     }
+}
+
+// Products of a warpgroup, by the rules that csrc/warpgroup.cuh names. They run as late as they may; what a kernel must
+// not do meanwhile, and what it must have done before, is checked.
+
+static inline unsigned emulated_shared_address(const void* pointer)
+{
+    return unsigned(emulator::offset_of(pointer)) + emulator::SHARED_ADDRESS;
+}
+
+// What this thread's copies have written so far is shown to the async proxy; where it wrote more than can be
+// remembered, the oldest is not.
+static inline void emulated_fence_async_proxy()
+{
+    emulator::Multiplying& mine = emulator::current->multiplying;
+    for (int i = 0; i < min(mine.written_count, emulator::COPIES); i++) {
+        const emulator::Piece& piece = mine.written[i];
+        memcpy(emulator::shadow.shown + piece.at, emulator::shared + piece.at, piece.bytes);
+    }
+    mine.written_count = 0;
+}
+
+static inline void emulated_wgmma_fence() { emulator::current->multiplying.fenced = true; }
+
+static inline void emulated_wgmma_commit()
+{
+    emulator::Multiplying& mine = emulator::current->multiplying;
+    if (mine.groups == emulator::GROUPS) emulator::fail("too many groups of products");
+    mine.ends[mine.groups++] = mine.issued;
+}
+
+namespace emulator {
+
+// Where in shared memory 16 bytes of a row's 32 bytes of depth stand.
+static int operand_at(unsigned long long descriptor, int row, int piece)
+{
+    unsigned start = unsigned(descriptor & 0x3fff) << 4, stride = unsigned(descriptor >> 32 & 0x3fff) << 4;
+    if (descriptor >> 62 != 1) fail("only the swizzle of 128 bytes is emulated");
+    if (descriptor & (0x3ffull << 52 | 7ull << 46 | 3ull << 30 | 3ull << 14)) fail("unknown bits in a descriptor");
+    if (start & 0x380 || stride & 0x3ff || descriptor >> 49 & 7) fail("an atom does not start at 1024 bytes");
+    if (start % 128 + 32 > 128) fail("a product reads beyond its row");
+    unsigned address = start + row / 8 * stride + row % 8 * 128 + piece * 16;
+    address ^= address >> 3 & 0x70;
+    int at = int(address - SHARED_ADDRESS);
+    if (at < 0 || at + 16 > shadow.size) fail("a product reads beyond shared memory");
+    return at;
+}
+
+static void check_shown(int at)
+{
+    if (is_copied(at, 16)) fail("a product reads what is still being copied");
+    if (memcmp(shared + at, shadow.shown + at, 16)) fail("a product reads what no fence.proxy.async has shown it");
+}
+
+template <class Visit> static void visit_operands(const Product& product, Visit visit)
+{
+    for (int row = 0; row < 64 && !product.registers[0]; row++)
+        for (int piece = 0; piece < 2; piece++) visit(operand_at(product.order.a, row, piece), row, piece, true);
+    for (int column = 0; column < product.order.columns; column++)
+        for (int piece = 0; piece < 2; piece++) visit(operand_at(product.order.b, column, piece), column, piece, false);
+}
+
+static void issue(const Order& order, const unsigned* a, float* sum)
+{
+    Multiplying& mine = current->multiplying;
+    int group = current->thread / 128, t = current->thread % 128;
+    Product& product = shadow.products[group][mine.issued % PRODUCTS];
+    if (threads % 128) fail("a block is not of whole warpgroups");
+    if (!mine.fenced) fail("wgmma.fence is missing");
+    if (product.issued == 128) fail("too many products under way");
+    if (!product.issued) product.order = order, product.read = false;
+    if (memcmp(&product.order, &order, sizeof order))
+        fail("the threads of a warpgroup issue different products");
+    product.registers[t] = a;
+    if (a) memcpy(product.given[t], a, sizeof product.given[t]);
+    product.sums[t] = sum;
+    int n = 0, count = order.columns / 2;
+    while (n < mine.owned_count && mine.owned[n].sum != sum) n++;
+    if (n == SUMS) fail("too many sums under way");
+    if (n == mine.owned_count) {
+        mine.owned_count++;
+        mine.owned[n].sum = sum, mine.owned[n].count = count;
+        memcpy(mine.owned[n].values, sum, count * sizeof *sum);
+        for (int i = 0; i < count; i++) memcpy(sum + i, &POISON, sizeof POISON);
+    }
+    mine.issued++;
+    if (++product.issued == 128)
+        visit_operands(product, [](int at, int, int, bool) {
+            check_shown(at);
+            for (int i = 0; i < 4; i++) shadow.reading[at / 4 + i]++;
+        });
+    wait(shadow.barriers[group], 128);
+}
+
+static void read_operands(Product& product)
+{
+    const Order& order = product.order;
+    int each = 16 / order.bytes;
+    visit_operands(product, [&](int at, int row, int piece, bool of_a) {
+        check_shown(at);
+        for (int i = 0; i < each; i++)
+            (of_a ? product.rows : product.weights)[row][piece * each + i] =
+                order.element(shadow.shown + at + i * order.bytes);
+    });
+    for (int t = 0; t < 128 && product.registers[0]; t++)
+        for (int i = 0; i < 4; i++)
+            product.rows[t / 32 * 16 + t % 32 / 4 + i % 2 * 8][t % 4 + i / 2 * 4] =
+                order.element((const unsigned char*)&product.given[t][i]);
+    product.read = true;
+}
+
+static void finish(Product& product)
+{
+    Multiplying& mine = current->multiplying;
+    int t = current->thread % 128, depth = 32 / product.order.bytes;
+    if (!product.read) read_operands(product);
+    if (product.registers[t] && memcmp(product.registers[t], product.given[t], sizeof product.given[t]))
+        fail("registers of a product were changed while it was under way");
+    Owned* owned = mine.owned;
+    while (owned->sum != product.sums[t]) owned++;
+    for (int i = 0; i < owned->count; i++) {
+        int row = t / 32 * 16 + t % 32 / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + t % 4 * 2 + i % 2;
+        double total = product.order.accumulate ? owned->values[i] : 0;
+        for (int k = 0; k < depth; k++) total += double(product.rows[row][k]) * product.weights[column][k];
+        owned->values[i] = toward_zero(total);
+    }
+    if (++product.finished < 128) return;
+    visit_operands(product, [](int at, int, int, bool) {
+        for (int i = 0; i < 4; i++) shadow.reading[at / 4 + i]--;
+    });
+    product.issued = product.finished = 0;
+}
+
+// Give sums back that no product owns any more.
+static void give_back()
+{
+    Multiplying& mine = current->multiplying;
+    int group = current->thread / 128, t = current->thread % 128, left = 0;
+    for (int n = 0; n < mine.owned_count; n++) {
+        Owned& owned = mine.owned[n];
+        bool under_way = false;
+        for (int p = mine.finished; p < mine.issued; p++)
+            under_way = under_way || shadow.products[group][p % PRODUCTS].sums[t] == owned.sum;
+        for (int i = 0; i < owned.count; i++)
+            if (memcmp(owned.sum + i, &POISON, sizeof POISON)) fail("a sum was changed while a product owned it");
+        if (under_way)
+            mine.owned[left++] = owned;
+        else
+            memcpy(owned.sum, owned.values, owned.count * sizeof *owned.sum);
+    }
+    mine.owned_count = left;
+}
+
+}  // namespace emulator
+
+// Wait for all products but those of the newest `most` groups.
+static inline void emulated_wgmma_wait(int most)
+{
+    emulator::Multiplying& mine = emulator::current->multiplying;
+    int group = emulator::current->thread / 128, now = mine.groups - most;
+    if (now > 0) {
+        for (; mine.finished < mine.ends[now - 1]; mine.finished++)
+            emulator::finish(emulator::shadow.products[group][mine.finished % emulator::PRODUCTS]);
+        for (int g = now; g < mine.groups; g++) mine.ends[g - now] = mine.ends[g];
+        mine.groups -= now;
+        emulator::give_back();
+    }
+    mine.fenced = false;
+}
+
+template <int N>
+static void emulated_wgmma(float (&sum)[N / 8][4], const unsigned* a, unsigned long long a_descriptor,
+                           unsigned long long b_descriptor, int accumulate, int bytes,
+                           float (*element)(const unsigned char*))
+{
+    emulator::Order order = {a_descriptor, b_descriptor, N, accumulate, bytes, element};
+    emulator::issue(order, a, sum[0]);
 }
 
 static inline unsigned short emulated_bits(int kind, float x)

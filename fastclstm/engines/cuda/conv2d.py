@@ -18,16 +18,24 @@ def conv2d(
 ) -> DeviceArray:
     """Convolve x (B, H, W, C) with kernel (KH, KW, C, F): y (B, HO, WO, F)."""
     device, dtype = x.device, x.dtype
-    pixels = spec.B * spec.HO * spec.WO
-    y = device.empty((spec.B, spec.HO, spec.WO, spec.F), dtype)
     kind = product.kind(device, dtype, algorithm)
-    if pixels:
-        tiling = product.choose(kind, dtype, device.multiprocessors, pixels, spec.F)
-        data, channels = product.operands(device, tiling, x)
-        frames = product.frames(device, spec, data, tiling.depth, channels=channels)
-        weights = product.pack(device, tiling, (on_device(device, kernel),), [frames], spec.F)
-        _multiply(device, tiling, frames, weights, (pixels, spec.HO, spec.WO), spec.F, y,
-                  bias=None if bias is None else on_device(device, bias))  # fmt: skip
+    if not spec.B:
+        return device.empty((0, spec.HO, spec.WO, spec.F), dtype)
+    tiling = product.choose(kind, dtype, device, spec.B * spec.HO * spec.WO, spec.F)
+    return convolve(spec, tiling, x, on_device(device, kernel), None if bias is None else on_device(device, bias))
+
+
+def convolve(
+    spec: ConvSpec, tiling: product.Tiling, x: DeviceArray, kernel: DeviceArray, bias: DeviceArray | None
+) -> DeviceArray:
+    """Convolve as `conv2d` does, with products cut in a given way."""
+    device = x.device
+    y = device.empty((spec.B, spec.HO, spec.WO, spec.F), x.dtype)
+    data, channels = product.operands(device, tiling, x)
+    frames = product.frames(device, spec, data, tiling.depth, channels=channels)
+    weights = product.pack(device, tiling, (kernel,), [frames], spec.F)
+    grid = spec.B * spec.HO * spec.WO, spec.HO, spec.WO
+    _multiply(device, tiling, frames, weights, grid, spec.F, y, bias=bias)
     return y
 
 
@@ -52,7 +60,7 @@ def input_gradient(
     device, dtype = kernel.device, kernel.dtype
     pixels = spec.B * spec.H * spec.W
     dx = device.empty((spec.B, spec.H, spec.W, spec.C), dtype)
-    tiling = product.choose(kind, dtype, device.multiprocessors, pixels, spec.C)
+    tiling = product.choose(kind, dtype, device, pixels, spec.C)
     frames = product.transposed_frames(device, spec, dy, tiling.depth, stride=stride)
     weights = product.pack(device, tiling, (kernel,), [frames], spec.C, transposed=True)
     _multiply(device, tiling, frames, weights, (pixels, spec.H, spec.W), spec.C, dx, residual=residual)

@@ -136,7 +136,7 @@ class _Forward:
     ) -> None:  # fmt: skip
         """Launch all steps."""
         spec, device = self.spec, self.device
-        tiling = product.choose(self.kind, self.dtype, device.multiprocessors, self.pixels, 4 * spec.F)
+        tiling = product.choose(self.kind, self.dtype, device, self.pixels, 4 * spec.F)
         frame_x, channels = spec.input.H * spec.input.W, spec.input.C
         data, channels = product.operands(device, tiling, x)
         x_frames = product.frames(device, spec.input, data, tiling.depth, stride=spec.T * frame_x * channels,
@@ -161,7 +161,7 @@ class _Forward:
         common = (*int32(tiling.padded(4 * spec.F), self.pixels, spec.HO, spec.WO, spec.F), bias)
         z_stride, h_width = np.int64(spec.T * 4 * self.frame), np.int32(h_channels)
         peepholes, cell = cell_arguments(spec, self.dtype, self.peepholes, self.codes)
-        weights_x = offset(weights, h_frames.blocks * tiling.depth * tiling.padded(4 * spec.F))
+        weights_x = offset(weights, tiling.weights(h_frames.blocks, 4 * spec.F))
         with device.graph(("convlstm2d", spec, self.kind, self.h_states is not None)):
             for states, initial in ((self.h_states, h), (self.c_states, c)):
                 if states is not None:
@@ -254,7 +254,7 @@ def convlstm2d_backward(
     kind = product.backward_kind(saved.kind)
     codes = packing.activation_codes(spec)
     assert codes is not None
-    tiling = product.choose(kind, dtype, device.multiprocessors, pixels, spec.F)
+    tiling = product.choose(kind, dtype, device, pixels, spec.F)
     dz = device.empty((spec.B, spec.T, spec.HO, spec.WO, 4 * spec.F), dtype)
     frames = product.transposed_frames(device, spec.recurrent, dz, tiling.depth, stride=spec.T * 4 * frame)
     weights = product.pack(device, tiling, (saved.recurrent_kernel,), [frames], spec.F, transposed=True)

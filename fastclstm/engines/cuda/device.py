@@ -89,6 +89,11 @@ class Device(Protocol):
     dlpack_device: tuple[int, int] = (1, 0)
     """Type and number in DLPack: (2, n) for a GPU; (1, 0), the processor's memory, for what stands in for one."""
 
+    @property
+    def itself(self) -> Device:
+        """What computes: this device, or that for which it only writes down what to do."""
+        return self
+
     def empty(self, shape: Shape, dtype: Any) -> DeviceArray:
         """Memory with whatever was there."""
 

@@ -164,6 +164,11 @@ class GPU:
         """Handle of the stream that work goes to."""
         return int(self.stream.handle)
 
+    @property
+    def itself(self) -> GPU:
+        """The GPU that computes."""
+        return self
+
     def finish(self) -> None:
         """Wait until the stream's work is done."""
         with self._context():

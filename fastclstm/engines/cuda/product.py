@@ -25,6 +25,9 @@ KINDS = {"simt": 0, "tf32": 1, "float32": 3, "bfloat16": 4, "float16": 5}
 TENSOR_CORES = 80
 """The oldest architecture with tensor cores for tf32 and bfloat16, and with cp.async."""
 
+WARPGROUPS = 90
+"""The only architecture with wgmma."""
+
 LARGEST_FRAME = 2**31 - 1
 """Of elements in one frame: kernels count them in 32 bits."""
 
@@ -34,6 +37,9 @@ MOST_PIXELS = 2**30
 
 WASTE = 1.25
 """How much more a larger tiling may compute beside the edges than the smallest does."""
+
+FILLED = 0.75
+"""The share of the multiprocessors that blocks of wgmma must fill: each of them computes more than with mma.sync."""
 
 TABLES_KEPT = 64
 """Tables of taps that are kept on a device for the next call: those used last."""
@@ -84,10 +90,17 @@ class Tiling:
     depth: int
     """Steps of depth in a block of it."""
     macros: tuple[tuple[str, int | str], ...]
+    parts: int = 1
+    """In which each weight is packed."""
+
+    @property
+    def on_warpgroups(self) -> bool:
+        """Whether wgmma.cuh computes it."""
+        return "WARPGROUPS" in dict(self.macros)
 
     @property
     def on_tensor_cores(self) -> bool:
-        """Whether mma.cuh computes it, else simt.cuh."""
+        """Whether mma.cuh or wgmma.cuh computes it, else simt.cuh."""
         return self.kind != 0
 
     @property
@@ -102,6 +115,10 @@ class Tiling:
     def padded(self, columns: int) -> int:
         """Columns with those that fill the last block."""
         return self.grid(1, columns)[1] * self.columns
+
+    def weights(self, blocks: int, columns: int) -> int:
+        """Elements of the packed weights of `blocks` blocks of depth."""
+        return blocks * self.depth * self.parts * self.padded(columns)
 
 
 def simt(itemsize: int, rows: int, quads: int, thread_rows: int, thread_quads: int) -> Tiling:
@@ -124,8 +141,24 @@ def tensor_cores(kind: int, warps_m: int, warps_n: int, row_tiles: int, stages: 
     return Tiling(kind, rows, columns, warps_m * warps_n * 32, shared, 32 if short else 16, tuple(macros.items()))
 
 
+def warpgroups(kind: int, count: int, columns: int, stages: int) -> Tiling:
+    """Return a tiling of wgmma.cuh: each of `count` warpgroups owns 64 pixels and all columns (64, 128 or 256)."""
+    rows, short = 64 * count, kind >= KINDS["bfloat16"]
+    parts = 2 if kind == KINDS["float32"] else 1
+    macros: dict[str, int | str] = {"KIND": kind, "OPERAND": "unsigned short" if short else "float",
+                                    "WARPGROUPS": count, "COLUMNS": columns, "STAGES": stages}  # fmt: skip
+    shared = 1024 + stages * (rows + parts * columns) * 128  # and what it takes to start at a multiple of 1024
+    return Tiling(kind, rows, columns, 128 * count, shared, 64 if short else 32, tuple(macros.items()), parts)
+
+
+def warpgroup_tilings(kind: int) -> list[Tiling]:
+    """Return the tilings of wgmma.cuh, from the largest to the smallest."""
+    forms = [(2, 128, 4), (2, 64, 4)] if kind == KINDS["float32"] else [(2, 256, 4), (2, 128, 3), (2, 64, 4)]
+    return [warpgroups(kind, *form) for form in forms] if kind else []
+
+
 def tilings(kind: int, itemsize: int) -> list[Tiling]:
-    """Return the tilings of a kind, from the largest to the smallest."""
+    """Return the tilings of a kind for every architecture, from the largest to the smallest."""
     if kind:
         return [tensor_cores(kind, *form) for form in ((2, 4, 4, 3), (2, 2, 2, 4), (4, 1, 2, 4), (1, 1, 2, 6))]
     forms = [(64, 16, 4, 1), (128, 4, 4, 1)]
@@ -134,14 +167,23 @@ def tilings(kind: int, itemsize: int) -> list[Tiling]:
     return [simt(itemsize, *form) for form in forms]
 
 
-def choose(kind: int, dtype: np.dtype, multiprocessors: int, pixels: int, columns: int) -> Tiling:
-    """Return the largest tiling that fills the GPU, of those that compute least in vain beside the columns."""
+def choose(kind: int, dtype: np.dtype, device: Device, pixels: int, columns: int) -> Tiling:
+    """Return the largest tiling that fills the GPU, of those that compute least in vain beside the columns.
+
+    Those of wgmma come first, on the architecture that has it, where they fill three quarters of the GPU and work.
+    """
+    from fastclstm.engines.cuda import wgmma  # it computes with what is here
+
     candidates = tilings(kind, dtype.itemsize)
-    least = min(tiling.padded(columns) for tiling in candidates)
-    fitting = [tiling for tiling in candidates if tiling.padded(columns) <= WASTE * least]
+    most = WASTE * min(tiling.padded(columns) for tiling in candidates)
+    if device.architecture == WARPGROUPS:
+        candidates = warpgroup_tilings(kind) + candidates
+    fitting = [tiling for tiling in candidates if tiling.padded(columns) <= most]
     for tiling in fitting:
         down, across = tiling.grid(pixels, columns)
-        if down * across >= multiprocessors:
+        share = FILLED if tiling.on_warpgroups else 1
+        fills = down * across >= share * device.multiprocessors
+        if fills and (not tiling.on_warpgroups or wgmma.works(device, tiling)):
             return tiling
     return fitting[-1]
 
@@ -228,7 +270,7 @@ def pack(
     operand = tiling.operand if tiling.on_tensor_cores else dtype
     padded = tiling.padded(columns)
     depths = [part.blocks * tiling.depth for part in parts]
-    packed = device.empty((sum(depths), padded), operand)
+    packed = device.empty((sum(depths) * tiling.parts, padded), operand)
     macros = element_macros(dtype, tiling)
     launch = device.kernel("elementwise.cu", "pack", macros)
     first = 0
@@ -237,14 +279,15 @@ def pack(
              *int32(depth, tiling.depth if tiling.on_tensor_cores else 1, padded, 8 if tiling.on_tensor_cores else 1,
                     columns, gates, transposed, *weights.shape[2:]),
              offset(packed, first))  # fmt: skip
-        first += depth * padded
+        first += tiling.weights(part.blocks, columns)
     return packed
 
 
 def element_macros(dtype: np.dtype, tiling: Tiling | None = None) -> dict[str, int | str]:
     """Return the macros of csrc/elementwise.cu."""
     if tiling is None or tiling.kind < KINDS["bfloat16"]:
-        return {"REAL": real(dtype), "OPERAND": "real", "KIND": 0}
+        kind = tiling.kind if tiling is not None and tiling.on_warpgroups else 0
+        return {"REAL": real(dtype), "OPERAND": "real", "KIND": kind}
     return {"REAL": real(dtype), "OPERAND": "unsigned short", "KIND": tiling.kind}
 
 

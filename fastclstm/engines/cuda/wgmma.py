@@ -1,0 +1,60 @@
+"""Whether wgmma may compute products: a switch, and a check of each tiling on the GPU at hand before its first use."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from weakref import WeakKeyDictionary
+
+import numpy as np
+
+from fastclstm.engines.cuda import product
+from fastclstm.engines.cuda.conv2d import convolve
+from fastclstm.engines.cuda.device import Device
+from fastclstm.spec import ConvSpec
+
+VARIABLE = "FASTCLSTM_CUDA_WGMMA"
+"""The environment variable that is 0 where mma.sync is to compute all products."""
+
+TOLERANCE = 1e-3
+"""The largest difference from mma.sync, in units of the largest value: operands are the same, sums in another order."""
+
+_checked: WeakKeyDictionary[Device, dict[product.Tiling, bool]] = WeakKeyDictionary()
+
+
+def works(device: Device, tiling: product.Tiling) -> bool:
+    """Whether a tiling of wgmma.cuh is to be used: it is not switched off and agrees with mma.sync on this device.
+
+    The first call with a tiling computes; it must not be inside `device.graph`. Raises ValueError for a value of the
+    variable that is neither 0 nor 1.
+    """
+    wanted = os.environ.get(VARIABLE, "1")
+    if wanted not in ("0", "1"):
+        raise ValueError(f"the environment variable {VARIABLE} must be 0 or 1, got {wanted!r}")
+    if wanted == "0":
+        return False
+    device = device.itself
+    known = _checked.setdefault(device, {})
+    if tiling not in known:
+        known[tiling] = _agrees(device, tiling)
+        if not known[tiling]:
+            warnings.warn(
+                f"engine 'cuda': products of kind {tiling.kind} by wgmma, {tiling.rows}x{tiling.columns}, differ from "
+                f"those by mma.sync on this GPU, which is used instead; please report it ({VARIABLE}=0: no check)",
+                RuntimeWarning, stacklevel=2,
+            )  # fmt: skip
+    return known[tiling]
+
+
+def _agrees(device: Device, tiling: product.Tiling) -> bool:
+    """Compare a small convolution: more than one block of pixels, of columns and of the depth than there are stages."""
+    rng = np.random.default_rng(0)
+    x, kernel = (
+        rng.standard_normal(shape).astype(np.float32) for shape in ((1, 9, 16, 48), (3, 3, 48, tiling.columns + 8))
+    )
+    spec = ConvSpec.infer(x.shape, kernel.shape)
+    found, expected = (
+        device.get(convolve(spec, used, device.put(x), device.put(kernel), None))
+        for used in (tiling, product.tilings(tiling.kind, 4)[-1])
+    )
+    return bool(np.abs(found - expected).max() <= TOLERANCE * np.abs(expected).max())
