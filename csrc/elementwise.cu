@@ -50,17 +50,17 @@ copy(const real* from, long long from_stride, real* to, long long to_stride, lon
     to[image * to_stride + at] = from ? from[image * from_stride + at] : real(0);
 }
 
-// Sums of each column of [rows][columns] over a share of the rows, in float64: partial [shares][columns].
+// Sums of each column of [rows][width] over a share of the rows, in float64: partial [shares][columns].
 // Blocks of (32 columns, 8), grid (columns, shares).
 KERNEL(256)
-column_sums(const real* rows, long long count, int columns, double* partial)
+column_sums(const operand* rows, long long count, int width, int columns, double* partial)
 {
     double* kept = (double*)shared_memory();
     int column = blockIdx.x * 32 + threadIdx.x;
     double sum = 0;
     if (column < columns)
         for (long long row = (long long)blockIdx.y * 8 + threadIdx.y; row < count; row += (long long)gridDim.y * 8)
-            sum += rows[row * columns + column];
+            sum += get_operand<KIND>(rows[row * width + column]);
     kept[threadIdx.y * 32 + threadIdx.x] = sum;
     __syncthreads();
     if (threadIdx.y || column >= columns) return;
@@ -68,21 +68,27 @@ column_sums(const real* rows, long long count, int columns, double* partial)
     partial[(long long)blockIdx.y * columns + column] = sum;
 }
 
-template <class T> DEVICE void add_shares(const T* partial, int shares, long long count, real* to)
+template <class T> DEVICE void add_shares(const T* partial, int shares, long long count, const real* more, real* to)
 {
     long long n = thread_number();
     if (n >= count) return;
-    double sum = 0;
+    double sum = more ? more[n] : real(0);
     for (int share = 0; share < shares; share++) sum += partial[share * count + n];
     to[n] = real(sum);
 }
 
-// Shares [shares][count], added in their order.
+// Shares [shares][count], added in their order to what there was before.
 KERNEL(256)
-add_sums(const double* partial, int shares, long long count, real* to) { add_shares(partial, shares, count, to); }
+add_sums(const double* partial, int shares, long long count, const real* more, real* to)
+{
+    add_shares(partial, shares, count, more, to);
+}
 
 KERNEL(256)
-add_products(const real* partial, int shares, long long count, real* to) { add_shares(partial, shares, count, to); }
+add_products(const real* partial, int shares, long long count, const real* more, real* to)
+{
+    add_shares(partial, shares, count, more, to);
+}
 
 // Gradients of elementwise peepholes, [i, f, o][pixel][filter]: dz [image][T][pixel][4][filter] times the cell before
 // (i, f) or after (o) the step; c [image][T + 1][pixel][filter], where step s starts from slot s + first.

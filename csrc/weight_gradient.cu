@@ -2,14 +2,16 @@
 //
 // Blocks are (tiles of filters, tiles of taps, shares of the pixels): each share writes sums of its own, which
 // elementwise.cu's add_products adds in their order. Images come as [outer][inner], those of x with strides of their
-// own (the frames' is of an inner one); masked ones of x are not read.
+// own (the frames' is of an inner one); masked ones of x are not read. A pixel of dy takes dy_channels elements; those of
+// x that fill up its channels give no result.
 //
-// Macros: REAL; KIND 0: TILE (64 or 128), a thread owns EACH x EACH products; KIND 1, 3: WARPS_M, WARPS_N, ROW_TILES,
-// a warp owns 16·ROW_TILES taps and 32 filters.
+// Macros: REAL; KIND 0: TILE (64 or 128), a thread owns EACH x EACH products; others: WARPS_M, WARPS_N, ROW_TILES, a warp
+// owns 16·ROW_TILES taps and 32 filters. Both operands lie with the pixels, the product's depth, as rows: fragments of
+// float32 are gathered, those of 16 bits are transposed as they are loaded.
 #include "frames.cuh"
 #define PARAMETERS                                                                                                     \
-    FRAMES(x), int inner, long long outer_stride, const unsigned char *mask, const real *dy, int pixels, int height,  \
-        int width, int depth, int filters, int share, real *partial
+    FRAMES(x), int inner, long long outer_stride, const unsigned char *mask, const operand *dy, int dy_channels,      \
+        int pixels, int height, int width, int depth, int channels, int filters, int share, real *partial
 
 // Pixel n of dy, none beyond the end or where its image is masked.
 DEVICE Pixel pixel_of_x(const Grid& grid, int n, int end, const unsigned char* mask)
@@ -76,7 +78,7 @@ weight_gradient(PARAMETERS)
                 int row = line + i * (THREADS / TILE), n = begin + block * DEPTH + row;
                 const real* from = find_x(x, places[block % 3 * DEPTH + row], tap, inner, outer_stride);
                 from_x[i] = from ? __ldg(from) : real(0);
-                from_dy[i] = n < end && f < filters ? __ldg(dy + (long long)n * filters + f) : real(0);
+                from_dy[i] = n < end && f < filters ? __ldg(dy + (long long)n * dy_channels + f) : real(0);
             }
             place(block + 2);
         }
@@ -121,12 +123,13 @@ weight_gradient(PARAMETERS)
 #else
 #include "tensor_cores.cuh"
 
-#define DEPTH 16
+#define DEPTH (64 / int(sizeof(operand)))
+#define PIECE (16 / int(sizeof(operand)))
 #define STAGES 3
 #define THREADS (WARPS_M * WARPS_N * 32)
 #define TAPS (WARPS_M * ROW_TILES * 16)
 #define FILTERS (WARPS_N * 32)
-#define TAP_PITCH (TAPS + 8)  // so that 4 pixels and 8 taps meet all banks
+#define TAP_PITCH (TAPS + 8)  // so that 4 pixels and 8 taps meet all banks, or the rows of 8 pixels
 #define FILTER_PITCH (FILTERS + 8)
 #define STAGE (DEPTH * (TAP_PITCH + FILTER_PITCH))
 
@@ -135,41 +138,41 @@ weight_gradient(PARAMETERS)
 {
     Frames x = AS_FRAMES(x);
     Grid grid = {pixels, height, width};
-    float* stages = (float*)shared_memory();
+    operand* stages = (operand*)shared_memory();
     int first_tap = blockIdx.y * TAPS, first_filter = blockIdx.x * FILTERS;
     int begin = blockIdx.z * share, end = min(begin + share, pixels), blocks = ceil_div(max(end - begin, 0), DEPTH);
-    bool whole_dy = filters % 4 == 0 && (unsigned long long)dy % 16 == 0;
+    bool whole_dy = dy_channels % PIECE == 0 && (unsigned long long)dy % 16 == 0;
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 
     auto fetch = [&](int block) {
         if (block < blocks) {
-            float* stage = stages + block % STAGES * STAGE;
-            for (int n = threadIdx.x; n < DEPTH * TAPS / 4; n += THREADS) {
-                int row = n / (TAPS / 4), piece = n % (TAPS / 4) * 4, k = first_tap + piece;
+            operand* stage = stages + block % STAGES * STAGE;
+            for (int n = threadIdx.x; n < DEPTH * TAPS / PIECE; n += THREADS) {
+                int row = n / (TAPS / PIECE), piece = n % (TAPS / PIECE) * PIECE, k = first_tap + piece;
                 Pixel pixel = pixel_of_x(grid, begin + block * DEPTH + row, end, mask);
-                float* to = stage + row * TAP_PITCH + piece;
-                if (x.whole) {
-                    const float* from = k < depth ? find_x(x, pixel, __ldg(x.taps + k), inner, outer_stride) : nullptr;
+                operand* to = stage + row * TAP_PITCH + piece;
+                if (sizeof(operand) == 2 || x.whole) {
+                    const operand* from = k < depth ? find_x(x, pixel, __ldg(x.taps + k), inner, outer_stride) : nullptr;
                     cp_async<16>(to, from ? from : x.data, from);
                 } else
 #pragma unroll
-                    for (int j = 0; j < 4; j++) {
-                        const float* from =
+                    for (int j = 0; j < PIECE; j++) {
+                        const operand* from =
                             k + j < depth ? find_x(x, pixel, __ldg(x.taps + k + j), inner, outer_stride) : nullptr;
                         cp_async<4>(to + j, from ? from : x.data, from);
                     }
             }
-            for (int n = threadIdx.x; n < DEPTH * FILTERS / 4; n += THREADS) {
-                int row = n / (FILTERS / 4), piece = n % (FILTERS / 4) * 4, f = first_filter + piece;
+            for (int n = threadIdx.x; n < DEPTH * FILTERS / PIECE; n += THREADS) {
+                int row = n / (FILTERS / PIECE), piece = n % (FILTERS / PIECE) * PIECE, f = first_filter + piece;
                 int p = begin + block * DEPTH + row;
-                const float* from = dy + (long long)p * filters + f;
-                float* to = stage + DEPTH * TAP_PITCH + row * FILTER_PITCH + piece;
-                if (whole_dy) {
+                const operand* from = dy + (long long)p * dy_channels + f;
+                operand* to = stage + DEPTH * TAP_PITCH + row * FILTER_PITCH + piece;
+                if (sizeof(operand) == 2 || whole_dy) {
                     bool taken = p < end && f < filters;
                     cp_async<16>(to, taken ? from : dy, taken);
                 } else
 #pragma unroll
-                    for (int j = 0; j < 4; j++) {
+                    for (int j = 0; j < PIECE; j++) {
                         bool taken = p < end && f + j < filters;
                         cp_async<4>(to + j, taken ? from + j : dy, taken);
                     }
@@ -185,7 +188,7 @@ weight_gradient(PARAMETERS)
         for (int n = 0; n < 4; n++)
 #pragma unroll
             for (int i = 0; i < 4; i++) sum[m][n][i] = 0;
-    int own_taps = warp / WARPS_N * ROW_TILES * 16 + lane / 4, own_filters = warp % WARPS_N * 32 + lane / 4;
+    int own_taps = warp / WARPS_N * ROW_TILES * 16, own_filters = warp % WARPS_N * 32;
 #pragma unroll 1
     for (int block = 1 - STAGES; block < blocks; block++) {  // the first ones only fetch
         if (block >= 0) {
@@ -194,11 +197,31 @@ weight_gradient(PARAMETERS)
         }
         fetch(block + STAGES - 1);
         if (block < 0) continue;
-        const float* stage = stages + block % STAGES * STAGE;
+        const operand* stage = stages + block % STAGES * STAGE;
+#if KIND > 3
+#pragma unroll
+        for (int d = 0; d < DEPTH; d += 16) {
+            const operand* a_at = stage + (d + lane / 16 * 8 + lane % 8) * TAP_PITCH + own_taps + lane / 8 % 2 * 8;
+            const operand* b_at = stage + DEPTH * TAP_PITCH + (d + lane % 16) * FILTER_PITCH + own_filters + lane / 16 * 8;
+            unsigned b[4][2];
+#pragma unroll
+            for (int n = 0; n < 4; n += 2) {
+                unsigned words[4];
+                ldmatrix_transposed(words, b_at + n * 8);
+                b[n][0] = words[0], b[n][1] = words[1], b[n + 1][0] = words[2], b[n + 1][1] = words[3];
+            }
+#pragma unroll
+            for (int m = 0; m < ROW_TILES; m++) {
+                unsigned a[4];
+                ldmatrix_transposed(a, a_at + m * 16);
+                multiply_split(sum[m], a, a, b, b);
+            }
+        }
+#else
 #pragma unroll 1
         for (int d = 0; d < DEPTH; d += 8) {
-            const float* a_at = stage + (d + lane % 4) * TAP_PITCH + own_taps;
-            const float* b_at = stage + DEPTH * TAP_PITCH + (d + lane % 4) * FILTER_PITCH + own_filters;
+            const float* a_at = stage + (d + lane % 4) * TAP_PITCH + own_taps + lane / 4;
+            const float* b_at = stage + DEPTH * TAP_PITCH + (d + lane % 4) * FILTER_PITCH + own_filters + lane / 4;
             unsigned b[4][2], b_low[4][2];
 #pragma unroll
             for (int n = 0; n < 4; n++) {
@@ -214,17 +237,25 @@ weight_gradient(PARAMETERS)
                 multiply_split(sum[m], a, a_low, b, b_low);
             }
         }
+#endif
     }
-    partial += (long long)blockIdx.z * depth * filters;
+    partial += (long long)blockIdx.z * (depth / x.channels * channels) * filters;
 #pragma unroll
     for (int m = 0; m < ROW_TILES; m++)
 #pragma unroll
-        for (int n = 0; n < 4; n++)
+        for (int half = 0; half < 2; half++) {
+            int k = first_tap + own_taps + m * 16 + half * 8 + lane / 4;
+            if (k >= depth) continue;
+            int weight = k / x.channels, channel = k - weight * x.channels;
+            if (channel >= channels) continue;
+            real* row = partial + ((long long)weight * channels + channel) * filters;
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                int row = first_tap + own_taps + m * 16 + i / 2 * 8;
-                int column = first_filter + warp % WARPS_N * 32 + n * 8 + lane % 4 * 2 + i % 2;
-                if (row < depth && column < filters) partial[(long long)row * filters + column] = sum[m][n][i];
-            }
+            for (int n = 0; n < 4; n++)
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    int column = first_filter + own_filters + n * 8 + lane % 4 * 2 + i;
+                    if (column < filters) row[column] = sum[m][n][half * 2 + i];
+                }
+        }
 }
 #endif

@@ -62,8 +62,18 @@ def kind(device: Device, dtype: np.dtype, algorithm: str) -> int:
 
 
 def backward_kind(kind: int) -> int:
-    """Return the kind for gradients, whose range 16 bits do not hold: tf32 for those."""
-    return KINDS["tf32"] if kind in (KINDS["bfloat16"], KINDS["float16"]) else kind
+    """Return the kind for gradients, whose range float16 does not hold: tf32, with as many digits, for that."""
+    return KINDS["tf32"] if kind == KINDS["float16"] else kind
+
+
+def operand_type(kind: int, dtype: np.dtype) -> np.dtype:
+    """Return the type of the frames and weights that a kind of product reads."""
+    return np.dtype(np.uint16) if kind >= KINDS["bfloat16"] else dtype
+
+
+def operand_channels(kind: int, channels: int) -> int:
+    """Return the channels that frames have in memory: those of 16 bits are padded to 8."""
+    return -(-channels // 8) * 8 if kind >= KINDS["bfloat16"] else channels
 
 
 def real(dtype: np.dtype) -> str:
@@ -191,12 +201,13 @@ def frames(
 
 
 def transposed_frames(
-    device: Device, spec: ConvSpec, data: DeviceArray, depth: int, *, stride: int | None = None
-) -> Frames:
-    """Return the frames dy that the transpose of a convolution reads."""
-    size = spec.HO, spec.WO, spec.F
+    device: Device, spec: ConvSpec, data: DeviceArray, depth: int, *, stride: int | None = None,
+    channels: int | None = None,
+) -> Frames:  # fmt: skip
+    """Return the frames dy that the transpose of a convolution reads, padded as those of `frames`."""
+    size = spec.HO, spec.WO, channels or spec.F
     return _frames(device, data, stride, size, (1, 1), spec.strides, packing.wraps(spec), packing.transposed_taps,
-                   (spec.with_batch(1),), depth)  # fmt: skip
+                   (spec.with_batch(1), channels), depth)  # fmt: skip
 
 
 def _frames(
@@ -229,8 +240,7 @@ def pack(
     padded = tiling.padded(columns)
     depths = [part.blocks * tiling.depth for part in parts]
     packed = device.empty((sum(depths), padded), operand)
-    macros = element_macros(dtype, tiling)
-    launch = device.kernel("elementwise.cu", "pack", macros)
+    launch = device.kernel("elementwise.cu", "pack", element_macros(dtype, tiling.kind))
     first = 0
     for part, weights, depth in zip(parts, kernels, depths, strict=True):
         over(device, launch, depth * padded, weights, part.taps,
@@ -241,21 +251,21 @@ def pack(
     return packed
 
 
-def element_macros(dtype: np.dtype, tiling: Tiling | None = None) -> dict[str, int | str]:
+def element_macros(dtype: np.dtype, kind: int = 0) -> dict[str, int | str]:
     """Return the macros of csrc/elementwise.cu."""
-    if tiling is None or tiling.kind < KINDS["bfloat16"]:
+    if kind < KINDS["bfloat16"]:
         return {"REAL": real(dtype), "OPERAND": "real", "KIND": 0}
-    return {"REAL": real(dtype), "OPERAND": "unsigned short", "KIND": tiling.kind}
+    return {"REAL": real(dtype), "OPERAND": "unsigned short", "KIND": kind}
 
 
-def operands(device: Device, tiling: Tiling, x: DeviceArray) -> tuple[DeviceArray, int]:
+def operands(device: Device, kind: int, x: DeviceArray) -> tuple[DeviceArray, int]:
     """Return x (…, C) as a product reads it, and its channels in memory: itself, or 16 bits padded to 8 channels."""
     channels = x.shape[-1]
-    if tiling.kind < KINDS["bfloat16"]:
+    if x.dtype == operand_type(kind, x.dtype):
         return x, channels
-    padded = -(-channels // 8) * 8
+    padded = operand_channels(kind, channels)
     converted = device.empty((*x.shape[:-1], padded), np.uint16)
-    kernel = device.kernel("elementwise.cu", "convert", element_macros(x.dtype, tiling))
+    kernel = device.kernel("elementwise.cu", "convert", element_macros(x.dtype, kind))
     pixels = converted.size // padded
     over(device, kernel, converted.size, x, np.int64(pixels), *int32(channels, padded), converted)
     return converted, padded
