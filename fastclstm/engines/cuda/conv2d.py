@@ -49,7 +49,7 @@ def input_gradient(
     spec: ConvSpec, kind: int, kernel: DeviceArray, dy: DeviceArray, *, stride: int | None = None,
     residual: DeviceArray | None = None,
 ) -> DeviceArray:  # fmt: skip
-    """Return dx (B, H, W, C) of the operands dy (B, HO, WO, F), `stride` elements from image to image, plus `residual`."""
+    """Return dx (B, H, W, C) of dy (B, HO, WO, F), operands `stride` elements from image to image, plus `residual`."""
     device, dtype = kernel.device, kernel.dtype
     pixels = spec.B * spec.H * spec.W
     dx = device.empty((spec.B, spec.H, spec.W, spec.C), dtype)

@@ -77,8 +77,8 @@ def operand_channels(kind: int, channels: int) -> int:
 
 
 def real(dtype: np.dtype) -> str:
-    """Return the C type of float32 or float64."""
-    return {4: "float", 8: "double"}[dtype.itemsize]
+    """Return the C type of float32 or float64, or of a mask's bytes."""
+    return {1: "unsigned char", 4: "float", 8: "double"}[dtype.itemsize]
 
 
 @dataclass(frozen=True)
