@@ -84,8 +84,8 @@ convlstm2d_step(FRAMES(h), FRAMES(x), const operand* weights, int columns, int p
                 int filters, const real* bias, const real* h_last, long long h_last_stride, real* h_next,
                 long long h_next_stride, const real* c_last, long long c_last_stride, real* c_next,
                 long long c_next_stride, const real* y_last, real* y_next, long long y_stride, kept* z,
-                long long z_stride, int z_channels, unsigned short* h_operand, int h_operand_channels, const real* peep_i,
-                const real* peep_f, const real* peep_o, int peep_stride, const unsigned char* mask, int mask_stride,
+                long long z_stride, int z_channels, unsigned short* h_operand, long long h_operand_stride,
+                int h_operand_channels, const real* peep_i, const real* peep_f, const real* peep_o, int peep_stride, const unsigned char* mask, int mask_stride,
                 real cell_clip, int recurrent_activation, int activation, int output_activation)
 {
     Frames h = AS_FRAMES(h), x = AS_FRAMES(x);
@@ -126,19 +126,22 @@ convlstm2d_step(FRAMES(h), FRAMES(x), const operand* weights, int columns, int p
         }
         c_next[image * c_next_stride + at] = c_new;
         h_next[image * h_next_stride + at] = h_new;
-        if (h_operand) set_operand<KIND>(h_operand + (long long)row * h_operand_channels + f, h_new);
+        if (h_operand) {
+            long long to = image * h_operand_stride + (long long)p * h_operand_channels + f;
+            set_operand<KIND>(h_operand + to, h_new);
+        }
     });
 }
 
 // One time step backwards: frames dz of the step after (none at the last step), to dz of this one, in the place of its z,
-// and dc of the one before. h_now: where the h that this step ends with belongs, but for masked ones; c_last of the step
-// after may be there. dh_last, dc_last: gradients of the states after this step besides; dh, dy_carry, in place: what
+// and dc of the one before. h_now: where the h that this step ends with belongs, but for masked ones, or null; c_last of
+// the step after may be there. dh_last, dc_last: gradients of the states after this step besides; dh, dy_carry, in place: what
 // masked steps hand on. Null: absent, or zeros.
 KERNEL(THREADS, 512 / THREADS)
 convlstm2d_step_backward(FRAMES(dz), const operand* weights, int columns, int pixels, int height, int width,
                          int filters, const real* dy, long long dy_stride, const real* dh_last, const real* dc_last,
                          real* dh, real* dy_carry, real* dc_next, operand* z, const real* c_last, long long c_stride,
-                         operand* h_now, long long h_stride, int h_channels, const real* peep_i, const real* peep_f, const real* peep_o, int peep_stride,
+                         real* h_now, long long h_stride, const real* peep_i, const real* peep_f, const real* peep_o, int peep_stride,
                          const unsigned char* mask, int mask_stride, real cell_clip, int recurrent_activation,
                          int activation, int output_activation)
 {
@@ -182,7 +185,7 @@ convlstm2d_step_backward(FRAMES(dz), const operand* weights, int columns, int pi
         set_operand<KIND>(zs + filters, valid ? dz_f : real(0));
         set_operand<KIND>(zs + 2 * filters, valid ? dz_g : real(0));
         set_operand<KIND>(zs + 3 * filters, valid ? dz_o : real(0));
-        if (h_now && valid) set_operand<KIND>(h_now + image * h_stride + (long long)p * h_channels + f, o * cell);
+        if (h_now && valid) h_now[image * h_stride + at] = o * cell;
         dc_next[state] = valid ? dc_t * forget + dz_i * read(peep_i, peep) + dz_f * read(peep_f, peep) : dc;
     });
 }

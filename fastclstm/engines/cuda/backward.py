@@ -2,12 +2,11 @@
 
 A step's kernel pulls dz of the step after back to dh and applies the gates' derivatives. It writes dz over the step's
 z, and the h with which the step ends over the c with which the step after began: the gradients of the kernels need no
-more. Where operands have 16 bits, or peepholes need c once more, h has a place of its own.
+more. Where peepholes need c once more, h has a place of its own; operands of 16 bits were kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,6 +22,7 @@ from fastclstm.engines.cuda.convlstm2d import (
     cell_arguments,
     convlstm2d,
     copy,
+    states,
     step_macros,
     strided,
 )  # fmt: skip
@@ -109,12 +109,7 @@ def _pull_back(spec: ConvLSTMSpec, saved: Saved, kept: Kept, gradients: _Gradien
     kind = product.backward_kind(product.kind(device, dtype, saved.algorithm))
     pixels, frame = spec.B * spec.HO * spec.WO, spec.HO * spec.WO * spec.F
     frame_z, last = dz.size // (spec.B * spec.T), spec.T - 1
-    h = kept.c
-    if dz.dtype != dtype or saved.peephole is not None:
-        channels = product.operand_channels(kind, spec.F)
-        slots = device.empty((spec.B, spec.T + 1, spec.HO, spec.WO, channels), dz.dtype)
-        h = States(slots, spec.HO * spec.WO * channels, spec.go_backwards)
-    first_h = None if saved.first[0] is None else product.operands(device, kind, saved.first[0])[0]
+    h = kept.h or (kept.c if saved.peephole is None else states(device, spec, spec.F, dtype))
     tiling = product.choose(kind, dtype, device.multiprocessors, pixels, spec.F)
     frames = product.transposed_frames(device, spec.recurrent, dz, tiling.depth, stride=spec.T * frame_z,
                                        channels=dz.shape[-1])  # fmt: skip
@@ -129,7 +124,7 @@ def _pull_back(spec: ConvLSTMSpec, saved: Saved, kept: Kept, gradients: _Gradien
     macros = step_macros(dtype, codes)
     rest, none = (frames.rest(dz, frames.stride, left_out=left_out) for left_out in (False, True))
     common = int32(tiling.padded(spec.F), pixels, spec.HO, spec.WO, spec.F)
-    c_stride, h_width = np.int64(kept.c.stride), np.int32(h.array.shape[-1])
+    c_stride, h_stride = np.int64(kept.c.stride), np.int64(h.stride)
     peepholes, cell = cell_arguments(spec, dtype, saved.peephole, codes)
     dy = gradients.dy
     with device.graph(("convlstm2d_backward", spec, kind)):
@@ -143,12 +138,13 @@ def _pull_back(spec: ConvLSTMSpec, saved: Saved, kept: Kept, gradients: _Gradien
                 offset(dz, after * frame_z), *(none if t == last else rest), weights, *common, *strided(now),
                 gradients.h if t == last else None, gradients.c if t == last else dc_states[(t + 1) % 2], *carries,
                 dc_states[t % 2], offset(dz, source * frame_z), kept.c.before(source), c_stride,
-                None if t == last else h.after(source), np.int64(h.stride), h_width,
+                None if t == last or kept.h is not None else h.after(source), h_stride,
                 *peepholes, None if saved.mask is None else offset(saved.mask, source), *cell,
             )  # fmt: skip
-        copy(device, first_h, h.frame, h.before(spec.source_step(0)), h.stride, h.frame, spec.B)
-        if saved.mask is not None and spec.T > 1:
-            _fill_masked(spec, product.element_macros(dtype, kind), h, saved.mask)
+        if kept.h is None:
+            copy(device, saved.first[0], h.frame, h.before(spec.source_step(0)), h.stride, h.frame, spec.B)
+            if saved.mask is not None and spec.T > 1:
+                _fill_masked(spec, h, saved.mask)
     gradients.h, gradients.c, gradients.output = None, None, carries[1]
     if saved.given_state:
         gradients.c = dc_states[0]
@@ -169,13 +165,13 @@ def _pull_back(spec: ConvLSTMSpec, saved: Saved, kept: Kept, gradients: _Gradien
     return input_gradient(spec.input.with_batch(spec.B * spec.T), kind, saved.kernel, dz).reshape(*_x_shape(spec))
 
 
-def _fill_masked(spec: ConvLSTMSpec, macros: Mapping[str, int | str], h: States, mask: DeviceArray) -> None:
+def _fill_masked(spec: ConvLSTMSpec, h: States, mask: DeviceArray) -> None:
     """Give masked steps the h that they found."""
     device = mask.device
+    kernel = device.kernel("elementwise.cu", "fill_masked", product.element_macros(h.array.dtype))
     first, step = spec.source_step(0), -1 if spec.go_backwards else 1
-    over(device, device.kernel("elementwise.cu", "fill_masked", macros), spec.B * h.frame, h.before(first),
-         np.int64(h.stride), np.int64(step * h.frame), np.int64(h.frame), *int32(spec.B, spec.T), offset(mask, first),
-         np.int32(step))  # fmt: skip
+    over(device, kernel, spec.B * h.frame, h.before(first), np.int64(h.stride), np.int64(step * h.frame),
+         np.int64(h.frame), *int32(spec.B, spec.T), offset(mask, first), np.int32(step))  # fmt: skip
 
 
 def _peephole_sums(spec: ConvLSTMSpec, dtype: np.dtype, kind: int, kept: Kept, more: DeviceArray | None) -> DeviceArray:

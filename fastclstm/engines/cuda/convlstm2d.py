@@ -54,11 +54,13 @@ class Kept:
     z: DeviceArray
     """Pre-activations (B, T, HO, WO, 4F) in the order of x, as the products of the way back read dz."""
     c: States
+    h: States | None
+    """Where the way back reads operands of 16 bits. Else it computes h from z and c, to the same digits."""
 
 
 @dataclass(frozen=True)
 class States:
-    """States (B, T + 1, HO, WO, F) before and after every step, in the order of x."""
+    """States (B, T + 1, HO, WO, F) before and after every step, in the order of x. Those of 16 bits have padded channels."""
 
     array: DeviceArray
     frame: int
@@ -164,8 +166,10 @@ class _Forward:
             channels = product.operand_channels(kind, 4 * spec.F)
             make = device.empty if channels == 4 * spec.F else device.zeros  # products read the padding
             z = make((spec.B, spec.T, spec.HO, spec.WO, channels), product.operand_type(kind, dtype))
-            slots = spec.B, spec.T + 1, *spec.state_shape[1:]
-            self.kept = Kept(z, States(device.empty(slots, dtype), self.frame, spec.go_backwards))
+            c, h = states(device, spec, spec.F, dtype), None
+            if z.dtype != dtype:
+                h = states(device, spec, product.operand_channels(kind, spec.F), z.dtype)
+            self.kept = Kept(z, c, h)
 
     def run(
         self, x: DeviceArray, kernel: DeviceArray, recurrent_kernel: DeviceArray, bias: DeviceArray | None,
@@ -183,11 +187,13 @@ class _Forward:
         anything = device.empty((1,), tiling.operand) if short else x
         h_frames = product.frames(device, spec.recurrent, anything, tiling.depth, channels=h_channels)
         weights = product.pack(device, tiling, (recurrent_kernel, kernel), [h_frames, x_frames], 4 * spec.F, gates=True)
-        short_states = None
+        short_frame = spec.HO * spec.WO * h_channels
+        short_states, first = None, None
         if short:
-            shape = *spec.state_shape[:3], h_channels
-            first = device.zeros(shape, np.uint16) if h is None else product.operands(device, self.kind, h)[0]
-            short_states = [first, device.zeros(shape, np.uint16)]
+            first = None if h is None else product.operands(device, self.kind, h)[0]
+            if self.kept is None or self.kept.h is None:
+                shape = *spec.state_shape[:3], h_channels
+                short_states = [first or device.zeros(shape, np.uint16), device.zeros(shape, np.uint16)]
         wanted = self.mask is not None or not spec.return_sequences, self.kept is None
         between_h, between_c = (
             [device.empty(spec.state_shape, self.dtype) for _ in range(min(2, spec.T - 1) if needed else 0)]
@@ -207,6 +213,9 @@ class _Forward:
             if self.kept is not None:
                 slot = self.kept.c.before(spec.source_step(0))
                 copy(device, c, self.frame, slot, self.kept.c.stride, self.frame, spec.B)
+                if self.kept.h is not None:
+                    slot = self.kept.h.before(spec.source_step(0))
+                    copy(device, first, short_frame, slot, self.kept.h.stride, short_frame, spec.B)
             for t in range(spec.T):
                 source = spec.source_step(t)
                 h_old, h_new = self._h(t, h, between_h)
@@ -215,8 +224,10 @@ class _Forward:
                 read, stride, left_out = h_old[0] or anything, h_old[1], h_old[0] is None
                 written = None
                 if short_states is not None:
-                    read, stride = short_states[t % 2], spec.HO * spec.WO * h_channels
-                    written = short_states[1 - t % 2]
+                    read, written, stride = short_states[t % 2], short_states[1 - t % 2], short_frame
+                elif self.kept is not None and self.kept.h is not None:
+                    states = self.kept.h
+                    read, written, stride = states.before(source), states.after(source), states.stride
                 key = stride, read.pointer % 16, left_out
                 if key not in h_rests:
                     h_rests[key] = h_frames.rest(read, stride, left_out=left_out)
@@ -227,7 +238,7 @@ class _Forward:
                     *strided(h_old), *strided(h_new), *strided(c_old), *strided(c_new),
                     y_old, y_new, np.int64(y_stride),
                     None if z is None else offset(z, source * z_frame), np.int64(spec.T * z_frame),
-                    np.int32(z_channels), written, np.int32(h_channels),
+                    np.int32(z_channels), written, np.int64(stride), np.int32(h_channels),
                     *peepholes, None if self.mask is None else offset(self.mask, source), *cell,
                 )  # fmt: skip
                 if (t + 1) % self.length == 0 and t + 1 < spec.T:
@@ -277,6 +288,13 @@ class _Forward:
         if self.mask is None and t < spec.T - 1:  # h itself
             return None, None, 0
         return offset(self.output, (t - 1) * frame) if t else None, offset(self.output, t * frame), spec.T * frame
+
+
+def states(device: Device, spec: ConvLSTMSpec, channels: int, dtype: np.dtype) -> States:
+    """Return memory for states; zeros where channels are padded, since products read the padding."""
+    make = device.empty if channels == spec.F else device.zeros
+    array = make((spec.B, spec.T + 1, spec.HO, spec.WO, channels), dtype)
+    return States(array, spec.HO * spec.WO * channels, spec.go_backwards)
 
 
 def step_macros(dtype: np.dtype, codes: tuple[int, int, int]) -> dict[str, int | str]:
