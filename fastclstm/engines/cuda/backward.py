@@ -22,7 +22,7 @@ from fastclstm.engines.cuda.convlstm2d import (
     cell_arguments,
     convlstm2d,
     copy,
-    states,
+    empty_states,
     step_macros,
     strided,
 )  # fmt: skip
@@ -109,7 +109,7 @@ def _pull_back(spec: ConvLSTMSpec, saved: Saved, kept: Kept, gradients: _Gradien
     kind = product.backward_kind(product.kind(device, dtype, saved.algorithm))
     pixels, frame = spec.B * spec.HO * spec.WO, spec.HO * spec.WO * spec.F
     frame_z, last = dz.size // (spec.B * spec.T), spec.T - 1
-    h = kept.h or (kept.c if saved.peephole is None else states(device, spec, spec.F, dtype))
+    h = kept.h or (kept.c if saved.peephole is None else empty_states(device, spec, spec.F, dtype))
     tiling = product.choose(kind, dtype, device.multiprocessors, pixels, spec.F)
     frames = product.transposed_frames(device, spec.recurrent, dz, tiling.depth, stride=spec.T * frame_z,
                                        channels=dz.shape[-1])  # fmt: skip

@@ -60,7 +60,7 @@ class Kept:
 
 @dataclass(frozen=True)
 class States:
-    """States (B, T + 1, HO, WO, F) before and after every step, in the order of x. Those of 16 bits have padded channels."""
+    """States (B, T + 1, HO, WO, F) before and after every step, in the order of x; operands have padded channels."""
 
     array: DeviceArray
     frame: int
@@ -166,9 +166,9 @@ class _Forward:
             channels = product.operand_channels(kind, 4 * spec.F)
             make = device.empty if channels == 4 * spec.F else device.zeros  # products read the padding
             z = make((spec.B, spec.T, spec.HO, spec.WO, channels), product.operand_type(kind, dtype))
-            c, h = states(device, spec, spec.F, dtype), None
+            c, h = empty_states(device, spec, spec.F, dtype), None
             if z.dtype != dtype:
-                h = states(device, spec, product.operand_channels(kind, spec.F), z.dtype)
+                h = empty_states(device, spec, product.operand_channels(kind, spec.F), z.dtype)
             self.kept = Kept(z, c, h)
 
     def run(
@@ -290,7 +290,7 @@ class _Forward:
         return offset(self.output, (t - 1) * frame) if t else None, offset(self.output, t * frame), spec.T * frame
 
 
-def states(device: Device, spec: ConvLSTMSpec, channels: int, dtype: np.dtype) -> States:
+def empty_states(device: Device, spec: ConvLSTMSpec, channels: int, dtype: np.dtype) -> States:
     """Return memory for states; zeros where channels are padded, since products read the padding."""
     make = device.empty if channels == spec.F else device.zeros
     array = make((spec.B, spec.T + 1, spec.HO, spec.WO, channels), dtype)
