@@ -13,23 +13,28 @@
     FRAMES(x), int inner, long long outer_stride, const unsigned char *mask, const operand *dy, int dy_channels,      \
         int pixels, int height, int width, int depth, int channels, int filters, int share, real *partial
 
-// Pixel n of dy, none beyond the end or where its image is masked.
-DEVICE Pixel pixel_of_x(const Grid& grid, int n, int end, const unsigned char* mask)
+// Where x has pixel n of dy: one thread finds out for all taps.
+struct alignas(16) Place {
+    const operand* frame;  // null beyond the end, or where the image is masked
+    int row, column;
+};
+
+DEVICE Place place_of(const Frames& x, const Grid& grid, int n, int end, const unsigned char* mask, int inner,
+                      long long outer_stride)
 {
-    if (n >= end) return {-1, 0, 0};
+    if (n >= end) return {nullptr, 0, 0};
     Pixel pixel = pixel_of(grid, n);
-    if (mask && !__ldg(mask + pixel.image)) pixel.image = -1;
-    return pixel;
+    if (mask && !__ldg(mask + pixel.image)) return {nullptr, 0, 0};
+    int outer = pixel.image / inner;
+    return {x.data + outer * outer_stride + (pixel.image - outer * inner) * x.stride, pixel.row, pixel.column};
 }
 
-// The element of x that a tap meets at a pixel; null for padding.
-DEVICE const operand* find_x(const Frames& x, Pixel pixel, const int4& tap, int inner, long long outer_stride)
+// The element of x that a tap meets there; null for padding.
+DEVICE const operand* find_x(Frames x, const Place& place, const int4& tap)
 {
-    if (pixel.image < 0) return nullptr;
-    int outer = pixel.image / inner;
-    pixel.image -= outer * inner;
-    const operand* from = find(x, pixel, tap);
-    return from ? from + outer * outer_stride : nullptr;
+    if (!place.frame) return nullptr;
+    x.data = place.frame;
+    return find(x, {0, place.row, place.column}, tap);
 }
 
 #if KIND == 0
@@ -47,7 +52,7 @@ weight_gradient(PARAMETERS)
     Grid grid = {pixels, height, width};
     real* taps_tile = (real*)shared_memory();  // [2][DEPTH][PITCH]
     real* dy_tile = taps_tile + 2 * DEPTH * PITCH;
-    Pixel* places = (Pixel*)(dy_tile + 2 * DEPTH * PITCH);  // [3][DEPTH]
+    Place* places = (Place*)(dy_tile + 2 * DEPTH * PITCH);  // [3][DEPTH]
     int first_tap = blockIdx.y * TILE, first_filter = blockIdx.x * TILE;
     int begin = blockIdx.z * share, end = min(begin + share, pixels);
     int lane = threadIdx.x % TILE, line = threadIdx.x / TILE;
@@ -64,7 +69,7 @@ weight_gradient(PARAMETERS)
     auto place = [&](int block) {
         if (threadIdx.x < DEPTH && block < blocks) {
             int n = begin + block * DEPTH + threadIdx.x;
-            places[block % 3 * DEPTH + threadIdx.x] = pixel_of_x(grid, n, end, mask);
+            places[block % 3 * DEPTH + threadIdx.x] = place_of(x, grid, n, end, mask, inner, outer_stride);
         }
     };
     place(0);
@@ -76,7 +81,7 @@ weight_gradient(PARAMETERS)
 #pragma unroll
             for (int i = 0; i < PIECES; i++) {
                 int row = line + i * (THREADS / TILE), n = begin + block * DEPTH + row;
-                const real* from = find_x(x, places[block % 3 * DEPTH + row], tap, inner, outer_stride);
+                const real* from = find_x(x, places[block % 3 * DEPTH + row], tap);
                 from_x[i] = from ? __ldg(from) : real(0);
                 from_dy[i] = n < end && f < filters ? __ldg(dy + (long long)n * dy_channels + f) : real(0);
             }
@@ -139,26 +144,32 @@ weight_gradient(PARAMETERS)
     Frames x = AS_FRAMES(x);
     Grid grid = {pixels, height, width};
     operand* stages = (operand*)shared_memory();
+    Place* places = (Place*)(stages + STAGES * STAGE);  // [STAGES][DEPTH]
     int first_tap = blockIdx.y * TAPS, first_filter = blockIdx.x * FILTERS;
     int begin = blockIdx.z * share, end = min(begin + share, pixels), blocks = ceil_div(max(end - begin, 0), DEPTH);
     bool whole_dy = dy_channels % PIECE == 0 && (unsigned long long)dy % 16 == 0;
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 
+    auto place = [&](int block) {
+        if (threadIdx.x < DEPTH && block < blocks) {
+            int n = begin + block * DEPTH + threadIdx.x;
+            places[block % STAGES * DEPTH + threadIdx.x] = place_of(x, grid, n, end, mask, inner, outer_stride);
+        }
+    };
     auto fetch = [&](int block) {
         if (block < blocks) {
             operand* stage = stages + block % STAGES * STAGE;
             for (int n = threadIdx.x; n < DEPTH * TAPS / PIECE; n += THREADS) {
                 int row = n / (TAPS / PIECE), piece = n % (TAPS / PIECE) * PIECE, k = first_tap + piece;
-                Pixel pixel = pixel_of_x(grid, begin + block * DEPTH + row, end, mask);
+                const Place& at = places[block % STAGES * DEPTH + row];
                 operand* to = stage + row * TAP_PITCH + piece;
                 if (sizeof(operand) == 2 || x.whole) {
-                    const operand* from = k < depth ? find_x(x, pixel, __ldg(x.taps + k), inner, outer_stride) : nullptr;
+                    const operand* from = k < depth ? find_x(x, at, __ldg(x.taps + k)) : nullptr;
                     cp_async<16>(to, from ? from : x.data, from);
                 } else
 #pragma unroll
                     for (int j = 0; j < PIECE; j++) {
-                        const operand* from =
-                            k + j < depth ? find_x(x, pixel, __ldg(x.taps + k + j), inner, outer_stride) : nullptr;
+                        const operand* from = k + j < depth ? find_x(x, at, __ldg(x.taps + k + j)) : nullptr;
                         cp_async<4>(to + j, from ? from : x.data, from);
                     }
             }
@@ -189,6 +200,8 @@ weight_gradient(PARAMETERS)
 #pragma unroll
             for (int i = 0; i < 4; i++) sum[m][n][i] = 0;
     int own_taps = warp / WARPS_N * ROW_TILES * 16, own_filters = warp % WARPS_N * 32;
+    for (int block = 0; block < STAGES; block++) place(block);
+    __syncthreads();
 #pragma unroll 1
     for (int block = 1 - STAGES; block < blocks; block++) {  // the first ones only fetch
         if (block >= 0) {
@@ -197,6 +210,7 @@ weight_gradient(PARAMETERS)
         }
         fetch(block + STAGES - 1);
         if (block < 0) continue;
+        place(block + STAGES);  // its place was read in the round before the last one
         const operand* stage = stages + block % STAGES * STAGE;
 #if KIND > 3
 #pragma unroll

@@ -14,6 +14,9 @@ SHARE = 4096
 PARTIAL_BYTES = 256 << 20
 """… this."""
 
+PLACE_BYTES = 16
+"""Where one pixel stands, in shared memory."""
+
 
 def weight_gradient(
     spec: ConvSpec, kind: int, dtype: np.dtype, x: DeviceArray, dy: DeviceArray, *, inner: int = 1,
@@ -53,13 +56,14 @@ def gradient_tilings(kind: int, itemsize: int) -> list[Tiling]:
         operand = "unsigned short" if kind >= KINDS["bfloat16"] else "float"
         for warps_m, warps_n, row_tiles in ((2, 4, 4), (1, 4, 2), (4, 1, 2)):
             rows, columns = warps_m * row_tiles * 16, warps_n * 32
-            shared = 3 * 64 * (rows + columns + 16)
+            depth = 32 if kind >= KINDS["bfloat16"] else 16
+            shared = 3 * 64 * (rows + columns + 16) + 3 * depth * PLACE_BYTES
             macros: dict[str, int | str] = {"KIND": kind, "OPERAND": operand, "WARPS_M": warps_m, "WARPS_N": warps_n,
                                             "ROW_TILES": row_tiles}  # fmt: skip
             result.append(Tiling(kind, rows, columns, warps_m * warps_n * 32, shared, 16, tuple(macros.items())))
         return result
     for tile in (128, 64) if itemsize == 4 else (64,):
-        shared = 4 * 16 * (tile + 4) * itemsize + 3 * 16 * 12
+        shared = 4 * 16 * (tile + 4) * itemsize + 3 * 16 * PLACE_BYTES
         result.append(Tiling(0, tile, tile, 256, shared, 16, (("KIND", 0), ("TILE", tile))))
     return result
 
