@@ -90,8 +90,8 @@ add_products(const real* partial, int shares, long long count, const real* more,
     add_shares(partial, shares, count, more, to);
 }
 
-// States before each step, `count` elements of them: a masked step leaves what it found. Steps are `step` elements apart,
-// those of the mask [image][T] `mask_step`; both pointers are at the first step of the first image.
+// States before each step, `count` elements of them: a masked step leaves what it found. Steps are `step` elements
+// apart, those of the mask [image][T] `mask_step`; both pointers are at the first step of the first image.
 KERNEL(256)
 fill_masked(real* h, long long stride, long long step, long long count, int images, int T, const unsigned char* mask,
             int mask_step)

@@ -70,11 +70,14 @@ conv2d(FRAMES(x), const operand* weights, int columns, int pixels, int height, i
     });
 }
 
+// What a step leaves to the way back: operands of its products, but never rounded to tf32.
 #if KIND == 5
 typedef real kept;  // the way back computes in tf32
 #else
 typedef operand kept;
 #endif
+DEVICE void store(real* to, real x) { *to = x; }
+DEVICE void store(unsigned short* to, real x) { set_operand<KIND>(to, x); }
 
 // One time step. h, x: frames; c, y, z ...: [image][pixel][filter] with elements from one image to the next beside
 // them. A quad is the gates i, f, g, o of a filter. Null: absent, or zeros. A masked image keeps its h, c and output.
@@ -85,8 +88,9 @@ convlstm2d_step(FRAMES(h), FRAMES(x), const operand* weights, int columns, int p
                 long long h_next_stride, const real* c_last, long long c_last_stride, real* c_next,
                 long long c_next_stride, const real* y_last, real* y_next, long long y_stride, kept* z,
                 long long z_stride, int z_channels, unsigned short* h_operand, long long h_operand_stride,
-                int h_operand_channels, const real* peep_i, const real* peep_f, const real* peep_o, int peep_stride, const unsigned char* mask, int mask_stride,
-                real cell_clip, int recurrent_activation, int activation, int output_activation)
+                int h_operand_channels, const real* peep_i, const real* peep_f, const real* peep_o, int peep_stride,
+                const unsigned char* mask, int mask_stride, real cell_clip, int recurrent_activation, int activation,
+                int output_activation)
 {
     Frames h = AS_FRAMES(h), x = AS_FRAMES(x);
     Grid grid = {pixels, height, width};
@@ -111,10 +115,10 @@ convlstm2d_step(FRAMES(h), FRAMES(x), const operand* weights, int columns, int p
         real h_new = activate(sigma, z_o) * activate(on_c, c_new);
         if (z) {
             kept* zs = z + image * z_stride + (long long)p * z_channels + f;
-            set_operand<KIND>(zs, z_i);
-            set_operand<KIND>(zs + filters, z_f);
-            set_operand<KIND>(zs + 2 * filters, z_g);
-            set_operand<KIND>(zs + 3 * filters, z_o);
+            store(zs, z_i);
+            store(zs + filters, z_f);
+            store(zs + 2 * filters, z_g);
+            store(zs + 3 * filters, z_o);
         }
         if (y_next) {
             long long out = image * y_stride + at;
@@ -133,17 +137,17 @@ convlstm2d_step(FRAMES(h), FRAMES(x), const operand* weights, int columns, int p
     });
 }
 
-// One time step backwards: frames dz of the step after (none at the last step), to dz of this one, in the place of its z,
-// and dc of the one before. h_now: where the h that this step ends with belongs, but for masked ones, or null; c_last of
-// the step after may be there. dh_last, dc_last: gradients of the states after this step besides; dh, dy_carry, in place: what
-// masked steps hand on. Null: absent, or zeros.
+// One time step backwards: frames dz of the step after (none at the last step), to dz of this one, in the place of its
+// z, and dc of the one before. h_now: where the h that this step ends with belongs, but for masked ones; the step after
+// may have had its c_last there. dh_last, dc_last: gradients of the states after this step besides; dh, dy_carry, in
+// place: what masked steps hand on. Null: absent, or zeros.
 KERNEL(THREADS, 512 / THREADS)
 convlstm2d_step_backward(FRAMES(dz), const operand* weights, int columns, int pixels, int height, int width,
                          int filters, const real* dy, long long dy_stride, const real* dh_last, const real* dc_last,
                          real* dh, real* dy_carry, real* dc_next, operand* z, const real* c_last, long long c_stride,
-                         real* h_now, long long h_stride, const real* peep_i, const real* peep_f, const real* peep_o, int peep_stride,
-                         const unsigned char* mask, int mask_stride, real cell_clip, int recurrent_activation,
-                         int activation, int output_activation)
+                         real* h_now, long long h_stride, const real* peep_i, const real* peep_f, const real* peep_o,
+                         int peep_stride, const unsigned char* mask, int mask_stride, real cell_clip,
+                         int recurrent_activation, int activation, int output_activation)
 {
     Frames dz = AS_FRAMES(dz), none = AS_FRAMES(dz);
     none.blocks = 0;
@@ -181,10 +185,10 @@ convlstm2d_step_backward(FRAMES(dz), const operand* weights, int columns, int pi
         if (!passes) dc_t = 0;
         real dz_i = dc_t * g * derivative(sigma, z_i), dz_f = dc_t * c_old * derivative(sigma, z_f);
         real dz_g = dc_t * i * derivative(on_g, z_g);
-        set_operand<KIND>(zs, valid ? dz_i : real(0));
-        set_operand<KIND>(zs + filters, valid ? dz_f : real(0));
-        set_operand<KIND>(zs + 2 * filters, valid ? dz_g : real(0));
-        set_operand<KIND>(zs + 3 * filters, valid ? dz_o : real(0));
+        store(zs, valid ? dz_i : real(0));
+        store(zs + filters, valid ? dz_f : real(0));
+        store(zs + 2 * filters, valid ? dz_g : real(0));
+        store(zs + 3 * filters, valid ? dz_o : real(0));
         if (h_now && valid) h_now[image * h_stride + at] = o * cell;
         dc_next[state] = valid ? dc_t * forget + dz_i * read(peep_i, peep) + dz_f * read(peep_f, peep) : dc;
     });

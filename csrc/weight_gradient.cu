@@ -2,12 +2,12 @@
 //
 // Blocks are (tiles of filters, tiles of taps, shares of the pixels): each share writes sums of its own, which
 // elementwise.cu's add_products adds in their order. Images come as [outer][inner], those of x with strides of their
-// own (the frames' is of an inner one); masked ones of x are not read. A pixel of dy takes dy_channels elements; those of
-// x that fill up its channels give no result.
+// own (the frames' is of an inner one); masked ones of x are not read. A pixel of dy takes dy_channels elements; what
+// fills up the channels of x gives no result.
 //
-// Macros: REAL; KIND 0: TILE (64 or 128), a thread owns EACH x EACH products; others: WARPS_M, WARPS_N, ROW_TILES, a warp
-// owns 16·ROW_TILES taps and 32 filters. Both operands lie with the pixels, the product's depth, as rows: fragments of
-// float32 are gathered, those of 16 bits are transposed as they are loaded.
+// Macros: REAL; KIND 0: TILE (64 or 128), a thread owns EACH x EACH products; others: WARPS_M, WARPS_N, ROW_TILES, a
+// warp owns 16·ROW_TILES taps and 32 filters. In both operands the depth of the product, the pixels, are the rows:
+// fragments of float32 are gathered, those of 16 bits are transposed as they are loaded.
 #include "frames.cuh"
 #define PARAMETERS                                                                                                     \
     FRAMES(x), int inner, long long outer_stride, const unsigned char *mask, const operand *dy, int dy_channels,      \
@@ -216,7 +216,8 @@ weight_gradient(PARAMETERS)
 #pragma unroll
         for (int d = 0; d < DEPTH; d += 16) {
             const operand* a_at = stage + (d + lane / 16 * 8 + lane % 8) * TAP_PITCH + own_taps + lane / 8 % 2 * 8;
-            const operand* b_at = stage + DEPTH * TAP_PITCH + (d + lane % 16) * FILTER_PITCH + own_filters + lane / 16 * 8;
+            const operand* b_at = stage + DEPTH * TAP_PITCH + (d + lane % 16) * FILTER_PITCH + own_filters +
+                                  lane / 16 * 8;
             unsigned b[4][2];
 #pragma unroll
             for (int n = 0; n < 4; n += 2) {

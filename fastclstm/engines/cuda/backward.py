@@ -95,10 +95,10 @@ def _pull_back_again(
 ) -> DeviceArray:  # fmt: skip
     """Take one piece, the steps on the frames of x from `source` on, forward again and back; return its dx."""
     mask = None if saved.mask is None else _steps(saved.mask, source, spec.T)
-    *_, again = convlstm2d(
+    again = convlstm2d(
         replace(spec, return_sequences=False), _steps(saved.x, source, spec.T), saved.kernel, saved.recurrent_kernel,
         saved.bias, *start, saved.peephole, mask, algorithm=saved.algorithm, save=True,
-    )  # fmt: skip
+    )[-1]  # fmt: skip
     assert again is not None
     return _pull_back(spec, again, again.kept.pop(), gradients)
 

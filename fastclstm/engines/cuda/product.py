@@ -17,7 +17,7 @@ from fastclstm.spec import ConvSpec, Pair
 ALGORITHMS = ("simt", "float32", "tf32", "bfloat16", "float16")
 """What the products are computed with: ordinary float32 (or float64) units; or tensor cores on float32 operands split
 into three tf32 products (float32's own error), rounded to tf32, or stored as bfloat16 or float16. Sums and states are
-float32 always."""
+float32 always; gradients of float16 are computed in tf32."""
 
 KINDS = {"simt": 0, "tf32": 1, "float32": 3, "bfloat16": 4, "float16": 5}
 """The macro KIND of csrc/."""
