@@ -58,17 +58,17 @@ copy(const real* from, long long from_stride, real* to, long long to_stride, lon
     to[image * to_stride + at] = from ? from[image * from_stride + at] : real(0);
 }
 
-// Sums of each column of [rows][columns] over a share of the rows, in float64: partial [shares][columns].
+// Sums of each column of [rows][width] over a share of the rows, in float64: partial [shares][columns].
 // Blocks of (32 columns, 8), grid (columns, shares).
 KERNEL(256)
-column_sums(const real* rows, long long count, int columns, double* partial)
+column_sums(const operand* rows, long long count, int width, int columns, double* partial)
 {
     double* kept = (double*)shared_memory();
     int column = blockIdx.x * 32 + threadIdx.x;
     double sum = 0;
     if (column < columns)
         for (long long row = (long long)blockIdx.y * 8 + threadIdx.y; row < count; row += (long long)gridDim.y * 8)
-            sum += rows[row * columns + column];
+            sum += get_operand<KIND>(rows[row * width + column]);
     kept[threadIdx.y * 32 + threadIdx.x] = sum;
     __syncthreads();
     if (threadIdx.y || column >= columns) return;
@@ -76,39 +76,63 @@ column_sums(const real* rows, long long count, int columns, double* partial)
     partial[(long long)blockIdx.y * columns + column] = sum;
 }
 
-template <class T> DEVICE void add_shares(const T* partial, int shares, long long count, real* to)
+template <class T> DEVICE void add_shares(const T* partial, int shares, long long count, const real* more, real* to)
 {
     long long n = thread_number();
     if (n >= count) return;
-    double sum = 0;
+    double sum = more ? more[n] : real(0);
     for (int share = 0; share < shares; share++) sum += partial[share * count + n];
     to[n] = real(sum);
 }
 
-// Shares [shares][count], added in their order.
+// Shares [shares][count], added in their order to what there was before.
 KERNEL(256)
-add_sums(const double* partial, int shares, long long count, real* to) { add_shares(partial, shares, count, to); }
+add_sums(const double* partial, int shares, long long count, const real* more, real* to)
+{
+    add_shares(partial, shares, count, more, to);
+}
 
 KERNEL(256)
-add_products(const real* partial, int shares, long long count, real* to) { add_shares(partial, shares, count, to); }
+add_products(const real* partial, int shares, long long count, const real* more, real* to)
+{
+    add_shares(partial, shares, count, more, to);
+}
+
+// States before each step, `count` elements of them: a masked step leaves what it found. Steps are `step` elements
+// apart, those of the mask [image][T] `mask_step`; both pointers are at the first step of the first image.
+KERNEL(256)
+fill_masked(real* h, long long stride, long long step, long long count, int images, int T, const unsigned char* mask,
+            int mask_step)
+{
+    long long n = thread_number();
+    if (n >= count * images) return;
+    long long image = n / count;
+    h += image * stride + n % count;
+    mask += image * T;
+    for (int t = 0; t + 1 < T; t++)
+        if (!mask[t * mask_step]) h[(t + 1) * step] = h[t * step];
+}
 
 // Gradients of elementwise peepholes, [i, f, o][pixel][filter]: dz [image][T][pixel][4][filter] times the cell before
-// (i, f) or after (o) the step; c [image][T + 1][pixel][filter], where step s starts from slot s + first.
+// (i, f) or after (o) the step; c [image][T + 1][pixel][filter], where step s starts from slot s + first. A pixel of dz
+// takes `channels` elements. What there was before, `more`, is added.
 KERNEL(256)
-peephole_gradient(const real* dz, const real* c, int images, int T, int first, int count, int filters, real* to)
+peephole_gradient(const operand* dz, int channels, const real* c, int images, int T, int first, int count, int filters,
+                  const real* more, real* to)
 {
     long long n = thread_number();
     if (n >= count) return;
     long long p = n / filters, f = n - p * filters;
     double sum_i = 0, sum_f = 0, sum_o = 0;
+    if (more) sum_i = more[n], sum_f = more[count + n], sum_o = more[2ll * count + n];
     for (int image = 0; image < images; image++)
         for (int s = 0; s < T; s++) {
-            const real* dzs = dz + (((long long)image * T + s) * count + p * filters) * 4 + f;
+            const operand* dzs = dz + (((long long)image * T + s) * (count / filters) + p) * channels + f;
             const real* cs = c + ((long long)image * (T + 1) + s) * count + n;
             double before = cs[first ? count : 0], after = cs[first ? 0 : count];
-            sum_i += dzs[0] * before;
-            sum_f += dzs[filters] * before;
-            sum_o += dzs[3 * filters] * after;
+            sum_i += get_operand<KIND>(dzs[0]) * before;
+            sum_f += get_operand<KIND>(dzs[filters]) * before;
+            sum_o += get_operand<KIND>(dzs[3 * filters]) * after;
         }
     to[n] = real(sum_i);
     to[count + n] = real(sum_f);

@@ -73,6 +73,15 @@ conv2d(FRAMES(x), const operand* weights, int columns, int pixels, int height, i
     });
 }
 
+// What a step leaves to the way back: operands of its products, but never rounded to tf32.
+#if KIND == 5
+typedef real kept;  // the way back computes in tf32
+#else
+typedef operand kept;
+#endif
+DEVICE void store(real* to, real x) { *to = x; }
+DEVICE void store(unsigned short* to, real x) { set_operand<KIND>(to, x); }
+
 // One time step. h, x: frames; c, y, z ...: [image][pixel][filter] with elements from one image to the next beside
 // them. A quad is the gates i, f, g, o of a filter. Null: absent, or zeros. A masked image keeps its h, c and output.
 // What is read here is written by no thread of this launch, but for y_last.
@@ -80,10 +89,11 @@ KERNEL(THREADS, MIN_BLOCKS)
 convlstm2d_step(FRAMES(h), FRAMES(x), const operand* weights, int columns, int pixels, int height, int width,
                 int filters, const real* bias, const real* h_last, long long h_last_stride, real* h_next,
                 long long h_next_stride, const real* c_last, long long c_last_stride, real* c_next,
-                long long c_next_stride, const real* y_last, real* y_next, long long y_stride, real* z,
-                long long z_stride, unsigned short* h_operand, int h_operand_channels, const real* peep_i,
-                const real* peep_f, const real* peep_o, int peep_stride, const unsigned char* mask, int mask_stride,
-                real cell_clip, int recurrent_activation, int activation, int output_activation)
+                long long c_next_stride, const real* y_last, real* y_next, long long y_stride, kept* z,
+                long long z_stride, int z_channels, unsigned short* h_operand, long long h_operand_stride,
+                int h_operand_channels, const real* peep_i, const real* peep_f, const real* peep_o, int peep_stride,
+                const unsigned char* mask, int mask_stride, real cell_clip, int recurrent_activation, int activation,
+                int output_activation)
 {
     Frames h = AS_FRAMES(h), x = AS_FRAMES(x);
     Grid grid = {pixels, height, width};
@@ -107,8 +117,11 @@ convlstm2d_step(FRAMES(h), FRAMES(x), const operand* weights, int columns, int p
         real z_o = sums[3] + read(bias, 3 * filters + f) + read(peep_o, peep) * c_new;
         real h_new = activate(sigma, z_o) * activate(on_c, c_new);
         if (z) {
-            real* zs = z + image * z_stride + (long long)p * 4 * filters + f;
-            zs[0] = z_i, zs[filters] = z_f, zs[2 * filters] = z_g, zs[3 * filters] = z_o;
+            kept* zs = z + image * z_stride + (long long)p * z_channels + f;
+            store(zs, z_i);
+            store(zs + filters, z_f);
+            store(zs + 2 * filters, z_g);
+            store(zs + 3 * filters, z_o);
         }
         if (y_next) {
             long long out = image * y_stride + at;
@@ -120,21 +133,24 @@ convlstm2d_step(FRAMES(h), FRAMES(x), const operand* weights, int columns, int p
         }
         c_next[image * c_next_stride + at] = c_new;
         h_next[image * h_next_stride + at] = h_new;
-        if (h_operand) set_operand<KIND>(h_operand + (long long)row * h_operand_channels + f, h_new);
+        if (h_operand) {
+            long long to = image * h_operand_stride + (long long)p * h_operand_channels + f;
+            set_operand<KIND>(h_operand + to, h_new);
+        }
     });
 }
 
-// One time step backwards: frames dz of the step after (none at the last step), to dz of this one and dc of the one
-// before. dh_last, dc_last: gradients of the states after this step besides; dh, dy_carry, in place: what masked steps
-// hand on. Null: absent, or zeros.
+// One time step backwards: frames dz of the step after (none at the last step), to dz of this one, in the place of its
+// z, and dc of the one before. h_now: where the h that this step ends with belongs, but for masked ones; the step after
+// may have had its c_last there. dh_last, dc_last: gradients of the states after this step besides; dh, dy_carry, in
+// place: what masked steps hand on. Null: absent, or zeros.
 KERNEL(THREADS, MIN_BLOCKS)
 convlstm2d_step_backward(FRAMES(dz), const operand* weights, int columns, int pixels, int height, int width,
                          int filters, const real* dy, long long dy_stride, const real* dh_last, const real* dc_last,
-                         real* dh, real* dy_carry, real* dc_next, const real* z, long long z_stride,
-                         const real* c_last, long long c_stride, real* dz_now, long long dz_stride_now,
-                         const real* peep_i, const real* peep_f, const real* peep_o, int peep_stride,
-                         const unsigned char* mask, int mask_stride, real cell_clip, int recurrent_activation,
-                         int activation, int output_activation)
+                         real* dh, real* dy_carry, real* dc_next, operand* z, const real* c_last, long long c_stride,
+                         real* h_now, long long h_stride, const real* peep_i, const real* peep_f, const real* peep_o,
+                         int peep_stride, const unsigned char* mask, int mask_stride, real cell_clip,
+                         int recurrent_activation, int activation, int output_activation)
 {
     Frames dz = AS_FRAMES(dz), none = AS_FRAMES(dz);
     none.blocks = 0;
@@ -150,8 +166,9 @@ convlstm2d_step_backward(FRAMES(dz), const operand* weights, int columns, int pi
         int image = row / frame, p = row - image * frame;
         bool valid = !mask || __ldg(mask + (long long)image * mask_stride);
         long long at = (long long)p * filters + f, state = (long long)row * filters + f;
-        const real* zs = z + image * z_stride + (long long)p * 4 * filters + f;
-        real z_i = __ldg(zs), z_f = __ldg(zs + filters), z_g = __ldg(zs + 2 * filters), z_o = __ldg(zs + 3 * filters);
+        operand* zs = z + image * dz.stride + (long long)p * dz.channels + f;
+        real z_i = get_operand<KIND>(zs[0]), z_f = get_operand<KIND>(zs[filters]);
+        real z_g = get_operand<KIND>(zs[2 * filters]), z_o = get_operand<KIND>(zs[3 * filters]);
         real c_old = __ldg(c_last + image * c_stride + at), dc = read(dc_last, state);
         real dh_t = sum + read(dh_last, state), dy_t = read(dy, image * dy_stride + at);
         if (dh) {
@@ -166,16 +183,16 @@ convlstm2d_step_backward(FRAMES(dz), const operand* weights, int columns, int pi
         bool passes = !(cell_clip > 0) || fabs(c) < cell_clip;
         if (cell_clip > 0) c = clipped(c, -cell_clip, cell_clip);
         long long peep = (long long)p * peep_stride + f;
-        real dz_o = dh_t * activate(on_c, c) * derivative(sigma, z_o);
+        real cell = activate(on_c, c), dz_o = dh_t * cell * derivative(sigma, z_o);
         real dc_t = dc + dh_t * o * derivative(on_c, c) + dz_o * read(peep_o, peep);
         if (!passes) dc_t = 0;
         real dz_i = dc_t * g * derivative(sigma, z_i), dz_f = dc_t * c_old * derivative(sigma, z_f);
         real dz_g = dc_t * i * derivative(on_g, z_g);
-        real* dzs = dz_now + image * dz_stride_now + (long long)p * 4 * filters + f;
-        dzs[0] = valid ? dz_i : real(0);
-        dzs[filters] = valid ? dz_f : real(0);
-        dzs[2 * filters] = valid ? dz_g : real(0);
-        dzs[3 * filters] = valid ? dz_o : real(0);
+        store(zs, valid ? dz_i : real(0));
+        store(zs + filters, valid ? dz_f : real(0));
+        store(zs + 2 * filters, valid ? dz_g : real(0));
+        store(zs + 3 * filters, valid ? dz_o : real(0));
+        if (h_now && valid) h_now[image * h_stride + at] = o * cell;
         dc_next[state] = valid ? dc_t * forget + dz_i * read(peep_i, peep) + dz_f * read(peep_f, peep) : dc;
     });
 }

@@ -64,6 +64,20 @@ DEVICE unsigned short to_float16(float x)
 #endif
 }
 
+// The number that an operand holds.
+template <int KIND_OF> DEVICE real get_operand(real x) { return x; }
+template <int KIND_OF> DEVICE real get_operand(unsigned short bits)
+{
+    if constexpr (KIND_OF == BFLOAT16) return from_bits((unsigned)bits << 16);
+#ifdef FASTCLSTM_EMULATOR
+    return emulated_float16(bits);
+#else
+    float x;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
+    return x;
+#endif
+}
+
 template <int KIND_OF> DEVICE void set_operand(real* to, real x)
 {
     if constexpr (KIND_OF == TF32)

@@ -46,6 +46,19 @@ DEVICE void ldmatrix(unsigned (&to)[4], const void* row)
 #endif
 }
 
+// The same of matrices that lie transposed in memory, of 16-bit elements.
+DEVICE void ldmatrix_transposed(unsigned (&to)[4], const void* row)
+{
+#ifdef FASTCLSTM_EMULATOR
+    emulated_ldmatrix_transposed(to, row);
+#else
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"((unsigned)__cvta_generic_to_shared(row))
+                 : "memory");
+#endif
+}
+
 // sum (16 pixels x 8 columns) += a (16 x 32 bytes) b (32 bytes x 8)
 DEVICE void mma(float (&sum)[4], const unsigned (&a)[4], const unsigned (&b)[2])
 {

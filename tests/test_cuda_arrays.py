@@ -129,6 +129,7 @@ def engine(host, monkeypatch):
     for op in ("conv2d", "convlstm2d", "max_pool3d"):
         part = SimpleNamespace(**{name: on_host(getattr(reference, name)) for name in (op, f"{op}_backward")})
         monkeypatch.setattr(module, f"_{op}", part)
+    monkeypatch.setattr(module, "_backward", module._convlstm2d)
     return module
 
 

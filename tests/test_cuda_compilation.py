@@ -153,6 +153,7 @@ def use_everything():
                 y, pullback = functional.convlstm2d_vjp(
                     x, kernel, recurrent_kernel, activation=activation, engine="cuda", algorithm=algorithm,
                     peephole={gate: np.ones((64, 64, F), dtype) for gate in "ifo"}, mask=np.ones((4, 2)),
+                    recompute=F == 2,
                 )  # fmt: skip
                 pullback(y)
                 y, pullback = functional.conv2d_vjp(x[:, 0], kernel, engine="cuda", algorithm=algorithm)

@@ -85,6 +85,27 @@ def test_reduced_precision(algorithm, monkeypatch):
     check()
 
 
+@pytest.mark.parametrize(("algorithm", "number"), [("tf32", 0), ("bfloat16", 0), ("bfloat16", 1), ("bfloat16", 2),
+                                                   ("float16", 1)])  # fmt: skip
+def test_gradients_of_reduced_precision(algorithm, number, monkeypatch):
+    """No product errs more than the rounding of both its operands."""
+    device, rounding = EmulatedDevice(), ROUNDING["tf32" if algorithm == "float16" else algorithm]
+
+    @settings(max_examples=15)
+    @given(problems())
+    def check(problem):
+        spec, (x, kernel, _), dy = problem
+        with tiling(monkeypatch, number):
+            found = cuda.conv2d_backward(spec, *put(device, {0: x, 1: kernel, 2: dy}).values(), algorithm=algorithm)
+        x, kernel, dy = cast((x, kernel, dy), np.float64)
+        expected = reference.conv2d_backward(spec, x, kernel, dy)
+        largest = reference.conv2d_backward(spec, abs(x), abs(kernel), abs(dy))
+        for array, value, most in zip(found[:2], expected[:2], largest[:2], strict=True):
+            assert (abs(device.get(array) - value) <= 2.01 * rounding * most + 1e-6).all()
+
+    check()
+
+
 @pytest.mark.parametrize(("algorithm", "kind"), KINDS.items())
 def test_algorithms_are_what_they_say(algorithm, kind):
     device = EmulatedDevice()
@@ -97,8 +118,9 @@ def test_algorithms_are_what_they_say(algorithm, kind):
     errors = {name: abs(found[name] - value).max() / abs(value).max() for name, value in expected.items()}
     rounding = ROUNDING.get(algorithm, 1e-6)
     assert rounding / 30 < errors["0 "] < 1.5 * rounding
-    assert errors["1 "] < 1.5 * (ROUNDING["tf32"] if algorithm in ROUNDING else 1e-6)
-    assert errors["2 "] < 1.5 * (ROUNDING["tf32"] if algorithm in ROUNDING else 1e-6)
+    of_gradients = ROUNDING["tf32"] if algorithm == "float16" else rounding
+    for name in ("1 ", "2 "):
+        assert of_gradients / 30 < errors[name] < 1.5 * of_gradients
     assert errors["3 "] < 1e-7
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastclstm.engines import reference
-from fastclstm.engines.cuda import packing
+from fastclstm.engines.cuda import backward, packing
 from fastclstm.nn import activations
 from fastclstm.nn.normalization import Normalization
 from fastclstm.spec import ConvLSTMSpec
@@ -82,7 +82,7 @@ def run(device, algorithm, dtype, spec, arrays, cotangents):
     assert nothing is None
     *outputs, saved = cuda.convlstm2d(spec, *arguments, algorithm=algorithm, save=True)
     cotangents = [put(device, cast(cotangent, dtype)) for cotangent in cotangents]
-    found = get(device, {"y": outputs, "d": cuda.convlstm2d_backward(spec, saved, *cotangents)})
+    found = get(device, {"y": outputs, "d": backward.convlstm2d_backward(spec, saved, *cotangents)})
     for name, value in get(device, {"y": alone}).items():
         np.testing.assert_array_equal(value, found[name])
     return found
@@ -194,7 +194,7 @@ def test_one_launch_a_step_in_one_graph():
     assert [count for _, count in device.graphs] == [5]
     *_, saved = cuda.convlstm2d(spec, put(device, x), *others, save=True)
     device.launches.clear()
-    cuda.convlstm2d_backward(spec, saved, *(put(device, cast(d, np.float32)) for d in cotangents))
+    backward.convlstm2d_backward(spec, saved, *(put(device, cast(d, np.float32)) for d in cotangents))
     assert [name for name, *_ in device.launches].count("convlstm2d_step_backward") == 5
     keys = {key for key, _ in device.graphs}
     assert len(keys) == 3
@@ -226,7 +226,9 @@ def test_cotangents_may_be_missing():
     *_, plain = reference.convlstm2d(spec, *arrays, save=True)
     for which in range(8):
         some = [cotangent if which >> n & 1 else None for n, cotangent in enumerate(cotangents)]
-        found = get(device, cuda.convlstm2d_backward(spec, saved, *(put(device, cast(d, np.float32)) for d in some)))
+        found = get(
+            device, backward.convlstm2d_backward(spec, saved, *(put(device, cast(d, np.float32)) for d in some))
+        )
         near(found, get(None, reference.convlstm2d_backward(spec, plain, *some)), 1e-5)
 
 

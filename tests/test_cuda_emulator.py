@@ -7,7 +7,7 @@ from cuda_emulator import EmulatedDevice, needs_compiler
 pytestmark = needs_compiler
 
 SOURCE = """
-#include "common.cuh"
+#include "tensor_cores.cuh"
 
 KERNEL(64)
 turned(const float* from, float* to, int barrier)
@@ -43,6 +43,20 @@ divergent(float* to)
     else
         __syncwarp();
     to[threadIdx.x] = 1;
+}
+
+KERNEL(32)
+matrices(const unsigned short* from, int* to, int transposed)
+{
+    unsigned short* shared = (unsigned short*)shared_memory();
+    for (int n = threadIdx.x; n < 256; n += 32) shared[n] = from[n];
+    __syncthreads();
+    unsigned words[4];
+    if (transposed)
+        ldmatrix_transposed(words, shared + threadIdx.x * 8);
+    else
+        ldmatrix(words, shared + threadIdx.x * 8);
+    for (int i = 0; i < 4; i++) to[i * 32 + threadIdx.x] = words[i];
 }
 
 KERNEL(64)
@@ -83,6 +97,15 @@ def test_warps(device, source):
     x, y = np.arange(64, dtype=np.int32), device.empty((64,), np.int32)
     launch(device, source, "warp_sum", device.put(x), y)
     np.testing.assert_array_equal(device.get(y), np.repeat(x.reshape(2, 32).sum(1), 32))
+
+
+def test_matrices(device, source):
+    """Lane 4r + n gets elements 2n and 2n + 1 of row r of each 8x8 matrix, or of column r."""
+    x, y = np.arange(256, dtype=np.uint16).reshape(4, 8, 8), device.empty((128,), np.int32)
+    for transposed in (0, 1):
+        launch(device, source, "matrices", device.put(x), y, np.int32(transposed), block=(32,), shared_bytes=512)
+        found = device.get(y).view(np.uint16).reshape(4, 8, 8)
+        np.testing.assert_array_equal(found, x.transpose(0, 2, 1) if transposed else x)
 
 
 @pytest.mark.parametrize("at", [-1, 16])

@@ -486,6 +486,19 @@ static inline void emulated_ldmatrix(unsigned (&result)[4], const void* row)
     }
 }
 
+// The same, each matrix transposed.
+static inline void emulated_ldmatrix_transposed(unsigned (&result)[4], const void* row)
+{
+    if (uintptr_t(row) % 16) emulator::fail("a misaligned row of ldmatrix");
+    auto rows = emulator::gather(&row, sizeof row);
+    int lane = emulator::lane();
+    for (int i = 0; i < 4; i++) {
+        const unsigned short* first = *(const unsigned short* const*)rows[8 * i + lane % 4 * 2];
+        const unsigned short* second = *(const unsigned short* const*)rows[8 * i + lane % 4 * 2 + 1];
+        result[i] = first[lane / 4] | (unsigned)second[lane / 4] << 16;
+    }
+}
+
 static inline float emulated_bfloat16(unsigned bits)
 {
     unsigned word = bits << 16;

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from fastclstm.engines import recurrence
+from fastclstm.engines.cuda import backward as _backward
 from fastclstm.engines.cuda import conv2d as _conv2d
 from fastclstm.engines.cuda import convlstm2d as _convlstm2d
 from fastclstm.engines.cuda import max_pool3d as _max_pool3d
@@ -102,7 +103,7 @@ def convlstm2d_backward(
     if isinstance(saved, recurrence.Saved):
         return recurrence.backward(spec, conv2d_backward, saved, dy, dh, dc)
     with saved.place.entered() as place:
-        return place.give(_convlstm2d.convlstm2d_backward(spec, saved.state, *map(place.take, (dy, dh, dc))))
+        return place.give(_backward.convlstm2d_backward(spec, saved.state, *map(place.take, (dy, dh, dc))))
 
 
 def max_pool3d(spec: PoolSpec, x: Array, return_indices: bool) -> tuple[Any, Any]:

@@ -31,7 +31,7 @@ def convolve(
     """Convolve as `conv2d` does, with products cut in a given way."""
     device = x.device
     y = device.empty((spec.B, spec.HO, spec.WO, spec.F), x.dtype)
-    data, channels = product.operands(device, tiling, x)
+    data, channels = product.operands(device, tiling.kind, x)
     frames = product.frames(device, spec, data, tiling.depth, channels=channels)
     weights = product.pack(device, tiling, (kernel,), [frames], spec.F)
     grid = spec.B * spec.HO * spec.WO, spec.HO, spec.WO
@@ -47,21 +47,23 @@ def conv2d_backward(
     if dy is None or not dy.size:
         return device.zeros(x.shape, dtype), device.zeros(kernel.shape, dtype), device.zeros((spec.F,), dtype)
     kind = product.backward_kind(product.kind(device, dtype, algorithm))
-    dx = input_gradient(spec, kind, on_device(device, kernel), dy)
-    dkernel = weight_gradient(spec, kind, x, dy)
-    return dx, dkernel, column_sums(dy.reshape(dy.size // spec.F, spec.F))
+    x_operand, dy_operand = (product.operands(device, kind, array)[0] for array in (x, dy))
+    dx = input_gradient(spec, kind, on_device(device, kernel), dy_operand)
+    dkernel = weight_gradient(spec, kind, dtype, x_operand, dy_operand)
+    return dx, dkernel, column_sums(dy, spec.F, dtype)
 
 
 def input_gradient(
     spec: ConvSpec, kind: int, kernel: DeviceArray, dy: DeviceArray, *, stride: int | None = None,
     residual: DeviceArray | None = None,
 ) -> DeviceArray:  # fmt: skip
-    """Return dx (B, H, W, C) of dy (B, HO, WO, F), `stride` elements from image to image, plus `residual`."""
+    """Return dx (B, H, W, C) of dy (B, HO, WO, F), operands `stride` elements from image to image, plus `residual`."""
     device, dtype = kernel.device, kernel.dtype
     pixels = spec.B * spec.H * spec.W
     dx = device.empty((spec.B, spec.H, spec.W, spec.C), dtype)
     tiling = product.choose(kind, dtype, device, pixels, spec.C)
-    frames = product.transposed_frames(device, spec, dy, tiling.depth, stride=stride)
+    frames = product.transposed_frames(device, spec, dy, tiling.depth, stride=stride,
+                                       channels=product.operand_channels(kind, spec.F))  # fmt: skip
     weights = product.pack(device, tiling, (kernel,), [frames], spec.C, transposed=True)
     _multiply(device, tiling, frames, weights, (pixels, spec.H, spec.W), spec.C, dx, residual=residual)
     return dx

@@ -1,45 +1,66 @@
 """convlstm2d on the cuda engine: one kernel a time step convolves h and x, applies the gates and writes c and h.
 
-Backward through time there is one kernel a step too: it pulls dz of the step after back to dh and applies the gates'
-derivatives. Gradients of x and of the kernels are then products over all steps at once.
+backward.py is the way back through time, from what `Saved` holds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from fastclstm.engines.cuda import packing, product
-from fastclstm.engines.cuda.conv2d import Weights, input_gradient
-from fastclstm.engines.cuda.device import Device, DeviceArray, Shape
+from fastclstm.engines.cuda.conv2d import Weights
+from fastclstm.engines.cuda.device import Device, DeviceArray
 from fastclstm.engines.cuda.product import KINDS, int32, offset, on_device, over
-from fastclstm.engines.cuda.weight_gradient import column_sums, weight_gradient
 from fastclstm.spec import PEEPHOLE_GATES, ConvLSTMSpec
+
+Pair = tuple[DeviceArray | None, DeviceArray | None]
 
 
 @dataclass(frozen=True)
 class Saved:
-    """What `convlstm2d_backward` needs of the forward pass."""
+    """What the way back needs of the forward pass."""
 
     x: DeviceArray
+    """As the products of the way back read it: (B, T, H, W, C), for bfloat16 in 16 bits with padded channels."""
     kernel: DeviceArray
     recurrent_kernel: DeviceArray
+    bias: DeviceArray | None
     peephole: dict[str, DeviceArray] | None
     mask: DeviceArray | None
-    h: States
-    c: States
+    algorithm: str
+    first: Pair
+    """The initial h and c, where they were given."""
+    length: int
+    """Steps of a piece: pieces are taken forward again where what all steps leave is not, or no longer, there."""
+    starts: tuple[DeviceArray, DeviceArray]
+    """h and c (pieces - 1, B, HO, WO, F) at which pieces begin, but the first."""
+    kept: list[Kept] = field(default_factory=list)
+    """What all steps leave, until the way back uses it up."""
+
+    @property
+    def given_state(self) -> bool:
+        """Whether an initial state was given, so that its gradients are of use."""
+        return any(state is not None for state in self.first)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What every step leaves."""
+
     z: DeviceArray
-    """Pre-activations (B, T, HO, WO, 4, F), in the order of x."""
-    kind: int
-    given_state: bool
+    """Pre-activations (B, T, HO, WO, 4F) in the order of x, as the products of the way back read dz."""
+    c: States
+    h: States | None
+    """Where the way back reads operands of 16 bits. Else it computes h from z and c, to the same digits."""
 
 
 @dataclass(frozen=True)
 class States:
-    """States (B, T + 1, HO, WO, F) before and after every step, in the order of x."""
+    """States (B, T + 1, HO, WO, F) before and after every step, in the order of x; operands have padded channels."""
 
     array: DeviceArray
     frame: int
@@ -83,30 +104,45 @@ def convlstm2d(
 ) -> tuple[DeviceArray, DeviceArray, DeviceArray, Saved | None]:
     """Run a ConvLSTM over x (B, T, H, W, C): output, last h, last c and, with `save`, what backward needs.
 
+    save="states" keeps only some states, from which backward takes the steps between them forward again. For bfloat16 x
+    may come in 16 bits, as `Saved` holds it.
+
     Raises
     ------
     NotImplementedError
         The cell has normalization, dropout masks, convolutional peepholes or activations of the caller's own.
     """
     codes = _codes(spec, normalization, dropout)
-    device, dtype = x.device, x.dtype
-    kind = product.kind(device, dtype, algorithm)
+    device = x.device
     kernel, recurrent_kernel = on_device(device, kernel), on_device(device, recurrent_kernel)
+    dtype = kernel.dtype
+    kind = product.kind(device, dtype, algorithm)
     bias = None if bias is None else on_device(device, bias)
     peepholes = None if peephole is None else {name: on_device(device, peephole[name]) for name in PEEPHOLE_GATES}
     mask = None if mask is None else _mask(device, mask)
-    call = _Forward(spec, codes, device, dtype, kind, mask, peepholes, bool(save))
+    if save:
+        x = product.operands(device, product.backward_kind(kind), x)[0]
+    length = piece_length(spec, kind, dtype) if save == "states" else spec.T
+    call = _Forward(spec, codes, device, dtype, kind, mask, peepholes, length, keeps=save is True)
     if call.pixels:
         call.run(x, kernel, recurrent_kernel, bias, h, c)
     saved = None
     if save:
-        assert call.h_states is not None
-        assert call.c_states is not None
-        assert call.z is not None
-        given_state = h is not None or c is not None
-        saved = Saved(x, kernel, recurrent_kernel, peepholes, mask, call.h_states, call.c_states, call.z, kind,
-                      given_state)  # fmt: skip
+        saved = Saved(x, kernel, recurrent_kernel, bias, peepholes, mask, algorithm, (h, c), length, call.starts)
+        if call.kept is not None:
+            saved.kept.append(call.kept)
     return call.output, call.h_last, call.c_last, saved
+
+
+def piece_length(spec: ConvLSTMSpec, kind: int, dtype: np.dtype) -> int:
+    """Return the steps of a piece for which states where pieces begin and what a piece takes are smallest together."""
+    operand = product.operand_type(product.backward_kind(kind), dtype).itemsize
+    frame, frame_x = spec.HO * spec.WO * spec.F, spec.input.H * spec.input.W * spec.input.C
+    step = frame * (4 * operand + 2 * dtype.itemsize) + frame_x * (operand + dtype.itemsize)  # z, c and dy; x and dx
+    if operand != dtype.itemsize or spec.peephole is not None:
+        step += frame * operand  # h beside c
+    sizes = [2 * (-(-spec.T // n) - 1) * frame * dtype.itemsize + n * step for n in range(1, spec.T + 1)]
+    return sizes.index(min(sizes)) + 1
 
 
 class _Forward:
@@ -114,21 +150,26 @@ class _Forward:
 
     def __init__(
         self, spec: ConvLSTMSpec, codes: tuple[int, int, int], device: Device, dtype: np.dtype, kind: int,
-        mask: DeviceArray | None, peepholes: dict[str, DeviceArray] | None, save: bool,
+        mask: DeviceArray | None, peepholes: dict[str, DeviceArray] | None, length: int, *, keeps: bool,
     ):  # fmt: skip
         self.spec, self.codes, self.device, self.dtype, self.kind = spec, codes, device, dtype, kind
-        self.mask, self.peepholes = mask, peepholes
+        self.mask, self.peepholes, self.length = mask, peepholes, length
         self.frame = spec.HO * spec.WO * spec.F
         self.pixels = spec.B * spec.HO * spec.WO
         self.output = device.empty(spec.output_shape, dtype)
         self.h_last, self.c_last = (device.empty(spec.state_shape, dtype) for _ in range(2))
-        self.h_states = self.c_states = self.z = None
-        if save:
-            slots = spec.B, spec.T + 1, *spec.state_shape[1:]
-            self.h_states, self.c_states = (
-                States(device.empty(slots, dtype), self.frame, spec.go_backwards) for _ in range(2)
-            )
-            self.z = device.empty((spec.B, spec.T, spec.HO, spec.WO, 4, spec.F), dtype)
+        starts = -(-spec.T // length) - 1, *spec.state_shape
+        self.starts = device.empty(starts, dtype), device.empty(starts, dtype)
+        self.kept = None
+        if keeps:
+            kind = product.backward_kind(kind)
+            channels = product.operand_channels(kind, 4 * spec.F)
+            make = device.empty if channels == 4 * spec.F else device.zeros  # products read the padding
+            z = make((spec.B, spec.T, spec.HO, spec.WO, channels), product.operand_type(kind, dtype))
+            c, h = empty_states(device, spec, spec.F, dtype), None
+            if z.dtype != dtype:
+                h = empty_states(device, spec, product.operand_channels(kind, spec.F), z.dtype)
+            self.kept = Kept(z, c, h)
 
     def run(
         self, x: DeviceArray, kernel: DeviceArray, recurrent_kernel: DeviceArray, bias: DeviceArray | None,
@@ -138,7 +179,7 @@ class _Forward:
         spec, device = self.spec, self.device
         tiling = product.choose(self.kind, self.dtype, device, self.pixels, 4 * spec.F)
         frame_x, channels = spec.input.H * spec.input.W, spec.input.C
-        data, channels = product.operands(device, tiling, x)
+        data, channels = product.operands(device, self.kind, x)
         x_frames = product.frames(device, spec.input, data, tiling.depth, stride=spec.T * frame_x * channels,
                                   channels=channels)  # fmt: skip
         short = tiling.kind >= KINDS["bfloat16"]
@@ -146,37 +187,47 @@ class _Forward:
         anything = device.empty((1,), tiling.operand) if short else x
         h_frames = product.frames(device, spec.recurrent, anything, tiling.depth, channels=h_channels)
         weights = product.pack(device, tiling, (recurrent_kernel, kernel), [h_frames, x_frames], 4 * spec.F, gates=True)
-        short_states = None
+        short_frame = spec.HO * spec.WO * h_channels
+        short_states, first = None, None
         if short:
-            shape = *spec.state_shape[:3], h_channels
-            first = device.zeros(shape, np.uint16) if h is None else product.operands(device, tiling, h)[0]
-            short_states = [first, device.zeros(shape, np.uint16)]
-        between = None
-        if self.h_states is None:
-            kinds = 2 if self.mask is not None or not spec.return_sequences else 1
-            between = [device.empty((kinds, *spec.state_shape), self.dtype) for _ in range(min(2, spec.T - 1))]
+            first = None if h is None else product.operands(device, self.kind, h)[0]
+            if self.kept is None or self.kept.h is None:
+                shape = *spec.state_shape[:3], h_channels
+                short_states = [first or device.zeros(shape, np.uint16), device.zeros(shape, np.uint16)]
+        wanted = self.mask is not None or not spec.return_sequences, self.kept is None
+        between_h, between_c = (
+            [device.empty(spec.state_shape, self.dtype) for _ in range(min(2, spec.T - 1) if needed else 0)]
+            for needed in wanted
+        )
         macros = step_macros(self.dtype, self.codes)
         x_rest = x_frames.arguments()[1:]
         h_rests: dict[Any, tuple[Any, ...]] = {}
         common = (*int32(tiling.padded(4 * spec.F), self.pixels, spec.HO, spec.WO, spec.F), bias)
-        z_stride, h_width = np.int64(spec.T * 4 * self.frame), np.int32(h_channels)
+        z, z_frame, z_channels = None, 0, 0
+        if self.kept is not None:
+            z, z_channels = self.kept.z, self.kept.z.shape[-1]
+            z_frame = spec.HO * spec.WO * z_channels
         peepholes, cell = cell_arguments(spec, self.dtype, self.peepholes, self.codes)
         weights_x = offset(weights, tiling.weights(h_frames.blocks, 4 * spec.F))
-        with device.graph(("convlstm2d", spec, self.kind, self.h_states is not None)):
-            for states, initial in ((self.h_states, h), (self.c_states, c)):
-                if states is not None:
-                    slot = states.before(spec.source_step(0))
-                    copy(device, initial, self.frame, slot, states.stride, self.frame, spec.B)
+        with device.graph(("convlstm2d", spec, self.kind, self.kept is not None, self.length)):
+            if self.kept is not None:
+                slot = self.kept.c.before(spec.source_step(0))
+                copy(device, c, self.frame, slot, self.kept.c.stride, self.frame, spec.B)
+                if self.kept.h is not None:
+                    slot = self.kept.h.before(spec.source_step(0))
+                    copy(device, first, short_frame, slot, self.kept.h.stride, short_frame, spec.B)
             for t in range(spec.T):
                 source = spec.source_step(t)
-                h_old, h_new = self._h(t, h, between)
-                c_old, c_new = self._c(t, c, between)
+                h_old, h_new = self._h(t, h, between_h)
+                c_old, c_new = self._c(t, c, between_c)
                 y_old, y_new, y_stride = self._y(t)
                 read, stride, left_out = h_old[0] or anything, h_old[1], h_old[0] is None
                 written = None
                 if short_states is not None:
-                    read, stride = short_states[t % 2], spec.HO * spec.WO * h_channels
-                    written = short_states[1 - t % 2]
+                    read, written, stride = short_states[t % 2], short_states[1 - t % 2], short_frame
+                elif self.kept is not None and self.kept.h is not None:
+                    states = self.kept.h
+                    read, written, stride = states.before(source), states.after(source), states.stride
                 key = stride, read.pointer % 16, left_out
                 if key not in h_rests:
                     h_rests[key] = h_frames.rest(read, stride, left_out=left_out)
@@ -184,47 +235,47 @@ class _Forward:
                     device, "convlstm2d_step", tiling, macros, self.pixels, 4 * spec.F,
                     read, *h_rests[key], offset(data, source * frame_x * channels), *x_rest,
                     weights_x if left_out else weights, *common,
-                    *_strided(h_old), *_strided(h_new), *_strided(c_old), *_strided(c_new),
+                    *strided(h_old), *strided(h_new), *strided(c_old), *strided(c_new),
                     y_old, y_new, np.int64(y_stride),
-                    None if self.z is None else offset(self.z, source * 4 * self.frame), z_stride, written, h_width,
+                    None if z is None else offset(z, source * z_frame), np.int64(spec.T * z_frame),
+                    np.int32(z_channels), written, np.int64(stride), np.int32(h_channels),
                     *peepholes, None if self.mask is None else offset(self.mask, source), *cell,
                 )  # fmt: skip
-            for states, last in ((self.h_states, self.h_last), (self.c_states, self.c_last)):
-                if states is not None:
-                    slot = states.after(spec.source_step(spec.T - 1))
-                    copy(device, slot, states.stride, last, self.frame, self.frame, spec.B)
+                if (t + 1) % self.length == 0 and t + 1 < spec.T:
+                    n = (t + 1) // self.length - 1
+                    for (state, stride), starts in zip((h_new, c_new), self.starts, strict=True):
+                        start = offset(starts, n * spec.B * self.frame)
+                        copy(device, state, stride, start, self.frame, self.frame, spec.B)
+            if self.kept is not None:
+                last = self.kept.c.after(spec.source_step(spec.T - 1))
+                copy(device, last, self.kept.c.stride, self.c_last, self.frame, self.frame, spec.B)
 
     def _h(
-        self, t: int, h: DeviceArray | None, between: list[DeviceArray] | None
+        self, t: int, h: DeviceArray | None, between: list[DeviceArray]
     ) -> tuple[tuple[DeviceArray | None, int], tuple[DeviceArray, int]]:
         """Return h before and after a step, each with its stride from image to image."""
         spec, frame = self.spec, self.frame
-        if self.h_states is not None:
-            source = spec.source_step(t)
-            old = None if t == 0 and h is None else self.h_states.before(source)
-            return (old, self.h_states.stride), (self.h_states.after(source), self.h_states.stride)
 
         def after(step: int) -> tuple[DeviceArray | None, int]:
             if step < 0:
                 return h, frame
             if step == spec.T - 1:
                 return self.h_last, frame
-            if between is None or between[0].shape[0] == 1:
+            if not between:
                 return offset(self.output, step * frame), spec.T * frame
-            return offset(between[step % 2], spec.B * frame), frame
+            return between[step % 2], frame
 
         new, stride = after(t)
         assert new is not None
         return after(t - 1), (new, stride)
 
     def _c(
-        self, t: int, c: DeviceArray | None, between: list[DeviceArray] | None
+        self, t: int, c: DeviceArray | None, between: list[DeviceArray]
     ) -> tuple[tuple[DeviceArray | None, int], tuple[DeviceArray, int]]:
         """Return c before and after a step, each with its stride."""
-        if self.c_states is not None:
-            source, stride = self.spec.source_step(t), self.c_states.stride
-            return (self.c_states.before(source), stride), (self.c_states.after(source), stride)
-        assert between is not None
+        if self.kept is not None:
+            source, states = self.spec.source_step(t), self.kept.c
+            return (states.before(source), states.stride), (states.after(source), states.stride)
         new = self.c_last if t == self.spec.T - 1 else between[t % 2]
         return (between[(t - 1) % 2] if t else c, self.frame), (new, self.frame)
 
@@ -234,74 +285,16 @@ class _Forward:
         if not spec.return_sequences:
             wanted = self.mask is not None or t == spec.T - 1
             return self.output if t else None, self.output if wanted else None, frame
-        if self.mask is None and self.h_states is None and t < spec.T - 1:  # h itself
+        if self.mask is None and t < spec.T - 1:  # h itself
             return None, None, 0
         return offset(self.output, (t - 1) * frame) if t else None, offset(self.output, t * frame), spec.T * frame
 
 
-def convlstm2d_backward(
-    spec: ConvLSTMSpec, saved: Saved, dy: DeviceArray | None, dh: DeviceArray | None, dc: DeviceArray | None
-) -> dict[str, Any]:
-    """Pull gradients of the output, the last h and the last c back through time: see `recurrence.backward`.
-
-    "h" and "c" are None where no initial state was given.
-    """
-    x = saved.x
-    device, dtype = x.device, x.dtype
-    pixels, frame = spec.B * spec.HO * spec.WO, spec.HO * spec.WO * spec.F
-    if not pixels:
-        return _empty_gradients(spec, saved)
-    kind = product.backward_kind(saved.kind)
-    codes = packing.activation_codes(spec)
-    assert codes is not None
-    tiling = product.choose(kind, dtype, device, pixels, spec.F)
-    dz = device.empty((spec.B, spec.T, spec.HO, spec.WO, 4 * spec.F), dtype)
-    frames = product.transposed_frames(device, spec.recurrent, dz, tiling.depth, stride=spec.T * 4 * frame)
-    weights = product.pack(device, tiling, (saved.recurrent_kernel,), [frames], spec.F, transposed=True)
-    dc_states = [device.empty(spec.state_shape, dtype) for _ in range(min(2, spec.T))]
-    carries: tuple[DeviceArray | None, ...] = (None, None)
-    if saved.mask is not None:
-        carries = device.zeros(spec.state_shape, dtype), device.zeros(spec.state_shape, dtype)
-    last = spec.T - 1
-    macros = step_macros(dtype, codes)
-    rest, none = (frames.rest(dz, frames.stride, left_out=left_out) for left_out in (False, True))
-    common = int32(tiling.padded(spec.F), pixels, spec.HO, spec.WO, spec.F)
-    z_stride, c_stride = np.int64(spec.T * 4 * frame), np.int64(saved.c.stride)
-    peepholes, cell = cell_arguments(spec, dtype, saved.peephole, codes)
-    with device.graph(("convlstm2d_backward", spec, kind)):
-        for t in reversed(range(spec.T)):
-            source = spec.source_step(t)
-            after = spec.source_step(min(t + 1, last))
-            now: tuple[DeviceArray | None, int] = (dy, frame) if t == last else (None, frame)
-            if spec.return_sequences and dy is not None:
-                now = offset(dy, t * frame), spec.T * frame
-            product.multiply(
-                device, "convlstm2d_step_backward", tiling, macros, pixels, spec.F,
-                offset(dz, after * 4 * frame), *(none if t == last else rest), weights, *common, *_strided(now),
-                dh if t == last else None, dc if t == last else dc_states[(t + 1) % 2], *carries,
-                dc_states[t % 2],
-                offset(saved.z, source * 4 * frame), z_stride, saved.c.before(source), c_stride,
-                offset(dz, source * 4 * frame), z_stride,
-                *peepholes, None if saved.mask is None else offset(saved.mask, source), *cell,
-            )  # fmt: skip
-    dh_first = None
-    if saved.given_state:
-        step = offset(dz, spec.source_step(0) * 4 * frame)
-        dh_first = input_gradient(spec.recurrent, kind, saved.recurrent_kernel, step, stride=spec.T * 4 * frame,
-                                  residual=carries[0])  # fmt: skip
-    dx = input_gradient(spec.input.with_batch(spec.B * spec.T), kind, saved.kernel, dz)
-    slots = offset(saved.h.array, saved.h.first * frame)
-    return {
-        "x": dx.reshape(*x.shape),
-        "kernel": weight_gradient(spec.input, kind, x, dz, mask=saved.mask),
-        "recurrent_kernel": weight_gradient(spec.recurrent, kind, slots, dz, inner=spec.T,
-                                            strides=(saved.h.stride, frame)),
-        "bias": column_sums(dz.reshape(pixels * spec.T, 4 * spec.F)),
-        "h": dh_first,
-        "c": dc_states[0] if saved.given_state else None,
-        "peephole": None if saved.peephole is None else _peephole_gradients(spec, saved, dz),
-        "normalization": None,
-    }  # fmt: skip
+def empty_states(device: Device, spec: ConvLSTMSpec, channels: int, dtype: np.dtype) -> States:
+    """Return memory for states; zeros where channels are padded, since products read the padding."""
+    make = device.empty if channels == spec.F else device.zeros
+    array = make((spec.B, spec.T + 1, spec.HO, spec.WO, channels), dtype)
+    return States(array, spec.HO * spec.WO * channels, spec.go_backwards)
 
 
 def step_macros(dtype: np.dtype, codes: tuple[int, int, int]) -> dict[str, int | str]:
@@ -322,10 +315,17 @@ def copy(
     device: Device, source: DeviceArray | None, stride: int, target: DeviceArray, target_stride: int, count: int,
     images: int,
 ) -> None:  # fmt: skip
-    """Copy `count` elements of each image, zeros where there is no source."""
+    """Copy `count` elements of each image, zeros where there is no source; 16-bit ones, padded to 8, two at a time."""
+    if target.dtype == np.uint16:
+        source, target = None if source is None else _in_twos(source), _in_twos(target)
+        stride, target_stride, count = stride // 2, target_stride // 2, count // 2
     kernel = device.kernel("elementwise.cu", "copy", product.element_macros(target.dtype))
     strides = np.int64(stride), np.int64(target_stride)
     over(device, kernel, count * images, source, strides[0], target, strides[1], np.int64(count), np.int32(images))
+
+
+def _in_twos(array: DeviceArray) -> DeviceArray:
+    return replace(array, shape=(array.size // 2,), dtype=np.dtype(np.float32))
 
 
 def _codes(
@@ -353,32 +353,6 @@ def _mask(device: Device, mask: Weights) -> DeviceArray:
     return device.put(np.ascontiguousarray(mask, np.bool_).view(np.uint8))
 
 
-def _strided(state: tuple[DeviceArray | None, int]) -> tuple[Any, ...]:
+def strided(state: tuple[DeviceArray | None, int]) -> tuple[Any, ...]:
+    """Return a state and its stride as arguments of a kernel."""
     return state[0], np.int64(state[1])
-
-
-def _peephole_gradients(spec: ConvLSTMSpec, saved: Saved, dz: DeviceArray) -> dict[str, DeviceArray]:
-    """Return the gradients of elementwise or channel peepholes."""
-    device, dtype = dz.device, dz.dtype
-    frame = saved.c.frame
-    gradients = device.empty((3, frame), dtype)
-    kernel = device.kernel("elementwise.cu", "peephole_gradient", product.element_macros(dtype))
-    over(device, kernel, frame, dz, saved.c.array, *int32(spec.B, spec.T, saved.c.first, frame, spec.F), gradients)
-    each = [replace(offset(gradients, n * frame), shape=spec.state_shape[1:]) for n in range(3)]
-    if spec.peephole == "channel":
-        each = [column_sums(part.reshape(spec.HO * spec.WO, spec.F)) for part in each]
-    return dict(zip(PEEPHOLE_GATES, each, strict=True))
-
-
-def _empty_gradients(spec: ConvLSTMSpec, saved: Saved) -> dict[str, Any]:
-    """Return the gradients of an empty batch."""
-    device, dtype = saved.x.device, saved.x.dtype
-
-    def zeros(shape: Shape) -> DeviceArray:
-        return device.zeros(shape, dtype)
-
-    peepholes = None if saved.peephole is None else {gate: zeros(w.shape) for gate, w in saved.peephole.items()}
-    dh, dc = (zeros(spec.state_shape) if saved.given_state else None for _ in range(2))
-    return {"x": zeros(saved.x.shape), "kernel": zeros(saved.kernel.shape), "h": dh, "c": dc,
-            "recurrent_kernel": zeros(saved.recurrent_kernel.shape), "bias": zeros((4 * spec.F,)),
-            "peephole": peepholes, "normalization": None}  # fmt: skip

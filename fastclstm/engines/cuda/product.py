@@ -17,7 +17,7 @@ from fastclstm.spec import ConvSpec, Pair
 ALGORITHMS = ("simt", "float32", "tf32", "bfloat16", "float16")
 """What the products are computed with: ordinary float32 (or float64) units; or tensor cores on float32 operands split
 into three tf32 products (float32's own error), rounded to tf32, or stored as bfloat16 or float16. Sums and states are
-float32 always."""
+float32 always; gradients of float16 are computed in tf32."""
 
 KINDS = {"simt": 0, "tf32": 1, "float32": 3, "bfloat16": 4, "float16": 5}
 """The macro KIND of csrc/."""
@@ -68,13 +68,23 @@ def kind(device: Device, dtype: np.dtype, algorithm: str) -> int:
 
 
 def backward_kind(kind: int) -> int:
-    """Return the kind for gradients, whose range 16 bits do not hold: tf32 for those."""
-    return KINDS["tf32"] if kind in (KINDS["bfloat16"], KINDS["float16"]) else kind
+    """Return the kind for gradients, whose range float16 does not hold: tf32, with as many digits, for that."""
+    return KINDS["tf32"] if kind == KINDS["float16"] else kind
+
+
+def operand_type(kind: int, dtype: np.dtype) -> np.dtype:
+    """Return the type of the frames and weights that a kind of product reads."""
+    return np.dtype(np.uint16) if kind >= KINDS["bfloat16"] else dtype
+
+
+def operand_channels(kind: int, channels: int) -> int:
+    """Return the channels that frames have in memory: those of 16 bits are padded to 8."""
+    return -(-channels // 8) * 8 if kind >= KINDS["bfloat16"] else channels
 
 
 def real(dtype: np.dtype) -> str:
-    """Return the C type of float32 or float64."""
-    return {4: "float", 8: "double"}[dtype.itemsize]
+    """Return the C type of float32 or float64, or of a mask's bytes."""
+    return {1: "unsigned char", 4: "float", 8: "double"}[dtype.itemsize]
 
 
 @dataclass(frozen=True)
@@ -233,12 +243,13 @@ def frames(
 
 
 def transposed_frames(
-    device: Device, spec: ConvSpec, data: DeviceArray, depth: int, *, stride: int | None = None
-) -> Frames:
-    """Return the frames dy that the transpose of a convolution reads."""
-    size = spec.HO, spec.WO, spec.F
+    device: Device, spec: ConvSpec, data: DeviceArray, depth: int, *, stride: int | None = None,
+    channels: int | None = None,
+) -> Frames:  # fmt: skip
+    """Return the frames dy that the transpose of a convolution reads, padded as those of `frames`."""
+    size = spec.HO, spec.WO, channels or spec.F
     return _frames(device, data, stride, size, (1, 1), spec.strides, packing.wraps(spec), packing.transposed_taps,
-                   (spec.with_batch(1),), depth)  # fmt: skip
+                   (spec.with_batch(1), channels), depth)  # fmt: skip
 
 
 def _frames(
@@ -271,7 +282,9 @@ def pack(
     padded = tiling.padded(columns)
     depths = [part.blocks * tiling.depth for part in parts]
     packed = device.empty((sum(depths) * tiling.parts, padded), operand)
-    macros = element_macros(dtype, tiling)
+    macros = element_macros(dtype, tiling.kind)
+    if tiling.on_warpgroups:  # which read them as they are
+        macros["KIND"] = tiling.kind
     launch = device.kernel("elementwise.cu", "pack", macros)
     first = 0
     for part, weights, depth in zip(parts, kernels, depths, strict=True):
@@ -283,22 +296,21 @@ def pack(
     return packed
 
 
-def element_macros(dtype: np.dtype, tiling: Tiling | None = None) -> dict[str, int | str]:
+def element_macros(dtype: np.dtype, kind: int = 0) -> dict[str, int | str]:
     """Return the macros of csrc/elementwise.cu."""
-    if tiling is None or tiling.kind < KINDS["bfloat16"]:
-        kind = tiling.kind if tiling is not None and tiling.on_warpgroups else 0
-        return {"REAL": real(dtype), "OPERAND": "real", "KIND": kind}
-    return {"REAL": real(dtype), "OPERAND": "unsigned short", "KIND": tiling.kind}
+    if kind < KINDS["bfloat16"]:
+        return {"REAL": real(dtype), "OPERAND": "real", "KIND": 0}
+    return {"REAL": real(dtype), "OPERAND": "unsigned short", "KIND": kind}
 
 
-def operands(device: Device, tiling: Tiling, x: DeviceArray) -> tuple[DeviceArray, int]:
+def operands(device: Device, kind: int, x: DeviceArray) -> tuple[DeviceArray, int]:
     """Return x (…, C) as a product reads it, and its channels in memory: itself, or 16 bits padded to 8 channels."""
     channels = x.shape[-1]
-    if tiling.kind < KINDS["bfloat16"]:
+    if x.dtype == operand_type(kind, x.dtype):
         return x, channels
-    padded = -(-channels // 8) * 8
+    padded = operand_channels(kind, channels)
     converted = device.empty((*x.shape[:-1], padded), np.uint16)
-    kernel = device.kernel("elementwise.cu", "convert", element_macros(x.dtype, tiling))
+    kernel = device.kernel("elementwise.cu", "convert", element_macros(x.dtype, kind))
     pixels = converted.size // padded
     over(device, kernel, converted.size, x, np.int64(pixels), *int32(channels, padded), converted)
     return converted, padded
