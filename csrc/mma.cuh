@@ -41,7 +41,10 @@ DEVICE void fetch_pixels(unsigned char* stage, const Frames& frames, const Pixel
 #pragma unroll 1
             for (int j = 0; j < each; j++) {
                 const operand* from = find(frames, pixels[i], __ldg(taps + j));
-                cp_async<4>(to + j * 4, from ? from : frames.data, from);
+                if (frames.late)  // cp.async of 4 bytes goes through the first-level cache, of 16 past it
+                    *(unsigned*)(to + j * 4) = from ? load_late((const unsigned*)from) : 0;
+                else
+                    cp_async<4>(to + j * 4, from ? from : frames.data, from);
             }
         }
     }
@@ -84,9 +87,20 @@ DEVICE void multiply_block(Tile& tile, const unsigned char* stage)
     }
 }
 
-// Sum over the taps of two frames, one after the other, for pixels from first_row on; weights [block][columns][DEPTH].
-DEVICE void multiply(Tile& tile, const Grid& grid, const Frames& a, const Frames& b, const operand* weights,
-                     int columns, int first_row, int first_quad)
+DEVICE void clear(Tile& tile)
+{
+#pragma unroll
+    for (int m = 0; m < ROW_TILES; m++)
+#pragma unroll
+        for (int n = 0; n < 4; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) tile.sum[m][n][i] = 0;
+}
+
+// Add the products over the taps of two frames, one after the other, for pixels from first_row on; weights
+// [block][columns][DEPTH].
+DEVICE void multiply_add(Tile& tile, const Grid& grid, const Frames& a, const Frames& b, const operand* weights,
+                         int columns, int first_row, int first_quad)
 {
     unsigned char* stages = shared_memory();
     Pixel pixels[PIXELS_A_THREAD];
@@ -95,12 +109,6 @@ DEVICE void multiply(Tile& tile, const Grid& grid, const Frames& a, const Frames
         pixels[i] = pixel_of(grid, first_row + threadIdx.x / 4 + i * (THREADS / 4));
     weights += (long long)first_quad * 4 * DEPTH;
     int blocks = a.blocks + b.blocks;
-#pragma unroll
-    for (int m = 0; m < ROW_TILES; m++)
-#pragma unroll
-        for (int n = 0; n < 4; n++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) tile.sum[m][n][i] = 0;
 
     auto fetch = [&](int block) {
         if (block < blocks) {
