@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from fastclstm import functional
-from fastclstm.engines.cuda import ALGORITHMS, compilation, device
+from fastclstm.engines.cuda import ALGORITHMS, compilation, device, persistent
 from fastclstm.engines.cuda.device import DeviceArray
 
 ROOT = Path(__file__).parents[1]
@@ -122,7 +122,10 @@ class Compiling(device.Device):
         self.kernels.add((source, name))
         return name
 
-    def launch(self, kernel, grid, block, shared_bytes, *arguments):
+    def resident_blocks(self, kernel, threads, shared_bytes):
+        return 1000
+
+    def launch(self, kernel, grid, block, shared_bytes, *arguments, cooperative=False):
         assert shared_bytes <= self.shared_bytes
         assert len(grid) <= len(block) + 2 <= 5
         assert np.prod(block) <= 1024
@@ -150,10 +153,12 @@ def use_everything():
                     rng.standard_normal(shape).astype(dtype)
                     for shape in ((4, 2, 64, 64, 3), (3, 3, 3, 4 * F), (3, 3, F, 4 * F))
                 )
-                y, pullback = functional.convlstm2d_vjp(
-                    x, kernel, recurrent_kernel, activation=activation, engine="cuda", algorithm=algorithm,
-                    peephole={gate: np.ones((64, 64, F), dtype) for gate in "ifo"}, mask=np.ones((4, 2)),
-                )  # fmt: skip
+                for launches in (nullcontext, persistent.forbidden):
+                    with launches():
+                        y, pullback = functional.convlstm2d_vjp(
+                            x, kernel, recurrent_kernel, activation=activation, engine="cuda", algorithm=algorithm,
+                            peephole={gate: np.ones((64, 64, F), dtype) for gate in "ifo"}, mask=np.ones((4, 2)),
+                        )  # fmt: skip
                 pullback(y)
                 y, pullback = functional.conv2d_vjp(x[:, 0], kernel, engine="cuda", algorithm=algorithm)
                 pullback(y)

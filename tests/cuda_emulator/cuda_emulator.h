@@ -244,15 +244,15 @@ static Block& ready(int n, int index, int shared_bytes)
     return made;
 }
 
-// Run every thread of a block that does not wait until its next barrier; whether there was one.
-static bool sweep(Block& now)
+// Run every thread of a block that does not wait, or some of them, until its next barrier; whether there was one.
+static bool sweep(Block& now, bool some = false)
 {
     bool progress = false;
     block = &now;
     blockIdx = now.index;
     for (int i = 0; i < threads && !error[0]; i++) {
         Fiber& fiber = now.fibers[now.order[i]];
-        if (fiber.done || (fiber.waits && *fiber.waits == fiber.seen)) continue;
+        if (fiber.done || (fiber.waits && *fiber.waits == fiber.seen) || (some && draw(4) == 0)) continue;
         enter(fiber);
         progress = true;
     }
@@ -277,7 +277,7 @@ static void run_together(int* numbers, int count, int shared_bytes)
         shuffle(numbers, count);
         for (int n = 0; n < count; n++) {
             Block& now = *blocks[numbers[n]];
-            for (int sweeps = drawn ? draw(8) : 1; now.alive && sweeps; sweeps--) progress |= sweep(now);
+            for (int sweeps = drawn ? draw(8) : 1; now.alive && sweeps; sweeps--) progress |= sweep(now, drawn);
             alive += now.alive;
         }
         if (!alive) break;
