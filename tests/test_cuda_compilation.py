@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from fastclstm import functional
-from fastclstm.engines.cuda import ALGORITHMS, compilation, device, persistent
+from fastclstm.engines.cuda import ALGORITHMS, compilation, device
 from fastclstm.engines.cuda.device import DeviceArray
 
 ROOT = Path(__file__).parents[1]
@@ -153,12 +153,10 @@ def use_everything():
                     rng.standard_normal(shape).astype(dtype)
                     for shape in ((4, 2, 64, 64, 3), (3, 3, 3, 4 * F), (3, 3, F, 4 * F))
                 )
-                for launches in (nullcontext, persistent.forbidden):
-                    with launches():
-                        y, pullback = functional.convlstm2d_vjp(
-                            x, kernel, recurrent_kernel, activation=activation, engine="cuda", algorithm=algorithm,
-                            peephole={gate: np.ones((64, 64, F), dtype) for gate in "ifo"}, mask=np.ones((4, 2)),
-                        )  # fmt: skip
+                cell = {"activation": activation, "peephole": {gate: np.ones((64, 64, F), dtype) for gate in "ifo"},
+                        "mask": np.ones((4, 2)), "engine": "cuda", "algorithm": algorithm}  # fmt: skip
+                functional.convlstm2d(x, kernel, recurrent_kernel, **cell)
+                y, pullback = functional.convlstm2d_vjp(x, kernel, recurrent_kernel, **cell)
                 pullback(y)
                 y, pullback = functional.conv2d_vjp(x[:, 0], kernel, engine="cuda", algorithm=algorithm)
                 pullback(y)
@@ -179,8 +177,12 @@ def test_every_kernel_compiles(nvrtc, architecture, monkeypatch, tmp_path):
 
 def test_an_old_card_needs_no_tensor_cores(nvrtc):
     """As optimised as it will run."""
-    with device.using(Compiling(75)):
+    compiling = Compiling(75)
+    with device.using(compiling):
+        functional.convlstm2d(*(np.ones(shape, np.float32) for shape in ((1, 2, 4, 4, 1), *[(3, 3, 1, 4)] * 2)),
+                              engine="cuda")  # fmt: skip
         functional.conv2d(np.ones((1, 4, 4, 1), np.float32), np.ones((3, 3, 1, 1), np.float32), engine="cuda")
+    assert ("persistent.cu", "convlstm2d_steps") in compiling.kernels
 
 
 # --- Names of architectures ---

@@ -1,6 +1,7 @@
 """All steps of convlstm2d in one launch, its blocks run at once on the processor: the bits of a launch a step."""
 
 import importlib
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -17,27 +18,28 @@ pytestmark = needs_compiler
 
 
 def run(device, algorithm, dtype, case, save=False):
-    """Outputs, last states and, with `save`, all that is saved."""
-    spec, (x, kernel, recurrent_kernel, bias, h, c, weights, mask), _ = case[0], cast(case[1], dtype), None
-    *outputs, saved = cuda.convlstm2d(
+    """Output and last states, and how often each kernel of steps was launched."""
+    spec, (x, kernel, recurrent_kernel, bias, h, c, weights, mask) = case[0], cast(case[1], dtype)
+    before = len(device.launches)
+    *outputs, _ = cuda.convlstm2d(
         spec, put(device, x), kernel, recurrent_kernel, bias, put(device, h), put(device, c), weights, mask,
         algorithm=algorithm, save=save,
     )  # fmt: skip
-    return get(device, outputs + ([saved.h.array, saved.c.array, saved.z] if save else []))
-
-
-def check(device, algorithm, dtype, case, save, launched=True):
-    """Results, which are those of a launch a step."""
-    before = len(device.launches)
-    found = run(device, algorithm, dtype, case, save)
     names = [name for name, *_ in device.launches[before:]]
-    assert names.count("convlstm2d_steps") == int(launched)
-    assert ("convlstm2d_step" in names) == (not launched)
-    with persistent.forbidden():
-        expected = run(device, algorithm, dtype, case, save)
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        np.testing.assert_array_equal(found[name], value, err_msg=name)
+    return get(device, outputs), (names.count("convlstm2d_steps"), names.count("convlstm2d_step"))
+
+
+def check(device, algorithm, dtype, case):
+    """Results, which are those of a launch a step to the bit, with and without what backward needs."""
+    found, launches = run(device, algorithm, dtype, case)
+    assert launches == (1, 0)
+    for save, mode in ((False, persistent.forbidden), (True, nullcontext)):
+        with mode():
+            expected, launches = run(device, algorithm, dtype, case, save)
+        assert launches == (0, case[0].T)
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            np.testing.assert_array_equal(found[name], value, err_msg=name)
     return found
 
 
@@ -56,12 +58,12 @@ def test_bits_of_a_launch_a_step(algorithm, dtype, number, examples, monkeypatch
     monkeypatch.setattr(persistent, "MOST_TILES", 1 << 20)
 
     @settings(max_examples=examples)
-    @given(problems(used=number == 1), st.integers(1, 5), st.booleans())
-    def same(case, resident, save):
+    @given(problems(used=number == 1), st.integers(1, 5))
+    def same(case, resident):
         device.resident = resident
         if case[0].B:
             with tiling(monkeypatch, number):
-                check(device, algorithm, dtype, case, save)
+                check(device, algorithm, dtype, case)
 
     same()
 
@@ -76,7 +78,7 @@ def test_every_step_waits_for_all_blocks(algorithm, F, resident, monkeypatch):
     for seed, initial in enumerate(("hc", "")):
         case = problem((2, 5, 9, 12, 2), (3, 5), F, initial=initial, seed=seed)
         with tiling(monkeypatch, -1):
-            check(device, algorithm, np.float32, case, save=bool(seed))
+            check(device, algorithm, np.float32, case)
         _, grid, _ = next(launch for launch in device.launches if launch[0] == "convlstm2d_steps")
         tiles = product.tilings(product.KINDS[algorithm], 4)[-1].grid(216, 4 * F)
         assert grid == (min(resident, tiles[0] * tiles[1]), 1, 1)
@@ -92,8 +94,9 @@ def test_one_tile():
 def right(device, case):
     """Check results against the oracle's."""
     expected = {name[2:]: value for name, value in oracle(np.float64, *case).items() if name[0] == "y"}
-    near(run(device, "auto", np.float32, case), expected, 1e-5)
-    assert device.launches[-1][0] == "convlstm2d_steps"
+    found, launches = run(device, "auto", np.float32, case)
+    assert launches == (1, 0)
+    near(found, expected, 1e-5)
 
 
 @pytest.mark.parametrize("go_backwards", [False, True])
@@ -110,7 +113,7 @@ def test_masked_frames_are_not_read():
     device = EmulatedDevice(resident=99)
     spec, arrays, cotangents = problem((2, 4, 5, 4, 3), (3, 3), 4, mask=0, seed=1)
     bad = np.where(arrays[-1][:, :, None, None, None], arrays[0], np.nan)
-    for value in check(device, "auto", np.float32, (spec, (bad, *arrays[1:]), cotangents), save=False).values():
+    for value in check(device, "auto", np.float32, (spec, (bad, *arrays[1:]), cotangents)).values():
         assert np.isfinite(value).all()
 
 
@@ -141,9 +144,10 @@ def chosen(shape, kernel, F, multiprocessors=132, resident=528, algorithm="auto"
     spec = problem((1, *shape[1:]), (kernel, kernel), F)[0].with_batch(shape[0])
     pixels = spec.B * spec.HO * spec.WO
     chosen = product.choose(product.kind(device, dtype, algorithm), dtype, multiprocessors, pixels, 4 * F)
-    depths = -(-kernel * kernel * F // chosen.depth), -(-kernel * kernel * shape[-1] // chosen.depth)
     device.kernel = lambda *_: None
-    return persistent.blocks(device, chosen, {}, spec, sum(depths))
+    parts = (product.frames(device, conv, device.empty((1,), dtype), chosen.depth)
+             for conv in (spec.recurrent, spec.input))  # fmt: skip
+    return persistent.blocks(device, chosen, {}, spec, *parts)
 
 
 def test_small_steps_are_launched_together():
@@ -163,8 +167,7 @@ def test_few_tiles_a_block():
 
 def test_devices_without_cooperative_launches():
     assert chosen((1, 10, 32, 32, 1), 3, 32, resident=0) == 0
-    device = EmulatedDevice()
-    check(device, "auto", np.float32, problem((1, 2, 3, 3, 1), (3, 3), 2), save=False, launched=False)
+    assert run(EmulatedDevice(), "auto", np.float32, problem((1, 2, 3, 3, 1), (3, 3), 2))[1] == (0, 2)
 
 
 def test_forbidden():

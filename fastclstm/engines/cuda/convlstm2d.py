@@ -95,7 +95,7 @@ def convlstm2d(
     bias = None if bias is None else on_device(device, bias)
     peepholes = None if peephole is None else {name: on_device(device, peephole[name]) for name in PEEPHOLE_GATES}
     mask = None if mask is None else _mask(device, mask)
-    call = Forward(spec, codes, device, dtype, kind, mask, peepholes, bool(save))
+    call = _Forward(spec, codes, device, dtype, kind, mask, peepholes, bool(save))
     if call.pixels:
         call.run(x, kernel, recurrent_kernel, bias, h, c)
     saved = None
@@ -109,7 +109,7 @@ def convlstm2d(
     return call.output, call.h_last, call.c_last, saved
 
 
-class Forward:
+class _Forward:
     """The memory of one forward pass, and its launches."""
 
     def __init__(
@@ -147,11 +147,10 @@ class Forward:
         h_frames = product.frames(device, spec.recurrent, anything, tiling.depth, channels=h_channels)
         weights = product.pack(device, tiling, (kernel, recurrent_kernel), [x_frames, h_frames], 4 * spec.F, gates=True)
         macros = step_macros(self.dtype, self.codes)
-        if blocks := persistent.blocks(device, tiling, macros, spec, h_frames.blocks + x_frames.blocks):
-            self._copy_first(h, c)
-            arguments = cell_arguments(spec, self.dtype, self.peepholes, self.codes)
-            persistent.run(self, tiling, macros, blocks, h_frames, x_frames, weights, bias, h, c, *arguments)
-            self._copy_last()
+        peepholes, cell = cell_arguments(spec, self.dtype, self.peepholes, self.codes)
+        blocks = 0 if self.h_states else persistent.blocks(device, tiling, macros, spec, h_frames, x_frames)
+        if blocks:
+            persistent.run(self, tiling, macros, blocks, h_frames, x_frames, weights, bias, h, c, peepholes, cell)
             return
         short_states = None
         if short:
@@ -166,9 +165,11 @@ class Forward:
         h_rests: dict[Any, tuple[Any, ...]] = {}
         common = (*int32(tiling.padded(4 * spec.F), self.pixels, spec.HO, spec.WO, spec.F), bias)
         z_stride, h_width = np.int64(spec.T * 4 * self.frame), np.int32(h_channels)
-        peepholes, cell = cell_arguments(spec, self.dtype, self.peepholes, self.codes)
         with device.graph(("convlstm2d", spec, self.kind, self.h_states is not None)):
-            self._copy_first(h, c)
+            for states, initial in ((self.h_states, h), (self.c_states, c)):
+                if states is not None:
+                    slot = states.before(spec.source_step(0))
+                    copy(device, initial, self.frame, slot, states.stride, self.frame, spec.B)
             for t in range(spec.T):
                 source = spec.source_step(t)
                 h_old, h_new = self._h(t, h, between)
@@ -191,21 +192,10 @@ class Forward:
                     None if self.z is None else offset(self.z, source * 4 * self.frame), z_stride, written, h_width,
                     *peepholes, None if self.mask is None else offset(self.mask, source), *cell,
                 )  # fmt: skip
-            self._copy_last()
-
-    def _copy_first(self, h: DeviceArray | None, c: DeviceArray | None) -> None:
-        """Copy the initial states to where all states are saved."""
-        for states, initial in ((self.h_states, h), (self.c_states, c)):
-            if states is not None:
-                slot = states.before(self.spec.source_step(0))
-                copy(self.device, initial, self.frame, slot, states.stride, self.frame, self.spec.B)
-
-    def _copy_last(self) -> None:
-        """Copy the last states from there."""
-        for states, last in ((self.h_states, self.h_last), (self.c_states, self.c_last)):
-            if states is not None:
-                slot = states.after(self.spec.source_step(self.spec.T - 1))
-                copy(self.device, slot, states.stride, last, self.frame, self.frame, self.spec.B)
+            for states, last in ((self.h_states, self.h_last), (self.c_states, self.c_last)):
+                if states is not None:
+                    slot = states.after(spec.source_step(spec.T - 1))
+                    copy(device, slot, states.stride, last, self.frame, self.frame, spec.B)
 
     def _h(
         self, t: int, h: DeviceArray | None, between: list[DeviceArray] | None

@@ -16,7 +16,7 @@ from fastclstm.engines.cuda.product import Frames, Tiling, int32, offset
 from fastclstm.spec import ConvLSTMSpec
 
 if TYPE_CHECKING:
-    from fastclstm.engines.cuda.convlstm2d import Forward
+    from fastclstm.engines.cuda.convlstm2d import _Forward
 
 FEWEST_STEPS = 2
 
@@ -40,7 +40,7 @@ def forbidden() -> Iterator[None]:
 
 
 def blocks(
-    device: Device, tiling: Tiling, macros: Mapping[str, int | str], spec: ConvLSTMSpec, depth_blocks: int
+    device: Device, tiling: Tiling, macros: Mapping[str, int | str], spec: ConvLSTMSpec, h: Frames, x: Frames
 ) -> int:
     """Return how many blocks compute all steps in one launch; 0: a launch for each step is better.
 
@@ -48,7 +48,7 @@ def blocks(
     """
     down, across = tiling.grid(spec.B * spec.HO * spec.WO, 4 * spec.F)
     tiles = down * across
-    work = tiles * tiling.rows * tiling.columns * depth_blocks * tiling.depth
+    work = tiles * tiling.rows * tiling.columns * (h.blocks + x.blocks) * tiling.depth
     if not _allowed.get() or spec.T < FEWEST_STEPS or work > MOST_WORK * device.multiprocessors:
         return 0
     resident = device.resident_blocks(_kernel(device, tiling, macros), tiling.threads, tiling.shared_bytes)
@@ -56,11 +56,11 @@ def blocks(
 
 
 def run(
-    call: Forward, tiling: Tiling, macros: Mapping[str, int | str], count: int, h_frames: Frames, x_frames: Frames,
+    call: _Forward, tiling: Tiling, macros: Mapping[str, int | str], count: int, h_frames: Frames, x_frames: Frames,
     weights: DeviceArray, bias: DeviceArray | None, h: DeviceArray | None, c: DeviceArray | None,
     peepholes: tuple[Any, ...], cell: tuple[Any, ...],
 ) -> None:  # fmt: skip
-    """Launch all steps of a call, as `count` blocks."""
+    """Launch all steps of a call that saves nothing, as `count` blocks."""
     spec, device, frame = call.spec, call.device, call.frame
     source, direction = spec.source_step(0), -1 if spec.go_backwards else 1
     channels = h_frames.size[2]
@@ -68,25 +68,18 @@ def run(
     places = memory((2, *spec.state_shape[:3], channels), h_frames.data.dtype)
     if h is not None:
         product.convert(device, tiling, h, channels, places)
-    h_states, c_states, state_stride, state_step = call.h_last, call.c_last, frame, 0
-    if call.h_states is not None and call.c_states is not None:
-        h_states, c_states = call.h_states.after(source), call.c_states.after(source)
-        state_stride, state_step = call.h_states.stride, direction * frame
-    y_stride, y_step = (spec.T * frame, frame) if spec.return_sequences else (frame, 0)
     x_step = x_frames.size[0] * x_frames.size[1] * x_frames.size[2]
-    z = None if call.z is None else offset(call.z, source * 4 * frame)
-    mask = None if call.mask is None else offset(call.mask, source)
     x_first = replace(x_frames, data=offset(x_frames.data, source * x_step))
+    y_stride, y_step = (spec.T * frame, frame) if spec.return_sequences else (frame, 0)
+    mask = None if call.mask is None else offset(call.mask, source)
     product.check_pixels(call.pixels)
     device.launch(
         _kernel(device, tiling, macros), (count,), (tiling.threads,), tiling.shared_bytes,
         *replace(h_frames, data=places).arguments(), *x_first.arguments(),
         np.int64(direction * x_step), np.int32(spec.T), device.zeros((1,), np.int32), weights,
         *int32(tiling.padded(4 * spec.F), call.pixels, spec.HO, spec.WO, spec.F), bias, places,
-        h, c, h_states, c_states, np.int64(state_stride), np.int64(state_step),
-        call.output, np.int64(y_stride), np.int64(y_step), z, np.int64(spec.T * 4 * frame),
-        np.int64(direction * 4 * frame), *peepholes, mask, np.int32(direction), *cell,
-        cooperative=True,
+        h, call.h_last, c, call.c_last, call.output, np.int64(y_stride), np.int64(y_step), *peepholes,
+        mask, np.int32(direction), *cell, cooperative=True,
     )  # fmt: skip
 
 
