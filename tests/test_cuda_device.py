@@ -15,7 +15,7 @@ import pytest
 
 from bench import gpu as bench_gpu
 from fastclstm import functional, info
-from fastclstm.engines.cuda import compilation, device, gpu
+from fastclstm.engines.cuda import compilation, device, gpu, persistent
 from fastclstm.engines.cuda.device import DeviceArray
 
 NO_DEVICE, MISMATCH = 100, 803
@@ -671,6 +671,34 @@ def test_a_gpu_keeps_the_order_of_its_memory(real, add):
             add(total, part, 1)
         del part
     np.testing.assert_array_equal(real.get(total), np.full(total.shape, 199 * 100, np.float32))
+
+
+@pytest.mark.parametrize("algorithm", ["simt", "float32", "tf32", "bfloat16", "float16"])
+def test_a_gpu_runs_all_steps_in_one_launch(real, algorithm, monkeypatch):
+    """With the bits of a launch a step, again and again: what a barrier does not order shows at times only."""
+    if algorithm != "simt" and real.architecture < 80:
+        pytest.skip("no tensor cores for it")
+    launches, launch = [], real.launch
+
+    def noted(*arguments, **options):
+        launches.append(options.get("cooperative", False))
+        launch(*arguments, **options)
+
+    monkeypatch.setattr(real, "launch", noted)
+    rng = np.random.default_rng(3)
+    for B, H, W, C, F in ((1, 4, 4, 1, 1), (1, 64, 64, 1, 64), (3, 33, 47, 5, 13), (2, 32, 32, 16, 32)):
+        x, *weights = (
+            rng.standard_normal(shape).astype(np.float32) / np.float32(np.sqrt(np.prod(shape[:-1])))
+            for shape in ((B, 30, H, W, C), (3, 3, C, 4 * F), (3, 3, F, 4 * F))
+        )
+        x = x / x.std()
+        with persistent.forbidden():
+            expected = functional.convlstm2d(x, *weights, engine="cuda", algorithm=algorithm)
+        for _ in range(50):
+            launches.clear()
+            found = functional.convlstm2d(x, *weights, engine="cuda", algorithm=algorithm)
+            assert sum(launches) == 1
+            np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.torch
