@@ -13,7 +13,7 @@ struct Cell {
     int recurrent_activation, activation, output_activation;
 };
 
-// Of one step, all [image][pixel][filter], with elements from one image to the next beside them. Null: absent, or zeros.
+// Of one step, [image][pixel][filter] with elements from one image to the next beside them. Null: absent, or zeros.
 struct Step {
     const real* h_last;
     long long h_last_stride;
@@ -40,8 +40,8 @@ template <bool IN_PLACE> DEVICE real read_state(const real* from, long long at)
     return !from ? real(0) : IN_PLACE ? from[at] : __ldg(from + at);
 }
 
-// Take the pixel `row` (of all images) and filter f a step on; sums of its gates i, f, g, o. A masked image keeps its h,
-// c and output. Each element is read and written by one thread alone, but for h_operand.
+// Take the pixel `row` (of all images) and filter f a step on, from the sums of its gates i, f, g, o. A masked image
+// keeps its h, c and output.
 template <bool IN_PLACE> DEVICE void advance(const Cell& cell, const Step& step, int row, int f, const real (&sums)[4])
 {
     int sigma = ACTIVATION(cell.recurrent_activation, SIGMOID), on_g = ACTIVATION(cell.activation, TANH);

@@ -21,8 +21,8 @@ DEVICE unsigned char* shared_memory() { return dynamic_shared_memory; }
 
 DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-// Loads of what no thread of the launch writes; or, `late`, of what another block may have written before a barrier of
-// all blocks: those see its latest value, the read-only cache need not.
+// Loads of what no thread of the launch writes; or, `late`, of what another block has written before a barrier of all
+// blocks: they see that, as the read-only cache need not.
 #ifdef FASTCLSTM_EMULATOR
 template <class T> DEVICE T load_late(const T* from) { return emulated_load_late(from); }
 #else
@@ -51,7 +51,10 @@ DEVICE double load_late(const double* from)
 DEVICE float4 load_late(const float4* from)
 {
     float4 v;
-    asm volatile(LATE "v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(from) : "memory");
+    asm volatile(LATE "v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                 : "l"(from)
+                 : "memory");
     return v;
 }
 

@@ -4,7 +4,7 @@
 // convlstm2d_step            z = x * kernel + h * recurrent_kernel + bias, the gates, c and h
 // convlstm2d_step_backward   dh = dz of the step after, pulled back; the gates' gradients dz and dc of this step
 //
-// Blocks are (pixels, quads of columns); every element of a result has one owner, so that nothing depends on their order.
+// Blocks are (pixels, quads of columns); every element of a result has one owner: nothing depends on their order.
 #include "cell.cuh"
 #include "product.cuh"
 
