@@ -37,14 +37,20 @@ DEVICE void fetch_pixels(unsigned char* stage, const Frames& frames, const Pixel
         if (sizeof(operand) == 2 || frames.whole) {
             const operand* from = find(frames, pixels[i], __ldg(taps));
             cp_async<16>(to, from ? from : frames.data, from);
+        } else if (frames.late) {  // cp.async of 4 bytes goes through the first-level cache, of 16 past it
+            unsigned words[each];
+#pragma unroll
+            for (int j = 0; j < each; j++) {
+                const operand* from = find(frames, pixels[i], __ldg(taps + j));
+                words[j] = from ? load_late((const unsigned*)from) : 0;
+            }
+#pragma unroll
+            for (int j = 0; j < each; j++) ((unsigned*)to)[j] = words[j];
         } else {
 #pragma unroll 1
             for (int j = 0; j < each; j++) {
                 const operand* from = find(frames, pixels[i], __ldg(taps + j));
-                if (frames.late)  // cp.async of 4 bytes goes through the first-level cache, of 16 past it
-                    *(unsigned*)(to + j * 4) = from ? load_late((const unsigned*)from) : 0;
-                else
-                    cp_async<4>(to + j * 4, from ? from : frames.data, from);
+                cp_async<4>(to + j * 4, from ? from : frames.data, from);
             }
         }
     }

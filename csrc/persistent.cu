@@ -32,8 +32,8 @@ DEVICE void wait_for(const int* arrived, int count)
 }
 
 // Blocks (any number of them) take the tiles of a step in turn. h: frames of the first of two places, `h_operand`, of
-// which step t reads number t % 2 and writes the other; without h_first step 0 reads none. x, y and mask: those of step 0,
-// with a number of elements to those of the next one (of y 0: the last output is all that is wanted). States:
+// which step t reads number t % 2 and writes the other; without h_first step 0 reads none. x, y and mask: those of step
+// 0, with a number of elements to those of the next one (of y 0: the last output is all that is wanted). States:
 // [image][pixel][filter].
 KERNEL(THREADS, 512 / THREADS)
 convlstm2d_steps(FRAMES(h), FRAMES(x), long long x_step, int T, int* arrived, const operand* weights, int columns,

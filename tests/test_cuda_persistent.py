@@ -54,8 +54,8 @@ def test_bits_of_a_launch_a_step(algorithm, dtype, number, examples, monkeypatch
     """Whatever the geometry, the cell and the number of blocks, of which some take more tiles than others."""
     device = EmulatedDevice()
     monkeypatch.setattr(persistent, "FEWEST_STEPS", 1)
-    monkeypatch.setattr(persistent, "MOST_WORK", 1 << 40)
-    monkeypatch.setattr(persistent, "MOST_TILES", 1 << 20)
+    for name in ("MOST_WORK", "MOST_TILES", "MOST_LATE"):
+        monkeypatch.setattr(persistent, name, 1 << 40)
 
     @settings(max_examples=examples)
     @given(problems(used=number == 1), st.integers(1, 5))
@@ -73,7 +73,8 @@ def test_bits_of_a_launch_a_step(algorithm, dtype, number, examples, monkeypatch
 @pytest.mark.parametrize("resident", [99, 6])
 def test_every_step_waits_for_all_blocks(algorithm, F, resident, monkeypatch):
     """Pixels see those of other blocks, and filters those of other columns' blocks."""
-    monkeypatch.setattr(persistent, "MOST_TILES", 99)
+    for name in ("MOST_TILES", "MOST_LATE"):
+        monkeypatch.setattr(persistent, name, 99)
     device = EmulatedDevice(resident=resident)
     for seed, initial in enumerate(("hc", "")):
         case = problem((2, 5, 9, 12, 2), (3, 5), F, initial=initial, seed=seed)
@@ -106,7 +107,7 @@ def test_the_engine_reference(go_backwards):
         {"mask": 0, "peephole": "elementwise", "return_sequences": False}, {"initial": "", "strides": 2},
         {"dilation": 2, "recurrent_dilation": 3, "cell_clip": 0.5}, {"padding_mode": "circular", "mask": 0.5},
     )):  # fmt: skip
-        right(device, problem((3, 4, 7, 6, 5), (3, 3), 6, go_backwards=go_backwards, seed=number, **options))
+        right(device, problem((3, 4, 7, 6, 5), (3, 3), 8, go_backwards=go_backwards, seed=number, **options))
 
 
 def test_masked_frames_are_not_read():
@@ -145,7 +146,9 @@ def chosen(shape, kernel, F, multiprocessors=132, resident=528, algorithm="auto"
     pixels = spec.B * spec.HO * spec.WO
     chosen = product.choose(product.kind(device, dtype, algorithm), dtype, multiprocessors, pixels, 4 * F)
     device.kernel = lambda *_: None
-    parts = (product.frames(device, conv, device.empty((1,), dtype), chosen.depth)
+    short = chosen.kind >= product.KINDS["bfloat16"]
+    data = device.empty((1,), np.uint16 if short else dtype)
+    parts = (product.frames(device, conv, data, chosen.depth, channels=-(-conv.C // 8) * 8 if short else None)
              for conv in (spec.recurrent, spec.input))  # fmt: skip
     return persistent.blocks(device, chosen, {}, spec, *parts)
 
@@ -156,6 +159,8 @@ def test_small_steps_are_launched_together():
     assert chosen((1, 2, 4, 4, 1), 3, 4) == 1
     assert chosen((8, 10, 64, 64, 64), 3, 64) == 0  # too much work
     assert chosen((1, 1, 32, 32, 1), 3, 32) == 0  # one step
+    assert [chosen((1, 2, 4, 4, 1), 3, F) for F in (1, 3, 6, 8)] == [1, 1, 0, 1]  # pieces of h that are not whole
+    assert [chosen((1, 2, 4, 4, 1), 3, 6, algorithm=name) for name in ("simt", "tf32", "bfloat16")] == [2, 0, 1]
 
 
 def test_few_tiles_a_block():

@@ -26,6 +26,10 @@ MOST_TILES = 4
 MOST_WORK = 1 << 24
 """Multiply-adds of a step for each multiprocessor: 5 to 50 µs, depending on the kind. A guess; no GPU was asked."""
 
+MOST_LATE = 2
+"""Blocks of depth of h that may come element by element, waited for, as on tensor cores with an F that 4 does not
+divide. A guess too."""
+
 _allowed = ContextVar("_allowed", default=True)
 
 
@@ -46,10 +50,11 @@ def blocks(
 
     They do where a step is little work, and where the blocks that the device runs at once have few tiles each.
     """
+    late = h.blocks if tiling.on_tensor_cores and h.size[2] % (16 // h.data.dtype.itemsize) else 0
     down, across = tiling.grid(spec.B * spec.HO * spec.WO, 4 * spec.F)
     tiles = down * across
     work = tiles * tiling.rows * tiling.columns * (h.blocks + x.blocks) * tiling.depth
-    if not _allowed.get() or spec.T < FEWEST_STEPS or work > MOST_WORK * device.multiprocessors:
+    if not _allowed.get() or spec.T < FEWEST_STEPS or work > MOST_WORK * device.multiprocessors or late > MOST_LATE:
         return 0
     resident = device.resident_blocks(_kernel(device, tiling, macros), tiling.threads, tiling.shared_bytes)
     return min(tiles, resident) if tiles <= MOST_TILES * resident else 0
