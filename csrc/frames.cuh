@@ -19,6 +19,7 @@ struct Frames {
     int whole;        // tap 4n to 4n + 3 (16 bytes) are one aligned piece
     const int4* taps;  // (row, column, channel, number of the weight or -1 for none), padded to whole blocks
     int blocks;
+    bool late;  // other blocks of the launch write it
 };
 
 #define FRAMES(p)                                                                                                      \
@@ -27,7 +28,7 @@ struct Frames {
         int p##_blocks
 #define AS_FRAMES(p)                                                                                                   \
     {p##_data, p##_stride, p##_height, p##_width, p##_channels, p##_step_h, p##_step_w, p##_divide_h, p##_divide_w,   \
-     p##_circular, p##_whole, p##_taps, p##_blocks}
+     p##_circular, p##_whole, p##_taps, p##_blocks, false}
 
 struct Pixel {
     int image, row, column;  // image -1: none
@@ -61,7 +62,7 @@ DEVICE Frames chosen(bool first, const Frames& a, const Frames& b)
             first ? a.width : b.width,       first ? a.channels : b.channels, first ? a.step_h : b.step_h,
             first ? a.step_w : b.step_w,     first ? a.divide_h : b.divide_h, first ? a.divide_w : b.divide_w,
             first ? a.circular : b.circular, first ? a.whole : b.whole,       first ? a.taps : b.taps,
-            first ? a.blocks : b.blocks};
+            first ? a.blocks : b.blocks,     first ? a.late : b.late};
 }
 
 // The element that a tap meets at a pixel; null for padding.

@@ -1,59 +1,12 @@
 // The convolutions as implicit matrix products, and what follows on their sums in registers.
 //
 // conv2d                     y = x * kernel + bias
-// convlstm2d_step            z = h * recurrent_kernel + x * kernel + bias, the gates, c and h
+// convlstm2d_step            z = x * kernel + h * recurrent_kernel + bias, the gates, c and h
 // convlstm2d_step_backward   dh = dz of the step after, pulled back; the gates' gradients dz and dc of this step
 //
-// Sums pass through shared memory once more, so that neighbouring threads own neighbouring filters: what follows on
-// them is coalesced, and one piece of code for all of a thread's.
-//
-// With a KIND other than 0 the products run on the tensor cores (mma.cuh, or wgmma.cuh where WARPGROUPS are told), else
-// on the ordinary units (simt.cuh).
-// Blocks are (pixels, quads of columns); every element of a result has one owner, so that nothing depends on their order.
-#ifdef WARPGROUPS
-#include "wgmma.cuh"
-#elif KIND
-#include "mma.cuh"
-#else
-#include "simt.cuh"
-#endif
-#include "activations.cuh"
-#include "operands.cuh"
-
-// Call visit(row, quad, its 4 sums) for every quad of the tile.
-template <class Visit> DEVICE void visit_quads(const Tile& tile, int first_row, int first_quad, Visit visit)
-{
-    real* staged = (real*)shared_memory();
-#pragma unroll 1
-    for (int pass = 0; pass < PASSES; pass++) {
-        __syncthreads();
-        stage_sums(staged, tile, pass);
-        __syncthreads();
-#pragma unroll 2
-        for (int n = threadIdx.x; n < PASS_ROWS * TILE_QUADS; n += THREADS) {
-            alignas(16) real sums[4];
-            copy4(sums, staged + n * 4);
-            visit(first_row + staged_row(pass, n / TILE_QUADS), first_quad + n % TILE_QUADS, sums);
-        }
-    }
-}
-
-// Call visit(row, column, its sum) for every column of the tile.
-template <class Visit> DEVICE void visit_columns(const Tile& tile, int first_row, int first_column, Visit visit)
-{
-    real* staged = (real*)shared_memory();
-#pragma unroll 1
-    for (int pass = 0; pass < PASSES; pass++) {
-        __syncthreads();
-        stage_sums(staged, tile, pass);
-        __syncthreads();
-#pragma unroll 2
-        for (int n = threadIdx.x; n < PASS_ROWS * TILE_QUADS * 4; n += THREADS)
-            visit(first_row + staged_row(pass, n / (TILE_QUADS * 4)), first_column + n % (TILE_QUADS * 4), staged[n]);
-    }
-}
-
-DEVICE real read(const real* from, long long at) { return from ? __ldg(from + at) : real(0); }
+// Blocks are (pixels, quads of columns); every element of a result has one owner: nothing depends on their order.
+#include "cell.cuh"
+#include "product.cuh"
 
 // y [pixels][filters] of frames x, plus what `residual` holds.
 KERNEL(THREADS, MIN_BLOCKS)
@@ -73,70 +26,28 @@ conv2d(FRAMES(x), const operand* weights, int columns, int pixels, int height, i
     });
 }
 
-// What a step leaves to the way back: operands of its products, but never rounded to tf32.
-#if KIND == 5
-typedef real kept;  // the way back computes in tf32
-#else
-typedef operand kept;
-#endif
-DEVICE void store(real* to, real x) { *to = x; }
-DEVICE void store(unsigned short* to, real x) { set_operand<KIND>(to, x); }
-
-// One time step. h, x: frames; c, y, z ...: [image][pixel][filter] with elements from one image to the next beside
-// them. A quad is the gates i, f, g, o of a filter. Null: absent, or zeros. A masked image keeps its h, c and output.
-// What is read here is written by no thread of this launch, but for y_last.
+// One time step of frames h and x; weights: those of x, then those of h.
 KERNEL(THREADS, MIN_BLOCKS)
 convlstm2d_step(FRAMES(h), FRAMES(x), const operand* weights, int columns, int pixels, int height, int width,
                 int filters, const real* bias, const real* h_last, long long h_last_stride, real* h_next,
                 long long h_next_stride, const real* c_last, long long c_last_stride, real* c_next,
                 long long c_next_stride, const real* y_last, real* y_next, long long y_stride, kept* z,
-                long long z_stride, int z_channels, unsigned short* h_operand, long long h_operand_stride,
-                int h_operand_channels, const real* peep_i, const real* peep_f, const real* peep_o, int peep_stride,
-                const unsigned char* mask, int mask_stride, real cell_clip, int recurrent_activation, int activation,
-                int output_activation)
+                long long z_stride, int z_channels, operand* h_operand, long long h_operand_stride, int h_operand_channels, const real* peep_i,
+                const real* peep_f, const real* peep_o, int peep_stride, const unsigned char* mask, int mask_stride,
+                real cell_clip, int recurrent_activation, int activation, int output_activation)
 {
     Frames h = AS_FRAMES(h), x = AS_FRAMES(x);
     Grid grid = {pixels, height, width};
     int first_row = blockIdx.x * TILE_ROWS, first_quad = blockIdx.y * TILE_QUADS;
     Tile tile;
-    multiply(tile, grid, h, x, weights, columns, first_row, first_quad);
-    int frame = height * width;
-    int sigma = ACTIVATION(recurrent_activation, SIGMOID), on_g = ACTIVATION(activation, TANH);
-    int on_c = ACTIVATION(output_activation, TANH);
+    multiply(tile, grid, x, h, weights, columns, first_row, first_quad);
+    Cell cell = {height * width, filters, bias, peep_i, peep_f, peep_o, peep_stride, cell_clip, recurrent_activation,
+                 activation, output_activation};
+    Step step = {h_last, h_last_stride, h_next, h_next_stride, c_last, c_last_stride, c_next, c_next_stride, y_last,
+                 y_next, y_stride, z, z_stride, z_channels, h_operand, h_operand_stride, h_operand_channels, mask,
+                 mask_stride};
     visit_quads(tile, first_row, first_quad, [&](int row, int f, const real(&sums)[4]) {
-        if (row >= pixels || f >= filters) return;
-        int image = row / frame, p = row - image * frame;
-        long long at = (long long)p * filters + f, peep = (long long)p * peep_stride + f;
-        bool valid = !mask || __ldg(mask + (long long)image * mask_stride);
-        real c_old = read(c_last, image * c_last_stride + at);
-        real z_i = sums[0] + read(bias, f) + read(peep_i, peep) * c_old;
-        real z_f = sums[1] + read(bias, filters + f) + read(peep_f, peep) * c_old;
-        real z_g = sums[2] + read(bias, 2 * filters + f);
-        real c_new = activate(sigma, z_f) * c_old + activate(sigma, z_i) * activate(on_g, z_g);
-        if (cell_clip > 0) c_new = clipped(c_new, -cell_clip, cell_clip);
-        real z_o = sums[3] + read(bias, 3 * filters + f) + read(peep_o, peep) * c_new;
-        real h_new = activate(sigma, z_o) * activate(on_c, c_new);
-        if (z) {
-            kept* zs = z + image * z_stride + (long long)p * z_channels + f;
-            store(zs, z_i);
-            store(zs + filters, z_f);
-            store(zs + 2 * filters, z_g);
-            store(zs + 3 * filters, z_o);
-        }
-        if (y_next) {
-            long long out = image * y_stride + at;
-            y_next[out] = valid ? h_new : y_last ? y_last[out] : real(0);
-        }
-        if (!valid) {
-            c_new = c_old;
-            h_new = read(h_last, image * h_last_stride + at);
-        }
-        c_next[image * c_next_stride + at] = c_new;
-        h_next[image * h_next_stride + at] = h_new;
-        if (h_operand) {
-            long long to = image * h_operand_stride + (long long)p * h_operand_channels + f;
-            set_operand<KIND>(h_operand + to, h_new);
-        }
+        if (row < pixels && f < filters) advance<false>(cell, step, row, f, sums);
     });
 }
 

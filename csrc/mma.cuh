@@ -38,6 +38,15 @@ DEVICE void fetch_pixels(unsigned char* stage, const Frames& frames, const Pixel
         if (sizeof(operand) == 2 || frames.whole) {
             const operand* from = find(frames, pixels[i], __ldg(taps));
             cp_async<16>(to, from ? from : frames.data, from);
+        } else if (frames.late) {  // cp.async of 4 bytes goes through the first-level cache, of 16 past it
+            unsigned words[each];
+#pragma unroll
+            for (int j = 0; j < each; j++) {
+                const operand* from = find(frames, pixels[i], __ldg(taps + j));
+                words[j] = from ? load_late((const unsigned*)from) : 0;
+            }
+#pragma unroll
+            for (int j = 0; j < each; j++) ((unsigned*)to)[j] = words[j];
         } else {
 #pragma unroll 1
             for (int j = 0; j < each; j++) {
@@ -85,9 +94,20 @@ DEVICE void multiply_block(Tile& tile, const unsigned char* stage)
     }
 }
 
-// Sum over the taps of two frames, one after the other, for pixels from first_row on; weights [block][columns][DEPTH].
-DEVICE void multiply(Tile& tile, const Grid& grid, const Frames& a, const Frames& b, const operand* weights,
-                     int columns, int first_row, int first_quad)
+DEVICE void clear(Tile& tile)
+{
+#pragma unroll
+    for (int m = 0; m < ROW_TILES; m++)
+#pragma unroll
+        for (int n = 0; n < 4; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) tile.sum[m][n][i] = 0;
+}
+
+// Add the products over the taps of two frames, one after the other, for pixels from first_row on; weights
+// [block][columns][DEPTH].
+DEVICE void multiply_add(Tile& tile, const Grid& grid, const Frames& a, const Frames& b, const operand* weights,
+                         int columns, int first_row, int first_quad)
 {
     unsigned char* stages = shared_memory();
     Pixel pixels[PIXELS_A_THREAD];
@@ -96,12 +116,6 @@ DEVICE void multiply(Tile& tile, const Grid& grid, const Frames& a, const Frames
         pixels[i] = pixel_of(grid, first_row + threadIdx.x / 4 + i * (THREADS / 4));
     weights += (long long)first_quad * 4 * DEPTH;
     int blocks = a.blocks + b.blocks;
-#pragma unroll
-    for (int m = 0; m < ROW_TILES; m++)
-#pragma unroll
-        for (int n = 0; n < 4; n++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) tile.sum[m][n][i] = 0;
 
     auto fetch = [&](int block) {
         if (block < blocks) {

@@ -34,14 +34,14 @@ DEVICE void fetch_pixels(real (&to)[GROUPS][4], const Frames& frames, const Pixe
         if (frames.whole) {
             const real* from = find(frames, pixel, __ldg(tap));
             if (from)
-                load4(to[i], from);
+                load4(to[i], from, frames.late);
             else
                 to[i][0] = to[i][1] = to[i][2] = to[i][3] = 0;
         } else {
 #pragma unroll
             for (int j = 0; j < 4; j++) {
                 const real* from = find(frames, pixel, __ldg(tap + j));
-                to[i][j] = from ? __ldg(from) : real(0);
+                to[i][j] = from ? load(from, frames.late) : real(0);
             }
         }
     }
@@ -93,21 +93,26 @@ DEVICE void multiply_block(Tile& tile, const real* pixels, const real* weights)
     }
 }
 
-// Sum over the taps of two frames, one after the other, for pixels from first_row on; weights [depth][columns].
-DEVICE void multiply(Tile& tile, const Grid& grid, const Frames& a, const Frames& b, const operand* weights,
-                     int columns, int first_row, int first_quad)
+DEVICE void clear(Tile& tile)
 {
-    real* pixels = (real*)shared_memory();
-    real* kept_weights = pixels + 2 * DEPTH * ROW_PITCH;
-    Pixel pixel = pixel_of(grid, first_row + threadIdx.x % TILE_ROWS);
-    weights += first_quad * 4;
-    int blocks = a.blocks + b.blocks;
 #pragma unroll
     for (int i = 0; i < ROWS; i++)
 #pragma unroll
         for (int j = 0; j < QUADS; j++)
 #pragma unroll
             for (int r = 0; r < 4; r++) tile.sum[i][j][r] = 0;
+}
+
+// Add the products over the taps of two frames, one after the other, for pixels from first_row on; weights
+// [depth][columns].
+DEVICE void multiply_add(Tile& tile, const Grid& grid, const Frames& a, const Frames& b, const operand* weights,
+                         int columns, int first_row, int first_quad)
+{
+    real* pixels = (real*)shared_memory();
+    real* kept_weights = pixels + 2 * DEPTH * ROW_PITCH;
+    Pixel pixel = pixel_of(grid, first_row + threadIdx.x % TILE_ROWS);
+    weights += first_quad * 4;
+    int blocks = a.blocks + b.blocks;
     Fetched fetched;
     for (int block = 0; block <= blocks; block++) {
         if (block < blocks) {

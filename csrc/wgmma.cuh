@@ -195,13 +195,6 @@ DEVICE void multiply_add(Tile& tile, const Grid& grid, const Frames& a, const Fr
     pin(tile.sum);
 }
 
-DEVICE void multiply(Tile& tile, const Grid& grid, const Frames& a, const Frames& b, const operand* weights,
-                     int columns, int first_row, int first_quad)
-{
-    clear(tile);
-    multiply_add(tile, grid, a, b, weights, columns, first_row, first_quad);
-}
-
 // Sums leave by shared memory, all in one pass: [PASS_ROWS][TILE_QUADS][4].
 #define PASSES 1
 #define PASS_ROWS TILE_ROWS

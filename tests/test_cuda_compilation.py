@@ -122,7 +122,10 @@ class Compiling(device.Device):
         self.kernels.add((source, name))
         return name
 
-    def launch(self, kernel, grid, block, shared_bytes, *arguments):
+    def resident_blocks(self, kernel, threads, shared_bytes):
+        return 1000
+
+    def launch(self, kernel, grid, block, shared_bytes, *arguments, cooperative=False):
         assert shared_bytes <= self.shared_bytes
         assert len(grid) <= len(block) + 2 <= 5
         assert np.prod(block) <= 1024
@@ -150,11 +153,10 @@ def use_everything():
                     rng.standard_normal(shape).astype(dtype)
                     for shape in ((4, 2, 64, 64, 3), (3, 3, 3, 4 * F), (3, 3, F, 4 * F))
                 )
-                y, pullback = functional.convlstm2d_vjp(
-                    x, kernel, recurrent_kernel, activation=activation, engine="cuda", algorithm=algorithm,
-                    peephole={gate: np.ones((64, 64, F), dtype) for gate in "ifo"}, mask=np.ones((4, 2)),
-                    recompute=F == 2,
-                )  # fmt: skip
+                cell = {"activation": activation, "peephole": {gate: np.ones((64, 64, F), dtype) for gate in "ifo"},
+                        "mask": np.ones((4, 2)), "engine": "cuda", "algorithm": algorithm}  # fmt: skip
+                functional.convlstm2d(x, kernel, recurrent_kernel, **cell)
+                y, pullback = functional.convlstm2d_vjp(x, kernel, recurrent_kernel, recompute=F == 2, **cell)
                 pullback(y)
                 y, pullback = functional.conv2d_vjp(x[:, 0], kernel, engine="cuda", algorithm=algorithm)
                 pullback(y)
@@ -175,8 +177,12 @@ def test_every_kernel_compiles(nvrtc, architecture, monkeypatch, tmp_path):
 
 def test_an_old_card_needs_no_tensor_cores(nvrtc):
     """As optimised as it will run."""
-    with device.using(Compiling(75)):
+    compiling = Compiling(75)
+    with device.using(compiling):
+        functional.convlstm2d(*(np.ones(shape, np.float32) for shape in ((1, 2, 4, 4, 1), *[(3, 3, 1, 4)] * 2)),
+                              engine="cuda")  # fmt: skip
         functional.conv2d(np.ones((1, 4, 4, 1), np.float32), np.ones((3, 3, 1, 1), np.float32), engine="cuda")
+    assert ("persistent.cu", "convlstm2d_steps") in compiling.kernels
 
 
 # --- Names of architectures ---

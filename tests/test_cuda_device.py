@@ -15,7 +15,7 @@ import pytest
 
 from bench import gpu as bench_gpu
 from fastclstm import functional, info
-from fastclstm.engines.cuda import compilation, device, gpu
+from fastclstm.engines.cuda import compilation, device, gpu, persistent
 from fastclstm.engines.cuda.device import DeviceArray
 
 NO_DEVICE, MISMATCH = 100, 803
@@ -146,7 +146,7 @@ def core_of(driver, log, capability=(9, 0)):
         def __init__(self, ordinal):
             self.ordinal = ordinal
             self.name, self.compute_capability = f"Fake {ordinal}", capability
-            self.properties = SimpleNamespace(multiprocessor_count=132)
+            self.properties = SimpleNamespace(multiprocessor_count=132, cooperative_launch=True)
             self.memory_resource = SimpleNamespace(allocate=self.allocate)
 
         def set_current(self):
@@ -176,10 +176,18 @@ def core_of(driver, log, capability=(9, 0)):
     class SimpleKernel:
         def __init__(self, handle):
             self.handle = handle
+            self.occupancy = SimpleNamespace(max_active_blocks_per_multiprocessor=self.most_blocks)
+
+        def most_blocks(self, threads, shared_bytes):
+            assert driver.context is not None
+            log.append(("occupancy", self.handle, threads, shared_bytes))
+            return min(2048 // threads, 232_448 // shared_bytes)
 
     class LaunchConfig:
-        def __init__(self, *, grid, block, shmem_size):
+        def __init__(self, *, grid, block, shmem_size, is_cooperative):
+            assert not is_cooperative or driver.context is not None
             self.values = grid, block, shmem_size
+            self.is_cooperative = is_cooperative
 
     def launch(stream, config, kernel, *arguments):
         entry = kernel.handle, *config.values, arguments
@@ -188,7 +196,8 @@ def core_of(driver, log, capability=(9, 0)):
             stream.launches.append(entry)
         else:
             assert driver.context is not None
-            log.append(("launch", stream.handle, *entry))
+            kind = "cooperative launch" if config.is_cooperative else "launch"
+            log.append((kind, stream.handle, *entry))
 
     core.__version__ = "1.2.2"
     core.Stream, core.Device, core.ObjectCode, core.LaunchConfig, core.launch = (
@@ -474,6 +483,23 @@ def test_much_shared_memory_is_asked_for_once(card, log):
     assert [entry[-2] for entry in log if entry[0] == "launch"] == [49_152, 100_000, 60_000, 200_000]
 
 
+def test_resident_blocks(card, log):
+    kernel = card.kernel("a.cu", "a", {})
+    for _ in range(2):
+        assert card.resident_blocks(kernel, 128, 60_000) == 132 * 3
+    assert card.resident_blocks(kernel, 1024, 1000) == 132 * 2
+    assert [entry[0] for entry in log] == ["opt in", "occupancy", "occupancy"]  # asked once, and after the opt-in
+    card._device.properties.cooperative_launch = False
+    assert card.resident_blocks(card.kernel("a.cu", "b", {}), 128, 60_000) == 0
+
+
+def test_cooperative_launch(card, log):
+    kernel = card.kernel("a.cu", "a", {})
+    card.launch(kernel, (3,), (128,), 60_000, np.int32(5), cooperative=True)
+    assert log == [("opt in", kernel.handle, 60_000, 0),
+                   ("cooperative launch", 1000, kernel.handle, (3,), (128,), 60_000, (5,))]  # fmt: skip
+
+
 # --- Graphs ---
 
 
@@ -648,6 +674,34 @@ def test_a_gpu_keeps_the_order_of_its_memory(real, add):
     np.testing.assert_array_equal(real.get(total), np.full(total.shape, 199 * 100, np.float32))
 
 
+@pytest.mark.parametrize("algorithm", ["simt", "float32", "tf32", "bfloat16", "float16"])
+def test_a_gpu_runs_all_steps_in_one_launch(real, algorithm, monkeypatch):
+    """With the bits of a launch a step, again and again: what a barrier does not order shows at times only."""
+    if algorithm != "simt" and real.architecture < 80:
+        pytest.skip("no tensor cores for it")
+    launches, launch = [], real.launch
+
+    def noted(*arguments, **options):
+        launches.append(options.get("cooperative", False))
+        launch(*arguments, **options)
+
+    monkeypatch.setattr(real, "launch", noted)
+    rng = np.random.default_rng(3)
+    for B, H, W, C, F in ((1, 4, 4, 1, 1), (1, 64, 64, 1, 64), (3, 33, 47, 5, 3), (2, 32, 32, 16, 32)):
+        x, *weights = (
+            rng.standard_normal(shape).astype(np.float32) / np.float32(np.sqrt(np.prod(shape[:-1])))
+            for shape in ((B, 30, H, W, C), (3, 3, C, 4 * F), (3, 3, F, 4 * F))
+        )
+        x = x / x.std()
+        with persistent.forbidden():
+            expected = functional.convlstm2d(x, *weights, engine="cuda", algorithm=algorithm)
+        for _ in range(50):
+            launches.clear()
+            found = functional.convlstm2d(x, *weights, engine="cuda", algorithm=algorithm)
+            assert sum(launches) == 1
+            np.testing.assert_array_equal(found, expected)
+
+
 @pytest.mark.torch
 def test_a_gpu_shares_arrays_with_torch(real):
     torch = pytest.importorskip("torch")
@@ -702,7 +756,9 @@ def test_the_floor_is_the_larger_of_two():
 def test_cuda_core_has_what_is_used():
     core = pytest.importorskip("cuda.core", reason="the extra 'cuda' is not installed", exc_type=ImportError)
     driver = pytest.importorskip("cuda.bindings.driver", exc_type=ImportError)
-    assert core.LaunchConfig(grid=(3, 2, 1), block=(128, 1, 1), shmem_size=9).shmem_size == 9
+    config = core.LaunchConfig(grid=(3, 2, 1), block=(128, 1, 1), shmem_size=9, is_cooperative=False)
+    assert (config.shmem_size, config.is_cooperative) == (9, False)
+    assert hasattr(core.Kernel, "occupancy")
     assert [int(stream.handle) for stream in (core.LEGACY_DEFAULT_STREAM, core.PER_THREAD_DEFAULT_STREAM)] == [1, 2]
     for name in ("create_graph_builder", "from_handle", "handle", "sync", "wait"):
         assert hasattr(core.Stream, name)

@@ -59,6 +59,21 @@ matrices(const unsigned short* from, int* to, int transposed)
     for (int i = 0; i < 4; i++) to[i * 32 + threadIdx.x] = words[i];
 }
 
+// Block n takes what block n + 1 has written, by way of the read-only cache (1), late (2); waiting for others or not.
+KERNEL(64)
+exchange(const float* from, float* between, float* to, int* arrived, int by, int waits)
+{
+    int n = blockIdx.x * 64 + threadIdx.x, next = (blockIdx.x + 1) % gridDim.x * 64 + threadIdx.x;
+    between[n] = from[n];
+    __syncthreads();
+    if (!threadIdx.x) {
+        ++*arrived;
+        if (waits) emulated_wait_for(arrived, gridDim.x + waits - 1);
+    }
+    __syncthreads();
+    to[n] = load(between + next, by == 2);
+}
+
 KERNEL(64)
 vector(const float* from, float* to, int at)
 {
@@ -126,6 +141,35 @@ def test_reads_of_what_nobody_wrote_are_nan(device, source):
         assert np.isnan(device.get(y))
     launch(device, source, "fetch", x, y, np.int32(3))
     assert device.get(y) == 0
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 7])
+def test_blocks_that_wait_for_each_other(source, blocks):
+    device = EmulatedDevice(resident=7)
+    kernel, x = device.kernel(source, "exchange", {}), np.arange(64.0 * blocks, dtype=np.float32)
+
+    def run(by, waits, cooperative=True):
+        y, between, count = (device.zeros((size,), dtype) for size, dtype in
+                             ((x.size, np.float32), (x.size, np.float32), (1, np.int32)))  # fmt: skip
+        device.launch(kernel, (blocks,), (64,), 0, device.put(x), between, y, count, np.int32(by), np.int32(waits),
+                      cooperative=cooperative)  # fmt: skip
+        return device.get(y)
+
+    np.testing.assert_array_equal(run(2, 1), np.roll(x, -64))
+    if blocks > 1:
+        assert any((run(2, 0) != np.roll(x, -64)).any() for _ in range(9))
+        with pytest.raises(AssertionError, match="a barrier is not reached by every thread"):  # one runs after another
+            run(2, 1, cooperative=False)
+    with pytest.raises(AssertionError, match="a barrier is not reached by every thread and block"):
+        run(2, 2)
+    with pytest.raises(AssertionError, match="argument 1 is written and read through the read-only cache"):
+        run(1, 1)
+    np.testing.assert_array_equal(run(2, 1), np.roll(x, -64))  # it still works after an error
+
+
+def test_more_blocks_than_run_at_once(device, source):
+    with pytest.raises(AssertionError, match="are not resident"):
+        device.launch(device.kernel(source, "beyond", {}), (1,), (64,), 0, None, np.int32(0), cooperative=True)
 
 
 def test_misaligned_vectors(device, source):

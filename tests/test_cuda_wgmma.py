@@ -115,7 +115,8 @@ def test_convolutions_of_every_geometry(algorithm, forced):
         if algorithm == "float32":
             return within(found, expected, plain, np.float32)
         largest = test_cuda_conv2d.oracle(np.float64, spec, [abs(a) if a is not None else a for a in arrays], abs(dy))
-        for name, rounding in (("0 ", ROUNDING[algorithm]), ("1 ", ROUNDING["tf32"])):
+        gradients = "bfloat16" if algorithm == "bfloat16" else "tf32"
+        for name, rounding in (("0 ", ROUNDING[algorithm]), ("1 ", ROUNDING[gradients])):
             assert (abs(found[name] - expected[name]) <= 2.01 * rounding * largest[name] + 1e-6).all(), name
 
     check()

@@ -57,6 +57,25 @@ class Memory:
         return bool((self.bytes[: self._start] == 0xFF).all() and (self.bytes[self._start + self.size :] == 0xFF).all())
 
 
+class Region(ctypes.Structure):
+    """Region of the header."""
+
+    _fields_ = (("bytes", ctypes.c_void_p), ("size", ctypes.c_size_t), ("marks", ctypes.c_void_p))
+
+
+class Watched:
+    """What a cooperative launch does with an argument: a byte that it reads by the read-only cache must not change."""
+
+    def __init__(self, number, array):
+        self.number, self._content = number, array.owner.content
+        self._before, self._marks = self._content.copy(), np.zeros(array.owner.size + GUARD, np.uint8)
+        self.region = Region(array.owner.pointer, array.owner.size, self._marks.ctypes.data)
+
+    @property
+    def coherent(self):
+        return not (self._marks[: self._content.size].astype(bool) & (self._content != self._before)).any()
+
+
 class Kernel:
     """An extern "C" kernel of a library: its code, and what it takes."""
 
@@ -78,8 +97,8 @@ class EmulatedDevice(Device):
 
     multiprocessors = 4
 
-    def __init__(self, architecture=80):
-        self.architecture = architecture
+    def __init__(self, architecture=80, resident=0):
+        self.architecture, self.resident = architecture, resident
         self.shared_bytes = (227 if architecture == 90 else 99) << 10
         self.launches = []
         """(kernel, grid, block) of what was launched."""
@@ -115,10 +134,14 @@ class EmulatedDevice(Device):
             self._kernels[key] = Kernel(_library(source, key[2]), name)
         return self._kernels[key]
 
-    def launch(self, kernel, grid, block, shared_bytes, *arguments):
+    def resident_blocks(self, kernel, threads, shared_bytes):
+        return self.resident
+
+    def launch(self, kernel, grid, block, shared_bytes, *arguments, cooperative=False):
         grid, block = (*grid, 1, 1)[:3], (*block, 1, 1)[:3]
         assert min(grid) > 0, f"{kernel.name}: empty grid {grid}"
         assert max(grid[1:]) < 65536, f"{kernel.name}: grid {grid} is too large"
+        assert not cooperative or np.prod(grid) <= self.resident, f"{kernel.name}: {grid} blocks are not resident"
         assert shared_bytes <= self.shared_bytes, f"{kernel.name}: {shared_bytes} bytes of shared memory"
         assert len(arguments) == len(kernel.parameters), (
             f"{kernel.name} takes {len(kernel.parameters)} arguments, not {len(arguments)}"
@@ -140,8 +163,13 @@ class EmulatedDevice(Device):
         pointers = (ctypes.c_void_p * len(kept))(*[value.ctypes.data for value in kept])
         triple = ctypes.c_uint * 3
         seed = ctypes.c_uint64(next(self._seeds))
-        error = kernel.run(pointers, triple(*grid), triple(*block), ctypes.c_int(shared_bytes), seed)
+        watched = [Watched(n, a) for n, a in enumerate(arguments) if cooperative and isinstance(a, DeviceArray)]
+        regions = (Region * len(watched))(*[one.region for one in watched])
+        error = kernel.run(pointers, triple(*grid), triple(*block), ctypes.c_int(shared_bytes), seed,
+                           ctypes.c_int(cooperative), regions, ctypes.c_int(len(watched)))  # fmt: skip
         assert error is None, f"{kernel.name}: {error.decode()}"
+        for one in watched:
+            assert one.coherent, f"{kernel.name}: argument {one.number} is written and read through the read-only cache"
         for n, argument in enumerate(arguments):
             if isinstance(argument, DeviceArray):
                 assert argument.owner.intact, f"{kernel.name}: a write beyond argument {n} {argument.shape}"

@@ -1,4 +1,5 @@
-// CUDA C++ as C++ of the processor: the threads of a block are fibers, blocks run one after another.
+// CUDA C++ as C++ of the processor: the threads of a block are fibers. Blocks run one after another, those of a
+// cooperative launch all at once.
 //
 // Included before a source of csrc/ (-include), which is then compiled with -DFASTCLSTM_EMULATOR. Threads and blocks
 // run in a shuffled order, each until its next barrier, and warps leave others behind, so that what needs a barrier and
@@ -42,7 +43,8 @@ template <class T> static T max(T a, T b) { return a < b ? b : a; }
 
 namespace emulator {
 
-const int MOST_THREADS = 1024, STACK = 128 << 10, COPIES = 160, GROUPS = 8, SUMS = 4, PRODUCTS = 64;
+const int MOST_THREADS = 1024, STACK = 128 << 10, COPIES = 160, GROUPS = 16, SUMS = 4, PRODUCTS = 64;
+const int WARPS = MOST_THREADS / 32;
 const unsigned SHARED_ADDRESS = 1024 + 128;  // where shared memory starts: aligned as far as kernels ask for it
 
 struct Copy {
@@ -136,15 +138,30 @@ static void reset(Shadow& shadow, int shared_bytes, int threads)
     }
 }
 
-static Fiber fibers[MOST_THREADS];
-static int order[MOST_THREADS], threads, alive;
-static int warp_alive[MOST_THREADS / 32];
-static Barrier block_barrier, warp_barriers[MOST_THREADS / 32];
-static unsigned char exchange[2][MOST_THREADS / 32][32][64];
-static unsigned char* stacks;
-static unsigned char* shared;
-static Shadow shadow;
+struct Block {
+    Fiber fibers[MOST_THREADS];
+    int order[MOST_THREADS], alive, warp_alive[WARPS];
+    Barrier barrier, warp_barriers[WARPS];
+    unsigned char exchange[2][WARPS][32][64];
+    unsigned char *stacks, *shared;
+    Shadow shadow;
+    dim3 index;
+};
+
+// An array that a cooperative launch is given; marks: which of its bytes passed through a cache that is not kept
+// coherent.
+struct Region {
+    const unsigned char* bytes;
+    size_t size;
+    unsigned char* marks;
+};
+
+static Block** blocks;  // as many as any launch has had at once, zeroed memory at first
+static int blocks_made, threads;
+static Block* block;  // the current one
 static Fiber* current;
+static const Region* regions;
+static int region_count;
 static jmp_buf scheduler;
 static ucontext_t origin;
 static char error[300];
@@ -185,32 +202,30 @@ static void wait(Barrier& barrier, int expected)
 
 static int warp() { return current->thread / 32; }
 static int lane() { return current->thread % 32; }
-static void wait_for_warp() { wait(warp_barriers[warp()], warp_alive[warp()]); }
+static void wait_for_warp() { wait(block->warp_barriers[warp()], block->warp_alive[warp()]); }
 
 // Every lane gives `bytes` bytes and sees those of all lanes until it comes here again: there are two places in turn.
 static unsigned char (*gather(const void* mine, int bytes))[64]
 {
-    auto place = exchange[current->exchanges++ % 2][warp()];
+    auto place = block->exchange[current->exchanges++ % 2][warp()];
     memcpy(place[lane()], mine, bytes);
     wait_for_warp();
     return place;
+}
+
+static void open(Barrier& barrier, int expected)
+{
+    if (!expected || barrier.arrived < expected) return;
+    barrier.arrived = 0;
+    barrier.generation++;
 }
 
 static void finished()
 {
     if (current->multiplying.finished < current->multiplying.issued) fail("a product is not waited for");
     current->done = true;
-    alive--;
-    int w = warp();
-    warp_alive[w]--;
-    if (alive && block_barrier.arrived >= alive) {
-        block_barrier.arrived = 0;
-        block_barrier.generation++;
-    }
-    if (warp_alive[w] && warp_barriers[w].arrived >= warp_alive[w]) {
-        warp_barriers[w].arrived = 0;
-        warp_barriers[w].generation++;
-    }
+    open(block->barrier, --block->alive);
+    open(block->warp_barriers[warp()], --block->warp_alive[warp()]);
 }
 
 static void life()
@@ -231,7 +246,7 @@ static void enter(Fiber& fiber)
     if (fiber.started) _longjmp(fiber.at, 1);
     fiber.started = true;
     getcontext(&fiber.start);
-    fiber.start.uc_stack.ss_sp = stacks + size_t(fiber.thread) * STACK;
+    fiber.start.uc_stack.ss_sp = block->stacks + size_t(fiber.thread) * STACK;
     fiber.start.uc_stack.ss_size = STACK;
     fiber.start.uc_link = nullptr;
     makecontext(&fiber.start, life, 0);
@@ -248,9 +263,9 @@ static void shuffle(int* items, int count)
 }
 
 // The lanes of a warp stay together; the order of warps and of the lanes in each is drawn.
-static void shuffle_threads()
+static void shuffle_threads(int* order)
 {
-    int warps = (threads + 31) / 32, first[MOST_THREADS / 32];
+    int warps = (threads + 31) / 32, first[WARPS];
     for (int w = 0; w < warps; w++) first[w] = w;
     shuffle(first, warps);
     for (int w = 0, n = 0; w < warps; w++) {
@@ -261,18 +276,35 @@ static void shuffle_threads()
     }
 }
 
-static void run_block(int shared_bytes)
+static void* memory(size_t bytes)
 {
-    memset(shared, 0xff, shared_bytes + 64);
-    reset(shadow, shared_bytes, threads);
-    alive = threads;
-    block_barrier = {};
+    void* mapped = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (mapped == MAP_FAILED) abort();
+    return mapped;
+}
+
+// Block number n of those that are there at once, with a new index.
+static Block& ready(int n, int index, int shared_bytes)
+{
+    if (n == blocks_made) {
+        blocks = (Block**)realloc(blocks, ++blocks_made * sizeof(Block*));
+        blocks[n] = (Block*)memory(sizeof(Block));
+        blocks[n]->stacks = (unsigned char*)memory(size_t(MOST_THREADS) * STACK);
+    }
+    Block& made = *blocks[n];
+    made.index = {index % gridDim.x, index / gridDim.x % gridDim.y, index / gridDim.x / gridDim.y};
+    free(made.shared);
+    made.shared = (unsigned char*)aligned_alloc(128, (shared_bytes + 64 + 127) / 128 * 128);
+    memset(made.shared, 0xff, shared_bytes + 64);
+    reset(made.shadow, shared_bytes, threads);
+    made.alive = threads;
+    made.barrier = {};
     for (int w = 0; w * 32 < threads; w++) {
-        warp_barriers[w] = {};
-        warp_alive[w] = min(32, threads - w * 32);
+        made.warp_barriers[w] = {};
+        made.warp_alive[w] = min(32, threads - w * 32);
     }
     for (int i = 0; i < threads; i++) {
-        Fiber& fiber = fibers[i];
+        Fiber& fiber = made.fibers[i];
         fiber.done = false;
         fiber.waits = nullptr;
         fiber.count = fiber.groups = 0;
@@ -281,55 +313,88 @@ static void run_block(int shared_bytes)
         fiber.thread = i;
         fiber.index = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
     }
-    shuffle_threads();
-    while (alive && !error[0]) {
-        bool progress = false;
-        unsigned resting = draw(1u << 31);  // warps that others leave behind this time, if those can go on
-        for (int time = 0; time < 2 && !progress; time++)
-            for (int i = 0; i < threads && !error[0]; i++) {
-                Fiber& fiber = fibers[order[i]];
-                if (fiber.done || (fiber.waits && *fiber.waits == fiber.seen)) continue;
-                if (!time && resting >> order[i] / 32 % 31 & 1) continue;
-                enter(fiber);
-                progress = true;
-            }
-        if (!progress && !error[0]) snprintf(error, sizeof error, "a barrier is not reached by every thread");
+    shuffle_threads(made.order);
+    return made;
+}
+
+// Run every thread of a block that does not wait, or some of them, until its next barrier; whether there was one. The
+// warps that are `resting` are left behind.
+static bool sweep(Block& now, unsigned resting, bool some)
+{
+    bool progress = false;
+    block = &now;
+    blockIdx = now.index;
+    for (int i = 0; i < threads && !error[0]; i++) {
+        Fiber& fiber = now.fibers[now.order[i]];
+        if (fiber.done || (fiber.waits && *fiber.waits == fiber.seen)) continue;
+        if (resting >> now.order[i] / 32 % 31 & 1 || (some && draw(4) == 0)) continue;
+        enter(fiber);
+        progress = true;
     }
+    return progress;
+}
+
+static void look_at_shared(const Block& done, int shared_bytes)
+{
     for (int i = 0; i < 64; i++)
-        if (shared[shared_bytes + i] != 0xff && !error[0])
+        if (done.shared[shared_bytes + i] != 0xff && !error[0])
             snprintf(error, sizeof error, "a write beyond the %d bytes of shared memory", shared_bytes);
 }
 
-static const char* launch(void (*kernel)(void**), void** given, const unsigned* grid, const unsigned* block, int bytes,
-                          uint64_t new_seed)
+// Blocks at once, each for some sweeps before the next one: some run far ahead of others.
+static void run_together(int* numbers, int count, int shared_bytes)
+{
+    for (int n = 0; n < count; n++) ready(n, n, shared_bytes);
+    for (bool progress = true; !error[0];) {
+        bool drawn = progress;  // else one sweep for each
+        int alive = 0;
+        progress = false;
+        shuffle(numbers, count);
+        for (int n = 0; n < count; n++) {
+            Block& now = *blocks[numbers[n]];
+            for (int sweeps = drawn ? draw(8) : 1; now.alive && sweeps; sweeps--) progress |= sweep(now, 0, drawn);
+            alive += now.alive;
+        }
+        if (!alive) break;
+        if (!progress && !drawn && !error[0])
+            snprintf(error, sizeof error, "a barrier is not reached by every thread and block");
+    }
+    for (int n = 0; n < count; n++) look_at_shared(*blocks[n], shared_bytes);
+}
+
+static void run_alone(int index, int shared_bytes)
+{
+    Block& alone = ready(0, index, shared_bytes);
+    while (alone.alive && !error[0])
+        if (!sweep(alone, draw(1u << 31), false) && !sweep(alone, 0, false) && !error[0])
+            snprintf(error, sizeof error, "a barrier is not reached by every thread");
+    look_at_shared(alone, shared_bytes);
+}
+
+static const char* launch(void (*kernel)(void**), void** given, const unsigned* grid, const unsigned* block_size,
+                          int bytes, uint64_t new_seed, int cooperative, const Region* watched, int watched_count)
 {
     error[0] = 0;
     seed = new_seed;
     body = kernel;
     arguments = given;
+    regions = watched, region_count = watched_count;
     gridDim = {grid[0], grid[1], grid[2]};
-    blockDim = {block[0], block[1], block[2]};
-    threads = block[0] * block[1] * block[2];
+    blockDim = {block_size[0], block_size[1], block_size[2]};
+    threads = block_size[0] * block_size[1] * block_size[2];
     if (threads > MOST_THREADS) return "more than 1024 threads a block";
-    if (!stacks) {
-        void* memory = mmap(nullptr, size_t(MOST_THREADS) * STACK, PROT_READ | PROT_WRITE,
-                            MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-        if (memory == MAP_FAILED) return "no memory for the stacks";
-        stacks = (unsigned char*)memory;
-    }
-    shared = (unsigned char*)aligned_alloc(128, (bytes + 64 + 127) / 128 * 128);
     int count = grid[0] * grid[1] * grid[2];
-    int* blocks = (int*)malloc(count * sizeof(int));
-    for (int i = 0; i < count; i++) blocks[i] = i;
-    shuffle(blocks, count);
-    for (int i = 0; i < count && !error[0]; i++) {
-        blockIdx = {blocks[i] % grid[0], blocks[i] / grid[0] % grid[1], blocks[i] / grid[0] / grid[1]};
-        run_block(bytes);
-    }
-    free(blocks);
-    free(shared);
+    int* numbers = (int*)malloc(count * sizeof(int));
+    for (int i = 0; i < count; i++) numbers[i] = i;
+    shuffle(numbers, count);
+    if (cooperative)
+        run_together(numbers, count, bytes);
+    else
+        for (int i = 0; i < count && !error[0]; i++) run_alone(numbers[i], bytes);
+    free(numbers);
     if (error[0])
-        for (Fiber& fiber : fibers) fiber.started = false;
+        for (int n = 0; n < blocks_made; n++)
+            for (Fiber& fiber : blocks[n]->fibers) fiber.started = false;
     return error[0] ? error : nullptr;
 }
 
@@ -370,13 +435,14 @@ template <class... Parameters, void (*kernel)(Parameters...)> struct Call<kernel
 // What the tests call of a kernel.
 #define EMULATE(name)                                                                                                  \
     extern "C" const char* emulate_##name(void** given, const unsigned* grid, const unsigned* block, int bytes,       \
-                                          uint64_t seed)                                                              \
+                                          uint64_t seed, int cooperative, const emulator::Region* watched, int count) \
     {                                                                                                                  \
-        return emulator::launch(&emulator::Call<&name>::run, given, grid, block, bytes, seed);                         \
+        return emulator::launch(&emulator::Call<&name>::run, given, grid, block, bytes, seed, cooperative, watched,   \
+                                count);                                                                                \
     }                                                                                                                  \
     extern "C" const char* signature_##name() { return emulator::Call<&name>::signature(); }
 
-static inline void __syncthreads() { emulator::wait(emulator::block_barrier, emulator::alive); }
+static inline void __syncthreads() { emulator::wait(emulator::block->barrier, emulator::block->alive); }
 static inline void __syncwarp() { emulator::wait_for_warp(); }
 
 template <class T> static T __shfl_sync(unsigned, T value, int source)
@@ -395,41 +461,68 @@ template <class T> static void expect_aligned(const T* address)
 {
     if (uintptr_t(address) % sizeof(T)) emulator::fail("a misaligned access");
 }
+
+// The bytes may come from a cache that other multiprocessors' writes do not reach.
+static void mark(const void* address, size_t bytes)
+{
+    for (int n = 0; n < emulator::region_count; n++) {
+        const emulator::Region& region = emulator::regions[n];
+        size_t at = (const unsigned char*)address - region.bytes;
+        if (at < region.size) memset(region.marks + at, 1, bytes);
+    }
+}
 template <class T> static T __ldg(const T* address)
 {
     expect_aligned(address);
+    mark(address, sizeof(T));
     return *address;
 }
 
 // What the helpers of csrc/ that wrap PTX do here.
 
-static inline unsigned char* emulated_shared_memory() { return emulator::shared; }
+static inline unsigned char* emulated_shared_memory() { return emulator::block->shared; }
+
+template <class T> static T emulated_load_late(const T* address)
+{
+    expect_aligned(address);
+    return *address;
+}
+
+// Wait until a count of all blocks is reached.
+static inline void emulated_wait_for(const int* arrived, int count)
+{
+    while (*arrived < count) {
+        emulator::current->waits = arrived;
+        emulator::current->seen = *arrived;
+        emulator::leave();
+    }
+}
 
 namespace emulator {
 
-static long offset_of(const void* pointer) { return (const unsigned char*)pointer - shared; }
+static long offset_of(const void* pointer) { return (const unsigned char*)pointer - block->shared; }
 
 static bool is_copied(long at, int bytes)
 {
     bool copied = false;
-    for (int i = 0; i < bytes / 4; i++) copied = copied || shadow.copying[at / 4 + i];
+    for (int i = 0; i < bytes / 4; i++) copied = copied || block->shadow.copying[at / 4 + i];
     return copied;
 }
 
 static void start_copy(const void* to, int bytes)
 {
     long at = offset_of(to);
-    if (at < 0 || at + bytes > shadow.size) fail("a copy beyond shared memory");
+    if (at < 0 || at + bytes > block->shadow.size) fail("a copy beyond shared memory");
     for (int i = 0; i < bytes / 4; i++) {
-        if (shadow.reading[at / 4 + i]) fail("a copy to what a product still reads");
-        shadow.copying[at / 4 + i]++;
+        if (block->shadow.reading[at / 4 + i]) fail("a copy to what a product still reads");
+        block->shadow.copying[at / 4 + i]++;
     }
 }
 
 static void end_copy(const Copy& copy)
 {
     int at = int(offset_of(copy.to));
-    for (int i = 0; i < copy.bytes / 4; i++) shadow.copying[at / 4 + i]--;
+    for (int i = 0; i < copy.bytes / 4; i++) block->shadow.copying[at / 4 + i]--;
     Multiplying& mine = current->multiplying;
     mine.written[mine.written_count++ % COPIES] = {at, copy.bytes};
 }
@@ -442,6 +535,7 @@ static inline void emulated_cp_async(void* to, const void* from, int bytes, bool
     if (uintptr_t(to) % bytes || (taken && uintptr_t(from) % bytes)) emulator::fail("a misaligned copy");
     if (fiber.count == emulator::COPIES) emulator::fail("too many copies under way");
     emulator::start_copy(to, bytes);
+    if (bytes < 16 && taken) mark(from, bytes);
     fiber.copies[fiber.count++] = {to, from, bytes, taken};
 }
 
@@ -563,7 +657,7 @@ static inline void emulated_fence_async_proxy()
     emulator::Multiplying& mine = emulator::current->multiplying;
     for (int i = 0; i < min(mine.written_count, emulator::COPIES); i++) {
         const emulator::Piece& piece = mine.written[i];
-        memcpy(emulator::shadow.shown + piece.at, emulator::shared + piece.at, piece.bytes);
+        memcpy(emulator::block->shadow.shown + piece.at, emulator::block->shared + piece.at, piece.bytes);
     }
     mine.written_count = 0;
 }
@@ -590,14 +684,14 @@ static int operand_at(unsigned long long descriptor, int row, int piece)
     unsigned address = start + row / 8 * stride + row % 8 * 128 + piece * 16;
     address ^= address >> 3 & 0x70;
     int at = int(address - SHARED_ADDRESS);
-    if (at < 0 || at + 16 > shadow.size) fail("a product reads beyond shared memory");
+    if (at < 0 || at + 16 > block->shadow.size) fail("a product reads beyond shared memory");
     return at;
 }
 
 static void check_shown(int at)
 {
     if (is_copied(at, 16)) fail("a product reads what is still being copied");
-    if (memcmp(shared + at, shadow.shown + at, 16)) fail("a product reads what no fence.proxy.async has shown it");
+    if (memcmp(block->shared + at, block->shadow.shown + at, 16)) fail("a product reads what no fence.proxy.async has shown it");
 }
 
 template <class Visit> static void visit_operands(const Product& product, Visit visit)
@@ -612,7 +706,7 @@ static void issue(const Order& order, const unsigned* a, float* sum)
 {
     Multiplying& mine = current->multiplying;
     int group = current->thread / 128, t = current->thread % 128;
-    Product& product = shadow.products[group][mine.issued % PRODUCTS];
+    Product& product = block->shadow.products[group][mine.issued % PRODUCTS];
     if (threads % 128) fail("a block is not of whole warpgroups");
     if (!mine.fenced) fail("wgmma.fence is missing");
     if (product.issued == 128) fail("too many products under way");
@@ -635,9 +729,9 @@ static void issue(const Order& order, const unsigned* a, float* sum)
     if (++product.issued == 128)
         visit_operands(product, [](int at, int, int, bool) {
             check_shown(at);
-            for (int i = 0; i < 4; i++) shadow.reading[at / 4 + i]++;
+            for (int i = 0; i < 4; i++) block->shadow.reading[at / 4 + i]++;
         });
-    wait(shadow.barriers[group], 128);
+    wait(block->shadow.barriers[group], 128);
 }
 
 static void read_operands(Product& product)
@@ -648,7 +742,7 @@ static void read_operands(Product& product)
         check_shown(at);
         for (int i = 0; i < each; i++)
             (of_a ? product.rows : product.weights)[row][piece * each + i] =
-                order.element(shadow.shown + at + i * order.bytes);
+                order.element(block->shadow.shown + at + i * order.bytes);
     });
     for (int t = 0; t < 128 && product.registers[0]; t++)
         for (int i = 0; i < 4; i++)
@@ -674,7 +768,7 @@ static void finish(Product& product)
     }
     if (++product.finished < 128) return;
     visit_operands(product, [](int at, int, int, bool) {
-        for (int i = 0; i < 4; i++) shadow.reading[at / 4 + i]--;
+        for (int i = 0; i < 4; i++) block->shadow.reading[at / 4 + i]--;
     });
     product.issued = product.finished = 0;
 }
@@ -688,7 +782,7 @@ static void give_back()
         Owned& owned = mine.owned[n];
         bool under_way = false;
         for (int p = mine.finished; p < mine.issued; p++)
-            under_way = under_way || shadow.products[group][p % PRODUCTS].sums[t] == owned.sum;
+            under_way = under_way || block->shadow.products[group][p % PRODUCTS].sums[t] == owned.sum;
         for (int i = 0; i < owned.count; i++)
             if (memcmp(owned.sum + i, &POISON, sizeof POISON)) fail("a sum was changed while a product owned it");
         if (under_way)
@@ -708,7 +802,7 @@ static inline void emulated_wgmma_wait(int most)
     int group = emulator::current->thread / 128, now = mine.groups - most;
     if (now > 0) {
         for (; mine.finished < mine.ends[now - 1]; mine.finished++)
-            emulator::finish(emulator::shadow.products[group][mine.finished % emulator::PRODUCTS]);
+            emulator::finish(emulator::block->shadow.products[group][mine.finished % emulator::PRODUCTS]);
         for (int g = now; g < mine.groups; g++) mine.ends[g - now] = mine.ends[g];
         mine.groups -= now;
         emulator::give_back();

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fastclstm.engines.cuda import packing, product
+from fastclstm.engines.cuda import packing, persistent, product
 from fastclstm.engines.cuda.conv2d import Weights
 from fastclstm.engines.cuda.device import Device, DeviceArray
 from fastclstm.engines.cuda.product import KINDS, int32, offset, on_device, over
@@ -186,7 +186,14 @@ class _Forward:
         h_channels = -(-spec.F // 8) * 8 if short else spec.F
         anything = device.empty((1,), tiling.operand) if short else x
         h_frames = product.frames(device, spec.recurrent, anything, tiling.depth, channels=h_channels)
-        weights = product.pack(device, tiling, (recurrent_kernel, kernel), [h_frames, x_frames], 4 * spec.F, gates=True)
+        weights = product.pack(device, tiling, (kernel, recurrent_kernel), [x_frames, h_frames], 4 * spec.F, gates=True)
+        macros = step_macros(self.dtype, self.codes)
+        peepholes, cell = cell_arguments(spec, self.dtype, self.peepholes, self.codes)
+        saves = self.kept is not None or self.length < spec.T
+        blocks = 0 if saves else persistent.blocks(device, tiling, macros, spec, h_frames, x_frames)
+        if blocks:
+            persistent.run(self, tiling, macros, blocks, h_frames, x_frames, weights, bias, h, c, peepholes, cell)
+            return
         short_frame = spec.HO * spec.WO * h_channels
         short_states, first = None, None
         if short:
@@ -199,7 +206,6 @@ class _Forward:
             [device.empty(spec.state_shape, self.dtype) for _ in range(min(2, spec.T - 1) if needed else 0)]
             for needed in wanted
         )
-        macros = step_macros(self.dtype, self.codes)
         x_rest = x_frames.arguments()[1:]
         h_rests: dict[Any, tuple[Any, ...]] = {}
         common = (*int32(tiling.padded(4 * spec.F), self.pixels, spec.HO, spec.WO, spec.F), bias)
@@ -207,8 +213,6 @@ class _Forward:
         if self.kept is not None:
             z, z_channels = self.kept.z, self.kept.z.shape[-1]
             z_frame = spec.HO * spec.WO * z_channels
-        peepholes, cell = cell_arguments(spec, self.dtype, self.peepholes, self.codes)
-        weights_x = offset(weights, tiling.weights(h_frames.blocks, 4 * spec.F))
         with device.graph(("convlstm2d", spec, self.kind, self.kept is not None, self.length)):
             if self.kept is not None:
                 slot = self.kept.c.before(spec.source_step(0))
@@ -234,7 +238,7 @@ class _Forward:
                 product.multiply(
                     device, "convlstm2d_step", tiling, macros, self.pixels, 4 * spec.F,
                     read, *h_rests[key], offset(data, source * frame_x * channels), *x_rest,
-                    weights_x if left_out else weights, *common,
+                    weights, *common,
                     *strided(h_old), *strided(h_new), *strided(c_old), *strided(c_new),
                     y_old, y_new, np.int64(y_stride),
                     None if z is None else offset(z, source * z_frame), np.int64(spec.T * z_frame),

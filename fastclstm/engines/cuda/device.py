@@ -109,8 +109,17 @@ class Device(Protocol):
     def kernel(self, source: str, name: str, macros: Mapping[str, int | str]) -> Any:
         """Return the extern "C" kernel `name` of csrc/`source`, compiled with the macros; compiled once."""
 
-    def launch(self, kernel: Any, grid: Shape, block: Shape, shared_bytes: int, *arguments: Any) -> None:
-        """Start a kernel on the device's stream. Arguments are DeviceArrays, None (a null pointer) or NumPy scalars."""
+    def resident_blocks(self, kernel: Any, threads: int, shared_bytes: int) -> int:
+        """Blocks of a kernel that run at once on the whole device; 0: none that could wait for each other."""
+        return 0
+
+    def launch(
+        self, kernel: Any, grid: Shape, block: Shape, shared_bytes: int, *arguments: Any, cooperative: bool = False
+    ) -> None:
+        """Start a kernel on the device's stream. Arguments are DeviceArrays, None (a null pointer) or NumPy scalars.
+
+        The blocks of a cooperative launch, no more than `resident_blocks`, all run at once.
+        """
 
     def graph(self, key: Any) -> AbstractContextManager[None]:
         """Send the launches inside to the device as one, perhaps, at the end; `get` is not for inside."""

@@ -7,7 +7,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -85,6 +85,7 @@ class _Launch:
     grid: Shape
     block: Shape
     shared_bytes: int
+    cooperative: bool
     values: tuple[Any, ...]
     arguments: tuple[Any, ...] = field(compare=False)
 
@@ -132,6 +133,7 @@ class GPU:
         self._work = _Work()
         self._kernels: dict[Any, Any] = {}
         self._opted: dict[Any, int] = {}
+        self._resident: dict[Any, int] = {}
         self._graphs: OrderedDict[Any, _Graph] = OrderedDict()
         self._lock = threading.Lock()
         with self._context():
@@ -255,10 +257,26 @@ class GPU:
                 self._kernels[key] = self._core.ObjectCode.from_cubin(code, name=source).get_kernel(name)
         return self._kernels[key]
 
-    def launch(self, kernel: Any, grid: Shape, block: Shape, shared_bytes: int, *arguments: Any) -> None:
-        """Start a kernel on the device's stream. Arguments are DeviceArrays, None (a null pointer) or NumPy scalars."""
+    def resident_blocks(self, kernel: Any, threads: int, shared_bytes: int) -> int:
+        """Blocks of a kernel that run at once on the whole device; 0: none that could wait for each other."""
+        key = kernel, threads, shared_bytes
+        if key not in self._resident:
+            with self._context():
+                self._opt_in(kernel, shared_bytes)
+                each = kernel.occupancy.max_active_blocks_per_multiprocessor(threads, shared_bytes)
+            self._resident[key] = int(each) * self.multiprocessors if self._device.properties.cooperative_launch else 0
+        return self._resident[key]
+
+    def launch(
+        self, kernel: Any, grid: Shape, block: Shape, shared_bytes: int, *arguments: Any, cooperative: bool = False
+    ) -> None:
+        """Start a kernel on the device's stream. Arguments are DeviceArrays, None (a null pointer) or NumPy scalars.
+
+        The blocks of a cooperative launch, no more than `resident_blocks`, all run at once.
+        """
         values = tuple(map(_argument, arguments))
-        launch = _Launch(kernel, tuple(map(int, grid)), tuple(map(int, block)), int(shared_bytes), values, arguments)
+        launch = _Launch(kernel, tuple(map(int, grid)), tuple(map(int, block)), int(shared_bytes), cooperative, values,
+                         arguments)  # fmt: skip
         if self._work.collected is not None:
             self._work.collected.append(launch)
             return
@@ -266,14 +284,18 @@ class GPU:
             self._start(launch, self.stream)
 
     def _start(self, launch: _Launch, stream: Any) -> None:
-        if launch.shared_bytes > self._opted.get(launch.kernel, STATIC_SHARED_BYTES):
-            attribute = self._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            _checked(self._driver.cuKernelSetAttribute(
-                attribute, launch.shared_bytes, launch.kernel.handle, self.dlpack_device[1]
-            ))  # fmt: skip
-            self._opted[launch.kernel] = launch.shared_bytes
-        config = self._core.LaunchConfig(grid=launch.grid, block=launch.block, shmem_size=launch.shared_bytes)
+        self._opt_in(launch.kernel, launch.shared_bytes)
+        config = self._core.LaunchConfig(
+            grid=launch.grid, block=launch.block, shmem_size=launch.shared_bytes, is_cooperative=launch.cooperative
+        )
         self._core.launch(stream, config, launch.kernel, *launch.values)
+
+    def _opt_in(self, kernel: Any, shared_bytes: int) -> None:
+        """Allow a kernel so much dynamic shared memory."""
+        if shared_bytes > self._opted.get(kernel, STATIC_SHARED_BYTES):
+            attribute = self._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            _checked(self._driver.cuKernelSetAttribute(attribute, shared_bytes, kernel.handle, self.dlpack_device[1]))
+            self._opted[kernel] = shared_bytes
 
     # --- Graphs ---
 
@@ -315,7 +337,7 @@ class GPU:
             else:
                 executable = builder.complete()
             builder.close()
-            kept = [_Launch(n.kernel, n.grid, n.block, n.shared_bytes, n.values, ()) for n in launches]
+            kept = [replace(launch, arguments=()) for launch in launches]
             known = self._graphs[key] = _Graph(kept, executable)
         self._graphs.move_to_end(key)
         while len(self._graphs) > GRAPHS_KEPT:

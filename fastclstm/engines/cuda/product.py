@@ -310,10 +310,15 @@ def operands(device: Device, kind: int, x: DeviceArray) -> tuple[DeviceArray, in
         return x, channels
     padded = operand_channels(kind, channels)
     converted = device.empty((*x.shape[:-1], padded), np.uint16)
-    kernel = device.kernel("elementwise.cu", "convert", element_macros(x.dtype, kind))
-    pixels = converted.size // padded
-    over(device, kernel, converted.size, x, np.int64(pixels), *int32(channels, padded), converted)
+    convert(device, kind, x, padded, converted)
     return converted, padded
+
+
+def convert(device: Device, kind: int, x: DeviceArray, padded: int, to: DeviceArray) -> None:
+    """Write x (…, C) as a product reads it, with `padded` channels, to the beginning of an array."""
+    kernel = device.kernel("elementwise.cu", "convert", element_macros(x.dtype, kind))
+    pixels, channels = x.size // x.shape[-1], x.shape[-1]
+    over(device, kernel, pixels * padded, x, np.int64(pixels), *int32(channels, padded), to)
 
 
 def multiply(
