@@ -16,6 +16,9 @@ FLOORS = {"spec": 0, "nn": 1, "engines": 2, "dispatch": 3, "functional": 4, "io"
 """Every other room is on top: adapters, and what the command line is made of."""
 TOP = 7
 
+SHARED = {"recurrence", "remembered"}
+"""Modules of engines/ that every engine may use."""
+
 HEAVY = {"numba", "llvmlite", "torch", "keras", "tensorflow", "jax", "dask", "xarray", "safetensors", "h5py", "sklearn",
          "scipy", "matplotlib", "PIL", "tqdm", "typer", "click", "rich"}  # fmt: skip
 
@@ -48,7 +51,7 @@ def floor(module):
 def engine(module):
     """Name of the engine a module is part of; what the engines share is no engine."""
     parts = module.split(".")
-    return parts[2] if parts[:2] == ["fastclstm", "engines"] and len(parts) > 2 and parts[2] != "recurrence" else None
+    return parts[2] if parts[:2] == ["fastclstm", "engines"] and len(parts) > 2 and parts[2] not in SHARED else None
 
 
 def violation(importer, imported):
