@@ -14,6 +14,7 @@ KERNEL(256)
 pack(const real* weights, const int4* taps, int depth, int inner, int columns, int quad_block, int count, int gates,
      int transposed, int channels, int filters, operand* packed)
 {
+    resolve(weights, packed);
     long long n = thread_number();
     if (n >= (long long)depth * columns) return;
     int at = int(n % inner), p = int(n / inner % columns), k = int(n / inner / columns) * inner + at;
@@ -34,6 +35,7 @@ pack(const real* weights, const int4* taps, int depth, int inner, int columns, i
 KERNEL(256)
 convert(const real* from, long long pixels, int channels, int padded, operand* to)
 {
+    resolve(from, to);
     long long n = thread_number();
     if (n >= pixels * padded) return;
     int channel = int(n % padded);
@@ -44,6 +46,7 @@ convert(const real* from, long long pixels, int channels, int padded, operand* t
 KERNEL(256)
 copy(const real* from, long long from_stride, real* to, long long to_stride, long long count, int images)
 {
+    resolve(from, to);
     long long n = thread_number();
     if (n >= count * images) return;
     long long image = n / count, at = n - image * count;
@@ -55,6 +58,7 @@ copy(const real* from, long long from_stride, real* to, long long to_stride, lon
 KERNEL(256)
 column_sums(const real* rows, long long count, int columns, double* partial)
 {
+    resolve(rows, partial);
     double* kept = (double*)shared_memory();
     int column = blockIdx.x * 32 + threadIdx.x;
     double sum = 0;
@@ -70,6 +74,7 @@ column_sums(const real* rows, long long count, int columns, double* partial)
 
 template <class T> DEVICE void add_shares(const T* partial, int shares, long long count, real* to)
 {
+    resolve(partial, to);
     long long n = thread_number();
     if (n >= count) return;
     double sum = 0;
@@ -89,6 +94,7 @@ add_products(const real* partial, int shares, long long count, real* to) { add_s
 KERNEL(256)
 peephole_gradient(const real* dz, const real* c, int images, int T, int first, int count, int filters, real* to)
 {
+    resolve(dz, c, to);
     long long n = thread_number();
     if (n >= count) return;
     long long p = n / filters, f = n - p * filters;

@@ -41,6 +41,7 @@ DEVICE const operand* find_x(const Frames& x, Pixel pixel, const int4& tap, int 
 KERNEL(THREADS, 512 / THREADS)
 weight_gradient(PARAMETERS)
 {
+    resolve(mask, dy, partial);
     Frames x = AS_FRAMES(x);
     Grid grid = {pixels, height, width};
     real* taps_tile = (real*)shared_memory();  // [2][DEPTH][PITCH]
@@ -133,6 +134,7 @@ weight_gradient(PARAMETERS)
 KERNEL(THREADS, 512 / THREADS)
 weight_gradient(PARAMETERS)
 {
+    resolve(mask, dy, partial);
     Frames x = AS_FRAMES(x);
     Grid grid = {pixels, height, width};
     float* stages = (float*)shared_memory();

@@ -54,8 +54,8 @@ def remember(arrays: tuple[np.ndarray | None, ...], key: tuple[Any, ...], make: 
     contents = [None if _frozen(array) else _bits(array).copy() for array in present]
     value = make()
 
-    def forget(_: Any) -> None:
-        _remembered.pop(full_key, None)
+    def forget(_: Any, remembered: OrderedDict[Any, _Entry] = _remembered) -> None:  # also when the interpreter ends
+        remembered.pop(full_key, None)
 
     _remembered[full_key] = _Entry([weakref.ref(array, forget) for array in present], contents, value)
     while len(_remembered) > MOST:

@@ -8,7 +8,8 @@ import itertools
 import shutil
 import subprocess
 import tempfile
-from contextlib import contextmanager
+import threading
+import weakref
 from functools import cache
 from pathlib import Path
 
@@ -21,6 +22,8 @@ HEADER = Path(__file__).with_name("cuda_emulator.h")
 SOURCES = Path(__file__).parents[2] / "csrc"
 GUARD = 256
 """Bytes before and after each array; they read as NaN, and must not change."""
+
+_running = threading.Lock()
 
 KINDS = {"f": np.float32, "d": np.float64, "i": np.int32, "l": np.int64, "H": np.uint16, "B": np.uint8}
 
@@ -84,13 +87,15 @@ class EmulatedDevice(Device):
         self.launches = []
         """(kernel, grid, block) of what was launched."""
         self.graphs = []
-        """Key of each graph, and how many launches it held."""
+        """How many launches each graph held."""
+        self._memories = weakref.WeakSet()
         self._kernels = {}
         self._seeds = itertools.count(1)
 
     def empty(self, shape, dtype):
         dtype = np.dtype(dtype)
         memory = Memory(int(np.prod(shape, dtype=np.int64)) * dtype.itemsize)
+        self._memories.add(memory)
         return DeviceArray(memory.pointer, tuple(shape), dtype, memory, self)
 
     def zeros(self, shape, dtype):
@@ -140,18 +145,16 @@ class EmulatedDevice(Device):
         pointers = (ctypes.c_void_p * len(kept))(*[value.ctypes.data for value in kept])
         triple = ctypes.c_uint * 3
         seed = ctypes.c_uint64(next(self._seeds))
-        error = kernel.run(pointers, triple(*grid), triple(*block), ctypes.c_int(shared_bytes), seed)
+        with _running:
+            error = kernel.run(pointers, triple(*grid), triple(*block), ctypes.c_int(shared_bytes), seed)
         assert error is None, f"{kernel.name}: {error.decode()}"
-        for n, argument in enumerate(arguments):
-            if isinstance(argument, DeviceArray):
-                assert argument.owner.intact, f"{kernel.name}: a write beyond argument {n} {argument.shape}"
+        for memory in list(self._memories):
+            assert memory.intact, f"{kernel.name}: a write beyond an array of {memory.size} bytes"
         self.launches.append((kernel.name, grid, block))
 
-    @contextmanager
-    def graph(self, key):
-        before = len(self.launches)
-        yield
-        self.graphs.append((key, len(self.launches) - before))
+    def graph(self, launches):
+        self.graphs.append(len(launches))
+        return launches
 
 
 @cache

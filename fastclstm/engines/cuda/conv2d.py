@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 
-from fastclstm.engines.cuda import product
+from fastclstm.engines.cuda import product, recorded
 from fastclstm.engines.cuda.device import Device, DeviceArray
 from fastclstm.engines.cuda.product import Frames, int32, on_device
 from fastclstm.engines.cuda.weight_gradient import column_sums, weight_gradient
@@ -18,16 +20,23 @@ def conv2d(
 ) -> DeviceArray:
     """Convolve x (B, H, W, C) with kernel (KH, KW, C, F): y (B, HO, WO, F)."""
     device, dtype = x.device, x.dtype
+    if not spec.B:
+        return device.empty((0, spec.HO, spec.WO, spec.F), dtype)
+    kind = product.kind(device, dtype, algorithm)
+    arrays = x, on_device(device, kernel), None if bias is None else on_device(device, bias)
+    y: DeviceArray = recorded.call(device, ("conv2d", spec, kind, dtype), arrays, partial(_conv2d, spec, kind))
+    return y
+
+
+def _conv2d(spec: ConvSpec, kind: int, x: DeviceArray, kernel: DeviceArray, bias: DeviceArray | None) -> DeviceArray:
+    device, dtype = x.device, x.dtype
     pixels = spec.B * spec.HO * spec.WO
     y = device.empty((spec.B, spec.HO, spec.WO, spec.F), dtype)
-    kind = product.kind(device, dtype, algorithm)
-    if pixels:
-        tiling = product.choose(kind, dtype, device.multiprocessors, pixels, spec.F)
-        data, channels = product.operands(device, tiling, x)
-        frames = product.frames(device, spec, data, tiling.depth, channels=channels)
-        weights = product.pack(device, tiling, (on_device(device, kernel),), [frames], spec.F)
-        _multiply(device, tiling, frames, weights, (pixels, spec.HO, spec.WO), spec.F, y,
-                  bias=None if bias is None else on_device(device, bias))  # fmt: skip
+    tiling = product.choose(kind, dtype, device.multiprocessors, pixels, spec.F)
+    data, channels = product.operands(device, tiling, x)
+    frames = product.frames(device, spec, data, tiling.depth, channels=channels)
+    weights = product.pack(device, tiling, (kernel,), [frames], spec.F)
+    _multiply(device, tiling, frames, weights, (pixels, spec.HO, spec.WO), spec.F, y, bias=bias)
     return y
 
 
@@ -39,9 +48,15 @@ def conv2d_backward(
     if dy is None or not dy.size:
         return device.zeros(x.shape, dtype), device.zeros(kernel.shape, dtype), device.zeros((spec.F,), dtype)
     kind = product.backward_kind(product.kind(device, dtype, algorithm))
-    dx = input_gradient(spec, kind, on_device(device, kernel), dy)
-    dkernel = weight_gradient(spec, kind, x, dy)
-    return dx, dkernel, column_sums(dy.reshape(dy.size // spec.F, spec.F))
+
+    def compute(x: DeviceArray, kernel: DeviceArray, dy: DeviceArray) -> tuple[DeviceArray, DeviceArray, DeviceArray]:
+        dx = input_gradient(spec, kind, kernel, dy)
+        dkernel = weight_gradient(spec, kind, x, dy)
+        return dx, dkernel, column_sums(dy.reshape(dy.size // spec.F, spec.F))
+
+    arrays = x, on_device(device, kernel), dy
+    dx, dkernel, dbias = recorded.call(device, ("conv2d_backward", spec, kind, dtype), arrays, compute)
+    return dx, dkernel, dbias
 
 
 def input_gradient(

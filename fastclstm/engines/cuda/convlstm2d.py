@@ -6,13 +6,14 @@ derivatives. Gradients of x and of the kernels are then products over all steps 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from fastclstm.engines.cuda import packing, product
+from fastclstm.engines import remembered
+from fastclstm.engines.cuda import packing, product, recorded
 from fastclstm.engines.cuda.conv2d import Weights, input_gradient
 from fastclstm.engines.cuda.device import Device, DeviceArray, Shape
 from fastclstm.engines.cuda.product import KINDS, int32, offset, on_device, over
@@ -35,6 +36,18 @@ class Saved:
     """Pre-activations (B, T, HO, WO, 4, F), in the order of x."""
     kind: int
     given_state: bool
+
+    def arrays(self) -> tuple[DeviceArray | None, ...]:
+        """Return its arrays, one after the other."""
+        return (self.x, self.kernel, self.recurrent_kernel, self.mask, self.h.array, self.c.array, self.z,
+                *(self.peephole or {}).values())  # fmt: skip
+
+    def with_arrays(self, arrays: Sequence[Any]) -> Saved:
+        """Return the same with other arrays."""
+        x, kernel, recurrent_kernel, mask, h, c, z, *weights = arrays
+        peephole = None if self.peephole is None else dict(zip(self.peephole, weights, strict=True))
+        return Saved(x, kernel, recurrent_kernel, peephole, mask, replace(self.h, array=h), replace(self.c, array=c), z,
+                     self.kind, self.given_state)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -91,22 +104,67 @@ def convlstm2d(
     codes = _codes(spec, normalization, dropout)
     device, dtype = x.device, x.dtype
     kind = product.kind(device, dtype, algorithm)
-    kernel, recurrent_kernel = on_device(device, kernel), on_device(device, recurrent_kernel)
     bias = None if bias is None else on_device(device, bias)
     peepholes = None if peephole is None else {name: on_device(device, peephole[name]) for name in PEEPHOLE_GATES}
     mask = None if mask is None else _mask(device, mask)
-    call = _Forward(spec, codes, device, dtype, kind, mask, peepholes, bool(save))
-    if call.pixels:
-        call.run(x, kernel, recurrent_kernel, bias, h, c)
+    packed = None
+    if not save and spec.B and isinstance(kernel, np.ndarray) and isinstance(recurrent_kernel, np.ndarray):
+        packed = _packed_once(device, spec, kind, kernel, recurrent_kernel)
+        given_kernel = given_recurrent = None
+    else:
+        given_kernel, given_recurrent = on_device(device, kernel), on_device(device, recurrent_kernel)
+
+    def compute(*arrays: Any) -> tuple[Any, ...]:
+        x, mask, kernel, recurrent_kernel, packed, bias, h, c, *weights = arrays
+        given = dict(zip(PEEPHOLE_GATES, weights, strict=True)) if weights else None
+        call = _Forward(spec, codes, x.device, dtype, kind, mask, given, bool(save))
+        if call.pixels:
+            call.run(x, kernel, recurrent_kernel, packed, bias, h, c)
+        return call.results
+
+    arrays = x, mask, given_kernel, given_recurrent, packed, bias, h, c, *(peepholes or {}).values()
+    if spec.B:
+        results = recorded.call(device, ("convlstm2d", spec, kind, dtype, bool(save)), arrays, compute)
+    else:
+        results = compute(*arrays)
+    output, h_last, c_last, h_states, c_states, z = results
     saved = None
     if save:
-        assert call.h_states is not None
-        assert call.c_states is not None
-        assert call.z is not None
-        given_state = h is not None or c is not None
-        saved = Saved(x, kernel, recurrent_kernel, peepholes, mask, call.h_states, call.c_states, call.z, kind,
-                      given_state)  # fmt: skip
-    return call.output, call.h_last, call.c_last, saved
+        assert given_kernel is not None
+        assert given_recurrent is not None
+        frame, given_state = spec.HO * spec.WO * spec.F, h is not None or c is not None
+        h_states, c_states = (States(array, frame, spec.go_backwards) for array in (h_states, c_states))
+        saved = Saved(x, given_kernel, given_recurrent, peepholes, mask, h_states, c_states, z, kind, given_state)
+    return output, h_last, c_last, saved
+
+
+def _packed_once(
+    device: Device, spec: ConvLSTMSpec, kind: int, kernel: np.ndarray, recurrent_kernel: np.ndarray
+) -> DeviceArray:
+    """Return NumPy's kernels as `_packed` does, on the device for as long as they stay what they are."""
+
+    def make() -> DeviceArray:
+        return _packed(spec, kind, device.put(kernel), device.put(recurrent_kernel))
+
+    packed: DeviceArray = remembered.remember(
+        (kernel, recurrent_kernel), (device, device.stream_key(), spec, kind), make
+    )
+    return packed
+
+
+def _packed(spec: ConvLSTMSpec, kind: int, kernel: DeviceArray, recurrent_kernel: DeviceArray) -> DeviceArray:
+    """Return the kernels as the products of a step read them, that of h first."""
+    device = kernel.device
+    tiling = _tiling(spec, kind, device, kernel.dtype)
+    parts = [
+        product.frames(device, conv, weights, tiling.depth, channels=product.operand_channels(tiling, conv.C))
+        for conv, weights in ((spec.recurrent, recurrent_kernel), (spec.input, kernel))
+    ]
+    return product.pack(device, tiling, (recurrent_kernel, kernel), parts, 4 * spec.F, gates=True)
+
+
+def _tiling(spec: ConvLSTMSpec, kind: int, device: Device, dtype: np.dtype) -> product.Tiling:
+    return product.choose(kind, dtype, device.multiprocessors, spec.B * spec.HO * spec.WO, 4 * spec.F)
 
 
 class _Forward:
@@ -131,21 +189,21 @@ class _Forward:
             self.z = device.empty((spec.B, spec.T, spec.HO, spec.WO, 4, spec.F), dtype)
 
     def run(
-        self, x: DeviceArray, kernel: DeviceArray, recurrent_kernel: DeviceArray, bias: DeviceArray | None,
-        h: DeviceArray | None, c: DeviceArray | None,
+        self, x: DeviceArray, kernel: DeviceArray, recurrent_kernel: DeviceArray, packed: DeviceArray | None,
+        bias: DeviceArray | None, h: DeviceArray | None, c: DeviceArray | None,
     ) -> None:  # fmt: skip
-        """Launch all steps."""
+        """Launch all steps; the kernels are not looked at where they are packed already."""
         spec, device = self.spec, self.device
-        tiling = product.choose(self.kind, self.dtype, device.multiprocessors, self.pixels, 4 * spec.F)
+        tiling = _tiling(spec, self.kind, device, self.dtype)
         frame_x, channels = spec.input.H * spec.input.W, spec.input.C
         data, channels = product.operands(device, tiling, x)
         x_frames = product.frames(device, spec.input, data, tiling.depth, stride=spec.T * frame_x * channels,
                                   channels=channels)  # fmt: skip
         short = tiling.kind >= KINDS["bfloat16"]
-        h_channels = -(-spec.F // 8) * 8 if short else spec.F
+        h_channels = product.operand_channels(tiling, spec.F)
         anything = device.empty((1,), tiling.operand) if short else x
         h_frames = product.frames(device, spec.recurrent, anything, tiling.depth, channels=h_channels)
-        weights = product.pack(device, tiling, (recurrent_kernel, kernel), [h_frames, x_frames], 4 * spec.F, gates=True)
+        weights = _packed(spec, self.kind, kernel, recurrent_kernel) if packed is None else packed
         short_states = None
         if short:
             shape = *spec.state_shape[:3], h_channels
@@ -162,37 +220,42 @@ class _Forward:
         z_stride, h_width = np.int64(spec.T * 4 * self.frame), np.int32(h_channels)
         peepholes, cell = cell_arguments(spec, self.dtype, self.peepholes, self.codes)
         weights_x = offset(weights, h_frames.blocks * tiling.depth * tiling.padded(4 * spec.F))
-        with device.graph(("convlstm2d", spec, self.kind, self.h_states is not None)):
-            for states, initial in ((self.h_states, h), (self.c_states, c)):
-                if states is not None:
-                    slot = states.before(spec.source_step(0))
-                    copy(device, initial, self.frame, slot, states.stride, self.frame, spec.B)
-            for t in range(spec.T):
-                source = spec.source_step(t)
-                h_old, h_new = self._h(t, h, between)
-                c_old, c_new = self._c(t, c, between)
-                y_old, y_new, y_stride = self._y(t)
-                read, stride, left_out = h_old[0] or anything, h_old[1], h_old[0] is None
-                written = None
-                if short_states is not None:
-                    read, stride = short_states[t % 2], spec.HO * spec.WO * h_channels
-                    written = short_states[1 - t % 2]
-                key = stride, read.pointer % 16, left_out
-                if key not in h_rests:
-                    h_rests[key] = h_frames.rest(read, stride, left_out=left_out)
-                product.multiply(
-                    device, "convlstm2d_step", tiling, macros, self.pixels, 4 * spec.F,
-                    read, *h_rests[key], offset(data, source * frame_x * channels), *x_rest,
-                    weights_x if left_out else weights, *common,
-                    *_strided(h_old), *_strided(h_new), *_strided(c_old), *_strided(c_new),
-                    y_old, y_new, np.int64(y_stride),
-                    None if self.z is None else offset(self.z, source * 4 * self.frame), z_stride, written, h_width,
-                    *peepholes, None if self.mask is None else offset(self.mask, source), *cell,
-                )  # fmt: skip
-            for states, last in ((self.h_states, self.h_last), (self.c_states, self.c_last)):
-                if states is not None:
-                    slot = states.after(spec.source_step(spec.T - 1))
-                    copy(device, slot, states.stride, last, self.frame, self.frame, spec.B)
+        for states, initial in ((self.h_states, h), (self.c_states, c)):
+            if states is not None:
+                slot = states.before(spec.source_step(0))
+                copy(device, initial, self.frame, slot, states.stride, self.frame, spec.B)
+        for t in range(spec.T):
+            source = spec.source_step(t)
+            h_old, h_new = self._h(t, h, between)
+            c_old, c_new = self._c(t, c, between)
+            y_old, y_new, y_stride = self._y(t)
+            read, stride, left_out = h_old[0] or anything, h_old[1], h_old[0] is None
+            written = None
+            if short_states is not None:
+                read, stride = short_states[t % 2], spec.HO * spec.WO * h_channels
+                written = short_states[1 - t % 2]
+            key = stride, read.pointer % 16, left_out
+            if key not in h_rests:
+                h_rests[key] = h_frames.rest(read, stride, left_out=left_out)
+            product.multiply(
+                device, "convlstm2d_step", tiling, macros, self.pixels, 4 * spec.F,
+                read, *h_rests[key], offset(data, source * frame_x * channels), *x_rest,
+                weights_x if left_out else weights, *common,
+                *_strided(h_old), *_strided(h_new), *_strided(c_old), *_strided(c_new),
+                y_old, y_new, np.int64(y_stride),
+                None if self.z is None else offset(self.z, source * 4 * self.frame), z_stride, written, h_width,
+                *peepholes, None if self.mask is None else offset(self.mask, source), *cell,
+            )  # fmt: skip
+        for states, last in ((self.h_states, self.h_last), (self.c_states, self.c_last)):
+            if states is not None:
+                slot = states.after(spec.source_step(spec.T - 1))
+                copy(device, slot, states.stride, last, self.frame, self.frame, spec.B)
+
+    @property
+    def results(self) -> tuple[DeviceArray | None, ...]:
+        """The output, the last h and c, and the states and pre-activations that backward needs."""
+        states = (None if states is None else states.array for states in (self.h_states, self.c_states))
+        return self.output, self.h_last, self.c_last, *states, self.z
 
     def _h(
         self, t: int, h: DeviceArray | None, between: list[DeviceArray] | None
@@ -246,11 +309,25 @@ def convlstm2d_backward(
 
     "h" and "c" are None where no initial state was given.
     """
+    if not spec.B:
+        return _empty_gradients(spec, saved)
+
+    def compute(*arrays: Any) -> dict[str, Any]:
+        *others, dy, dh, dc = arrays
+        return _gradients(spec, saved.with_arrays(others), dy, dh, dc)
+
+    device, dtype = saved.x.device, saved.x.dtype
+    key = "convlstm2d_backward", spec, saved.kind, dtype, saved.given_state
+    gradients: dict[str, Any] = recorded.call(device, key, (*saved.arrays(), dy, dh, dc), compute)
+    return gradients
+
+
+def _gradients(
+    spec: ConvLSTMSpec, saved: Saved, dy: DeviceArray | None, dh: DeviceArray | None, dc: DeviceArray | None
+) -> dict[str, Any]:
     x = saved.x
     device, dtype = x.device, x.dtype
     pixels, frame = spec.B * spec.HO * spec.WO, spec.HO * spec.WO * spec.F
-    if not pixels:
-        return _empty_gradients(spec, saved)
     kind = product.backward_kind(saved.kind)
     codes = packing.activation_codes(spec)
     assert codes is not None
@@ -268,22 +345,21 @@ def convlstm2d_backward(
     common = int32(tiling.padded(spec.F), pixels, spec.HO, spec.WO, spec.F)
     z_stride, c_stride = np.int64(spec.T * 4 * frame), np.int64(saved.c.stride)
     peepholes, cell = cell_arguments(spec, dtype, saved.peephole, codes)
-    with device.graph(("convlstm2d_backward", spec, kind)):
-        for t in reversed(range(spec.T)):
-            source = spec.source_step(t)
-            after = spec.source_step(min(t + 1, last))
-            now: tuple[DeviceArray | None, int] = (dy, frame) if t == last else (None, frame)
-            if spec.return_sequences and dy is not None:
-                now = offset(dy, t * frame), spec.T * frame
-            product.multiply(
-                device, "convlstm2d_step_backward", tiling, macros, pixels, spec.F,
-                offset(dz, after * 4 * frame), *(none if t == last else rest), weights, *common, *_strided(now),
-                dh if t == last else None, dc if t == last else dc_states[(t + 1) % 2], *carries,
-                dc_states[t % 2],
-                offset(saved.z, source * 4 * frame), z_stride, saved.c.before(source), c_stride,
-                offset(dz, source * 4 * frame), z_stride,
-                *peepholes, None if saved.mask is None else offset(saved.mask, source), *cell,
-            )  # fmt: skip
+    for t in reversed(range(spec.T)):
+        source = spec.source_step(t)
+        after = spec.source_step(min(t + 1, last))
+        now: tuple[DeviceArray | None, int] = (dy, frame) if t == last else (None, frame)
+        if spec.return_sequences and dy is not None:
+            now = offset(dy, t * frame), spec.T * frame
+        product.multiply(
+            device, "convlstm2d_step_backward", tiling, macros, pixels, spec.F,
+            offset(dz, after * 4 * frame), *(none if t == last else rest), weights, *common, *_strided(now),
+            dh if t == last else None, dc if t == last else dc_states[(t + 1) % 2], *carries,
+            dc_states[t % 2],
+            offset(saved.z, source * 4 * frame), z_stride, saved.c.before(source), c_stride,
+            offset(dz, source * 4 * frame), z_stride,
+            *peepholes, None if saved.mask is None else offset(saved.mask, source), *cell,
+        )  # fmt: skip
     dh_first = None
     if saved.given_state:
         step = offset(dz, spec.source_step(0) * 4 * frame)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -78,6 +78,17 @@ class DeviceArray:
         return arrays.capsule(self)
 
 
+@dataclass(frozen=True)
+class Launch:
+    """A kernel and what it is started with: see `Device.launch`."""
+
+    kernel: Any
+    grid: Shape
+    block: Shape
+    shared_bytes: int
+    arguments: tuple[Any, ...]
+
+
 class Device(Protocol):
     """A GPU, or what stands in for one in tests."""
 
@@ -107,8 +118,23 @@ class Device(Protocol):
     def launch(self, kernel: Any, grid: Shape, block: Shape, shared_bytes: int, *arguments: Any) -> None:
         """Start a kernel on the device's stream. Arguments are DeviceArrays, None (a null pointer) or NumPy scalars."""
 
-    def graph(self, key: Any) -> AbstractContextManager[None]:
-        """Send the launches inside to the device as one, perhaps, at the end; `get` is not for inside."""
+    def scratch(self, sizes: Sequence[int]) -> tuple[list[int], Any]:
+        """Addresses of memory for each number of bytes, and what keeps it alive."""
+        arrays = [self.empty((size,), np.uint8) for size in sizes]
+        return [array.pointer for array in arrays], arrays
+
+    def graph(self, launches: Sequence[Launch]) -> Any:
+        """Return launches as one thing that `send` starts as often as is wanted."""
+        return launches
+
+    def send(self, graph: Any) -> None:
+        """Start the launches of a graph on the device's stream."""
+        for launch in graph:
+            self.launch(launch.kernel, launch.grid, launch.block, launch.shared_bytes, *launch.arguments)
+
+    def stream_key(self) -> Any:
+        """Return what tells the stream that work goes to from all there will ever be; RuntimeError: it is captured."""
+        return None
 
     def on(self, stream: Any) -> AbstractContextManager[None]:
         """Work inside goes to `stream`, a handle or an object with __cuda_stream__; None: to that of the outside."""
