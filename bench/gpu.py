@@ -28,7 +28,7 @@ from typing import Any
 import fastclstm
 from bench import cases, peers
 from fastclstm import functional
-from fastclstm.engines.cuda import device
+from fastclstm.engines.cuda import device, recorded
 
 CASES = {
     case.name: case
@@ -77,11 +77,11 @@ def ours(inputs: list[Any], weights: dict[str, Any], precision: str) -> Implemen
     for n in range(len(inputs)):
         with _held(gpu, keep):
             call(n)
-        replays.append(gpu._graphs.popitem()[1].executable)  # the last one used; the next call makes a new one
+        replays.append(recorded._plans.popitem()[1])  # the last one made; the next call makes a new one
 
     def graph(n: int) -> None:
         with gpu.on(_stream()):
-            replays[n].launch(gpu.stream)
+            gpu.send(replays[n].graph)
 
     return Implementation(f"fastclstm {precision}", precision, call, graph, keep)
 

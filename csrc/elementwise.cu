@@ -14,7 +14,7 @@ KERNEL(256)
 pack(const real* weights, const int4* taps, int depth, int inner, int columns, int quad_block, int count, int gates,
      int transposed, int channels, int filters, operand* packed)
 {
-    resolve(weights, packed);
+    resolve(weights, taps, packed);
     long long n = thread_number();
     if (n >= (long long)depth * columns) return;
     int at = int(n % inner), p = int(n / inner % columns), k = int(n / inner / columns) * inner + at;

@@ -11,7 +11,6 @@ import shutil
 import sys
 import threading
 import weakref
-from collections import OrderedDict
 from dataclasses import replace
 from functools import partial
 from types import ModuleType, SimpleNamespace
@@ -613,7 +612,7 @@ def test_weights_of_numpy_are_brought_and_packed_once(card, log):
 
 
 def test_plans_that_are_let_go_give_their_memory_back(card, monkeypatch):
-    monkeypatch.setattr(recorded, "_plans", OrderedDict())
+    monkeypatch.setattr(recorded, "_plans", {})
     monkeypatch.setattr(recorded, "MOST_PLANS", 2)
     held = []
     for T in (1, 2, 3):

@@ -33,7 +33,7 @@ FORMS = [
 @pytest.fixture
 def plans(monkeypatch):
     """The plans of one test."""
-    monkeypatch.setattr(recorded, "_plans", type(recorded._plans)())
+    monkeypatch.setattr(recorded, "_plans", {})
     return recorded._plans
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from itertools import accumulate
 from typing import Any
@@ -23,6 +23,7 @@ ALIGNMENT = 256
 """Bytes that pieces of scratch memory start at a multiple of."""
 LEGACY_DEFAULT_STREAM, PER_THREAD_DEFAULT_STREAM = 1, 2
 _NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
+_NOTHING = nullcontext()
 
 
 @cache
@@ -180,12 +181,12 @@ class GPU:
             return self._core.PER_THREAD_DEFAULT_STREAM
         return self._core.Stream.from_handle(stream)
 
-    @contextmanager
-    def _context(self) -> Iterator[None]:
+    def _context(self) -> AbstractContextManager[None]:
         """Make this GPU the thread's current one inside; within `on` it is."""
-        if self._work.streams:
-            yield
-            return
+        return _NOTHING if self._work.streams else self._as_current()
+
+    @contextmanager
+    def _as_current(self) -> Iterator[None]:
         before = _checked(self._driver.cuCtxGetCurrent())
         self._device.set_current()
         try:

@@ -12,9 +12,9 @@ before has read it; results and what is between them are allocated call by call,
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from threading import Lock
 from typing import Any
 
@@ -35,7 +35,8 @@ MOST_PLANS = 64
 MOST_BYTES = 64 << 20
 """… the bytes on devices that all of them may hold."""
 
-_plans: OrderedDict[Any, _Plan] = OrderedDict()
+_plans: dict[Any, _Plan] = {}
+_clock = count()
 _lock = Lock()
 
 
@@ -46,17 +47,19 @@ def call(device: Device, key: Any, arrays: Sequence[DeviceArray | None], compute
     they lie. `compute` takes its device from its arrays, and returns what it has allocated there.
     """
     form = device, device.stream_key(), key, *(None if a is None else a.pointer % ALIGNMENT for a in arrays)
-    with _lock:
-        plan = _plans.get(form)
-        if plan is not None:
-            _plans.move_to_end(form)
+    plan = _plans.get(form)
     if plan is None:
         plan = _Plan(device, arrays, compute)
         with _lock:
+            while _plans and (len(_plans) >= MOST_PLANS or plan.nbytes + _held_bytes() > MOST_BYTES):
+                del _plans[min(_plans, key=lambda form: _plans[form].used)]
             _plans[form] = plan
-            while len(_plans) > MOST_PLANS or (len(_plans) > 1 and sum(p.nbytes for p in _plans.values()) > MOST_BYTES):
-                _plans.popitem(last=False)
+    plan.used = next(_clock)
     return plan.run(arrays)
+
+
+def _held_bytes() -> int:
+    return sum(plan.nbytes for plan in _plans.values())
 
 
 @dataclass(frozen=True)
@@ -130,8 +133,16 @@ class _Plan:
         scratch = [array for array in made if array.number not in returned]
         self._scratch = [array.nbytes for array in scratch]
         order = *range(first), *(array.number for array in (*self._results, *scratch))
-        self._place = {number: place for place, number in enumerate(order)}
-        self._found = _mapped(lambda array: _part(array) if _stands_in(array) else array, found)
+        place = {number: n for n, number in enumerate(order)}
+
+        def as_found(array: DeviceArray) -> Any:
+            if not _stands_in(array):
+                return array
+            part = _part(array)
+            return place[part.number] if part in self._results else replace(part, number=place[part.number])
+
+        self._found = _mapped(as_found, found)
+        """Of results that are whole arrays their place among those of a call, of others the part, of that place."""
 
         constants = list(recorder.constants.values())
         used = [a for launch in recorder.launches for a in launch.arguments if isinstance(a, DeviceArray) and a.size]
@@ -146,10 +157,10 @@ class _Plan:
             entry = table.pointer + 8 * entries[argument.pointer]
             return replace(argument, pointer=IN_TABLE | entry, owner=table.owner, device=device)
 
-        self._graph = device.graph(
+        self.graph = device.graph(
             [replace(launch, arguments=tuple(map(in_table, launch.arguments))) for launch in recorder.launches]
         )
-        places = np.array([self._place[part.number] for part in parts.values()], np.int32)
+        places = np.array([place[part.number] for part in parts.values()], np.int32)
         offsets = np.array([part.offset for part in parts.values()], np.int64)
         self._table = table, device.put(places), device.put(offsets)
         self._constants = constants
@@ -158,6 +169,8 @@ class _Plan:
         kernel = device.kernel("memory.cu", "write_table", {"ARRAYS": self._most})
         self._write = kernel, (-(-len(parts) // 256),), (256,), 8 * self._most, *self._table, np.int32(len(parts))
         self._lock = Lock()
+        self.used = 0
+        """When, on the plans' clock."""
 
     def run(self, arrays: Sequence[DeviceArray | None]) -> Any:
         """Send the launches with `arrays` and new results."""
@@ -169,15 +182,17 @@ class _Plan:
         unused = [0] * (self._most - len(addresses))
         with self._lock:
             device.launch(*self._write, *np.array(addresses + unused, np.int64))
-            device.send(self._graph)
+            device.send(self.graph)
         del owner  # not before: what is let go may be handed out again
         every = given + results
 
-        def filled(part: Any) -> Any:
-            if not isinstance(part, _Part):
-                return part
-            place = self._place[part.number]
-            return replace(every[place], pointer=addresses[place] + part.offset, shape=part.shape, dtype=part.dtype)
+        def filled(found: Any) -> Any:
+            if isinstance(found, int):
+                return every[found]
+            if isinstance(found, _Part):
+                address = addresses[found.number] + found.offset
+                return replace(every[found.number], pointer=address, shape=found.shape, dtype=found.dtype)
+            return found
 
         return _mapped(filled, self._found)
 
