@@ -599,10 +599,15 @@ def test_a_plan_is_of_one_stream(card, log):
 def test_weights_of_numpy_are_brought_and_packed_once(card, log):
     x, *_ = recurrent(card)
     weights = [np.ones(shape, np.float32) for shape in ((3, 3, 1, 8), (3, 3, 2, 8), (8,))]
+    log.clear()
     functional.convlstm2d(x, *weights)
+    first = names(log)
     log.clear()
     functional.convlstm2d(x, *weights)
     assert names(log) == ["launch", "graph"]
+    log.clear()
+    functional.convlstm2d(replace(x, stream=43), *weights)  # which does not wait for stream 42
+    assert names(log) == first
     weights[1][0, 0, 0, 0] = 5
     log.clear()
     functional.convlstm2d(x, *weights)
