@@ -41,7 +41,7 @@ DEVICE const operand* find_x(const Frames& x, Pixel pixel, const int4& tap, int 
 KERNEL(THREADS, 512 / THREADS)
 weight_gradient(PARAMETERS)
 {
-    resolve(mask, dy, partial);
+    resolve(mask, dy);
     Frames x = AS_FRAMES(x);
     Grid grid = {pixels, height, width};
     real* taps_tile = (real*)shared_memory();  // [2][DEPTH][PITCH]
@@ -108,6 +108,7 @@ weight_gradient(PARAMETERS)
             __syncthreads();
         }
     }
+    resolve(partial);
     partial += (long long)blockIdx.z * depth * filters;
 #pragma unroll
     for (int i = 0; i < EACH; i++)
@@ -134,7 +135,7 @@ weight_gradient(PARAMETERS)
 KERNEL(THREADS, 512 / THREADS)
 weight_gradient(PARAMETERS)
 {
-    resolve(mask, dy, partial);
+    resolve(mask, dy);
     Frames x = AS_FRAMES(x);
     Grid grid = {pixels, height, width};
     float* stages = (float*)shared_memory();
@@ -217,6 +218,7 @@ weight_gradient(PARAMETERS)
             }
         }
     }
+    resolve(partial);
     partial += (long long)blockIdx.z * depth * filters;
 #pragma unroll
     for (int m = 0; m < ROW_TILES; m++)
