@@ -202,6 +202,50 @@ def test_nested_results_and_parts_of_arrays(plans):
     assert len(device.graphs) == 1
 
 
+def test_what_is_let_go_makes_room(plans):
+    """Five arrays between x and y: two live at a time, and the first to the end."""
+    device = EmulatedDevice()
+    sizes = []
+    device.scratch = lambda wanted: sizes.append(wanted) or EmulatedDevice.scratch(device, wanted)
+
+    def compute(x):
+        first = step(x, 4)
+        there = first
+        for count in (8, 2, 8, 4):
+            there = step(there, count)
+        y = step(there, 4)
+        cuda.copy(x.device, first, 4, product.offset(y, 3), 0, 1, 1)
+        return y
+
+    def step(x, count):
+        """The first element of x, twice."""
+        y = x.device.zeros((count,), np.float32)
+        for at in range(2):
+            cuda.copy(x.device, x, 0, product.offset(y, at), 0, 1, 1)
+        return y
+
+    for value in (3, 4):
+        y = recorded.call(device, "key", (device.put(np.full(4, value, np.float32)),), compute)
+        np.testing.assert_array_equal(device.get(y), [value, value, 0, value])
+    assert sizes == [[16, 32, 16]] * 2
+
+
+@pytest.mark.parametrize("count", [15, 16, 31, 32, 63])
+def test_as_many_arrays_as_there_may_be(count, plans):
+    device = EmulatedDevice()
+
+    def compute(*arrays):
+        y = arrays[0].device.empty((count,), np.float32)
+        for n, x in enumerate(arrays):
+            cuda.copy(x.device, x, 0, product.offset(y, n), 0, 1, 1)
+        return y
+
+    for first in (0, 100):
+        x = np.arange(first, first + count, dtype=np.float32)
+        y = recorded.call(device, "key", tuple(device.put(x[n : n + 1]) for n in range(count)), compute)
+        np.testing.assert_array_equal(device.get(y), x)
+
+
 def test_zeros_of_every_size(plans):
     device = EmulatedDevice()
     for size in (1, 15, 16, 17, 4095, 4096, 4097):

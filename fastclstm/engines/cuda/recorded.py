@@ -6,12 +6,14 @@ memory, which a launch before the graph writes (csrc/memory.cu). So a graph neve
 processor does not grow with what it launches.
 
 A plan holds a table and constants. It is of one stream, whose order keeps a call from writing the table before the one
-before has read it; results and what is between them are allocated call by call, from the stream's pool.
+before has read it; results and what is between them are allocated call by call, from the stream's pool. What is let go
+while a computation is recorded makes room for what comes later.
 """
 
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
@@ -77,12 +79,19 @@ class _Part:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+class _Owner:
+    """What lives as long as an array that stands for another is of use to somebody."""
+
+
 class _Recorder:
     """A device that computes nothing: it writes down launches and gives out arrays that stand for those to come."""
 
     def __init__(self, device: Device):
         self._device = device
+        self._owners: list[weakref.ref[_Owner]] = []
         self.arrays: list[_Part] = []
+        self.lives: list[tuple[int, int | None]] = []
+        """Of each array how many launches there were when it came and when it was let go; None: it was not."""
         self.launches: list[Launch] = []
         self.constants: dict[Any, DeviceArray] = {}
 
@@ -91,10 +100,17 @@ class _Recorder:
 
     def stand_in(self, shape: Shape, dtype: Any, offset: int = 0) -> DeviceArray:
         """Return an array that stands for one to come, `offset` bytes beyond a multiple of the alignment."""
-        part = _Part(len(self.arrays), 0, tuple(map(int, shape)), np.dtype(dtype))
+        number, owner = len(self.arrays), _Owner()
+        part = _Part(number, 0, tuple(map(int, shape)), np.dtype(dtype))
         self.arrays.append(part)
+        self.lives.append((len(self.launches), None))
+
+        def end(_: Any) -> None:
+            self.lives[number] = self.lives[number][0], len(self.launches)
+
+        self._owners.append(weakref.ref(owner, end))
         device: Any = self
-        return DeviceArray(IN_TABLE | part.number << OFFSET_BITS | offset, part.shape, part.dtype, None, device)
+        return DeviceArray(IN_TABLE | number << OFFSET_BITS | offset, part.shape, part.dtype, owner, device)
 
     def empty(self, shape: Shape, dtype: Any) -> DeviceArray:
         return self.stand_in(shape, dtype) if math.prod(shape) else self._device.empty(shape, dtype)
@@ -115,7 +131,8 @@ class _Recorder:
         return self.constants[key]
 
     def launch(self, kernel: Any, grid: Shape, block: Shape, shared_bytes: int, *arguments: Any) -> None:
-        self.launches.append(Launch(kernel, grid, block, shared_bytes, arguments))
+        values = tuple(replace(a, owner=None) if isinstance(a, DeviceArray) and _stands_in(a) else a for a in arguments)
+        self.launches.append(Launch(kernel, grid, block, shared_bytes, values))
 
 
 class _Plan:
@@ -130,10 +147,12 @@ class _Plan:
         returned = {_part(array).number for array in _leaves(found) if _stands_in(array)}
         self._device = device
         self._results = [array for array in made if array.number in returned]
-        scratch = [array for array in made if array.number not in returned]
-        self._scratch = [array.nbytes for array in scratch]
-        order = *range(first), *(array.number for array in (*self._results, *scratch))
+        order = *range(first), *(array.number for array in self._results)
         place = {number: n for n, number in enumerate(order)}
+        self._scratch, blocks = _shared_memory([a for a in made if a.number not in returned], recorder.lives)
+        place |= {number: len(order) + block for number, block in blocks.items()}
+        count = len(order) + len(self._scratch)
+        assert count <= MOST_ARRAYS[-1], f"{count} arrays in one call"
 
         def as_found(array: DeviceArray) -> Any:
             if not _stands_in(array):
@@ -145,9 +164,10 @@ class _Plan:
         """Of results that are whole arrays their place among those of a call, of others the part, of that place."""
 
         constants = list(recorder.constants.values())
-        used = [a for launch in recorder.launches for a in launch.arguments if isinstance(a, DeviceArray) and a.size]
-        assert all(_stands_in(array) or array in constants for array in used), "an array that the call was not given"
+        used = [a for launch in recorder.launches for a in launch.arguments if isinstance(a, DeviceArray)]
         parts = {array.pointer: _part(array) for array in used if _stands_in(array)}
+        others = [array for array in used if not _stands_in(array) and array.size]
+        assert all(array in constants for array in others), "an array that the call was not given"
         entries = {address: n for n, address in enumerate(parts)}
         table = device.empty((len(parts),), np.int64)
 
@@ -165,7 +185,7 @@ class _Plan:
         self._table = table, device.put(places), device.put(offsets)
         self._constants = constants
         self.nbytes = sum(array.nbytes for array in (*self._table, *constants))
-        self._most = next(most for most in MOST_ARRAYS if len(order) <= most)
+        self._most = next(most for most in MOST_ARRAYS if count <= most)
         kernel = device.kernel("memory.cu", "write_table", {"ARRAYS": self._most})
         self._write = kernel, (-(-len(parts) // 256),), (256,), 8 * self._most, *self._table, np.int32(len(parts))
         self._lock = Lock()
@@ -195,6 +215,26 @@ class _Plan:
             return found
 
         return _mapped(filled, self._found)
+
+
+def _shared_memory(
+    arrays: list[_Part], lives: list[tuple[int, int | None]]
+) -> tuple[list[int], dict[int, int]]:  # fmt: skip
+    """Return how many bytes blocks have, and each array's block: that of one that was let go before it came."""
+    sizes: list[int] = []
+    ends: list[float] = []
+    blocks = {}
+    for array in arrays:
+        came, gone = lives[array.number]
+        free = [n for n, end in enumerate(ends) if end <= came]
+        large = [n for n in free if sizes[n] >= array.nbytes]
+        if not free:
+            sizes.append(0)
+            ends.append(0)
+        n = min(large, key=sizes.__getitem__) if large else max(free, key=sizes.__getitem__, default=len(sizes) - 1)
+        sizes[n], ends[n] = max(sizes[n], array.nbytes), math.inf if gone is None else gone
+        blocks[array.number] = n
+    return sizes, blocks
 
 
 def _stands_in(array: DeviceArray) -> bool:
