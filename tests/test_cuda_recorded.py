@@ -202,6 +202,24 @@ def test_nested_results_and_parts_of_arrays(plans):
     assert len(device.graphs) == 1
 
 
+def test_a_call_within_a_call_is_a_part_of_it(plans):
+    device = EmulatedDevice()
+    spec, arrays, _ = case(FORMS[1], 0)
+    x, *others = cast(arrays, np.float32)
+
+    def compute(*given):
+        *_, h, c = cuda.convlstm2d(spec, given[0], *given[1:6], None, given[6])[:3]
+        return cuda.convlstm2d(spec, given[0], *given[1:4], h, c, None, given[6])[:3]
+
+    expected = reference.convlstm2d(spec, x, *others)[:3]
+    expected = reference.convlstm2d(spec, x, *others[:3], *expected[1:], *others[5:])[:3]
+    for _ in range(2):
+        mask = device.put(others[-1].view(np.uint8))
+        given = [put(device, array) for array in (x, *others[:5])]
+        near(get(device, recorded.call(device, "key", (*given, mask), compute)), get(None, expected), 1e-5)
+    assert len(plans) == len(device.graphs) == 1
+
+
 def test_what_is_let_go_makes_room(plans):
     """Five arrays between x and y: two live at a time, and the first to the end."""
     device = EmulatedDevice()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import numpy as np
 
 from fastclstm.engines.cuda import product, recorded
@@ -23,20 +21,27 @@ def conv2d(
     if not spec.B:
         return device.empty((0, spec.HO, spec.WO, spec.F), dtype)
     kind = product.kind(device, dtype, algorithm)
+
+    def compute(x: DeviceArray, kernel: DeviceArray, bias: DeviceArray | None) -> DeviceArray:
+        tiling = product.choose(kind, dtype, device.multiprocessors, spec.B * spec.HO * spec.WO, spec.F)
+        return convolve(spec, tiling, x, kernel, bias)
+
     arrays = x, on_device(device, kernel), None if bias is None else on_device(device, bias)
-    y: DeviceArray = recorded.call(device, ("conv2d", spec, kind, dtype), arrays, partial(_conv2d, spec, kind))
+    y: DeviceArray = recorded.call(device, ("conv2d", spec, kind, dtype), arrays, compute)
     return y
 
 
-def _conv2d(spec: ConvSpec, kind: int, x: DeviceArray, kernel: DeviceArray, bias: DeviceArray | None) -> DeviceArray:
-    device, dtype = x.device, x.dtype
-    pixels = spec.B * spec.HO * spec.WO
-    y = device.empty((spec.B, spec.HO, spec.WO, spec.F), dtype)
-    tiling = product.choose(kind, dtype, device.multiprocessors, pixels, spec.F)
+def convolve(
+    spec: ConvSpec, tiling: product.Tiling, x: DeviceArray, kernel: DeviceArray, bias: DeviceArray | None
+) -> DeviceArray:
+    """Convolve as `conv2d` does, with products cut in a given way."""
+    device = x.device
+    y = device.empty((spec.B, spec.HO, spec.WO, spec.F), x.dtype)
     data, channels = product.operands(device, tiling, x)
     frames = product.frames(device, spec, data, tiling.depth, channels=channels)
     weights = product.pack(device, tiling, (kernel,), [frames], spec.F)
-    _multiply(device, tiling, frames, weights, (pixels, spec.HO, spec.WO), spec.F, y, bias=bias)
+    grid = spec.B * spec.HO * spec.WO, spec.HO, spec.WO
+    _multiply(device, tiling, frames, weights, grid, spec.F, y, bias=bias)
     return y
 
 
