@@ -23,7 +23,7 @@ SOURCES = Path(__file__).parents[2] / "csrc"
 GUARD = 256
 """Bytes before and after each array; they read as NaN, and must not change."""
 
-_running = threading.Lock()
+_running, _compiling = threading.Lock(), threading.Lock()
 
 KINDS = {"f": np.float32, "d": np.float64, "i": np.int32, "l": np.int64, "H": np.uint16, "B": np.uint8}
 
@@ -95,7 +95,8 @@ class EmulatedDevice(Device):
     def empty(self, shape, dtype):
         dtype = np.dtype(dtype)
         memory = Memory(int(np.prod(shape, dtype=np.int64)) * dtype.itemsize)
-        self._memories.add(memory)
+        with _running:
+            self._memories.add(memory)
         return DeviceArray(memory.pointer, tuple(shape), dtype, memory, self)
 
     def zeros(self, shape, dtype):
@@ -116,8 +117,9 @@ class EmulatedDevice(Device):
 
     def kernel(self, source, name, macros):
         key = source, name, tuple(sorted(macros.items()))
-        if key not in self._kernels:
-            self._kernels[key] = Kernel(_library(source, key[2]), name)
+        with _compiling:
+            if key not in self._kernels:
+                self._kernels[key] = Kernel(_library(source, key[2]), name)
         return self._kernels[key]
 
     def launch(self, kernel, grid, block, shared_bytes, *arguments):
@@ -147,9 +149,9 @@ class EmulatedDevice(Device):
         seed = ctypes.c_uint64(next(self._seeds))
         with _running:
             error = kernel.run(pointers, triple(*grid), triple(*block), ctypes.c_int(shared_bytes), seed)
+            broken = [memory.size for memory in self._memories if not memory.intact]
         assert error is None, f"{kernel.name}: {error.decode()}"
-        for memory in list(self._memories):
-            assert memory.intact, f"{kernel.name}: a write beyond an array of {memory.size} bytes"
+        assert not broken, f"{kernel.name}: a write beyond an array of {broken[0]} bytes"
         self.launches.append((kernel.name, grid, block))
 
     def graph(self, launches):
