@@ -19,6 +19,23 @@ extern __shared__ __align__(128) unsigned char dynamic_shared_memory[];
 DEVICE unsigned char* shared_memory() { return dynamic_shared_memory; }
 #endif
 
+// Kernels are given addresses, or with this bit where one stands in a table: those of arrays that change from call to
+// call (memory.cu). Every kernel resolves its pointers first.
+const unsigned long long IN_TABLE = 1ull << 62;
+
+template <class T> DEVICE T* resolved(T* p)
+{
+    unsigned long long address = (unsigned long long)p;
+    if (address & IN_TABLE) address = __ldg((const unsigned long long*)(address ^ IN_TABLE));
+#ifdef FASTCLSTM_EMULATOR
+    return (T*)address;
+#else
+    return (T*)__cvta_global_to_generic(address);  // so that the compiler knows which memory it is
+#endif
+}
+
+template <class... T> DEVICE void resolve(T*&... pointers) { ((pointers = resolved(pointers)), ...); }
+
 DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 // Loads of what no thread of the launch writes; or, `late`, of what another block has written before a barrier of all

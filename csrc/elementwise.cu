@@ -16,6 +16,7 @@ KERNEL(256)
 pack(const real* weights, const int4* taps, int depth, int inner, int columns, int quad_block, int count, int gates,
      int transposed, int channels, int filters, operand* packed)
 {
+    resolve(weights, taps, packed);
     long long n = thread_number();
     if (n >= (long long)depth * columns) return;
     int at = int(n % inner), p = int(n / inner % columns), k = int(n / inner / columns) * inner + at;
@@ -42,6 +43,7 @@ pack(const real* weights, const int4* taps, int depth, int inner, int columns, i
 KERNEL(256)
 convert(const real* from, long long pixels, int channels, int padded, operand* to)
 {
+    resolve(from, to);
     long long n = thread_number();
     if (n >= pixels * padded) return;
     int channel = int(n % padded);
@@ -52,6 +54,7 @@ convert(const real* from, long long pixels, int channels, int padded, operand* t
 KERNEL(256)
 copy(const real* from, long long from_stride, real* to, long long to_stride, long long count, int images)
 {
+    resolve(from, to);
     long long n = thread_number();
     if (n >= count * images) return;
     long long image = n / count, at = n - image * count;
@@ -63,6 +66,7 @@ copy(const real* from, long long from_stride, real* to, long long to_stride, lon
 KERNEL(256)
 column_sums(const operand* rows, long long count, int width, int columns, double* partial)
 {
+    resolve(rows, partial);
     double* kept = (double*)shared_memory();
     int column = blockIdx.x * 32 + threadIdx.x;
     double sum = 0;
@@ -78,6 +82,7 @@ column_sums(const operand* rows, long long count, int width, int columns, double
 
 template <class T> DEVICE void add_shares(const T* partial, int shares, long long count, const real* more, real* to)
 {
+    resolve(partial, more, to);
     long long n = thread_number();
     if (n >= count) return;
     double sum = more ? more[n] : real(0);
@@ -104,6 +109,7 @@ KERNEL(256)
 fill_masked(real* h, long long stride, long long step, long long count, int images, int T, const unsigned char* mask,
             int mask_step)
 {
+    resolve(h, mask);
     long long n = thread_number();
     if (n >= count * images) return;
     long long image = n / count;
@@ -120,6 +126,7 @@ KERNEL(256)
 peephole_gradient(const operand* dz, int channels, const real* c, int images, int T, int first, int count, int filters,
                   const real* more, real* to)
 {
+    resolve(dz, c, more, to);
     long long n = thread_number();
     if (n >= count) return;
     long long p = n / filters, f = n - p * filters;

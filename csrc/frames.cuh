@@ -27,8 +27,8 @@ struct Frames {
         int p##_step_w, int p##_divide_h, int p##_divide_w, int p##_circular, int p##_whole, const int4 *p##_taps,    \
         int p##_blocks
 #define AS_FRAMES(p)                                                                                                   \
-    {p##_data, p##_stride, p##_height, p##_width, p##_channels, p##_step_h, p##_step_w, p##_divide_h, p##_divide_w,   \
-     p##_circular, p##_whole, p##_taps, p##_blocks, false}
+    {resolved(p##_data), p##_stride, p##_height, p##_width, p##_channels, p##_step_h, p##_step_w, p##_divide_h,        \
+     p##_divide_w, p##_circular, p##_whole, p##_taps, p##_blocks, false}
 
 struct Pixel {
     int image, row, column;  // image -1: none

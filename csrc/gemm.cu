@@ -13,12 +13,14 @@ KERNEL(THREADS, MIN_BLOCKS)
 conv2d(FRAMES(x), const operand* weights, int columns, int pixels, int height, int width, const real* bias,
        const real* residual, real* y, int filters)
 {
+    resolve(weights);
     Frames x = AS_FRAMES(x), none = AS_FRAMES(x);
     none.blocks = 0;
     Grid grid = {pixels, height, width};
     int first_row = blockIdx.x * TILE_ROWS, first_quad = blockIdx.y * TILE_QUADS;
     Tile tile;
     multiply(tile, grid, x, none, weights, columns, first_row, first_quad);
+    resolve(bias, residual, y);
     visit_columns(tile, first_row, first_quad * 4, [&](int row, int f, real sum) {
         if (row >= pixels || f >= filters) return;
         long long at = (long long)row * filters + f;
@@ -36,11 +38,13 @@ convlstm2d_step(FRAMES(h), FRAMES(x), const operand* weights, int columns, int p
                 const real* peep_f, const real* peep_o, int peep_stride, const unsigned char* mask, int mask_stride,
                 real cell_clip, int recurrent_activation, int activation, int output_activation)
 {
+    resolve(weights);
     Frames h = AS_FRAMES(h), x = AS_FRAMES(x);
     Grid grid = {pixels, height, width};
     int first_row = blockIdx.x * TILE_ROWS, first_quad = blockIdx.y * TILE_QUADS;
     Tile tile;
     multiply(tile, grid, x, h, weights, columns, first_row, first_quad);
+    resolve(bias, h_last, h_next, c_last, c_next, y_last, y_next, z, h_operand, peep_i, peep_f, peep_o, mask);
     Cell cell = {height * width, filters, bias, peep_i, peep_f, peep_o, peep_stride, cell_clip, recurrent_activation,
                  activation, output_activation};
     Step step = {h_last, h_last_stride, h_next, h_next_stride, c_last, c_last_stride, c_next, c_next_stride, y_last,
@@ -63,12 +67,14 @@ convlstm2d_step_backward(FRAMES(dz), const operand* weights, int columns, int pi
                          int peep_stride, const unsigned char* mask, int mask_stride, real cell_clip,
                          int recurrent_activation, int activation, int output_activation)
 {
+    resolve(weights);
     Frames dz = AS_FRAMES(dz), none = AS_FRAMES(dz);
     none.blocks = 0;
     Grid grid = {pixels, height, width};
     int first_row = blockIdx.x * TILE_ROWS, first_quad = blockIdx.y * TILE_QUADS;
     Tile tile;
     multiply(tile, grid, dz, none, weights, columns, first_row, first_quad);
+    resolve(dy, dh_last, dc_last, dh, dy_carry, dc_next, z, c_last, h_now, peep_i, peep_f, peep_o, mask);
     int frame = height * width;
     int sigma = ACTIVATION(recurrent_activation, SIGMOID), on_g = ACTIVATION(activation, TANH);
     int on_c = ACTIVATION(output_activation, TANH);

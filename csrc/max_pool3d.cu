@@ -19,6 +19,7 @@ DEVICE void load(long long (&to)[4], const long long* from)
 KERNEL(256)
 max_pool3d(const real* x, VOLUME, real* y, long long* indices)
 {
+    resolve(x, y, indices);
     int n = blockIdx.x * 256 + threadIdx.x, pieces = C / WIDTH;
     if (n >= HO * WO * pieces) return;
     int pixel = n / pieces, channel = (n - pixel * pieces) * WIDTH, ho = pixel / WO, wo = pixel - ho * WO;
@@ -60,6 +61,7 @@ max_pool3d(const real* x, VOLUME, real* y, long long* indices)
 KERNEL(256)
 max_pool3d_backward(const long long* indices, const real* dy, VOLUME, real* dx)
 {
+    resolve(indices, dy, dx);
     int n = blockIdx.x * 256 + threadIdx.x, pieces = C / WIDTH;
     if (n >= H * W * pieces) return;
     int pixel = n / pieces, channel = (n - pixel * pieces) * WIDTH, h = pixel / W, w = pixel - h * W;

@@ -43,6 +43,7 @@ convlstm2d_steps(FRAMES(h), FRAMES(x), long long x_step, int T, int* arrived, co
                  const unsigned char* mask, int mask_step, int mask_stride, real cell_clip, int recurrent_activation,
                  int activation, int output_activation)
 {
+    resolve(arrived, weights, bias, h_operand, h_first, h_last, c_first, c_last, y, peep_i, peep_f, peep_o, mask);
     Frames h = AS_FRAMES(h), x = AS_FRAMES(x), none = AS_FRAMES(x);
     none.blocks = 0;
     h.late = true;

@@ -48,6 +48,7 @@ DEVICE const operand* find_x(Frames x, const Place& place, const int4& tap)
 KERNEL(THREADS, 512 / THREADS)
 weight_gradient(PARAMETERS)
 {
+    resolve(mask, dy);
     Frames x = AS_FRAMES(x);
     Grid grid = {pixels, height, width};
     real* taps_tile = (real*)shared_memory();  // [2][DEPTH][PITCH]
@@ -114,6 +115,7 @@ weight_gradient(PARAMETERS)
             __syncthreads();
         }
     }
+    resolve(partial);
     partial += (long long)blockIdx.z * depth * filters;
 #pragma unroll
     for (int i = 0; i < EACH; i++)
@@ -141,6 +143,7 @@ weight_gradient(PARAMETERS)
 KERNEL(THREADS, 512 / THREADS)
 weight_gradient(PARAMETERS)
 {
+    resolve(mask, dy);
     Frames x = AS_FRAMES(x);
     Grid grid = {pixels, height, width};
     operand* stages = (operand*)shared_memory();
@@ -254,6 +257,7 @@ weight_gradient(PARAMETERS)
         }
 #endif
     }
+    resolve(partial);
     partial += (long long)blockIdx.z * (depth / x.channels * channels) * filters;
 #pragma unroll
     for (int m = 0; m < ROW_TILES; m++)

@@ -18,6 +18,9 @@ TOP = 7
 SHARED = {"recurrence", "disk_cache"}
 """What every engine may import of the engines' floor."""
 
+SHARED = {"recurrence", "remembered"}
+"""Modules of engines/ that every engine may use."""
+
 HEAVY = {"numba", "llvmlite", "torch", "keras", "tensorflow", "jax", "dask", "xarray", "safetensors", "h5py", "sklearn",
          "scipy", "matplotlib", "PIL", "tqdm", "typer", "click", "rich"}  # fmt: skip
 

@@ -155,7 +155,7 @@ def memory(algorithm, save, **options):
     device = Counting()
     spec, arrays, cotangents = problem((B, T, SIZE, SIZE, C), (1, 1), F, initial="", **options)
     forward = partial(cuda.convlstm2d, spec, *put_all(device, cast(arrays, np.float32)), algorithm=algorithm)
-    forward()
+    forward(save=save)  # what a plan keeps is not counted
     cotangents = [put(device, cast(d, np.float32)) for d in cotangents]
     gc.collect()
     before = device.bytes

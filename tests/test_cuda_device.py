@@ -5,9 +5,14 @@ processor's.
 """
 
 import ctypes
+import gc
 import re
+import shutil
 import sys
 import threading
+import weakref
+from dataclasses import replace
+from functools import partial
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
@@ -15,8 +20,8 @@ import pytest
 
 from bench import gpu as bench_gpu
 from fastclstm import functional, info
-from fastclstm.engines.cuda import compilation, device, gpu, persistent
-from fastclstm.engines.cuda.device import DeviceArray
+from fastclstm.engines.cuda import compilation, device, gpu, persistent, recorded
+from fastclstm.engines.cuda.device import DeviceArray, Launch
 
 NO_DEVICE, MISMATCH = 100, 803
 
@@ -30,6 +35,7 @@ class Driver:
 
     def __init__(self, log):
         self.log, self.status, self.gpus, self.context, self.version = log, 0, 2, None, 13020
+        self.streams, self.capturing = {}, set()
 
     def cuInit(self, flags):
         if isinstance(self.status, Exception):
@@ -59,6 +65,13 @@ class Driver:
     def cuPointerGetAttribute(self, attribute, pointer):
         assert attribute == "ordinal"
         return 0, 1
+
+    def cuStreamIsCapturing(self, stream):
+        return 0, stream in self.capturing
+
+    def cuStreamGetId(self, stream):
+        assert stream not in self.capturing, "this would break the capture"
+        return 0, self.streams.get(stream, stream + 100)
 
     def cuKernelSetAttribute(self, attribute, value, kernel, ordinal):
         assert attribute == "dynamic bytes"
@@ -114,11 +127,6 @@ def core_of(driver, log, capability=(9, 0)):
         def __init__(self, launches):
             self.launches = launches
 
-        def update(self, builder):
-            assert [k for k, *_ in self.launches] == [k for k, *_ in builder.launches], "not the same form"
-            self.launches = builder.launches
-            log.append(("update",))
-
         def launch(self, stream):
             log.append(("graph", stream.handle, self.launches))
 
@@ -140,6 +148,8 @@ def core_of(driver, log, capability=(9, 0)):
             return Graph(self.launches)
 
         def close(self):
+            if self.state == "building":
+                log.append(("closed",))
             self.state = "closed"
 
     class Device:
@@ -503,10 +513,11 @@ def test_cooperative_launch(card, log):
 # --- Graphs ---
 
 
-def steps(card, key, arrays, kernels="ab"):
-    with card.graph(key):
-        for number, (array, name) in enumerate(zip(arrays, kernels, strict=False)):
-            card.launch(card.kernel("a.cu", name, {}), (number + 1,), (32,), 0, array, np.int32(number))
+def launches(card, arrays, kernels="ab"):
+    return [
+        Launch(card.kernel("a.cu", name, {}), (np.int64(number + 1),), (32,), 0, (array, np.int32(number)))
+        for number, (array, name) in enumerate(zip(arrays, kernels, strict=False))
+    ]
 
 
 def names(log):
@@ -515,102 +526,153 @@ def names(log):
 
 def test_launches_are_sent_as_one(card, log):
     x, y = card.empty((3,), "f4"), card.empty((3,), "f4")
-    with card.on(42):
-        steps(card, "key", (x, y))
-    assert names(log) == ["instantiate", "graph"]
-    _, stream, launches = log[-1]
-    assert stream == 42
-    assert [(handle[1], grid, block, *values) for handle, grid, block, _, values in launches] == [
+    graph = card.graph(launches(card, (x, y)))
+    for stream in (None, 42):
+        with card.on(stream):
+            card.send(graph)
+    assert names(log) == ["instantiate", "graph", "graph"]
+    assert [entry[1] for entry in log[-2:]] == [1000, 42]
+    assert [(handle[1], grid, block, *values) for handle, grid, block, _, values in log[-1][2]] == [
         ("a", (1,), (32,), x.pointer, 0), ("b", (2,), (32,), y.pointer, 1)
     ]  # fmt: skip
 
 
-def test_the_same_again_is_only_sent(card, log):
-    x, y = card.empty((3,), "f4"), card.empty((3,), "f4")
-    for _ in range(3):
-        steps(card, "key", (x, y))
-    assert names(log) == ["instantiate", "graph", "graph", "graph"]
-
-
-def test_other_addresses_update_a_graph(card, log):
-    x, y = card.empty((3,), "f4"), card.empty((3,), "f4")
-    steps(card, "key", (x, x))
-    steps(card, "key", (x, y))
-    assert names(log) == ["instantiate", "graph", "update", "graph"]
-    assert log[-1][2][1][-1] == (y.pointer, 1)
-
-
-def test_another_form_is_a_new_graph(card, log):
+def test_a_launch_that_fails_leaves_no_capture_behind(card, log):
     x = card.empty((3,), "f4")
-    steps(card, "key", (x, x))
-    steps(card, "key", (x, x), "ac")
-    steps(card, "key", (x,))
-    steps(card, "other", (x,))
-    assert names(log) == ["instantiate", "graph"] * 4
+    with pytest.raises(TypeError):
+        card.graph([*launches(card, (x,)), Launch(card.kernel("a.cu", "a", {}), (1,), (1,), 0, ("no argument",))])
+    card.send(card.graph(launches(card, (x,))))
+    assert names(log) == ["closed", "instantiate", "graph"]
 
 
-def test_few_graphs_are_kept(card, log, monkeypatch):
-    monkeypatch.setattr(gpu, "GRAPHS_KEPT", 2)
-    x = card.empty((3,), "f4")
-    for key in (1, 2, 1, 3, 1, 2):  # 2 is the one that goes
-        steps(card, key, (x,))
-    assert names(log).count("instantiate") == 4
+def test_scratch_is_one_piece_of_memory(card, log):
+    addresses, owner = card.scratch([100, 256, 4])
+    assert [address - owner.pointer for address in addresses] == [0, 256, 512]
+    assert log == [("allocate", 768, 1000)]
+    assert card.scratch([])[0] == []
 
 
-def test_memory_lives_until_the_graph_is_sent(card, log):
-    """What is let go inside must not be handed out again before the launches that use it are on the stream."""
-    order = []
+def test_streams_are_told_apart_for_good(card, driver):
+    assert card.stream_key() is None
+    keys = []
+    for stream in (42, 43, 2):
+        with card.on(stream):
+            keys.append(card.stream_key())
+            assert card.stream_key() == keys[-1]
 
-    class Owner:
-        def __del__(self):
-            order.append("freed")
+    def another():
+        with card.on(2):  # each thread has its own under this handle
+            keys.append(card.stream_key())
 
-    with card.graph("key"):
-        array = DeviceArray(5, (1,), np.dtype("f4"), Owner(), card, 1000)
-        card.launch(card.kernel("a.cu", "a", {}), (1,), (1,), 0, array)
-        del array
-        assert order == []
-    assert names(log)[-1] == "graph"
-    assert order == ["freed"]
-
-
-def test_an_error_inside_sends_nothing(card, log):
-    x = card.empty((3,), "f4")
-    with pytest.raises(TypeError), card.graph("key"):  # noqa: PT012
-        card.launch(card.kernel("a.cu", "a", {}), (1,), (1,), 0, x)
-        card.launch(card.kernel("a.cu", "a", {}), (1,), (1,), 0, "not an argument")
-    assert names(log) == []
-    steps(card, "key", (x,))
-    assert names(log) == ["instantiate", "graph"]
+    thread = threading.Thread(target=another)
+    thread.start()
+    thread.join()
+    driver.streams[42] = 7  # destroyed, and its handle is that of a new one
+    with card.on(42):
+        keys.append(card.stream_key())
+    assert len(set(keys)) == 5
 
 
-def test_no_launch_no_graph(card, log):
-    with card.graph("key"):
-        pass
+def test_a_stream_that_is_captured_is_refused_before_anything_else_is_done(card, driver, log):
+    driver.capturing.add(42)
+    x = DeviceArray(64, (1, 2, 4, 4, 1), np.dtype("f4"), None, card, 42)
+    weights = (np.ones((3, 3, c, 8), np.float32) for c in (1, 2))
+    with pytest.raises(RuntimeError, match=r"^engine 'cuda': the stream is being captured into a CUDA graph"):
+        functional.convlstm2d(x, *weights)
     assert log == []
 
 
-def test_a_graph_within_a_graph_is_a_part_of_it(card, log):
-    x = card.empty((3,), "f4")
-    with card.graph("key"):
-        steps(card, "inner", (x,))
-        card.launch(card.kernel("a.cu", "a", {}), (1,), (1,), 0, x)
-    assert names(log) == ["instantiate", "graph"]
-    assert len(log[-1][2]) == 2
+# --- Recorded calls ---
 
 
-def test_getting_inside_a_graph_is_refused(card):
-    x = card.zeros((3,), "f4")
-    with pytest.raises(RuntimeError, match=r"^engine 'cuda': get inside graph"), card.graph("key"):
-        card.get(x)
+def recurrent(card, T=3):
+    """An x of the caller on stream 42, and weights of his."""
+    arrays = [np.ones(shape, np.float32) for shape in ((1, T, 4, 4, 1), (3, 3, 1, 8), (3, 3, 2, 8))]
+    with card.on(42):
+        return [card.put(array) for array in arrays]
+
+
+def test_a_repeated_call_is_one_table_and_one_graph(card, log):
+    for T in (3, 30):
+        x, kernel, recurrent_kernel = recurrent(card, T)
+        functional.convlstm2d(x, kernel, recurrent_kernel)
+        kernel = recurrent(card)[1]
+        log.clear()
+        y = functional.convlstm2d(x, kernel, recurrent_kernel)
+        table, graph = (entry for entry in log if entry[0] in ("launch", "graph"))
+        assert names(log) == ["launch", "graph"]
+        assert table[1] == graph[1] == 42
+        assert table[2][1] == "write_table"
+        assert {x.pointer, kernel.pointer, recurrent_kernel.pointer, y.pointer} < set(table[-1])
+        assert len(graph[2]) == T + 2
+        assert not {x.pointer, kernel.pointer, y.pointer} & {v for launch in graph[2] for v in launch[-1]}
+        assert [entry[0] for entry in log].count("allocate") == 4  # the results and what is between
+
+
+def test_a_plan_is_of_one_stream(card, log):
+    x, *weights = recurrent(card)
+    tables = {}
+    for _ in range(2):
+        for stream in (42, 43):
+            functional.convlstm2d(replace(x, stream=stream), *weights)
+            table, graph = (entry for entry in log[-2:])
+            assert (table[1], graph[1]) == (stream, stream)
+            tables.setdefault(stream, table[-1][0])
+            assert tables[stream] == table[-1][0]
+    assert len(set(tables.values())) == 2
+    assert names(log).count("instantiate") == 2
+
+
+def test_weights_of_numpy_are_brought_and_packed_once(card, log):
+    x, *_ = recurrent(card)
+    weights = [np.ones(shape, np.float32) for shape in ((3, 3, 1, 8), (3, 3, 2, 8), (8,))]
+    log.clear()
+    functional.convlstm2d(x, *weights)
+    first = names(log)
+    log.clear()
+    functional.convlstm2d(x, *weights)
+    assert names(log) == ["launch", "graph"]
+    log.clear()
+    functional.convlstm2d(replace(x, stream=43), *weights)  # which does not wait for stream 42
+    assert names(log) == first
+    weights[1][0, 0, 0, 0] = 5
+    log.clear()
+    functional.convlstm2d(x, *weights)
+    packs = [entry for entry in log if entry[0] == "launch" and entry[2][1] == "pack"]
+    assert len(packs) == 2
+    assert names(log).count("instantiate") == 0
+
+
+def test_plans_that_are_let_go_give_their_memory_back(card, monkeypatch):
+    monkeypatch.setattr(recorded, "_plans", {})
+    monkeypatch.setattr(recorded, "MOST_PLANS", 2)
+    held = []
+    for T in (1, 2, 3):
+        functional.convlstm2d(*recurrent(card, T))
+        held.append(weakref.ref(next(reversed(recorded._plans.values()))._table[0].owner))
+    gc.collect()
+    assert [memory() is None for memory in held] == [True, False, False]
+    functional.convlstm2d(*recurrent(card, 2))  # used again: 3 is the one that goes
+    functional.convlstm2d(*recurrent(card, 4))
+    gc.collect()
+    assert [memory() is None for memory in held] == [True, False, True]
+    monkeypatch.setattr(recorded, "MOST_BYTES", 1)
+    functional.convlstm2d(*recurrent(card, 5))
+    gc.collect()
+    assert held[1]() is None
+    assert len(recorded._plans) == 1
 
 
 # --- On a GPU; without one these wait ---
 
 SOURCE = """
-extern "C" __global__ void add(float* y, const float* x, int n, float times)
+#include "common.cuh"
+
+KERNEL(128)
+add(float* y, const float* x, int n, float times)
 {
-    extern __shared__ float kept[];
+    resolve(y, x);
+    float* kept = (float*)shared_memory();
     int i = blockIdx.x * blockDim.x + threadIdx.x;
     kept[threadIdx.x] = i < n && x ? x[i] : 1;
     __syncthreads();
@@ -631,13 +693,18 @@ def real(request):
 @pytest.fixture
 def add(real, monkeypatch, tmp_path):
     """Function that launches y += times x, with as much shared memory as there is."""
+    for name in ("common.cuh", "memory.cu"):
+        shutil.copy(compilation.source_folder() / name, tmp_path)
     (tmp_path / "add.cu").write_text(SOURCE)
     monkeypatch.setattr(compilation, "source_folder", lambda: tmp_path)
     monkeypatch.setattr(compilation, "cache_folder", lambda: None)
 
     def launch(y, x, times):
-        kernel = real.kernel("add.cu", "add", {"TEST": 1})
-        real.launch(kernel, (-(-y.size // 128),), (128,), real.shared_bytes, y, x, np.int32(y.size), np.float32(times))
+        device = y.device
+        kernel = device.kernel("add.cu", "add", {"TEST": 1})
+        device.launch(
+            kernel, (-(-y.size // 128),), (128,), device.shared_bytes, y, x, np.int32(y.size), np.float32(times)
+        )
 
     return launch
 
@@ -653,25 +720,37 @@ def test_a_gpu_computes(real, add):
 
 
 def test_a_gpu_sends_graphs(real, add):
+    def compute(times, x):
+        y, part = x.device.zeros(x.shape, np.float32), x.device.zeros(x.shape, np.float32)
+        for n in range(times):
+            add(part, x, n)
+            add(y, part, 1)
+        return y
+
     x = np.random.default_rng(1).standard_normal(1000).astype(np.float32)
-    for n in range(20):  # the same again, other addresses, another form
-        y, there = real.zeros((1000,), np.float32), real.put(x + n)
-        with real.graph("key"):
-            for times in range(3 + n % 2):
-                add(y, there, times)
-        np.testing.assert_allclose(real.get(y), (6 if n % 2 else 3) * (x + n), rtol=1e-6)
+    factors = {3: 0 + 1 + 3, 4: 0 + 1 + 3 + 6}
+    for n in range(20):  # the same again, other addresses, another form, another stream
+        with real.on((None, 1, 2)[n % 3]):
+            times = 3 + n % 2
+            y = recorded.call(real, ("add", times), (real.put(x + n),), partial(compute, times))
+            np.testing.assert_allclose(real.get(y), factors[times] * (x + n), rtol=1e-6)
 
 
 def test_a_gpu_keeps_the_order_of_its_memory(real, add):
-    """What is let go is handed out again only behind the work that uses it, within graphs too."""
+    """What is let go is handed out again only behind the work that uses it."""
     total = real.zeros((1 << 20,), np.float32)
+
+    def compute(n, total):
+        part = total.device.zeros(total.shape, np.float32)
+        add(part, None, n)
+        add(total, part, 1)
+
     for n in range(200):
-        part = real.zeros(total.shape, np.float32)
-        with real.graph("fill") if n % 2 else real.on(None):
-            add(part, None, n)
-            add(total, part, 1)
-        del part
-    np.testing.assert_array_equal(real.get(total), np.full(total.shape, 199 * 100, np.float32))
+        if n % 2:
+            recorded.call(real, ("fill", n % 20), (total,), partial(compute, n % 20))
+        else:
+            compute(n % 20, total)
+    np.testing.assert_array_equal(real.get(total), np.full(total.shape, 10 * 190, np.float32))
 
 
 @pytest.mark.parametrize("algorithm", ["simt", "float32", "tf32", "bfloat16", "float16"])
@@ -679,13 +758,8 @@ def test_a_gpu_runs_all_steps_in_one_launch(real, algorithm, monkeypatch):
     """With the bits of a launch a step, again and again: what a barrier does not order shows at times only."""
     if algorithm != "simt" and real.architecture < 80:
         pytest.skip("no tensor cores for it")
-    launches, launch = [], real.launch
-
-    def noted(*arguments, **options):
-        launches.append(options.get("cooperative", False))
-        launch(*arguments, **options)
-
-    monkeypatch.setattr(real, "launch", noted)
+    recordings, run = [], persistent.run
+    monkeypatch.setattr(persistent, "run", lambda *arguments: recordings.append(run(*arguments)))
     rng = np.random.default_rng(3)
     for B, H, W, C, F in ((1, 4, 4, 1, 1), (1, 64, 64, 1, 64), (3, 33, 47, 5, 3), (2, 32, 32, 16, 32)):
         x, *weights = (
@@ -695,11 +769,11 @@ def test_a_gpu_runs_all_steps_in_one_launch(real, algorithm, monkeypatch):
         x = x / x.std()
         with persistent.forbidden():
             expected = functional.convlstm2d(x, *weights, engine="cuda", algorithm=algorithm)
+        recordings.clear()
         for _ in range(50):
-            launches.clear()
             found = functional.convlstm2d(x, *weights, engine="cuda", algorithm=algorithm)
-            assert sum(launches) == 1
             np.testing.assert_array_equal(found, expected)
+        assert len(recordings) == 1
 
 
 @pytest.mark.torch
@@ -767,7 +841,7 @@ def test_cuda_core_has_what_is_used():
         assert hasattr(core.Device, name)
     for name in ("begin_building", "end_building", "complete", "close"):
         assert hasattr(core.graph.GraphBuilder, name)
-    assert hasattr(core.graph.Graph, "update")
+    assert hasattr(core.graph.Graph, "launch")
     assert hasattr(core.ObjectCode, "from_cubin")
     assert hasattr(core.Kernel, "handle")
     for name in vars(Driver):

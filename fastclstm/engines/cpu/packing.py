@@ -1,11 +1,8 @@
-"""Weights in the order the kernels read them, packed once for as long as the arrays cannot change."""
+"""Weights in the order the kernels read them."""
 
 from __future__ import annotations
 
-import weakref
-from collections import OrderedDict
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -77,55 +74,3 @@ def pack(matrix: np.ndarray, scales: np.ndarray, bias: np.ndarray | None) -> Col
         for gate in range(gates):
             panel[:, gate * width : gate * width + count] = matrix[:, gate, first : first + count] * scales[gate]
     return columns
-
-
-_MOST_REMEMBERED = 64
-_remembered: OrderedDict[tuple[Any, ...], _Entry] = OrderedDict()
-
-
-class _Entry(NamedTuple):
-    """A packed value and how to tell that it still belongs to its arrays."""
-
-    owners: list[weakref.ref[np.ndarray]]
-    contents: list[np.ndarray | None]
-    """A copy of each array that somebody may write to; None for those that nobody can."""
-
-    value: Any
-
-    def belongs_to(self, arrays: list[np.ndarray]) -> bool:
-        """Whether these are the same arrays with the same bits."""
-        return all(
-            owner() is array and (content is None or np.array_equal(content, _bits(array)))
-            for owner, array, content in zip(self.owners, arrays, self.contents, strict=True)
-        )
-
-
-def _bits(array: np.ndarray) -> np.ndarray:
-    return array.reshape(-1).view(np.uint32)
-
-
-def _frozen(array: np.ndarray) -> bool:
-    """Whether the memory of `array` is that of bytes: a read-only flag alone can be taken back."""
-    owner: Any = array
-    while isinstance(owner, np.ndarray):
-        owner = owner.base
-    return isinstance(owner, bytes)
-
-
-def remember(arrays: tuple[np.ndarray | None, ...], key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
-    """Return ``make()``, and the same object again for the same arrays and key, as long as their bits are the same."""
-    present = [array for array in arrays if array is not None]
-    full_key = (*(id(array) for array in arrays), *key)
-    found = _remembered.get(full_key)
-    if found is not None and found.belongs_to(present):
-        return found.value
-    contents = [None if _frozen(array) else _bits(array).copy() for array in present]
-    value = make()
-
-    def forget(_: Any) -> None:
-        _remembered.pop(full_key, None)
-
-    _remembered[full_key] = _Entry([weakref.ref(array, forget) for array in present], contents, value)
-    while len(_remembered) > _MOST_REMEMBERED:
-        _remembered.popitem(last=False)
-    return value

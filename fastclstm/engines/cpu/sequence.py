@@ -7,6 +7,7 @@ import threading
 
 import numpy as np
 
+from fastclstm.engines import remembered
 from fastclstm.engines.cpu import direct, kernel_transform, packing, threads, winograd
 from fastclstm.engines.cpu.flow import FLOW, NO_GATES, NOTHING, Plan, Slots
 from fastclstm.spec import ConvSpec
@@ -86,7 +87,7 @@ def pack(
         kernel_transform.transform(taps, scales, winograd.transforms(m, k).G, columns)
         return columns
 
-    return packing.remember((*kernels, bias), (m, transposed, *scales), make) if remember else make()
+    return remembered.remember((*kernels, bias), (m, transposed, *scales), make) if remember else make()
 
 
 def plan(specs: tuple[ConvSpec, ...], columns: packing.Columns, m: int, itemsize: int, team: int) -> Plan:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fastclstm.engines.cuda import packing, product
+from fastclstm.engines.cuda import packing, product, recorded
 from fastclstm.engines.cuda.conv2d import input_gradient
 from fastclstm.engines.cuda.convlstm2d import (
     Kept,
@@ -23,6 +23,7 @@ from fastclstm.engines.cuda.convlstm2d import (
     convlstm2d,
     copy,
     empty_states,
+    states_of,
     step_macros,
     strided,
 )  # fmt: skip
@@ -105,6 +106,32 @@ def _pull_back_again(
 
 def _pull_back(spec: ConvLSTMSpec, saved: Saved, kept: Kept, gradients: _Gradients) -> DeviceArray:
     """Take all steps back, which uses up what they have left; return dx."""
+    names, peepholes = tuple(gradients.weights), saved.peephole or {}
+
+    def compute(*arrays: Any) -> tuple[Any, ...]:
+        x, kernel, recurrent_kernel, mask, first, z, c, h, dy, dh, dc, output, *others = arrays
+        sums, weights = others[: len(names)], others[len(names) :]
+        peephole = dict(zip(peepholes, weights, strict=True)) or None
+        part = replace(saved, x=x, kernel=kernel, recurrent_kernel=recurrent_kernel, peephole=peephole, mask=mask,
+                       first=(first, saved.first[1]))  # fmt: skip
+        left = Kept(z, states_of(spec, c), None if h is None else states_of(spec, h))
+        pulled = _Gradients(dy, dh, dc, output, dict(zip(names, sums, strict=True)))
+        dx = _launch(spec, part, left, pulled)
+        return dx, pulled.h, pulled.c, pulled.output, pulled.weights
+
+    arrays = (
+        saved.x, saved.kernel, saved.recurrent_kernel, saved.mask, saved.first[0], kept.z, kept.c.array,
+        None if kept.h is None else kept.h.array, gradients.dy, gradients.h, gradients.c, gradients.output,
+        *gradients.weights.values(), *peepholes.values(),
+    )  # fmt: skip
+    device, dtype = kept.z.device, saved.kernel.dtype
+    key = "convlstm2d_backward", spec, saved.algorithm, dtype, saved.given_state, names
+    dx, gradients.h, gradients.c, gradients.output, gradients.weights = recorded.call(device, key, arrays, compute)
+    return dx
+
+
+def _launch(spec: ConvLSTMSpec, saved: Saved, kept: Kept, gradients: _Gradients) -> DeviceArray:
+    """Launch the steps, and the products over all of them."""
     device, dtype, dz = kept.z.device, saved.kernel.dtype, kept.z
     kind = product.backward_kind(product.kind(device, dtype, saved.algorithm))
     pixels, frame = spec.B * spec.HO * spec.WO, spec.HO * spec.WO * spec.F
@@ -127,24 +154,23 @@ def _pull_back(spec: ConvLSTMSpec, saved: Saved, kept: Kept, gradients: _Gradien
     c_stride, h_stride = np.int64(kept.c.stride), np.int64(h.stride)
     peepholes, cell = cell_arguments(spec, dtype, saved.peephole, codes)
     dy = gradients.dy
-    with device.graph(("convlstm2d_backward", spec, kind)):
-        for t in reversed(range(spec.T)):
-            source, after = spec.source_step(t), spec.source_step(min(t + 1, last))
-            now: tuple[DeviceArray | None, int] = (dy, frame) if t == last else (None, frame)
-            if spec.return_sequences and dy is not None:
-                now = offset(dy, t * frame), spec.T * frame
-            product.multiply(
-                device, "convlstm2d_step_backward", tiling, macros, pixels, spec.F,
-                offset(dz, after * frame_z), *(none if t == last else rest), weights, *common, *strided(now),
-                gradients.h if t == last else None, gradients.c if t == last else dc_states[(t + 1) % 2], *carries,
-                dc_states[t % 2], offset(dz, source * frame_z), kept.c.before(source), c_stride,
-                None if t == last or kept.h is not None else h.after(source), h_stride,
-                *peepholes, None if saved.mask is None else offset(saved.mask, source), *cell,
-            )  # fmt: skip
-        if kept.h is None:
-            copy(device, saved.first[0], h.frame, h.before(spec.source_step(0)), h.stride, h.frame, spec.B)
-            if saved.mask is not None and spec.T > 1:
-                _fill_masked(spec, h, saved.mask)
+    for t in reversed(range(spec.T)):
+        source, after = spec.source_step(t), spec.source_step(min(t + 1, last))
+        now: tuple[DeviceArray | None, int] = (dy, frame) if t == last else (None, frame)
+        if spec.return_sequences and dy is not None:
+            now = offset(dy, t * frame), spec.T * frame
+        product.multiply(
+            device, "convlstm2d_step_backward", tiling, macros, pixels, spec.F,
+            offset(dz, after * frame_z), *(none if t == last else rest), weights, *common, *strided(now),
+            gradients.h if t == last else None, gradients.c if t == last else dc_states[(t + 1) % 2], *carries,
+            dc_states[t % 2], offset(dz, source * frame_z), kept.c.before(source), c_stride,
+            None if t == last or kept.h is not None else h.after(source), h_stride,
+            *peepholes, None if saved.mask is None else offset(saved.mask, source), *cell,
+        )  # fmt: skip
+    if kept.h is None:
+        copy(device, saved.first[0], h.frame, h.before(spec.source_step(0)), h.stride, h.frame, spec.B)
+        if saved.mask is not None and spec.T > 1:
+            _fill_masked(spec, h, saved.mask)
     gradients.h, gradients.c, gradients.output = None, None, carries[1]
     if saved.given_state:
         gradients.c = dc_states[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fastclstm.engines.cuda import product
+from fastclstm.engines.cuda import product, recorded
 from fastclstm.engines.cuda.device import Device, DeviceArray
 from fastclstm.engines.cuda.product import Frames, int32, on_device
 from fastclstm.engines.cuda.weight_gradient import column_sums, weight_gradient
@@ -18,11 +18,17 @@ def conv2d(
 ) -> DeviceArray:
     """Convolve x (B, H, W, C) with kernel (KH, KW, C, F): y (B, HO, WO, F)."""
     device, dtype = x.device, x.dtype
-    kind = product.kind(device, dtype, algorithm)
     if not spec.B:
         return device.empty((0, spec.HO, spec.WO, spec.F), dtype)
-    tiling = product.choose(kind, dtype, device, spec.B * spec.HO * spec.WO, spec.F)
-    return convolve(spec, tiling, x, on_device(device, kernel), None if bias is None else on_device(device, bias))
+    kind = product.kind(device, dtype, algorithm)
+
+    def compute(x: DeviceArray, kernel: DeviceArray, bias: DeviceArray | None) -> DeviceArray:
+        tiling = product.choose(kind, dtype, x.device, spec.B * spec.HO * spec.WO, spec.F)
+        return convolve(spec, tiling, x, kernel, bias)
+
+    arrays = x, on_device(device, kernel), None if bias is None else on_device(device, bias)
+    y: DeviceArray = recorded.call(device, ("conv2d", spec, kind, dtype), arrays, compute)
+    return y
 
 
 def convolve(
@@ -47,10 +53,16 @@ def conv2d_backward(
     if dy is None or not dy.size:
         return device.zeros(x.shape, dtype), device.zeros(kernel.shape, dtype), device.zeros((spec.F,), dtype)
     kind = product.backward_kind(product.kind(device, dtype, algorithm))
-    x_operand, dy_operand = (product.operands(device, kind, array)[0] for array in (x, dy))
-    dx = input_gradient(spec, kind, on_device(device, kernel), dy_operand)
-    dkernel = weight_gradient(spec, kind, dtype, x_operand, dy_operand)
-    return dx, dkernel, column_sums(dy, spec.F, dtype)
+
+    def compute(x: DeviceArray, kernel: DeviceArray, dy: DeviceArray) -> tuple[DeviceArray, DeviceArray, DeviceArray]:
+        x_operand, dy_operand = (product.operands(x.device, kind, array)[0] for array in (x, dy))
+        dx = input_gradient(spec, kind, kernel, dy_operand)
+        dkernel = weight_gradient(spec, kind, dtype, x_operand, dy_operand)
+        return dx, dkernel, column_sums(dy, spec.F, dtype)
+
+    arrays = x, on_device(device, kernel), dy
+    dx, dkernel, dbias = recorded.call(device, ("conv2d_backward", spec, kind, dtype), arrays, compute)
+    return dx, dkernel, dbias
 
 
 def input_gradient(

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from fastclstm.engines.cuda import packing, persistent, product
+from fastclstm.engines import remembered
+from fastclstm.engines.cuda import packing, persistent, product, recorded
 from fastclstm.engines.cuda.conv2d import Weights
 from fastclstm.engines.cuda.device import Device, DeviceArray
 from fastclstm.engines.cuda.product import KINDS, int32, offset, on_device, over
@@ -113,9 +114,7 @@ def convlstm2d(
         The cell has normalization, dropout masks, convolutional peepholes or activations of the caller's own.
     """
     codes = _codes(spec, normalization, dropout)
-    device = x.device
-    kernel, recurrent_kernel = on_device(device, kernel), on_device(device, recurrent_kernel)
-    dtype = kernel.dtype
+    device, dtype = x.device, kernel.dtype
     kind = product.kind(device, dtype, algorithm)
     bias = None if bias is None else on_device(device, bias)
     peepholes = None if peephole is None else {name: on_device(device, peephole[name]) for name in PEEPHOLE_GATES}
@@ -123,15 +122,65 @@ def convlstm2d(
     if save:
         x = product.operands(device, product.backward_kind(kind), x)[0]
     length = piece_length(spec, kind, dtype) if save == "states" else spec.T
-    call = _Forward(spec, codes, device, dtype, kind, mask, peepholes, length, keeps=save is True)
-    if call.pixels:
-        call.run(x, kernel, recurrent_kernel, bias, h, c)
+    packed = given_kernel = given_recurrent = None
+    if not save and spec.B and isinstance(kernel, np.ndarray) and isinstance(recurrent_kernel, np.ndarray):
+        packed = _packed_once(device, spec, kind, kernel, recurrent_kernel)
+    else:
+        given_kernel, given_recurrent = on_device(device, kernel), on_device(device, recurrent_kernel)
+
+    def compute(*arrays: Any) -> tuple[Any, ...]:
+        x, mask, kernel, recurrent_kernel, packed, bias, h, c, *weights = arrays
+        given = dict(zip(PEEPHOLE_GATES, weights, strict=True)) if weights else None
+        call = _Forward(spec, codes, x.device, dtype, kind, mask, given, length, keeps=save is True)
+        if call.pixels:
+            call.run(x, kernel, recurrent_kernel, packed, bias, h, c)
+        return call.results
+
+    arrays = x, mask, given_kernel, given_recurrent, packed, bias, h, c, *(peepholes or {}).values()
+    if spec.B:
+        key = "convlstm2d", spec, kind, dtype, x.dtype, length, save is True, persistent.allowed()
+        results = recorded.call(device, key, arrays, compute)
+    else:
+        results = compute(*arrays)
+    output, h_last, c_last, starts, kept = results
     saved = None
     if save:
-        saved = Saved(x, kernel, recurrent_kernel, bias, peepholes, mask, algorithm, (h, c), length, call.starts)
-        if call.kept is not None:
-            saved.kept.append(call.kept)
-    return call.output, call.h_last, call.c_last, saved
+        assert given_kernel is not None
+        assert given_recurrent is not None
+        saved = Saved(x, given_kernel, given_recurrent, bias, peepholes, mask, algorithm, (h, c), length, starts)
+        if kept is not None:
+            z, kept_c, kept_h = kept
+            saved.kept.append(Kept(z, states_of(spec, kept_c), None if kept_h is None else states_of(spec, kept_h)))
+    return output, h_last, c_last, saved
+
+
+def _packed_once(
+    device: Device, spec: ConvLSTMSpec, kind: int, kernel: np.ndarray, recurrent_kernel: np.ndarray
+) -> DeviceArray:
+    """Return NumPy's kernels as `_packed` does, on the device for as long as they stay what they are."""
+
+    def make() -> DeviceArray:
+        return _packed(spec, kind, device.put(kernel), device.put(recurrent_kernel))
+
+    packed: DeviceArray = remembered.remember(
+        (kernel, recurrent_kernel), (device, device.stream_key(), spec, kind), make
+    )
+    return packed
+
+
+def _packed(spec: ConvLSTMSpec, kind: int, kernel: DeviceArray, recurrent_kernel: DeviceArray) -> DeviceArray:
+    """Return the kernels as the products of a step read them, that of x first."""
+    device = kernel.device
+    tiling = _tiling(spec, kind, device, kernel.dtype)
+    parts = [
+        product.frames(device, conv, weights, tiling.depth, channels=product.operand_channels(kind, conv.C))
+        for conv, weights in ((spec.input, kernel), (spec.recurrent, recurrent_kernel))
+    ]
+    return product.pack(device, tiling, (kernel, recurrent_kernel), parts, 4 * spec.F, gates=True)
+
+
+def _tiling(spec: ConvLSTMSpec, kind: int, device: Device, dtype: np.dtype) -> product.Tiling:
+    return product.choose(kind, dtype, device, spec.B * spec.HO * spec.WO, 4 * spec.F)
 
 
 def piece_length(spec: ConvLSTMSpec, kind: int, dtype: np.dtype) -> int:
@@ -171,22 +220,29 @@ class _Forward:
                 h = empty_states(device, spec, product.operand_channels(kind, spec.F), z.dtype)
             self.kept = Kept(z, c, h)
 
+    @property
+    def results(self) -> tuple[Any, ...]:
+        """The output, the last h and c, the states where pieces begin and, if it is kept, what every step leaves."""
+        kept = self.kept
+        arrays = None if kept is None else (kept.z, kept.c.array, None if kept.h is None else kept.h.array)
+        return self.output, self.h_last, self.c_last, self.starts, arrays
+
     def run(
-        self, x: DeviceArray, kernel: DeviceArray, recurrent_kernel: DeviceArray, bias: DeviceArray | None,
-        h: DeviceArray | None, c: DeviceArray | None,
+        self, x: DeviceArray, kernel: DeviceArray, recurrent_kernel: DeviceArray, packed: DeviceArray | None,
+        bias: DeviceArray | None, h: DeviceArray | None, c: DeviceArray | None,
     ) -> None:  # fmt: skip
-        """Launch all steps."""
+        """Launch all steps; the kernels are not looked at where they are packed already."""
         spec, device = self.spec, self.device
-        tiling = product.choose(self.kind, self.dtype, device, self.pixels, 4 * spec.F)
+        tiling = _tiling(spec, self.kind, device, self.dtype)
         frame_x, channels = spec.input.H * spec.input.W, spec.input.C
         data, channels = product.operands(device, self.kind, x)
         x_frames = product.frames(device, spec.input, data, tiling.depth, stride=spec.T * frame_x * channels,
                                   channels=channels)  # fmt: skip
         short = tiling.kind >= KINDS["bfloat16"]
-        h_channels = -(-spec.F // 8) * 8 if short else spec.F
+        h_channels = product.operand_channels(self.kind, spec.F)
         anything = device.empty((1,), tiling.operand) if short else x
         h_frames = product.frames(device, spec.recurrent, anything, tiling.depth, channels=h_channels)
-        weights = product.pack(device, tiling, (kernel, recurrent_kernel), [x_frames, h_frames], 4 * spec.F, gates=True)
+        weights = _packed(spec, self.kind, kernel, recurrent_kernel) if packed is None else packed
         macros = step_macros(self.dtype, self.codes)
         peepholes, cell = cell_arguments(spec, self.dtype, self.peepholes, self.codes)
         saves = self.kept is not None or self.length < spec.T
@@ -213,46 +269,45 @@ class _Forward:
         if self.kept is not None:
             z, z_channels = self.kept.z, self.kept.z.shape[-1]
             z_frame = spec.HO * spec.WO * z_channels
-        with device.graph(("convlstm2d", spec, self.kind, self.kept is not None, self.length)):
-            if self.kept is not None:
-                slot = self.kept.c.before(spec.source_step(0))
-                copy(device, c, self.frame, slot, self.kept.c.stride, self.frame, spec.B)
-                if self.kept.h is not None:
-                    slot = self.kept.h.before(spec.source_step(0))
-                    copy(device, first, short_frame, slot, self.kept.h.stride, short_frame, spec.B)
-            for t in range(spec.T):
-                source = spec.source_step(t)
-                h_old, h_new = self._h(t, h, between_h)
-                c_old, c_new = self._c(t, c, between_c)
-                y_old, y_new, y_stride = self._y(t)
-                read, stride, left_out = h_old[0] or anything, h_old[1], h_old[0] is None
-                written = None
-                if short_states is not None:
-                    read, written, stride = short_states[t % 2], short_states[1 - t % 2], short_frame
-                elif self.kept is not None and self.kept.h is not None:
-                    states = self.kept.h
-                    read, written, stride = states.before(source), states.after(source), states.stride
-                key = stride, read.pointer % 16, left_out
-                if key not in h_rests:
-                    h_rests[key] = h_frames.rest(read, stride, left_out=left_out)
-                product.multiply(
-                    device, "convlstm2d_step", tiling, macros, self.pixels, 4 * spec.F,
-                    read, *h_rests[key], offset(data, source * frame_x * channels), *x_rest,
-                    weights, *common,
-                    *strided(h_old), *strided(h_new), *strided(c_old), *strided(c_new),
-                    y_old, y_new, np.int64(y_stride),
-                    None if z is None else offset(z, source * z_frame), np.int64(spec.T * z_frame),
-                    np.int32(z_channels), written, np.int64(stride), np.int32(h_channels),
-                    *peepholes, None if self.mask is None else offset(self.mask, source), *cell,
-                )  # fmt: skip
-                if (t + 1) % self.length == 0 and t + 1 < spec.T:
-                    n = (t + 1) // self.length - 1
-                    for (state, stride), starts in zip((h_new, c_new), self.starts, strict=True):
-                        start = offset(starts, n * spec.B * self.frame)
-                        copy(device, state, stride, start, self.frame, self.frame, spec.B)
-            if self.kept is not None:
-                last = self.kept.c.after(spec.source_step(spec.T - 1))
-                copy(device, last, self.kept.c.stride, self.c_last, self.frame, self.frame, spec.B)
+        if self.kept is not None:
+            slot = self.kept.c.before(spec.source_step(0))
+            copy(device, c, self.frame, slot, self.kept.c.stride, self.frame, spec.B)
+            if self.kept.h is not None:
+                slot = self.kept.h.before(spec.source_step(0))
+                copy(device, first, short_frame, slot, self.kept.h.stride, short_frame, spec.B)
+        for t in range(spec.T):
+            source = spec.source_step(t)
+            h_old, h_new = self._h(t, h, between_h)
+            c_old, c_new = self._c(t, c, between_c)
+            y_old, y_new, y_stride = self._y(t)
+            read, stride, left_out = h_old[0] or anything, h_old[1], h_old[0] is None
+            written = None
+            if short_states is not None:
+                read, written, stride = short_states[t % 2], short_states[1 - t % 2], short_frame
+            elif self.kept is not None and self.kept.h is not None:
+                states = self.kept.h
+                read, written, stride = states.before(source), states.after(source), states.stride
+            key = stride, read.pointer % 16, left_out
+            if key not in h_rests:
+                h_rests[key] = h_frames.rest(read, stride, left_out=left_out)
+            product.multiply(
+                device, "convlstm2d_step", tiling, macros, self.pixels, 4 * spec.F,
+                read, *h_rests[key], offset(data, source * frame_x * channels), *x_rest,
+                weights, *common,
+                *strided(h_old), *strided(h_new), *strided(c_old), *strided(c_new),
+                y_old, y_new, np.int64(y_stride),
+                None if z is None else offset(z, source * z_frame), np.int64(spec.T * z_frame),
+                np.int32(z_channels), written, np.int64(stride), np.int32(h_channels),
+                *peepholes, None if self.mask is None else offset(self.mask, source), *cell,
+            )  # fmt: skip
+            if (t + 1) % self.length == 0 and t + 1 < spec.T:
+                n = (t + 1) // self.length - 1
+                for (state, stride), starts in zip((h_new, c_new), self.starts, strict=True):
+                    start = offset(starts, n * spec.B * self.frame)
+                    copy(device, state, stride, start, self.frame, self.frame, spec.B)
+        if self.kept is not None:
+            last = self.kept.c.after(spec.source_step(spec.T - 1))
+            copy(device, last, self.kept.c.stride, self.c_last, self.frame, self.frame, spec.B)
 
     def _h(
         self, t: int, h: DeviceArray | None, between: list[DeviceArray]
@@ -297,8 +352,12 @@ class _Forward:
 def empty_states(device: Device, spec: ConvLSTMSpec, channels: int, dtype: np.dtype) -> States:
     """Return memory for states; zeros where channels are padded, since products read the padding."""
     make = device.empty if channels == spec.F else device.zeros
-    array = make((spec.B, spec.T + 1, spec.HO, spec.WO, channels), dtype)
-    return States(array, spec.HO * spec.WO * channels, spec.go_backwards)
+    return states_of(spec, make((spec.B, spec.T + 1, spec.HO, spec.WO, channels), dtype))
+
+
+def states_of(spec: ConvLSTMSpec, array: DeviceArray) -> States:
+    """Return the states that an array (B, T + 1, HO, WO, channels) holds."""
+    return States(array, spec.HO * spec.WO * array.shape[-1], spec.go_backwards)
 
 
 def step_macros(dtype: np.dtype, codes: tuple[int, int, int]) -> dict[str, int | str]:

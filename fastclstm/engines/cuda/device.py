@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -78,6 +78,18 @@ class DeviceArray:
         return arrays.capsule(self)
 
 
+@dataclass(frozen=True)
+class Launch:
+    """A kernel and what it is started with: see `Device.launch`."""
+
+    kernel: Any
+    grid: Shape
+    block: Shape
+    shared_bytes: int
+    arguments: tuple[Any, ...]
+    cooperative: bool = False
+
+
 class Device(Protocol):
     """A GPU, or what stands in for one in tests."""
 
@@ -121,8 +133,24 @@ class Device(Protocol):
         The blocks of a cooperative launch, no more than `resident_blocks`, all run at once.
         """
 
-    def graph(self, key: Any) -> AbstractContextManager[None]:
-        """Send the launches inside to the device as one, perhaps, at the end; `get` is not for inside."""
+    def scratch(self, sizes: Sequence[int]) -> tuple[list[int], Any]:
+        """Addresses of memory for each number of bytes, and what keeps it alive."""
+        arrays = [self.empty((size,), np.uint8) for size in sizes]
+        return [array.pointer for array in arrays], arrays
+
+    def graph(self, launches: Sequence[Launch]) -> Any:
+        """Return launches as one thing that `send` starts as often as is wanted."""
+        return launches
+
+    def send(self, graph: Any) -> None:
+        """Start the launches of a graph on the device's stream."""
+        for launch in graph:
+            self.launch(launch.kernel, launch.grid, launch.block, launch.shared_bytes, *launch.arguments,
+                        cooperative=launch.cooperative)  # fmt: skip
+
+    def stream_key(self) -> Any:
+        """Return what tells the stream that work goes to from all there will ever be; RuntimeError: it is captured."""
+        return None
 
     def on(self, stream: Any) -> AbstractContextManager[None]:
         """Work inside goes to `stream`, a handle or an object with __cuda_stream__; None: to that of the outside."""

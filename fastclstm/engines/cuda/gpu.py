@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import math
 import threading
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 
 from fastclstm.engines.cuda import compilation
-from fastclstm.engines.cuda.device import CUDA, DeviceArray, Shape
+from fastclstm.engines.cuda.device import CUDA, DeviceArray, Launch, Shape
 
 OLDEST = 70
 """The oldest architecture whose cards the kernels are written for."""
 STATIC_SHARED_BYTES = 48 << 10
 """Dynamic shared memory that a kernel gets without asking."""
-GRAPHS_KEPT = 32
-"""Graphs of a device that are kept for the next call: those used last."""
-LEGACY_DEFAULT_STREAM = 1
+ALIGNMENT = 256
+"""Bytes that pieces of scratch memory start at a multiple of."""
+LEGACY_DEFAULT_STREAM, PER_THREAD_DEFAULT_STREAM = 1, 2
 _NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
+_NOTHING = nullcontext()
 
 
 @cache
@@ -77,31 +77,13 @@ def ordinal_of(pointer: int) -> int:
     return int(_checked(driver.cuPointerGetAttribute(attribute, pointer)))
 
 
-@dataclass(frozen=True)
-class _Launch:
-    """A launch as the driver gets it, and the arrays that must live until then."""
-
-    kernel: Any
-    grid: Shape
-    block: Shape
-    shared_bytes: int
-    cooperative: bool
-    values: tuple[Any, ...]
-    arguments: tuple[Any, ...] = field(compare=False)
-
-
-@dataclass
-class _Graph:
-    launches: list[_Launch]
-    executable: Any
-
-
 class _Work(threading.local):
-    """What a thread does on a GPU: the streams it has entered, the launches it collects for a graph."""
+    """What a thread does on a GPU: the streams it has entered."""
 
     def __init__(self) -> None:
         self.streams: list[Any] = []
-        self.collected: list[_Launch] | None = None
+        self.token = object()
+        """What tells it from every other thread."""
 
 
 class GPU:
@@ -134,7 +116,6 @@ class GPU:
         self._kernels: dict[Any, Any] = {}
         self._opted: dict[Any, int] = {}
         self._resident: dict[Any, int] = {}
-        self._graphs: OrderedDict[Any, _Graph] = OrderedDict()
         self._lock = threading.Lock()
         with self._context():
             self._own_stream = self._device.create_stream()
@@ -171,6 +152,22 @@ class GPU:
         """The GPU that computes."""
         return self
 
+    def stream_key(self) -> Any:
+        """Return what tells the stream that work goes to from all there will ever be, as a handle does not.
+
+        RuntimeError: the stream is being captured into somebody's CUDA graph, where no call of ours can go.
+        """
+        stream = self.stream
+        if stream is self._own_stream:
+            return None
+        handle = int(stream.handle)
+        status, capturing = self._driver.cuStreamIsCapturing(handle)
+        if int(status) or int(capturing):  # or a stream that the legacy default one waits for is
+            raise RuntimeError("engine 'cuda': the stream is being captured into a CUDA graph, which no call of this "
+                               "engine can be part of; call it before or after")  # fmt: skip
+        number = int(_checked(self._driver.cuStreamGetId(handle)))
+        return (number, self._work.token) if handle == PER_THREAD_DEFAULT_STREAM else number
+
     def finish(self) -> None:
         """Wait until the stream's work is done."""
         with self._context():
@@ -186,14 +183,16 @@ class GPU:
             _, stream = stream.__cuda_stream__()
         if stream in (0, LEGACY_DEFAULT_STREAM):
             return self._core.LEGACY_DEFAULT_STREAM
-        return self._core.PER_THREAD_DEFAULT_STREAM if stream == 2 else self._core.Stream.from_handle(stream)
+        if stream == PER_THREAD_DEFAULT_STREAM:
+            return self._core.PER_THREAD_DEFAULT_STREAM
+        return self._core.Stream.from_handle(stream)
+
+    def _context(self) -> AbstractContextManager[None]:
+        """Make this GPU the thread's current one inside; within `on` it is."""
+        return _NOTHING if self._work.streams else self._as_current()
 
     @contextmanager
-    def _context(self) -> Iterator[None]:
-        """Make this GPU the thread's current one inside; within `on` it is."""
-        if self._work.streams:
-            yield
-            return
+    def _as_current(self) -> Iterator[None]:
         before = _checked(self._driver.cuCtxGetCurrent())
         self._device.set_current()
         try:
@@ -222,6 +221,12 @@ class GPU:
                 _checked(self._driver.cuMemsetD8Async(array.pointer, 0, array.nbytes, self.stream.handle))
         return array
 
+    def scratch(self, sizes: Sequence[int]) -> tuple[list[int], Any]:
+        """Addresses of memory for each number of bytes, and what keeps it alive: one piece of the pool."""
+        ends = list(accumulate(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes))
+        whole = self.empty((ends[-1] if ends else 0,), np.uint8)
+        return [whole.pointer + start for start in (0, *ends[:-1])][: len(ends)], whole
+
     def put(self, array: np.ndarray) -> DeviceArray:
         """Copy `array` to the device. Pageable memory has been read on return, pinned memory may not have been."""
         array = np.ascontiguousarray(array)
@@ -235,8 +240,6 @@ class GPU:
 
     def get(self, array: DeviceArray) -> np.ndarray:
         """Copy `array` to the processor's memory; waits for the device."""
-        if self._work.collected is not None:
-            raise RuntimeError("engine 'cuda': get inside graph: what is collected there has not run yet")
         copy = np.empty(array.shape, array.dtype)
         if array.size:
             stream = self.stream
@@ -274,21 +277,16 @@ class GPU:
 
         The blocks of a cooperative launch, no more than `resident_blocks`, all run at once.
         """
-        values = tuple(map(_argument, arguments))
-        launch = _Launch(kernel, tuple(map(int, grid)), tuple(map(int, block)), int(shared_bytes), cooperative, values,
-                         arguments)  # fmt: skip
-        if self._work.collected is not None:
-            self._work.collected.append(launch)
-            return
         with self._context():
-            self._start(launch, self.stream)
+            self._start(Launch(kernel, grid, block, shared_bytes, arguments, cooperative), self.stream)
 
-    def _start(self, launch: _Launch, stream: Any) -> None:
+    def _start(self, launch: Launch, stream: Any) -> None:
         self._opt_in(launch.kernel, launch.shared_bytes)
+        grid, block = (tuple(map(int, sizes)) for sizes in (launch.grid, launch.block))
         config = self._core.LaunchConfig(
-            grid=launch.grid, block=launch.block, shmem_size=launch.shared_bytes, is_cooperative=launch.cooperative
+            grid=grid, block=block, shmem_size=int(launch.shared_bytes), is_cooperative=launch.cooperative
         )
-        self._core.launch(stream, config, launch.kernel, *launch.values)
+        self._core.launch(stream, config, launch.kernel, *map(_argument, launch.arguments))
 
     def _opt_in(self, kernel: Any, shared_bytes: int) -> None:
         """Allow a kernel so much dynamic shared memory."""
@@ -299,58 +297,31 @@ class GPU:
 
     # --- Graphs ---
 
-    @contextmanager
-    def graph(self, key: Any) -> Iterator[None]:
-        """Send the launches inside to the device as one graph.
-
-        They are collected, with the arrays they are given, and sent when the block ends. Where the very same launches
-        were sent under `key` before, arrays at the same addresses included, their graph is sent again as it is; else
-        they are captured anew, and a graph of the same form is updated rather than built.
-        """
-        if self._work.collected is not None:  # a part of the graph outside
-            yield
-            return
-        self._work.collected = []
-        try:
-            yield
-            launches = self._work.collected
-        finally:
-            self._work.collected = None
-        if launches:
-            with self._lock, self._context():
-                self._replay(key, launches)
-
-    def _replay(self, key: Any, launches: list[_Launch]) -> None:
-        known = self._graphs.get(key)
-        if known is None or known.launches != launches:
+    def graph(self, launches: Sequence[Launch]) -> Any:
+        """Return launches as one thing that `send` starts: they are captured on a stream of their own."""
+        with self._lock, self._context():
             builder = self._capture_stream.create_graph_builder()
-            builder.begin_building("relaxed")
-            for launch in launches:
-                self._start(launch, builder)
-            builder.end_building()
-            alike = known is not None and [launch.kernel for launch in known.launches] == [
-                launch.kernel for launch in launches
-            ]
-            if known is not None and alike:
-                known.executable.update(builder)
-                executable = known.executable
-            else:
-                executable = builder.complete()
-            builder.close()
-            kept = [replace(launch, arguments=()) for launch in launches]
-            known = self._graphs[key] = _Graph(kept, executable)
-        self._graphs.move_to_end(key)
-        while len(self._graphs) > GRAPHS_KEPT:
-            self._graphs.popitem(last=False)
-        known.executable.launch(self.stream)
+            try:
+                builder.begin_building("relaxed")
+                for launch in launches:
+                    self._start(launch, builder)
+                builder.end_building()
+                return builder.complete()
+            finally:
+                builder.close()
+
+    def send(self, graph: Any) -> None:
+        """Start the launches of a graph on the device's stream."""
+        with self._context():
+            graph.launch(self.stream)
 
 
 def _argument(value: Any) -> Any:
     """Return a kernel's argument as cuda.core passes it on: an int as a pointer, a NumPy scalar by its type."""
+    if isinstance(value, np.generic):
+        return value
     if value is None:
         return 0
     if isinstance(value, DeviceArray):
         return value.pointer
-    if not isinstance(value, np.generic):
-        raise TypeError(f"a kernel's argument must be a device array, None or a NumPy scalar, got {value!r}")
-    return value
+    raise TypeError(f"a kernel's argument must be a device array, None or a NumPy scalar, got {value!r}")

@@ -30,7 +30,7 @@ MOST_LATE = 2
 """Blocks of depth of h that may come element by element, waited for, as on tensor cores with an F that 4 does not
 divide. A guess too."""
 
-_allowed = ContextVar("_allowed", default=True)
+_allowed: ContextVar[bool] = ContextVar("_allowed", default=True)
 
 
 @contextmanager
@@ -41,6 +41,11 @@ def forbidden() -> Iterator[None]:
         yield
     finally:
         _allowed.reset(token)
+
+
+def allowed() -> bool:
+    """Whether no `forbidden` is around."""
+    return _allowed.get()
 
 
 def blocks(
@@ -56,7 +61,7 @@ def blocks(
     down, across = tiling.grid(spec.B * spec.HO * spec.WO, 4 * spec.F)
     tiles = down * across
     work = tiles * tiling.rows * tiling.columns * (h.blocks + x.blocks) * tiling.depth
-    if not _allowed.get() or spec.T < FEWEST_STEPS or work > MOST_WORK * device.multiprocessors or late > MOST_LATE:
+    if not allowed() or spec.T < FEWEST_STEPS or work > MOST_WORK * device.multiprocessors or late > MOST_LATE:
         return 0
     resident = device.resident_blocks(_kernel(device, tiling, macros), tiling.threads, tiling.shared_bytes)
     return min(tiles, resident) if tiles <= MOST_TILES * resident else 0

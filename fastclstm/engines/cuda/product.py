@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 
+from fastclstm.engines import remembered
 from fastclstm.engines.cuda import packing
 from fastclstm.engines.cuda.device import Device, DeviceArray
 from fastclstm.spec import ConvSpec, Pair
@@ -40,11 +39,6 @@ WASTE = 1.25
 
 FILLED = 0.75
 """The share of the multiprocessors that blocks of wgmma must fill: each of them computes more than with mma.sync."""
-
-TABLES_KEPT = 64
-"""Tables of taps that are kept on a device for the next call: those used last."""
-
-_tables: WeakKeyDictionary[Device, OrderedDict[Any, tuple[DeviceArray, int]]] = WeakKeyDictionary()
 
 
 def kind(device: Device, dtype: np.dtype, algorithm: str) -> int:
@@ -260,16 +254,9 @@ def _frames(
     if elements > LARGEST_FRAME:
         raise ValueError(f"engine 'cuda' counts the elements of a frame in 32 bits, but one of {size} has {elements}; "
                          f"pass engine='cpu'")  # fmt: skip
-    known = _tables.setdefault(device, OrderedDict())
-    key = device.stream_handle(), table, arguments, depth
-    if key not in known:
-        rows = table(*arguments)
-        known[key] = device.put(packing.padded_to_blocks(rows, depth)), len(rows)
-    known.move_to_end(key)
-    while len(known) > TABLES_KEPT:
-        known.popitem(last=False)
-    taps, count = known[key]
-    return Frames(data, elements if stride is None else stride, size, step, divide, circular, taps, count, depth)
+    rows = table(*arguments)
+    taps = device.put(packing.padded_to_blocks(rows, depth))
+    return Frames(data, elements if stride is None else stride, size, step, divide, circular, taps, len(rows), depth)
 
 
 def pack(
@@ -354,5 +341,7 @@ def int32(*values: int) -> tuple[np.int32, ...]:
 
 
 def on_device(device: Device, array: np.ndarray | DeviceArray) -> DeviceArray:
-    """Return an array on the device: itself where it is there."""
-    return array if isinstance(array, DeviceArray) else device.put(array)
+    """Return an array on the device: itself, or a copy of NumPy's, made once for as long as its values are the same."""
+    if isinstance(array, DeviceArray):
+        return array
+    return remembered.remember((array,), (device, device.stream_key()), lambda: device.put(array))
