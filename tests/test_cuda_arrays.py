@@ -508,13 +508,13 @@ def emulated():
         pytest.skip("there is no C++ compiler for the emulator")
 
     class Emulated(cuda_emulator.EmulatedDevice, Device):
-        def launch(self, kernel, grid, block, shared_bytes, *arguments):
+        def launch(self, kernel, grid, block, shared_bytes, *arguments, cooperative=False):
             unguarded = SimpleNamespace(intact=True)
             own = [
                 replace(a, owner=unguarded) if isinstance(a, DeviceArray) and not hasattr(a.owner, "intact") else a
                 for a in arguments
             ]
-            super().launch(kernel, grid, block, shared_bytes, *own)
+            super().launch(kernel, grid, block, shared_bytes, *own, cooperative=cooperative)
 
     with device.using(Emulated()):
         yield

@@ -592,6 +592,7 @@ def recurrent(card, T=3):
         return [card.put(array) for array in arrays]
 
 
+@persistent.forbidden()
 def test_a_repeated_call_is_one_table_and_one_graph(card, log):
     for T in (3, 30):
         x, kernel, recurrent_kernel = recurrent(card, T)
@@ -634,7 +635,7 @@ def test_weights_of_numpy_are_brought_and_packed_once(card, log):
     assert names(log) == ["launch", "graph"]
     log.clear()
     functional.convlstm2d(replace(x, stream=43), *weights)  # which does not wait for stream 42
-    assert names(log) == first
+    assert names(log) == [name for name in first if name != "occupancy"]
     weights[1][0, 0, 0, 0] = 5
     log.clear()
     functional.convlstm2d(x, *weights)

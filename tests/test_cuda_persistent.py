@@ -52,7 +52,6 @@ def check(device, algorithm, dtype, case):
 )  # fmt: skip
 def test_bits_of_a_launch_a_step(algorithm, dtype, number, examples, monkeypatch):
     """Whatever the geometry, the cell and the number of blocks, of which some take more tiles than others."""
-    device = EmulatedDevice()
     monkeypatch.setattr(persistent, "FEWEST_STEPS", 1)
     for name in ("MOST_WORK", "MOST_TILES", "MOST_LATE"):
         monkeypatch.setattr(persistent, name, 1 << 40)
@@ -60,7 +59,7 @@ def test_bits_of_a_launch_a_step(algorithm, dtype, number, examples, monkeypatch
     @settings(max_examples=examples)
     @given(problems(used=number == 1), st.integers(1, 5))
     def same(case, resident):
-        device.resident = resident
+        device = EmulatedDevice(resident=resident)
         if case[0].B:
             with tiling(monkeypatch, number):
                 check(device, algorithm, dtype, case)
@@ -120,18 +119,16 @@ def test_masked_frames_are_not_read():
 
 def test_the_count_of_arrivals_is_left_at_zero(monkeypatch):
     """So that memory which is kept for the next call needs no care."""
-    device, counts = EmulatedDevice(resident=99), []
-    zeros = device.zeros
+    device, kept = EmulatedDevice(resident=99), []
 
-    def kept(shape, dtype):
-        array = zeros(shape, dtype)
-        if shape == (1,):
-            counts.append(array)
-        return array
+    def scratch(sizes):
+        addresses, owner = EmulatedDevice.scratch(device, sizes)
+        kept.extend(array for array in owner if array.size == 4)
+        return addresses, owner
 
-    monkeypatch.setattr(device, "zeros", kept)
+    monkeypatch.setattr(device, "scratch", scratch)
     run(device, "auto", np.float32, problem((2, 4, 9, 12, 2), (3, 3), 4))
-    assert [int(device.get(count)[0]) for count in counts] == [0]
+    assert [device.get(count).view(np.int32).tolist() for count in kept] == [[0]]
 
 
 # --- When it is chosen ---

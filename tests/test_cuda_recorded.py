@@ -14,8 +14,8 @@ from test_cuda_convlstm2d import oracle, problem, run
 import fastclstm
 from fastclstm import functional
 from fastclstm.engines import reference
+from fastclstm.engines.cuda import backward, product, recorded
 from fastclstm.engines.cuda import device as devices
-from fastclstm.engines.cuda import product, recorded
 
 cuda = importlib.import_module("fastclstm.engines.cuda.convlstm2d")
 pytestmark = needs_compiler
@@ -154,7 +154,7 @@ def test_weights_on_the_device_that_change_in_place_are_seen(plans):
         now = [factor * weights for weights in others[:3]]
         *outputs, saved = cuda.convlstm2d(spec, put(device, x), *there, *others[3:], save=True)
         alone = cuda.convlstm2d(spec, put(device, x), *there, *others[3:])[:3]
-        gradients = cuda.convlstm2d_backward(spec, saved, *(put(device, cast(d, np.float32)) for d in cotangents))
+        gradients = backward.convlstm2d_backward(spec, saved, *(put(device, cast(d, np.float32)) for d in cotangents))
         expected = oracle(np.float64, spec, (arrays[0], *cast(now, np.float64), *arrays[4:]), cotangents)
         near(get(device, {"y": outputs, "d": gradients}), expected, 1e-5)
         near(get(device, {"y": alone}), {name: expected[name] for name in expected if name[0] == "y"}, 1e-5)

@@ -25,19 +25,16 @@ _checked: WeakKeyDictionary[Device, dict[product.Tiling, bool]] = WeakKeyDiction
 def works(device: Device, tiling: product.Tiling) -> bool:
     """Whether a tiling of wgmma.cuh is to be used: it is not switched off and agrees with mma.sync on this device.
 
-    The first call with a tiling computes; it must not be inside `device.graph`. Raises ValueError for a value of the
-    variable that is neither 0 nor 1.
+    That is decided, and computed, once. Raises ValueError for a value of the variable that is neither 0 nor 1.
     """
-    wanted = os.environ.get(VARIABLE, "1")
-    if wanted not in ("0", "1"):
-        raise ValueError(f"the environment variable {VARIABLE} must be 0 or 1, got {wanted!r}")
-    if wanted == "0":
-        return False
     device = device.itself
     known = _checked.setdefault(device, {})
     if tiling not in known:
-        known[tiling] = _agrees(device, tiling)
-        if not known[tiling]:
+        wanted = os.environ.get(VARIABLE, "1")
+        if wanted not in ("0", "1"):
+            raise ValueError(f"the environment variable {VARIABLE} must be 0 or 1, got {wanted!r}")
+        known[tiling] = wanted == "1" and _agrees(device, tiling)
+        if wanted == "1" and not known[tiling]:
             warnings.warn(
                 f"engine 'cuda': products of kind {tiling.kind} by wgmma, {tiling.rows}x{tiling.columns}, differ from "
                 f"those by mma.sync on this GPU, which is used instead; please report it ({VARIABLE}=0: no check)",
