@@ -564,13 +564,6 @@ def test_shapes_are_checked_as_ever(host):
         functional.conv2d(Exchanged(normal(1, 3, 3, 2)), Exchanged(normal(3, 3, 1, 1)))
 
 
-def test_channels_first_pooling_is_refused(host):
-    with pytest.raises(
-        ValueError, match=r"^max_pool3d: data_format='channels_first' is not for arrays on a GPU; bring the"
-    ):
-        functional.max_pool3d(Exchanged(normal(1, 2, 4, 4, 4)), data_format="channels_first")
-
-
 def test_what_the_kernels_do_not_know(engine, host, monkeypatch):
     """NumPy arrays take the recurrence over the engine's convolutions, arrays on a GPU are refused."""
 
@@ -585,8 +578,3 @@ def test_what_the_kernels_do_not_know(engine, host, monkeypatch):
     same(pullback(cotangents), pull(cotangents))
     with pytest.raises(NotImplementedError, match=r"pass engine='cpu'"):
         functional.convlstm2d(**nested(given, Exchanged))
-
-
-def test_conv3d_wants_numpy(host):
-    with pytest.raises(TypeError, match=r"^conv3d: x lives on DLPack device 2, not in the processor's memory"):
-        functional.conv3d(Exchanged(normal(1, 3, 3, 3, 1)), normal(3, 3, 3, 1, 1))

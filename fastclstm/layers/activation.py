@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from fastclstm import dispatch
 from fastclstm.layers.array_layer import ArrayLayer, Pullback
 from fastclstm.nn import activations, is_number
 from fastclstm.spec import Shape
@@ -23,6 +24,11 @@ def check_activation(op: str, spec: Any) -> None:
         raise type(error)(f"{op}: {error} (or 'softmax')") from None
 
 
+def gpu_knows(spec: Any) -> bool:
+    """Return whether `activate` computes `spec` on a GPU too."""
+    return spec != "softmax" and activations.is_named(spec)
+
+
 def activate(spec: Any, z: np.ndarray) -> tuple[np.ndarray, Pullback]:
     """Return the activation of z, softmax being over the last axis, and its pullback, which keeps z but not the output.
 
@@ -33,6 +39,8 @@ def activate(spec: Any, z: np.ndarray) -> tuple[np.ndarray, Pullback]:
     activation = activations.get(spec)
     if activation.name == "linear":
         return z, lambda dy: dy
+    if dispatch.on_gpu(z):
+        return z.activate(activation.name), lambda dy: z.activate_backward(activation.name, dy)
     y = activation.forward(z)
     return y.copy() if np.may_share_memory(y, z) else y, lambda dy: dy * activation.derivative(z)
 
@@ -74,6 +82,9 @@ class Activation(ArrayLayer):
     def output_shape(self, input_shape: Sequence[int]) -> Shape:
         """Return `input_shape`."""
         return tuple(input_shape)
+
+    def _knows_gpu(self, training: bool) -> bool:
+        return gpu_knows(self.activation)
 
     def _apply(self, x: np.ndarray, training: bool) -> tuple[np.ndarray, Pullback]:
         return activate(self.activation, x)
@@ -130,6 +141,9 @@ class LeakyReLU(ArrayLayer):
     def output_shape(self, input_shape: Sequence[int]) -> Shape:
         """Return `input_shape`."""
         return tuple(input_shape)
+
+    def _knows_gpu(self, training: bool) -> bool:
+        return True
 
     def _apply(self, x: np.ndarray, training: bool) -> tuple[np.ndarray, Pullback]:
         low, one = x.dtype.type(self.negative_slope), x.dtype.type(1)

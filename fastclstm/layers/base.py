@@ -53,8 +53,8 @@ class Layer(Described):
     """A layer: called on an array, it returns one.
 
     A subclass is a dataclass whose fields are its options, under the names of the constructor's arguments. Its
-    parameters are read-only arrays, and change by assignment only: that gives engines a sign when packed copies of
-    them are out of date. A training call keeps what `backward` needs, the caller's own arrays included: they must not
+    parameters are read-only arrays of NumPy, and change by assignment only: that gives engines a sign when packed copies
+    of them are out of date. Their gradients are arrays of NumPy too, wherever the layer computes. A training call keeps what `backward` needs, the caller's own arrays included: they must not
     change until then.
 
     Attributes
@@ -110,6 +110,10 @@ class Layer(Described):
     def output_shape(self, input_shape: Shape) -> Shape:
         """Return the shape of the output for an input of `input_shape`."""
         raise NotImplementedError
+
+    def _knows_gpu(self, training: bool) -> bool:
+        """Return whether the layer, as its options are, computes on a GPU from end to end."""
+        return False
 
     def get_gradients(self) -> dict[str, np.ndarray]:
         """Return the gradients that the last `backward` left, under the names of `trainable_parameters`.
@@ -269,7 +273,7 @@ class Layer(Described):
         for name in self.trainable_parameters if self.store_gradients else ():
             owner, key = owners[name]
             regularizer = owner._regularizers.get(key)
-            gradient = gradients[name]
+            gradient = dispatch.to_numpy(gradients[name])
             self._gradients[name] = (
                 gradient if regularizer is None else gradient + regularizer.gradient(owner._parameters[key])
             )
@@ -293,8 +297,8 @@ class Layer(Described):
         def scaled(*gradients: Any) -> Any:
             before = pullback(*gradients)
             if isinstance(before, tuple):  # the gradient of the input, then those of states
-                return before[0] * self.gradient_scale, *before[1:]
-            return before * self.gradient_scale
+                return dispatch.scaled(before[0], self.gradient_scale), *before[1:]
+            return dispatch.scaled(before, self.gradient_scale)
 
         return scaled
 

@@ -100,6 +100,9 @@ class MaxPooling2D(_Pooling2D):
         super().__post_init__()
         dispatch.check_engine(self.engine)
 
+    def _knows_gpu(self, training: bool) -> bool:
+        return True
+
     def _frames(self, x: np.ndarray, training: bool) -> tuple[np.ndarray, Pullback]:
         volumes, options = x[:, np.newaxis], self._options() | {"engine": self.engine}
         if not training:  # which needs no indices

@@ -106,15 +106,18 @@ class Sequential(Trainable):
         TypeError
             Anything but real arrays in the processor's memory.
         """
-        restore = dispatch.restorer(x)
-        array = y = dispatch.as_numpy("Sequential", "x", x)
-        steps = self._steps(mask, lengths, array.shape)
+        place = dispatch.place("Sequential", x)
+        array = y = place.read("x", x)
+        steps = self._steps(place, mask, lengths, array.shape)
+        computed_on_gpu = []
         walk, checked = Walk(mask=None if steps is None else steps.shape), 0
         self._pullback = None
         for index, layer in enumerate(self.layers):
             if index == checked:
                 checked = self._check(index, y.shape, walk)
             with told_of(_name(index, layer)):
+                y = self._moved(place, layer, y, training)
+                computed_on_gpu.append(dispatch.on_gpu(y))
                 if steps is None or not any(_masked(layer)):
                     y = layer(y, training=training)
                     continue
@@ -122,10 +125,10 @@ class Sequential(Trainable):
                 if _reverses(layer):
                     steps = np.flip(steps, _time_axis(next(_masked(layer)), steps.ndim == 2))
         if training:
-            self._pullback = lambda *gradients: restore(self._pull(*gradients))
+            self._pullback = lambda *gradients: place.restore(self._pull(computed_on_gpu, *gradients))
         if isinstance(y, tuple):
-            return _restored(restore, y)
-        return restore(y.copy() if np.may_share_memory(y, array) else y)
+            return _restored(place.restore, y)
+        return place.restore(y.copy() if np.may_share_memory(y, array) else y)
 
     def backward(self, *gradients: Any) -> Any:
         """Return dx of the last call, which was a training call, given dy: what the last layer's `backward` takes.
@@ -242,7 +245,31 @@ class Sequential(Trainable):
                 return index + 1
         return len(self)
 
-    def _steps(self, mask: Any, lengths: Any, shape: Shape) -> np.ndarray | None:
+    @staticmethod
+    def _moved(place: dispatch.Place, layer: Layer, y: Any, training: bool) -> Any:
+        """Return what a layer is to take where that computes best.
+
+        Arrays of NumPy go to the GPU with the first layer whose engine is "cuda", and come back with the first that does
+        not compute there.
+        """
+        if place.on_gpu:
+            if type(layer)._knows_gpu is Layer._knows_gpu:
+                dispatch.place(type(layer).__name__, y, knows=False)
+            return y
+        options = [part.options for part in parts(layer)]
+        engines = {o.get("engine") for o in options}
+        if not (layer._knows_gpu(training) and engines <= {None, "cuda"}):
+            return dispatch.to_numpy(y)
+        dtype = next((o["dtype"] for o in options if o.get("dtype")), None)
+        if dispatch.on_gpu(y):
+            if dtype in (None, y.dtype):
+                return y
+            y = y.get()
+        elif "cuda" not in engines:
+            return y
+        return dispatch.place(type(layer).__name__, y, "cuda").read("x", y, dtype)
+
+    def _steps(self, place: dispatch.Place, mask: Any, lengths: Any, shape: Shape) -> np.ndarray | None:
         """Return the mask that mask or lengths describe for an x of `shape`."""
         if mask is None and lengths is None:
             return None
@@ -252,7 +279,7 @@ class Sequential(Trainable):
         if mask is not None and lengths is not None:
             raise ValueError("Sequential: give mask or lengths, not both")
         if mask is not None:
-            return dispatch.as_numpy("Sequential", "mask", mask)
+            return place.read("mask", mask) if dispatch.on_gpu(mask) else dispatch.as_numpy("Sequential", "mask", mask)
         if len(shape) not in (4, 5):
             raise ValueError(f"Sequential: lengths need an x (batch, time, …) of frames, got {len(shape)}D {shape}")
         batched = len(shape) == 5
@@ -261,9 +288,11 @@ class Sequential(Trainable):
         assert valid is not None
         return valid if time else valid.T if batched else valid[0]
 
-    def _pull(self, *gradients: Any) -> Any:
+    def _pull(self, computed_on_gpu: list[bool], *gradients: Any) -> Any:
         for index, layer in reversed(list(enumerate(self.layers))):
             with told_of(_name(index, layer)):
+                if not computed_on_gpu[index]:
+                    gradients = tuple(map(dispatch.to_numpy, gradients))
                 gradients = (layer.backward(*gradients),)
         self._collect_gradients()
         return gradients[0]
