@@ -21,6 +21,9 @@ from fastclstm.engines.cuda.device import Device, DeviceArray, OnDevice, Shape
 AXES = 5
 """That the kernel counts along."""
 
+LARGEST_AXIS = 2**31 - 1
+"""Of all axes but the first."""
+
 OPERATIONS = ("copy", "add", "subtract", "multiply", "divide", "maximum", "where", "greater", "not_equal")
 """Names in the order of `Operation` in csrc/views.cu; all but "copy" and "where" are NumPy's ufuncs."""
 _COMPARISONS = ("greater", "not_equal")
@@ -165,14 +168,14 @@ class View(OnDevice, NDArrayOperatorsMixin):
             elif isinstance(item, slice):
                 start, stop, step = item.indices(self.shape[axis])
                 count = len(range(start, stop, step))
-                offset += start * self.strides[axis] if count else 0
+                offset += start * self.strides[axis]
                 shape.append(count)
                 strides.append(step * self.strides[axis])
                 axis += 1
             else:
                 offset += range(self.shape[axis])[item] * self.strides[axis]
                 axis += 1
-        pointer = self.memory.pointer + offset * self.itemsize
+        pointer = self.memory.pointer + (offset * self.itemsize if math.prod(shape) else 0)
         return View(replace(self.memory, pointer=pointer), tuple(shape), tuple(strides))
 
     def __setitem__(self, index: Any, value: Any) -> None:
@@ -210,7 +213,8 @@ def is_contiguous(shape: Shape, strides: Shape) -> bool:
 def _launch(operation: str, out: View | None, *inputs: Any, kept: Any = None) -> View:
     """Compute an operation into `out`, or into new memory."""
     first = next(value for value in (*inputs, kept, out) if isinstance(value, View))
-    dtype = next((value.dtype for value in inputs if np.ndim(value)), first.dtype)
+    dtypes = [value.dtype for value in inputs if isinstance(value, View) or np.ndim(value)]
+    dtype = dtypes[0] if dtypes else np.result_type(*inputs) if out is None else out.dtype
     with first.device.on(first.stream):
         views, numbers = zip(*(_operand(first.device, value, dtype) for value in inputs), strict=True)
         mask = None if kept is None else _operand(first.device, kept, np.dtype(np.bool_))[0]
@@ -230,7 +234,7 @@ def _run(operation: str, out: View, views: Sequence[View | None], numbers: Seque
         for n in range(len(to)):
             _run(operation, to[n], [view if view is None else view[n] for view in views], numbers, dtype)
         return
-    sizes = (1,) * (AXES - to.ndim) + to.shape
+    sizes = to.shape + (1,) * (AXES - to.ndim)
     kernel = to.device.kernel("views.cu", "elementwise", {"REAL": _c_type(dtype), "RESULT": _c_type(to.dtype)})
     a, b = map(_bytes(dtype).type, numbers)
     product.over(to.device, kernel, to.size, np.int32(OPERATIONS.index(operation)), np.int64(to.size),
@@ -245,7 +249,8 @@ def _joined(*views: View | None) -> list[View | None]:
     for size, *steps in zip(present[0].shape, *(view.strides for view in present), strict=True):
         if size == 1:
             continue
-        if axes and all(outer == inner * size for outer, inner in zip(axes[-1][1:], steps, strict=True)):
+        whole = axes and all(outer == inner * size for outer, inner in zip(axes[-1][1:], steps, strict=True))
+        if whole and (len(axes) == 1 or axes[-1][0] * size <= LARGEST_AXIS):
             axes[-1] = axes[-1][0] * size, *steps
         else:
             axes.append((size, *steps))
@@ -278,7 +283,7 @@ def _arguments(view: View | None) -> tuple[Any, ...]:
     """Return the arguments of an array: memory and strides."""
     if view is None:
         return None, *map(np.int64, (0,) * AXES)
-    strides = (0,) * (AXES - view.ndim) + view.strides
+    strides = view.strides + (0,) * (AXES - view.ndim)
     return replace(view.memory, dtype=_bytes(view.dtype)), *map(np.int64, strides)
 
 
