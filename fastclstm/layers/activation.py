@@ -29,7 +29,7 @@ def gpu_knows(spec: Any) -> bool:
     return spec != "softmax" and activations.is_named(spec)
 
 
-def activate(spec: Any, z: np.ndarray) -> tuple[np.ndarray, Pullback]:
+def activate(spec: Any, z: Any) -> tuple[np.ndarray, Pullback]:
     """Return the activation of z, softmax being over the last axis, and its pullback, which keeps z but not the output.
 
     What is returned is the caller's to write to; only "linear" returns z itself, which its pullback does not need.

@@ -53,9 +53,9 @@ class Layer(Described):
     """A layer: called on an array, it returns one.
 
     A subclass is a dataclass whose fields are its options, under the names of the constructor's arguments. Its
-    parameters are read-only arrays of NumPy, and change by assignment only: that gives engines a sign when packed copies
-    of them are out of date. Their gradients are arrays of NumPy too, wherever the layer computes. A training call keeps what `backward` needs, the caller's own arrays included: they must not
-    change until then.
+    parameters are read-only arrays of NumPy, and change by assignment only: that gives engines a sign when packed
+    copies of them are out of date. Their gradients are NumPy's too, wherever the layer computes. A training call keeps
+    what `backward` needs, the caller's own arrays included: they must not change until then.
 
     Attributes
     ----------

@@ -263,6 +263,11 @@ engine='reference')
             return None
         return [(layout.write(dispatch.to_numpy(h.copy())), layout.write(dispatch.to_numpy(c.copy()))) for h, c in held]
 
+    def __getstate__(self) -> dict[str, Any]:
+        held = self._states
+        states = None if held is None else [(dispatch.to_numpy(h), dispatch.to_numpy(c)) for h, c in held]
+        return super().__getstate__() | {"_states": states}
+
     def reset_state(self) -> None:
         """Forget the states: the next call starts from zeros."""
         self._states = None
@@ -298,8 +303,7 @@ engine='reference')
         """
         place = self._place(x, training)
         if place.on_gpu and training and self._activity_regularizer is not None:
-            raise NotImplementedError("ConvLSTM2D: activity_regularizer is not for an x on a GPU; leave it out, or move x "
-                                      "to the CPU")  # fmt: skip
+            raise NotImplementedError("ConvLSTM2D: activity_regularizer is not for an x on a GPU; move x to the CPU")
         array = place.read("x", x, self.dtype)
         layout = self._layout(array.shape, place)
         sequence = layout.read("x", array, sequence=True)

@@ -115,10 +115,10 @@ class ConvLSTMLayer(Layer):
             if self.peephole == "elementwise" or (self.normalization is not None and self.normalization.elementwise):
                 raise ValueError(f"{op}: {per_pixel} has a weight for every pixel; give frame_size=(H, W) of x")
 
-
     def _place(self, x: Any, training: bool) -> dispatch.Place:
         """Return where a call on x computes; of an x on a GPU the engine says what it does not know."""
-        return dispatch.place(type(self).__name__, x, self.engine, knows=dispatch.on_gpu(x) or self._knows_gpu(training))
+        knows = dispatch.on_gpu(x) or self._knows_gpu(training)
+        return dispatch.place(type(self).__name__, x, self.engine, knows=knows)
 
     def _knows_gpu(self, training: bool) -> bool:
         kind = None if self.normalization is None else self.normalization.kind
@@ -327,7 +327,7 @@ dtype, seed, engine, algorithm
         if out is None:
             return self.forward(x_t, h, c)
         if dispatch.on_gpu(x_t):
-            raise TypeError("ConvLSTM2DCell: out is for arrays in the processor's memory, but x is on a GPU; leave it out")
+            raise TypeError("ConvLSTM2DCell: out is in the processor's memory, but x is on a GPU; leave it out")
         layout = self._layout(np.shape(x_t))
         if self.data_format == "channels_first" or not layout.batched:
             raise ValueError(

@@ -109,15 +109,15 @@ class Sequential(Trainable):
         place = dispatch.place("Sequential", x)
         array = y = place.read("x", x)
         steps = self._steps(place, mask, lengths, array.shape)
-        computed_on_gpu = []
+        taken: list[tuple[bool, np.dtype]] = []
         walk, checked = Walk(mask=None if steps is None else steps.shape), 0
         self._pullback = None
         for index, layer in enumerate(self.layers):
             if index == checked:
                 checked = self._check(index, y.shape, walk)
             with told_of(_name(index, layer)):
-                y = self._moved(place, layer, y, training)
-                computed_on_gpu.append(dispatch.on_gpu(y))
+                given, y = y, self._moved(index, y, place.on_gpu, training)
+                taken.append((dispatch.on_gpu(y), given.dtype))
                 if steps is None or not any(_masked(layer)):
                     y = layer(y, training=training)
                     continue
@@ -125,7 +125,7 @@ class Sequential(Trainable):
                 if _reverses(layer):
                     steps = np.flip(steps, _time_axis(next(_masked(layer)), steps.ndim == 2))
         if training:
-            self._pullback = lambda *gradients: place.restore(self._pull(computed_on_gpu, *gradients))
+            self._pullback = lambda *gradients: place.restore(self._pull(taken, *gradients))
         if isinstance(y, tuple):
             return _restored(place.restore, y)
         return place.restore(y.copy() if np.may_share_memory(y, array) else y)
@@ -245,29 +245,24 @@ class Sequential(Trainable):
                 return index + 1
         return len(self)
 
-    @staticmethod
-    def _moved(place: dispatch.Place, layer: Layer, y: Any, training: bool) -> Any:
-        """Return what a layer is to take where that computes best.
+    def _moved(self, index: int, y: Any, stays: bool, training: bool) -> Any:
+        """Return what a layer is to take where that computes best: on a GPU, where y `stays` if x was there.
 
-        Arrays of NumPy go to the GPU with the first layer whose engine is "cuda", and come back with the first that does
-        not compute there.
+        Arrays of NumPy go there with the first layer whose engine is "cuda", and come back with the first that does not
+        compute there.
         """
-        if place.on_gpu:
-            if type(layer)._knows_gpu is Layer._knows_gpu:
-                dispatch.place(type(layer).__name__, y, knows=False)
-            return y
+        layer = self.layers[index]
         options = [part.options for part in parts(layer)]
         engines = {o.get("engine") for o in options}
-        if not (layer._knows_gpu(training) and engines <= {None, "cuda"}):
+        if stays:
+            if type(layer)._knows_gpu is Layer._knows_gpu:
+                dispatch.place(type(layer).__name__, y, knows=False)
+        elif not (layer._knows_gpu(training) and engines <= {None, "cuda"}):
             return dispatch.to_numpy(y)
         dtype = next((o["dtype"] for o in options if o.get("dtype")), None)
         if dispatch.on_gpu(y):
-            if dtype in (None, y.dtype):
-                return y
-            y = y.get()
-        elif "cuda" not in engines:
-            return y
-        return dispatch.place(type(layer).__name__, y, "cuda").read("x", y, dtype)
+            return y if dtype in (None, y.dtype) or index == 0 else y.astype(dtype)
+        return dispatch.place(type(layer).__name__, y, "cuda").read("x", y, dtype) if "cuda" in engines else y
 
     def _steps(self, place: dispatch.Place, mask: Any, lengths: Any, shape: Shape) -> np.ndarray | None:
         """Return the mask that mask or lengths describe for an x of `shape`."""
@@ -288,12 +283,14 @@ class Sequential(Trainable):
         assert valid is not None
         return valid if time else valid.T if batched else valid[0]
 
-    def _pull(self, computed_on_gpu: list[bool], *gradients: Any) -> Any:
+    def _pull(self, taken: list[tuple[bool, np.dtype]], *gradients: Any) -> Any:
         for index, layer in reversed(list(enumerate(self.layers))):
             with told_of(_name(index, layer)):
-                if not computed_on_gpu[index]:
+                on_gpu, dtype = taken[index]
+                if not on_gpu:
                     gradients = tuple(map(dispatch.to_numpy, gradients))
-                gradients = (layer.backward(*gradients),)
+                dx = layer.backward(*gradients)
+                gradients = (dx.astype(dtype) if on_gpu and index and dx.dtype != dtype else dx,)
         self._collect_gradients()
         return gradients[0]
 

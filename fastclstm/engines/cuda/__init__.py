@@ -41,7 +41,7 @@ class Saved:
 def conv2d(spec: ConvSpec, x: Array, kernel: Array, bias: Array | None, *, algorithm: str = "auto") -> Any:
     """Cross-correlate x (B, H, W, C) with kernel (KH, KW, C, F): y (B, HO, WO, F)."""
     with _at(x) as place:
-        return place.give(_conv2d.conv2d(spec, place.take(x), plain(kernel), bias, algorithm=algorithm))
+        return place.give(_conv2d.conv2d(spec, place.take(x), plain(kernel), plain(bias), algorithm=algorithm))
 
 
 def conv2d_backward(spec: ConvSpec, x: Array, kernel: Array, dy: Array | None) -> tuple[Any, Any, Any]:
@@ -76,8 +76,8 @@ def convlstm2d(
     try:
         with _at(x) as place:
             output, *last, state = _convlstm2d.convlstm2d(
-                spec, place.take(x), kernel, recurrent_kernel, bias, place.take(h), place.take(c), peephole,
-                plain(mask), algorithm=algorithm, **options,
+                spec, place.take(x), plain(kernel), plain(recurrent_kernel), plain(bias), place.take(h), place.take(c),
+                peephole, plain(mask), algorithm=algorithm, **options,
             )  # fmt: skip
             h_last, c_last = place.give(tuple(last))
             output = place.give(output)

@@ -108,7 +108,9 @@ class Reader:
     def __call__(self, name: str, value: Any) -> Any:
         """Return the GPU array `value` as it is in memory, its values ordered before what the stream gets from now on.
 
-        A `View` stays one, of any strides. Raises TypeError or ValueError for one on another GPU, of another dtype or not C-contiguous.
+        A `View` stays one, of any strides.
+
+        Raises TypeError or ValueError for one on another GPU, of another dtype or not C-contiguous.
         """
         op = self._op
         ordinal = _ordinal(value)

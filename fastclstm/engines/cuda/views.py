@@ -1,8 +1,8 @@
 """Arrays on a device as NumPy sees its own: of any strides, with elementwise arithmetic (csrc/views.cu).
 
 What layers do between the engine's operations (flips, transposes, masks, sums) is written once, for NumPy's arrays: a
-`View` takes part in the same expressions by NumPy's protocols ``__array_ufunc__`` and ``__array_function__`` (NEP 13 and
-18). Indexing and turning axes cost nothing; every ufunc is one launch, on the stream of its first array.
+`View` takes part in the same expressions by NumPy's protocols ``__array_ufunc__`` and ``__array_function__`` (NEP 13
+and 18). Indexing and turning axes cost nothing; every ufunc is one launch, on the stream of its first array.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class View(OnDevice, NDArrayOperatorsMixin):
         return self.dtype.itemsize
 
     @property
-    def T(self) -> View:  # noqa: N802
+    def T(self) -> View:
         """The axes in reverse order."""
         return View(self.memory, self.shape[::-1], self.strides[::-1])
 
@@ -103,6 +103,10 @@ class View(OnDevice, NDArrayOperatorsMixin):
     def copy(self) -> View:
         """Return the elements in memory of their own, in C order."""
         return _launch("copy", View.empty(self, self.shape), self)
+
+    def astype(self, dtype: Any) -> View:
+        """Return the elements converted, in memory of their own."""
+        return _launch("copy", View.empty(self, self.shape, dtype), self)
 
     def get(self) -> np.ndarray:
         """Return the elements as an array of NumPy; waits for the device."""
@@ -205,8 +209,7 @@ def c_strides(shape: Shape) -> Shape:
 def is_contiguous(shape: Shape, strides: Shape) -> bool:
     """Return whether elements lie in C order without gaps; the stride of an axis of 1 says nothing."""
     return 0 in shape or all(
-        size == 1 or stride == expected
-        for size, stride, expected in zip(shape, strides, c_strides(shape), strict=True)
+        size == 1 or stride == expected for size, stride, expected in zip(shape, strides, c_strides(shape), strict=True)
     )
 
 
