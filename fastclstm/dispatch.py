@@ -51,6 +51,12 @@ def _names() -> str:
     return f"{', '.join(names)} and {last}"
 
 
+def algorithms(engine: str | None) -> tuple[str, ...]:
+    """Return the algorithms that a layer of that engine may be made with."""
+    known = get_engine(engine).ALGORITHMS if engine == "cuda" else ("direct", "winograd")
+    return ("auto", *known)
+
+
 def check_algorithm(op: str, engine: ModuleType, algorithm: str) -> None:
     """Raise ValueError unless `engine` knows `algorithm`."""
     known = ("auto", *engine.ALGORITHMS)

@@ -384,6 +384,11 @@ def test_a_network_that_ends_in_the_processors_memory():
         engines(model, None)(put(x))
 
 
+def test_a_network_that_begins_in_the_processors_memory():
+    model, x = Sequential([Softmax(), Conv2D(1, 2, 3, dtype="float64", seed=0), LeakyReLU()]), normal(2, 4, 4, 1)
+    close(run(engines(model, "cuda"), x), run(engines(model, "reference"), x))
+
+
 def test_layers_with_engines_and_dtypes_of_their_own():
     layers = [Conv2D(1, 2, 3, engine="cuda", seed=0), Conv2D(2, 2, 3, engine="cuda", dtype="float64", seed=1),
               Conv2D(2, 1, 3, engine="reference", dtype="float64", seed=2)]  # fmt: skip
@@ -457,6 +462,14 @@ def test_numpy_arrays_are_put_once_and_got_once(gpu, monkeypatch, layer, shape):
         dx = layer.backward(np.ones_like(y))
     assert [shape for shape in copies["put"] if is_data(shape, layer)] == [y.shape] * is_data(y.shape, layer)
     assert [shape for shape in copies["get"] if is_data(shape, layer)] == [dx.shape]
+
+
+def test_a_mask_is_put_there_once(gpu, monkeypatch):
+    layer = ConvLSTM2D(1, 2, 3, num_layers=3, zero_output_for_mask=True, go_backwards=True, dtype="float64", seed=0)
+    x, mask = put(normal(3, 5, 4, 4, 1)), np.ones((3, 5), bool)
+    with counted(gpu, monkeypatch) as copies:
+        layer(x, mask=mask, training=True)
+    assert copies["put"].count(mask.shape) == 1
 
 
 # --- Arrays of other libraries ---
@@ -554,6 +567,17 @@ def test_another_engine(name, engine):
     message = rf"^{name}: x is on a GPU, where engine '{engine}' does not compute; pass engine='cuda' \(or none\)"
     with pytest.raises(TypeError, match=message):
         layer(put(normal(*shape).astype("f4")), **more)
+
+
+@pytest.mark.parametrize("make", [lambda **options: ConvLSTM2D(1, 8, 3, **options),
+                                  lambda **options: Conv2D(1, 8, 3, **options)])  # fmt: skip
+def test_algorithms_of_the_engine(make):
+    layer, x = make(engine="cuda", algorithm="bfloat16", seed=0), normal(1, 2, 6, 6, 1).astype("f4")
+    assert layer.algorithm == "bfloat16"
+    exact = make(engine="cuda", seed=0)(x)
+    assert 1e-4 < np.abs(layer(x) - exact).max() < 0.1
+    with pytest.raises(ValueError, match=r"algorithm must be one of 'auto', 'simt', .*, got 'winograd'"):
+        make(engine="cuda", algorithm="winograd")
 
 
 @each

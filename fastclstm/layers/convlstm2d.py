@@ -98,9 +98,10 @@ class ConvLSTM2D(ConvLSTMLayer):
     seed : int or numpy.random.Generator, optional
         The same seed gives the same parameters and the same dropout.
     engine : str, optional
-        "cpu" (the default), "cuda" or "reference"; may be changed later.
-    algorithm : "auto", "direct" or "winograd"
-        How the cpu engine convolves; may be changed later.
+        "cpu" (the default), "cuda" or "reference"; may be changed later. None: where x is.
+    algorithm : str
+        "auto", "direct" or "winograd": how the cpu engine convolves; with engine="cuda" those of
+        `fastclstm.functional.conv2d`. May be changed later.
     return_sequences : bool
         False: only the last step's output (B, HO, WO, F), and only that is kept in memory.
     return_state : bool

@@ -313,7 +313,7 @@ dtype, seed, engine, algorithm
         ValueError
             Shapes that do not fit the layer; an `out` that cannot be written as said, or with "channels_first".
         TypeError
-            Anything but real arrays in the processor's memory.
+            Anything but real arrays; an `out` for an x on a GPU.
 
         Examples
         --------
@@ -490,7 +490,7 @@ dtype, seed, engine, algorithm
         integers(op, "recurrent_dilation", self.recurrent_dilation, 2, 1)
         frame = self.frame_size or tuple(k * d for k, d in zip(self.kernel_size, dilation, strict=True))
         options = self._options()
-        choice(op, "algorithm", options.pop("algorithm"), ("auto", "direct", "winograd"))
+        choice(op, "algorithm", options.pop("algorithm"), dispatch.algorithms(self.engine))
         del options["engine"]
         for name, weights in (("peephole", "peephole"), ("normalization", "normalization_weights")):
             arrays = options.pop(weights, None) or {}

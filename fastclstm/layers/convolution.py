@@ -59,7 +59,7 @@ class _Convolution(ArrayLayer):
         choice(op, "data_format", self.data_format, DATA_FORMATS)
         check_activation(op, self.activation)
         dispatch.check_engine(self.engine)
-        choice(op, "algorithm", self.algorithm, ("auto", "direct", "winograd"))
+        choice(op, "algorithm", self.algorithm, dispatch.algorithms(self.engine))
         rng, shape = np.random.default_rng(self.seed), (*self.kernel_size, self.in_channels, self.out_channels)
         self._add_parameter("kernel", shape, self.kernel_initializer, rng, self.dtype,
                             regularizer=self.kernel_regularizer, constraint=self.kernel_constraint)  # fmt: skip
@@ -124,9 +124,10 @@ class Conv2D(FrameLayer, _Convolution):
     seed : int or numpy.random.Generator, optional
         The same seed gives the same parameters.
     engine : str, optional
-        "cpu" (the default), "cuda" or "reference"; may be changed later.
-    algorithm : "auto", "direct" or "winograd"
-        How the cpu engine convolves; may be changed later.
+        "cpu" (the default), "cuda" or "reference"; may be changed later. None: where x is.
+    algorithm : str
+        "auto", "direct" or "winograd": how the cpu engine convolves; with engine="cuda" those of
+        `fastclstm.functional.conv2d`. May be changed later.
 
     Attributes
     ----------

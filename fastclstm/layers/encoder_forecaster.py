@@ -58,7 +58,7 @@ bias_initializer, activation, recurrent_activation, output_activation, padding_m
     seed : int or numpy.random.Generator, optional
         The same seed gives the same parameters.
     engine : str, optional
-        "cpu" (the default), "cuda" or "reference".
+        "cpu" (the default), "cuda" or "reference". None: where x is.
 
     Attributes
     ----------
@@ -166,7 +166,7 @@ bias_initializer, activation, recurrent_activation, output_activation, padding_m
         ValueError
             Shapes that do not fit the model.
         TypeError
-            Anything but real arrays in the processor's memory.
+            Anything but real arrays; one on a GPU, where a layer does not compute there or is of another dtype.
         """
         place = self._place(frames, training=False)
         x = self._read(place, "frames", frames)
@@ -194,7 +194,7 @@ bias_initializer, activation, recurrent_activation, output_activation, padding_m
         ValueError
             Shapes that do not fit the model.
         TypeError
-            Anything but real arrays in the processor's memory.
+            Anything but real arrays; one on a GPU, where a layer does not compute there or is of another dtype.
 
         Examples
         --------
@@ -230,7 +230,7 @@ bias_initializer, activation, recurrent_activation, output_activation, padding_m
         ValueError
             Shapes that do not fit the model; neither steps nor targets.
         TypeError
-            Anything but real arrays in the processor's memory.
+            Anything but real arrays; one on a GPU, where a layer does not compute there or is of another dtype.
         """
         op, place = "EncoderForecaster", self._place(frames, training)
         x = self._read(place, "frames", frames)

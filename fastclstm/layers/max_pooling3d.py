@@ -33,7 +33,7 @@ class MaxPooling3D(Layer):
     return_indices : bool
         Also return where each maximum stands, as flat int64 indices into the (T, H, W) volume.
     engine : str, optional
-        "cpu" (the default), "cuda" or "reference".
+        "cpu" (the default), "cuda" or "reference". None: where x is.
 
     Raises
     ------

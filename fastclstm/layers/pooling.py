@@ -79,7 +79,7 @@ class MaxPooling2D(_Pooling2D):
     data_format : "channels_last" or "channels_first"
         The latter: (B, C, H, W) and (B, T, C, H, W).
     engine : str, optional
-        "cpu" (the default), "cuda" or "reference".
+        "cpu" (the default), "cuda" or "reference". None: where x is.
 
     Raises
     ------

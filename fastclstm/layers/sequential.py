@@ -104,7 +104,7 @@ class Sequential(Trainable):
         ValueError
             Shapes that do not fit the layers; a mask or lengths, but no ConvLSTM2D.
         TypeError
-            Anything but real arrays in the processor's memory.
+            Anything but real arrays; one on a GPU, where a layer does not compute there or is of another dtype.
         """
         place = dispatch.place("Sequential", x)
         array = y = place.read("x", x)

@@ -69,7 +69,7 @@ class TimeDistributed(Container):
         ValueError
             A shape that does not fit.
         TypeError
-            Anything but real arrays in the processor's memory.
+            Anything but real arrays; one on a GPU, where a layer does not compute there or is of another dtype.
         """
         place = dispatch.place("TimeDistributed", x)
         array = place.read("x", x)
