@@ -95,11 +95,8 @@ def _check_gpu_engine(op: str, name: str | None) -> None:
 
 
 def to_numpy(array: Any) -> Any:
-    """Return what layers compute with on a GPU as an array of NumPy; anything else as it is."""
-    if isinstance(array, np.ndarray):
-        return array
-    views = sys.modules.get("fastclstm.engines.cuda.views")
-    return array.get() if views and isinstance(array, views.View) else array
+    """Return an array of the engine "cuda" as one of NumPy; anything else as it is."""
+    return to_view(array).get() if _of_engine(array) else array
 
 
 def to_view(array: Any) -> Any:

@@ -54,8 +54,8 @@ class Layer(Described):
 
     A subclass is a dataclass whose fields are its options, under the names of the constructor's arguments. Its
     parameters are read-only arrays of NumPy, and change by assignment only: that gives engines a sign when packed
-    copies of them are out of date. Their gradients are NumPy's too, wherever the layer computes. A training call keeps
-    what `backward` needs, the caller's own arrays included: they must not change until then.
+    copies of them are out of date. `get_gradients` returns NumPy's too, wherever the layer computes. A training call
+    keeps what `backward` needs, the caller's own arrays included: they must not change until then.
 
     An x on a GPU, by DLPack or __cuda_array_interface__, is computed there, on its owner's stream and without copies:
     by the ConvLSTM, convolution and maximum pooling layers, by activations with a name, by dropout, Flatten,
@@ -85,11 +85,12 @@ class Layer(Described):
         self._regularizers: dict[str, Regularizer] = {}
         self._constraints: dict[str, Constraint] = {}
         self._sublayers: dict[str, Layer] = {}
-        self._gradients: dict[str, np.ndarray] = {}
+        self._gradients: dict[str, Any] = {}
         self._pullback: Callable[..., Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_pullback": None}
+        gradients = {name: dispatch.to_numpy(array) for name, array in self._gradients.items()}
+        return self.__dict__ | {"_pullback": None, "_gradients": gradients}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -125,6 +126,11 @@ class Layer(Described):
 
         Those of regularized parameters include the gradient of their penalty.
         """
+        self._gradients = {name: dispatch.to_numpy(array) for name, array in self._gradients.items()}
+        return self._kept_gradients()
+
+    def _kept_gradients(self) -> dict[str, Any]:
+        """Return what `get_gradients` does, wherever it was computed."""
         return {name: self._gradients[name] for name in self.trainable_parameters if name in self._gradients}
 
     @property
@@ -278,7 +284,7 @@ class Layer(Described):
         for name in self.trainable_parameters if self.store_gradients else ():
             owner, key = owners[name]
             regularizer = owner._regularizers.get(key)
-            gradient = dispatch.to_numpy(gradients[name])
+            gradient = gradients[name]
             self._gradients[name] = (
                 gradient if regularizer is None else gradient + regularizer.gradient(owner._parameters[key])
             )
@@ -286,7 +292,7 @@ class Layer(Described):
     def _collect_gradients(self) -> None:
         """Keep for `get_gradients` what the inner layers' own `backward` left there."""
         gradients = {f"{prefix}.{name}": array for prefix, layer in self._sublayers.items()
-                     for name, array in layer.get_gradients().items()}  # fmt: skip
+                     for name, array in layer._kept_gradients().items()}  # fmt: skip
         kept = self.trainable_parameters if self.store_gradients else ()
         self._gradients = {name: gradients[name] for name in kept if name in gradients}
 

@@ -265,9 +265,11 @@ engine='reference')
         return [(layout.write(dispatch.to_numpy(h.copy())), layout.write(dispatch.to_numpy(c.copy()))) for h, c in held]
 
     def __getstate__(self) -> dict[str, Any]:
-        held = self._states
-        states = None if held is None else [(dispatch.to_numpy(h), dispatch.to_numpy(c)) for h, c in held]
-        return super().__getstate__() | {"_states": states}
+        state = super().__getstate__()
+        for name in ("_states", "state_gradients"):
+            if state[name] is not None:
+                state[name] = [tuple(map(dispatch.to_numpy, pair)) for pair in state[name]]
+        return state
 
     def reset_state(self) -> None:
         """Forget the states: the next call starts from zeros."""

@@ -339,7 +339,7 @@ bias_initializer, activation, recurrent_activation, output_activation, padding_m
                 before.insert(0, (layer.state_gradients or [])[0])
             for prefix, layer in self._sublayers.items():
                 if layer is not self.encoder:
-                    for name, gradient in layer.get_gradients().items():
+                    for name, gradient in layer._kept_gradients().items():
                         full = f"{prefix}.{name}"
                         gradients[full] = gradients[full] + gradient if full in gradients else gradient
             return dx, before
@@ -357,7 +357,7 @@ bias_initializer, activation, recurrent_activation, output_activation, padding_m
         self.encoder._pullback = encoded  # of this call, which `encode` may have followed
         dx = self.encoder.backward(None, dstates)
         dx[:, -1] += dinput[:, 0]  # type: ignore[index]  # there is at least one step
-        encoder = {f"encoder.{name}": gradient for name, gradient in self.encoder.get_gradients().items()}
+        encoder = {f"encoder.{name}": gradient for name, gradient in self.encoder._kept_gradients().items()}
         self._keep_gradients(encoder | gradients)
         return dx
 
