@@ -79,14 +79,14 @@ def choose(op: str, name: str | None, x: Any) -> tuple[ModuleType, Callable[[str
     """
     if not on_gpu(x):
         return get_engine(name), lambda key, value: as_numpy(op, key, value)
-    _check_gpu_engine(op, name)
+    check_gpu_engine(op, name)
     from fastclstm.engines.cuda import arrays
 
     read = arrays.Reader(op, x)
     return get_engine("cuda"), lambda key, value: read(key, value) if on_gpu(value) else as_numpy(op, key, value)
 
 
-def _check_gpu_engine(op: str, name: str | None) -> None:
+def check_gpu_engine(op: str, name: str | None) -> None:
     """Raise TypeError where an engine is named that does not take arrays on a GPU."""
     check_engine(name)
     if name not in (None, "cuda"):
@@ -96,7 +96,7 @@ def _check_gpu_engine(op: str, name: str | None) -> None:
 
 def to_numpy(array: Any) -> Any:
     """Return an array of the engine "cuda" as one of NumPy; anything else as it is."""
-    return to_view(array).get() if _of_engine(array) else array
+    return to_view(array).get() if of_engine(array) else array
 
 
 def to_view(array: Any) -> Any:
@@ -112,14 +112,14 @@ def on_gpu(value: Any) -> bool:
     """Return whether `value` is an array on a GPU: by DLPack, by __cuda_array_interface__ or of the engine cuda."""
     if isinstance(value, np.ndarray):
         return False
-    if _of_engine(value):
+    if of_engine(value):
         return True
     if hasattr(value, "__dlpack_device__"):
         return int(value.__dlpack_device__()[0]) in _DLPACK_GPU_DEVICES
     return hasattr(value, "__cuda_array_interface__")
 
 
-def _of_engine(value: Any) -> bool:
+def of_engine(value: Any) -> bool:
     """Return whether `value` is an array of the engine "cuda" itself."""
     made = sys.modules.get("fastclstm.engines.cuda.device")
     return made is not None and isinstance(value, made.OnDevice)
@@ -184,7 +184,7 @@ def contiguous(array: Any) -> Any:
 
 def scaled(array: Any, factor: float) -> Any:
     """Return an array times a number, as its kind of array."""
-    return restorer(array)(to_view(array) * factor) if _of_engine(array) else array * factor
+    return restorer(array)(to_view(array) * factor) if of_engine(array) else array * factor
 
 
 def restorer(like: Any) -> Callable[[Any], Any]:
@@ -205,83 +205,3 @@ def _exporter(like: Any) -> Callable[[Any], Any]:
     if hasattr(like, "__array_namespace__"):
         return like.__array_namespace__().from_dlpack
     return sys.modules[type(like).__module__.partition(".")[0]].from_dlpack
-
-
-class Place:
-    """Where the arrays of a layer's call are: in the processor's memory, as those of NumPy."""
-
-    on_gpu = False
-
-    def __init__(self, op: str, x: Any):
-        self.op = op
-        self._restore = restorer(x)
-
-    def read(self, name: str, value: Any, dtype: Any = None) -> Any:
-        """Return a caller's array there; where that is a GPU, of `dtype` unless that is None."""
-        return as_numpy(self.op, name, value)
-
-    def bring(self, array: Any) -> Any:
-        """Return an array of an engine there."""
-        return to_numpy(array)
-
-    def restore(self, array: Any) -> Any:
-        """Return a result as the caller's kind of array."""
-        return self._restore(to_numpy(array))
-
-
-HOST = Place("array", None)
-"""The processor's memory, where nothing is read from a caller."""
-
-
-class _GPUPlace(Place):
-    """A GPU, that of x or, of NumPy's, the current one: arrays are `engines.cuda.views.View`."""
-
-    on_gpu = True
-
-    def __init__(self, op: str, x: Any):
-        from fastclstm.engines.cuda import arrays, device
-
-        super().__init__(op, x)
-        self._reader = arrays.Reader(op, x) if on_gpu(x) else None
-        self._device = device.current() if self._reader is None else self._reader.device
-
-    def read(self, name: str, value: Any, dtype: Any = None) -> Any:
-        if self._reader is not None and on_gpu(value):
-            array = self._reader(name, value)
-        elif _of_engine(value):
-            array = value
-        else:
-            array = as_numpy(self.op, name, value)
-            return self.bring(native(array, working_dtype(array) if dtype is None else np.dtype(dtype)))
-        if dtype is not None and array.dtype != dtype:
-            raise TypeError(f"{self.op}: {name} is a CUDA array of {array.dtype} but the layer is {dtype}; convert it "
-                            f"before, or make the layer with dtype='{array.dtype}'")  # fmt: skip
-        return self.bring(array)
-
-    def bring(self, array: Any) -> Any:
-        if isinstance(array, np.ndarray):
-            with self._device.on(None if self._reader is None else self._reader.stream):
-                array = self._device.put(array)
-        return None if array is None else to_view(array)
-
-    def restore(self, array: Any) -> Any:
-        if self._reader is None:
-            return super().restore(array)
-        if self._reader.stream is None:
-            self._device.finish()
-        return self._restore(array)
-
-
-def place(op: str, x: Any, engine: str | None = None, *, knows: bool = True) -> Place:
-    """Return where a layer computes that is called with x: on x's GPU; of NumPy's on the current one, as `engine` says.
-
-    `knows`: whether the layer can compute on a GPU. Then NumPy arrays are put there once, and results got back once.
-
-    Raises TypeError where x is on a GPU and the layer, or the engine, does not compute there.
-    """
-    if not on_gpu(x):
-        return _GPUPlace(op, x) if engine == "cuda" and knows else Place(op, x)
-    _check_gpu_engine(op, engine)
-    if not knows:
-        raise TypeError(f"{op}: x is on a GPU, where this layer does not compute; move x to the CPU")
-    return _GPUPlace(op, x)

@@ -11,6 +11,7 @@ import numpy as np
 
 from fastclstm import dispatch
 from fastclstm.layers.base import Layer
+from fastclstm.layers.place import place_of
 from fastclstm.spec import Shape, expect_shape
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class ArrayLayer(Layer):
             Anything but real arrays; one on a GPU, where the layer does not compute there or is of another dtype.
         """
         op, dtype = type(self).__name__, self.options.get("dtype")
-        place = dispatch.place(op, x, self.options.get("engine"), knows=self._knows_gpu(training))
+        place = place_of(op, x, self.options.get("engine"), knows=self._knows_gpu(training))
         array = place.read("x", x, dtype)
         shape = self.output_shape(array.shape)
         computed = np.dtype(dtype or dispatch.working_dtype(array))

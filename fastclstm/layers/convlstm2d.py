@@ -13,6 +13,7 @@ from fastclstm.layers.base import Parameter
 from fastclstm.layers.convlstm2d_cell import ConvLSTM2DCell, ConvLSTMLayer, State, own_generator
 from fastclstm.layers.gate_weights import GateWeights
 from fastclstm.layers.layout import Layout
+from fastclstm.layers.place import HOST, Place
 from fastclstm.layers.time_distribution import TimeDistributionCalculator
 from fastclstm.nn import regularizers
 from fastclstm.spec import Pair, Shape, choice, expect_shape, flag, integers, rate
@@ -409,7 +410,7 @@ engine='reference')
             known = (*known[:time], *known[time + 1 :])
         return (known, known) if self.bidirectional and self.merge_mode is None else known
 
-    def _layout(self, shape: Shape, place: dispatch.Place = dispatch.HOST) -> Layout:
+    def _layout(self, shape: Shape, place: Place = HOST) -> Layout:
         """Return how arrays lie where x has `shape`."""
         channel_axis = 1 if self.data_format == "channels_first" else -1
         batched = len(shape) != 4 or shape[channel_axis] != self.in_channels

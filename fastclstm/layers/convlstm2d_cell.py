@@ -13,6 +13,7 @@ from fastclstm import dispatch, functional
 from fastclstm.layers.base import Layer, Parameter, layer_dtype
 from fastclstm.layers.gate_weights import GateWeights
 from fastclstm.layers.layout import Layout
+from fastclstm.layers.place import HOST, Place, place_of
 from fastclstm.nn import activations, initializers
 from fastclstm.nn import normalization as normalizations
 from fastclstm.spec import (
@@ -115,10 +116,10 @@ class ConvLSTMLayer(Layer):
             if self.peephole == "elementwise" or (self.normalization is not None and self.normalization.elementwise):
                 raise ValueError(f"{op}: {per_pixel} has a weight for every pixel; give frame_size=(H, W) of x")
 
-    def _place(self, x: Any, training: bool) -> dispatch.Place:
+    def _place(self, x: Any, training: bool) -> Place:
         """Return where a call on x computes; of an x on a GPU the engine says what it does not know."""
         knows = dispatch.on_gpu(x) or self._knows_gpu(training)
-        return dispatch.place(type(self).__name__, x, self.engine, knows=knows)
+        return place_of(type(self).__name__, x, self.engine, knows=knows)
 
     def _knows_gpu(self, training: bool) -> bool:
         kind = None if self.normalization is None else self.normalization.kind
@@ -334,7 +335,7 @@ dtype, seed, engine, algorithm
                 "ConvLSTM2DCell: out needs data_format='channels_last' and x (B, H, W, C) with its batch axis; "
                 "leave it out, or give that"
             )
-        _, x, state = self._read(dispatch.Place("ConvLSTM2DCell", x_t), x_t, h, c)
+        _, x, state = self._read(Place("ConvLSTM2DCell", x_t), x_t, h, c)
         self._pullback = None
         return functional.convlstm2d_step(
             x, self.kernel, self.recurrent_kernel, self.bias, initial_state=state, out=out, **self._options()
@@ -357,13 +358,13 @@ dtype, seed, engine, algorithm
         layout = self._layout(input_shape)
         return layout.shape(self._state_shape(layout.read_shape("x", input_shape)))
 
-    def _layout(self, shape: Shape, place: dispatch.Place = dispatch.HOST) -> Layout:
+    def _layout(self, shape: Shape, place: Place = HOST) -> Layout:
         """Return how arrays lie where x has `shape`."""
         channel_axis = 0 if self.data_format == "channels_first" else -1
         batched = len(shape) != 3 or shape[channel_axis] != self.in_channels
         return Layout(type(self).__name__, self.dtype, self.data_format, batched=batched, place=place)
 
-    def _read(self, place: dispatch.Place, x_t: Any, h: Any, c: Any) -> tuple[Layout, np.ndarray, State]:
+    def _read(self, place: Place, x_t: Any, h: Any, c: Any) -> tuple[Layout, np.ndarray, State]:
         """Return how the caller's arrays lie, and these as the engines take them."""
         array = place.read("x", x_t, self.dtype)
         layout = self._layout(array.shape, place)

@@ -16,6 +16,7 @@ from fastclstm.layers.batches import Batch
 from fastclstm.layers.convlstm2d import ConvLSTM2D
 from fastclstm.layers.convolution import Conv2D
 from fastclstm.layers.history import History
+from fastclstm.layers.place import Place, place_of
 from fastclstm.layers.training import Trainable
 from fastclstm.spec import DATA_FORMATS, Shape, choice, expect_shape, flag, integers
 
@@ -361,12 +362,12 @@ bias_initializer, activation, recurrent_activation, output_activation, padding_m
         self._keep_gradients(encoder | gradients)
         return dx
 
-    def _place(self, frames: Any, training: bool) -> dispatch.Place:
+    def _place(self, frames: Any, training: bool) -> Place:
         """Return where a call computes; of frames on a GPU the layers within say what they do not know."""
         knows = dispatch.on_gpu(frames) or self._knows_gpu(training)
-        return dispatch.place("EncoderForecaster", frames, self.engine, knows=knows)
+        return place_of("EncoderForecaster", frames, self.engine, knows=knows)
 
-    def _read(self, place: dispatch.Place, name: str, value: Any) -> np.ndarray:
+    def _read(self, place: Place, name: str, value: Any) -> np.ndarray:
         """Return frames in the layer's data format as a channels-last array of its dtype."""
         array = place.read(name, value, self.dtype)
         self._check(array.shape, name)

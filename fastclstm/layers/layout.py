@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from fastclstm import dispatch
+from fastclstm.layers.place import HOST, Place
 from fastclstm.spec import Shape, expect_shape
 
 
@@ -20,7 +21,7 @@ class Layout:
     data_format: str
     time_major: bool = False
     batched: bool = True
-    place: dispatch.Place = dispatch.HOST
+    place: Place = HOST
 
     def axes(self, sequence: bool) -> str:
         """Name the axes of a caller's sequence or of a single frame of it."""

@@ -17,6 +17,7 @@ from fastclstm.layers.convlstm2d_cell import ConvLSTM2DCell
 from fastclstm.layers.encoder_forecaster import EncoderForecaster
 from fastclstm.layers.layout import Layout
 from fastclstm.layers.max_pooling3d import MaxPooling3D
+from fastclstm.layers.place import Place, place_of
 from fastclstm.layers.training import Trainable
 from fastclstm.spec import Shape, expect_shape
 
@@ -106,7 +107,7 @@ class Sequential(Trainable):
         TypeError
             Anything but real arrays; one on a GPU, where a layer does not compute there or is of another dtype.
         """
-        place = dispatch.place("Sequential", x)
+        place = place_of("Sequential", x)
         array = y = place.read("x", x)
         steps = self._steps(place, mask, lengths, array.shape)
         taken: list[tuple[bool, np.dtype]] = []
@@ -256,15 +257,15 @@ class Sequential(Trainable):
         engines = {o.get("engine") for o in options}
         if stays:
             if type(layer)._knows_gpu is Layer._knows_gpu:
-                dispatch.place(type(layer).__name__, y, knows=False)
+                place_of(type(layer).__name__, y, knows=False)
         elif not (layer._knows_gpu(training) and engines <= {None, "cuda"}):
             return dispatch.to_numpy(y)
         dtype = next((o["dtype"] for o in options if o.get("dtype")), None)
         if dispatch.on_gpu(y):
             return y if dtype in (None, y.dtype) or index == 0 else y.astype(dtype)
-        return dispatch.place(type(layer).__name__, y, "cuda").read("x", y, dtype) if "cuda" in engines else y
+        return place_of(type(layer).__name__, y, "cuda").read("x", y, dtype) if "cuda" in engines else y
 
-    def _steps(self, place: dispatch.Place, mask: Any, lengths: Any, shape: Shape) -> np.ndarray | None:
+    def _steps(self, place: Place, mask: Any, lengths: Any, shape: Shape) -> np.ndarray | None:
         """Return the mask that mask or lengths describe for an x of `shape`."""
         if mask is None and lengths is None:
             return None

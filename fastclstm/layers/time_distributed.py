@@ -7,10 +7,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from fastclstm import dispatch
 from fastclstm.layers.array_layer import Container, parts, told_of
 from fastclstm.layers.base import Layer
 from fastclstm.layers.convlstm2d import ConvLSTM2D
+from fastclstm.layers.place import place_of
 from fastclstm.layers.sequential import Walk, several_outputs, unfit
 from fastclstm.spec import Shape, expect_shape
 
@@ -71,7 +71,7 @@ class TimeDistributed(Container):
         TypeError
             Anything but real arrays; one on a GPU, where a layer does not compute there or is of another dtype.
         """
-        place = dispatch.place("TimeDistributed", x)
+        place = place_of("TimeDistributed", x)
         array = place.read("x", x)
         with suppress(NotImplementedError):  # a layer of others may have no output_shape
             self.output_shape(array.shape)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,9 @@ AXES = 5
 
 LARGEST_AXIS = 2**31 - 1
 """Of all axes but the first."""
+
+PLANS_KEPT = 1024
+"""Ways to count through arrays that are kept: those used last."""
 
 OPERATIONS = ("copy", "add", "subtract", "multiply", "divide", "maximum", "where", "greater", "not_equal")
 """Names in the order of `Operation` in csrc/views.cu; all but "copy" and "where" are NumPy's ufuncs."""
@@ -133,6 +137,8 @@ class View(OnDevice, NDArrayOperatorsMixin):
 
     def broadcast_to(self, shape: Shape) -> View:
         """Return the array repeated along axes of one, and along new ones before."""
+        if shape == self.shape:
+            return self
         new = len(shape) - self.ndim
         steps = (s if n != 1 else 0 for n, s in zip(self.shape, self.strides, strict=True))
         return View(self.memory, shape, (0,) * new + tuple(steps))
@@ -231,25 +237,38 @@ def _launch(operation: str, out: View | None, *inputs: Any, kept: Any = None) ->
 
 def _run(operation: str, out: View, views: Sequence[View | None], numbers: Sequence[Any], dtype: np.dtype) -> None:
     """Launch an operation on (a, b, mask), or on the numbers that stand for a and b where these are None."""
-    to, *views = _joined(out, *(view if view is None else view.broadcast_to(out.shape) for view in views))
-    assert to is not None
-    if to.ndim > AXES:
-        for n in range(len(to)):
-            _run(operation, to[n], [view if view is None else view[n] for view in views], numbers, dtype)
-        return
-    sizes = to.shape + (1,) * (AXES - to.ndim)
-    kernel = to.device.kernel("views.cu", "elementwise", {"REAL": _c_type(dtype), "RESULT": _c_type(to.dtype)})
-    a, b = map(_bytes(dtype).type, numbers)
-    product.over(to.device, kernel, to.size, np.int32(OPERATIONS.index(operation)), np.int64(to.size),
-                 *product.int32(*sizes[1:]), *_arguments(to), *_arguments(views[0]), a, *_arguments(views[1]), b,
-                 *_arguments(views[2]))  # fmt: skip
+    nothing = (0,) * out.ndim
+    present = (view if view is None else view.broadcast_to(out.shape) for view in views)
+    arrays = [out, *present]
+    plan = _plan(out.shape, *(nothing if view is None else view.strides for view in arrays))
+    device = out.device
+    kernel = device.kernel("views.cu", "elementwise", {"REAL": _c_type(dtype), "RESULT": _c_type(out.dtype)})
+    number = np.int32(OPERATIONS.index(operation))
+    values: list[tuple[Any, ...]] = [(), *((_bytes(dtype).type(value),) for value in numbers), ()]
+    for starts in plan.starts:
+        arguments: list[Any] = []
+        for view, start, strides, value in zip(arrays, starts, plan.strides, values, strict=True):
+            arguments += [None if view is None else _from(view, start), *strides, *value]
+        product.over(device, kernel, plan.count, number, np.int64(plan.count), *plan.sizes, *arguments)
 
 
-def _joined(*views: View | None) -> list[View | None]:
-    """Return arrays of one shape, some of them missing, with as few axes as they can be seen with."""
-    present = [view for view in views if view is not None]
+@dataclass(frozen=True)
+class _Plan:
+    """How launches count through arrays of one shape."""
+
+    count: int
+    sizes: tuple[np.int32, ...]
+    """Of all axes but the first."""
+    strides: tuple[tuple[np.int64, ...], ...]
+    starts: list[tuple[int, ...]]
+    """Of each launch the element of each array that it starts from."""
+
+
+@lru_cache(maxsize=PLANS_KEPT)
+def _plan(shape: Shape, *strides: Shape) -> _Plan:
+    """Return how to count along as few axes as arrays of these strides can be seen with."""
     axes: list[tuple[int, ...]] = []  # of each its size, then the strides
-    for size, *steps in zip(present[0].shape, *(view.strides for view in present), strict=True):
+    for size, *steps in zip(shape, *strides, strict=True):
         if size == 1:
             continue
         whole = axes and all(outer == inner * size for outer, inner in zip(axes[-1][1:], steps, strict=True))
@@ -257,9 +276,13 @@ def _joined(*views: View | None) -> list[View | None]:
             axes[-1] = axes[-1][0] * size, *steps
         else:
             axes.append((size, *steps))
-    shape, *strides = zip(*axes, strict=True) if axes else ((),) * (len(present) + 1)
-    joined = iter(replace(view, shape=shape, strides=steps) for view, steps in zip(present, strides, strict=True))
-    return [None if view is None else next(joined) for view in views]
+    beyond, axes = axes[:-AXES], axes[-AXES:] + [(1, *(0,) * len(strides))] * (AXES - len(axes))
+    starts = [
+        tuple(sum(n * axis[1 + array] for n, axis in zip(place, beyond, strict=True)) for array in range(len(strides)))
+        for place in np.ndindex(*(size for size, *_ in beyond))
+    ]
+    sizes, *joined = zip(*axes, strict=True)
+    return _Plan(math.prod(sizes), product.int32(*sizes[1:]), tuple(tuple(map(np.int64, s)) for s in joined), starts)
 
 
 def _operand(device: Device, value: Any, dtype: np.dtype) -> tuple[View | None, Any]:
@@ -282,12 +305,12 @@ def _c_type(dtype: np.dtype) -> str:
     return _C_TYPES[_bytes(dtype).str[1:]]
 
 
-def _arguments(view: View | None) -> tuple[Any, ...]:
-    """Return the arguments of an array: memory and strides."""
-    if view is None:
-        return None, *map(np.int64, (0,) * AXES)
-    strides = view.strides + (0,) * (AXES - view.ndim)
-    return replace(view.memory, dtype=_bytes(view.dtype)), *map(np.int64, strides)
+def _from(view: View, start: int) -> DeviceArray:
+    """Return a kernel's argument: the memory from an element on."""
+    memory = view.memory
+    if not start and memory.dtype != np.bool_:
+        return memory
+    return replace(memory, pointer=memory.pointer + start * memory.dtype.itemsize, dtype=_bytes(memory.dtype))
 
 
 # --- Functions of NumPy ---
