@@ -389,6 +389,22 @@ def test_a_network_that_begins_in_the_processors_memory():
     close(run(engines(model, "cuda"), x), run(engines(model, "reference"), x))
 
 
+class Clipped(EncoderForecaster):
+    """A caller's own class, which goes on with what it gets as with an array of NumPy."""
+
+    def forward(self, frames, training=False):
+        return super().forward(np.clip(frames, -1, 1), 2, training)
+
+    def output_shape(self, input_shape):
+        return super().output_shape(input_shape, 2)
+
+
+def test_layers_of_others_get_arrays_of_numpy():
+    layers = [ConvLSTM2D(1, 1, 3, dtype="float64", seed=0), Clipped(1, 2, 3, dtype="float64", seed=1), LeakyReLU()]
+    model, x = Sequential(layers), normal(2, 3, 4, 4, 1)
+    close(run(engines(model, "cuda"), x), run(engines(model, "reference"), x))
+
+
 def test_layers_with_engines_and_dtypes_of_their_own():
     layers = [Conv2D(1, 2, 3, engine="cuda", seed=0), Conv2D(2, 2, 3, engine="cuda", dtype="float64", seed=1),
               Conv2D(2, 1, 3, engine="reference", dtype="float64", seed=2)]  # fmt: skip
@@ -414,6 +430,18 @@ def test_encoder_forecaster(options, forced):
     expected = outcome(expected, lambda array: array, lambda value: value)
     close(outcome(engines(model, None), put, got), expected)
     close(outcome(engines(model, "cuda"), lambda array: array, lambda value: value), expected)
+
+
+def test_a_network_is_fitted():
+    model = network([Dense(8, 3, "softmax", dtype="float64", seed=3)])
+    x, y = normal(4, 3, 4, 4, 1), np.eye(3)[[0, 2, 1, 1]]
+    curves = {}
+    for engine in ("reference", "cuda"):
+        fitted = engines(model, engine)
+        curves[engine] = fitted.fit(x, y, loss="categorical_crossentropy", epochs=2, batch_size=2, seed=0, quiet=True)
+        curves[f"{engine} parameters"] = fitted.parameters
+    np.testing.assert_allclose(curves["cuda"]["loss"], curves["reference"]["loss"], rtol=1e-9)
+    close(curves["cuda parameters"], curves["reference parameters"], 1e-7)
 
 
 # --- Copies ---
@@ -543,6 +571,30 @@ def test_states_on_another_gpu(emulated):
         TypeError, match=r"^ConvLSTM2D: h lives on DLPack device 2, not in the processor's memory; move"
     ):
         engines(layer, "cuda")(x, initial_state=(Exchanged(state), None))
+
+
+@pytest.mark.torch
+def test_a_gpu_shares_arrays_of_layers_with_torch(gpu):
+    torch = pytest.importorskip("torch")
+    if gpu.dlpack_device[0] != CUDA or not torch.cuda.is_available():
+        pytest.skip("there is no GPU, or this PyTorch sees none")
+    layer = ConvLSTM2D(
+        3, 4, 3, num_layers=2, leaky_relu_slope=0.1, bidirectional=True, data_format="channels_first", seed=0
+    )
+    x = normal(2, 5, 3, 9, 7).astype("f4")
+    expected, gradients = run(engines(layer, "reference"), x)
+    dy = torch.from_numpy(randoms(expected[0]))
+    for stream in (torch.cuda.current_stream(), torch.cuda.Stream()):
+        for _ in range(5):
+            with torch.cuda.stream(stream):
+                y = layer(torch.from_numpy(x).cuda(non_blocking=True) * 3 / 3, training=True)
+                dx = layer.backward(dy.cuda() * 1)
+                doubled = y * 2, dx * 2
+            assert y.is_cuda
+            torch.cuda.current_stream().wait_stream(stream)
+            for result, array in zip(doubled, expected, strict=True):
+                np.testing.assert_allclose(result.cpu().numpy() / 2, array, atol=1e-4)
+            close(layer.get_gradients(), gradients, 1e-3)
 
 
 def test_arrays_with_the_interface_alone(emulated):

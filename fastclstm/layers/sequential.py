@@ -258,7 +258,7 @@ class Sequential(Trainable):
         if stays:
             if type(layer)._knows_gpu is Layer._knows_gpu:
                 place_of(type(layer).__name__, y, knows=False)
-        elif not (layer._knows_gpu(training) and engines <= {None, "cuda"}):
+        elif not (layer._knows_gpu(training) and engines <= {None, "cuda"} and all(map(_is_ours, parts(layer)))):
             return dispatch.to_numpy(y)
         dtype = next((o["dtype"] for o in options if o.get("dtype")), None)
         if dispatch.on_gpu(y):
@@ -357,6 +357,11 @@ def several_outputs(layer: Layer) -> str | None:
 
 def _name(index: int, layer: Layer) -> str:
     return f"layer {index}, {type(layer).__name__}"
+
+
+def _is_ours(layer: Layer) -> bool:
+    """Whether a layer is of this package; those of others may expect arrays of NumPy."""
+    return type(layer).__module__.startswith(__package__)
 
 
 def _masked(layer: Layer) -> Iterator[ConvLSTM2D]:
