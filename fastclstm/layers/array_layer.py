@@ -48,8 +48,8 @@ class ArrayLayer(Layer):
         TypeError
             Anything but real arrays; one on a GPU, where the layer does not compute there or is of another dtype.
         """
-        op, dtype = type(self).__name__, self.options.get("dtype")
-        place = place_of(op, x, self.options.get("engine"), knows=self._knows_gpu(training))
+        op, dtype = type(self).__name__, getattr(self, "dtype", None)
+        place = place_of(self, x, training)
         array = place.read("x", x, dtype)
         shape = self.output_shape(array.shape)
         computed = np.dtype(dtype or dispatch.working_dtype(array))

@@ -118,8 +118,7 @@ class ConvLSTMLayer(Layer):
 
     def _place(self, x: Any, training: bool) -> Place:
         """Return where a call on x computes; of an x on a GPU the engine says what it does not know."""
-        knows = dispatch.on_gpu(x) or self._knows_gpu(training)
-        return place_of(type(self).__name__, x, self.engine, knows=knows)
+        return place_of(self, x, training, refuses=False)
 
     def _knows_gpu(self, training: bool) -> bool:
         kind = None if self.normalization is None else self.normalization.kind

@@ -364,8 +364,7 @@ bias_initializer, activation, recurrent_activation, output_activation, padding_m
 
     def _place(self, frames: Any, training: bool) -> Place:
         """Return where a call computes; of frames on a GPU the layers within say what they do not know."""
-        knows = dispatch.on_gpu(frames) or self._knows_gpu(training)
-        return place_of("EncoderForecaster", frames, self.engine, knows=knows)
+        return place_of(self, frames, training, refuses=False)
 
     def _read(self, place: Place, name: str, value: Any) -> np.ndarray:
         """Return frames in the layer's data format as a channels-last array of its dtype."""

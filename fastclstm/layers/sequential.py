@@ -17,7 +17,7 @@ from fastclstm.layers.convlstm2d_cell import ConvLSTM2DCell
 from fastclstm.layers.encoder_forecaster import EncoderForecaster
 from fastclstm.layers.layout import Layout
 from fastclstm.layers.max_pooling3d import MaxPooling3D
-from fastclstm.layers.place import Place, place_of
+from fastclstm.layers.place import GPUPlace, Place, place_of, refuse
 from fastclstm.layers.training import Trainable
 from fastclstm.spec import Shape, expect_shape
 
@@ -107,9 +107,10 @@ class Sequential(Trainable):
         TypeError
             Anything but real arrays; one on a GPU, where a layer does not compute there or is of another dtype.
         """
-        place = place_of("Sequential", x)
+        place = place_of(self, x, refuses=False)
         array = y = place.read("x", x)
         steps = self._steps(place, mask, lengths, array.shape)
+        moves = place.on_gpu or any(getattr(part, "engine", None) == "cuda" for part in parts(self))
         taken: list[tuple[bool, np.dtype]] = []
         walk, checked = Walk(mask=None if steps is None else steps.shape), 0
         self._pullback = None
@@ -117,8 +118,9 @@ class Sequential(Trainable):
             if index == checked:
                 checked = self._check(index, y.shape, walk)
             with told_of(_name(index, layer)):
-                given, y = y, self._moved(index, y, place.on_gpu, training)
-                taken.append((dispatch.on_gpu(y), given.dtype))
+                if moves:
+                    given, y = y, self._moved(index, y, place.on_gpu, training)
+                    taken.append((dispatch.on_gpu(y), given.dtype))
                 if steps is None or not any(_masked(layer)):
                     y = layer(y, training=training)
                     continue
@@ -253,17 +255,16 @@ class Sequential(Trainable):
         compute there.
         """
         layer = self.layers[index]
-        options = [part.options for part in parts(layer)]
-        engines = {o.get("engine") for o in options}
+        engines = {getattr(part, "engine", None) for part in parts(layer)}
         if stays:
             if type(layer)._knows_gpu is Layer._knows_gpu:
-                place_of(type(layer).__name__, y, knows=False)
+                refuse(layer)
         elif not (layer._knows_gpu(training) and engines <= {None, "cuda"} and all(map(_is_ours, parts(layer)))):
             return dispatch.to_numpy(y)
-        dtype = next((o["dtype"] for o in options if o.get("dtype")), None)
+        dtype = next((part.dtype for part in parts(layer) if hasattr(part, "dtype")), None)
         if dispatch.on_gpu(y):
             return y if dtype in (None, y.dtype) or index == 0 else y.astype(dtype)
-        return place_of(type(layer).__name__, y, "cuda").read("x", y, dtype) if "cuda" in engines else y
+        return GPUPlace(type(layer).__name__, y).read("x", y, dtype) if "cuda" in engines else y
 
     def _steps(self, place: Place, mask: Any, lengths: Any, shape: Shape) -> np.ndarray | None:
         """Return the mask that mask or lengths describe for an x of `shape`."""
@@ -287,7 +288,7 @@ class Sequential(Trainable):
     def _pull(self, taken: list[tuple[bool, np.dtype]], *gradients: Any) -> Any:
         for index, layer in reversed(list(enumerate(self.layers))):
             with told_of(_name(index, layer)):
-                on_gpu, dtype = taken[index]
+                on_gpu, dtype = taken[index] if taken else (False, None)
                 if not on_gpu:
                     gradients = tuple(map(dispatch.to_numpy, gradients))
                 dx = layer.backward(*gradients)

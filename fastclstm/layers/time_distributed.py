@@ -71,7 +71,7 @@ class TimeDistributed(Container):
         TypeError
             Anything but real arrays; one on a GPU, where a layer does not compute there or is of another dtype.
         """
-        place = place_of("TimeDistributed", x)
+        place = place_of(self, x, refuses=False)
         array = place.read("x", x)
         with suppress(NotImplementedError):  # a layer of others may have no output_shape
             self.output_shape(array.shape)
