@@ -17,6 +17,7 @@ from fastclstm import dispatch, functional
 from fastclstm.engines import reference
 from fastclstm.engines.cuda import arrays, device
 from fastclstm.engines.cuda.device import Device, DeviceArray
+from fastclstm.functional import volumes
 
 
 class Host(Device):
@@ -490,6 +491,52 @@ def test_the_kernels_read_other_libraries_arrays(emulated, op):
     outputs, pullback = getattr(functional, f"{op}_vjp")(**nested(given, Exchanged))
     same(taken(outputs), expected, atol=1e-5)
     same(taken(pullback(nested(cotangents, Exchanged))), pull(cotangents), atol=1e-4)
+
+
+VIEWED = {
+    "max_pool3d": (
+        {"x": normal(2, 3, 4, 5, 4), "pool_size": 2, "data_format": "channels_first"},
+        normal(2, 3, 2, 2, 2),
+    ),
+    "max_pool3d with indices": (
+        {"x": normal(2, 3, 4, 5, 4), "pool_size": 2, "data_format": "channels_first", "return_indices": True},
+        (normal(2, 3, 2, 2, 2), None),
+    ),
+    "conv3d": (
+        {"x": normal(2, 4, 5, 3, 2), "kernel": normal(3, 2, 3, 2, 3), "bias": normal(3), "strides": (2, 1, 1)},
+        normal(2, 2, 5, 3, 3),
+    ),
+    "conv3d around": (
+        {
+            "x": normal(2, 4, 5, 3, 2),
+            "kernel": normal(2, 2, 3, 2, 3),
+            "padding_mode": "circular",
+            "dilation": (3, 1, 1),
+        },
+        normal(2, 4, 5, 3, 3),
+    ),
+}
+"""Operations whose arrays are seen in another order of axes."""
+
+
+@pytest.mark.parametrize("case", VIEWED)
+def test_views_of_other_libraries_arrays(emulated, monkeypatch, case):
+    given, cotangents = VIEWED[case]
+    op = case.partition(" ")[0]
+    monkeypatch.setattr(volumes, "GATHERED_BYTES", 1000)  # a few frames at a time
+    expected, pull = getattr(functional, f"{op}_vjp")(**given, engine="reference")
+    there = device.current()
+    for change, back in ((Exchanged, taken), (there.put, lambda value: nested(value, there.get))):
+        for weights in (change, lambda array: array):
+            changed = {name: (change if name == "x" else weights)(value) if isinstance(value, np.ndarray) else value
+                       for name, value in given.items()}  # fmt: skip
+            outputs, pullback = getattr(functional, f"{op}_vjp")(**changed)
+            same(back(outputs), expected, atol=1e-5)
+            same(back(pullback(nested(cotangents, change))), pull(cotangents), atol=1e-4)
+            same(back(getattr(functional, op)(**changed)), expected, atol=1e-5)
+        same(back(pullback((None, None) if isinstance(cotangents, tuple) else None)),
+             pull((None, None) if isinstance(cotangents, tuple) else None))  # fmt: skip
+    same(getattr(functional, op)(**given, engine="cuda"), expected, atol=1e-5)
 
 
 # --- What is refused ---

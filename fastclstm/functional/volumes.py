@@ -150,7 +150,7 @@ class Conv3DCall:
             np.zeros_like(self.x, shape=shape) for shape in (self.x.shape, self.kernel.shape, (self.spec.frame.F,))
         )
         if dy is not None:
-            frames = dy.reshape(self.spec.B * self.spec.TO, *dy.shape[2:])
+            frames = dispatch.to_view(dy).reshape(self.spec.B * self.spec.TO, *dy.shape[2:])
             for part in self._chunks():
                 dgathered, dk, db = self.engine.conv2d_backward(
                     self.spec.frame.with_batch(len(part)), self._gather(part), self.kernel,
