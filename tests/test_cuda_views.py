@@ -126,6 +126,12 @@ def test_copies_of_every_dtype(put, dtype):
     same(put(x)[:, 1:3] != 0, x[:, 1:3] != 0)
 
 
+def test_conversions(put):
+    x = normal(3, 4, dtype="f8")
+    same(put(x)[::-1].astype(np.float32), x[::-1].astype(np.float32))
+    same(put(x > 0).astype(np.float64), (x > 0).astype(np.float64))
+
+
 def test_more_axes_than_the_kernel_has(put):
     x = normal(2, 3, 2, 2, 3, 2, 2)
     turned = put(x).transpose(6, 4, 2, 0, 1, 3, 5)

@@ -405,6 +405,22 @@ def test_layers_of_others_get_arrays_of_numpy():
     close(run(engines(model, "cuda"), x), run(engines(model, "reference"), x))
 
 
+def test_engines_that_are_changed_later(gpu, monkeypatch):
+    layers = [ConvLSTM2D(1, 2, 3, engine="cuda", seed=0), Conv2D(2, 2, 3, engine="cuda", seed=1)]
+    model, x = Sequential(layers), normal(1, 2, 4, 4, 1).astype("f4")
+    there = model(x)
+    for layer in layers:
+        layer.engine = None
+    with counted(gpu, monkeypatch) as copies:
+        close(model(x), there, 1e-5)
+    assert copies == {"put": [], "get": []}
+    for layer in layers:
+        layer.engine = "cuda"
+    with counted(gpu, monkeypatch) as copies:
+        close(model(x), there, 0)
+    assert copies["get"] == [there.shape]
+
+
 def test_layers_with_engines_and_dtypes_of_their_own():
     layers = [Conv2D(1, 2, 3, engine="cuda", seed=0), Conv2D(2, 2, 3, engine="cuda", dtype="float64", seed=1),
               Conv2D(2, 1, 3, engine="reference", dtype="float64", seed=2)]  # fmt: skip

@@ -110,7 +110,7 @@ class Sequential(Trainable):
         place = place_of(self, x, refuses=False)
         array = y = place.read("x", x)
         steps = self._steps(place, mask, lengths, array.shape)
-        moves = place.on_gpu or any(getattr(part, "engine", None) == "cuda" for part in parts(self))
+        moves = place.on_gpu or "cuda" in _engines(self)
         taken: list[tuple[bool, np.dtype]] = []
         walk, checked = Walk(mask=None if steps is None else steps.shape), 0
         self._pullback = None
@@ -255,7 +255,7 @@ class Sequential(Trainable):
         compute there.
         """
         layer = self.layers[index]
-        engines = {getattr(part, "engine", None) for part in parts(layer)}
+        engines = _engines(layer)
         if stays:
             if type(layer)._knows_gpu is Layer._knows_gpu:
                 refuse(layer)
@@ -358,6 +358,14 @@ def several_outputs(layer: Layer) -> str | None:
 
 def _name(index: int, layer: Layer) -> str:
     return f"layer {index}, {type(layer).__name__}"
+
+
+def _engines(layer: Layer) -> set[str | None]:
+    """Return the engines that a layer and those within it are to compute with; None: where x is.
+
+    The cells of a ConvLSTM2D are told when it runs.
+    """
+    return {getattr(part, "engine", None) for part in parts(layer) if not isinstance(part, ConvLSTM2DCell)}
 
 
 def _is_ours(layer: Layer) -> bool:
