@@ -8,7 +8,7 @@ typedef RESULT result;  // unsigned char of comparisons
 typedef real result;
 #endif
 
-enum Operation { COPY, ADD, SUBTRACT, MULTIPLY, DIVIDE, MAXIMUM, WHERE, GREATER, NOT_EQUAL };
+enum Operation { COPY, ADD, SUBTRACT, MULTIPLY, DIVIDE, MAXIMUM, WHERE, LEAK, GREATER, NOT_EQUAL };
 
 #define STRIDES(array)                                                                                                 \
     long long array##_0, long long array##_1, long long array##_2, long long array##_3, long long array##_4
@@ -48,6 +48,7 @@ DEVICE result computed(int operation, real a, real b, bool kept)
     case DIVIDE: return result(a / b);
     case MAXIMUM: return result(a > b || a != a ? a : b);
     case WHERE: return result(kept ? a : b);
+    case LEAK: return result(kept ? a : b * a);
     case GREATER: return result(a > b);
     case NOT_EQUAL: return result(a != b);
     default: return result(a);
@@ -62,7 +63,7 @@ DEVICE result computed(int operation, real a, real b, bool kept)
                                  kept && kept[PLACE(kept)]);                                                           \
     }
 
-// to = a ∘ b, or a where it is kept and b elsewhere. `count` elements in all, size_1 … size_4 along the last axes; each
+// to = a ∘ b, or a where it is kept and b, or b · a, elsewhere. `count` elements in all, size_1 … size_4 along the last axes; each
 // array has its strides, 0 where it is repeated. Where there is no array its value is taken.
 KERNEL(256)
 elementwise(int operation, long long count, int size_1, int size_2, int size_3, int size_4, result* to, STRIDES(to),

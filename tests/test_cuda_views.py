@@ -99,6 +99,7 @@ def test_arithmetic_of_any_strides(put, data):
         same(function(x, 2), function(a, 2))
     kept = a > 0
     same(np.where(x > 0, x, number * x), np.where(kept, a, number * a))
+    same(x.leak(x > 0, 0.3), np.where(kept, a, number * a))
     same(np.where(kept, x, number), np.where(kept, a, number))  # a mask of the processor's memory
     same(np.where(x > 0, number, x.dtype.type(1)), np.where(kept, number, x.dtype.type(1)))
 

@@ -45,6 +45,11 @@ def activate(spec: Any, z: Any) -> tuple[np.ndarray, Pullback]:
     return y.copy() if np.may_share_memory(y, z) else y, lambda dy: dy * activation.derivative(z)
 
 
+def leaky(above: Any, x: Any, slope: float) -> Any:
+    """Return x where it is `above` zero, as told, else slope · x."""
+    return x.leak(above, slope) if dispatch.on_gpu(x) else np.where(above, x, x.dtype.type(slope) * x)
+
+
 def _softmax(z: np.ndarray) -> tuple[np.ndarray, Pullback]:
     """Return exp(z) / Σ exp(z) over the last axis, shifted so that nothing overflows, and its pullback."""
     y = np.exp(z - z.max(-1, keepdims=True, initial=-np.inf))
@@ -146,7 +151,6 @@ class LeakyReLU(ArrayLayer):
         return True
 
     def _apply(self, x: np.ndarray, training: bool) -> tuple[np.ndarray, Pullback]:
-        low, one = x.dtype.type(self.negative_slope), x.dtype.type(1)
-        above = x > 0
-        y = np.where(above, x, low * x) if low else np.maximum(x, 0)  # as 0 · Inf is NaN
-        return y, lambda dy: dy * np.where(above, one, low)
+        above, slope = x > 0, self.negative_slope
+        y = leaky(above, x, slope) if x.dtype.type(slope) else np.maximum(x, 0)  # as 0 · Inf is NaN
+        return y, lambda dy: leaky(above, dy, slope)

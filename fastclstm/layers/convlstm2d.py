@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from fastclstm import dispatch
+from fastclstm.layers.activation import leaky
 from fastclstm.layers.base import Parameter
 from fastclstm.layers.convlstm2d_cell import ConvLSTM2DCell, ConvLSTMLayer, State, own_generator
 from fastclstm.layers.gate_weights import GateWeights
@@ -514,7 +515,7 @@ engine='reference')
                 dx = pulled["x"] if dx is None else dx + pulled["x"]
             merged = dx
             if index and self.leaky_relu_slope is not None:
-                merged = np.where(tape.positive[index - 1], dx, dx.dtype.type(self.leaky_relu_slope) * dx)
+                merged = leaky(tape.positive[index - 1], dx, self.leaky_relu_slope)
         if tape.kept_steps is not None:
             dx = np.where(tape.kept_steps, dx, np.zeros((), dx.dtype))
         restore = layout.place.restore
@@ -569,7 +570,7 @@ def _leaky_relu(sequence: np.ndarray, slope: float, tape: _Tape | None) -> np.nd
     positive = sequence > 0
     if tape is not None:
         tape.positive.append(positive)
-    return np.where(positive, sequence, sequence.dtype.type(slope) * sequence)
+    return leaky(positive, sequence, slope)
 
 
 def _merge(mode: str | None, outputs: tuple[np.ndarray, ...]) -> Merged:

@@ -28,10 +28,11 @@ LARGEST_AXIS = 2**31 - 1
 PLANS_KEPT = 1024
 """Ways to count through arrays that are kept: those used last."""
 
-OPERATIONS = ("copy", "add", "subtract", "multiply", "divide", "maximum", "where", "greater", "not_equal")
-"""Names in the order of `Operation` in csrc/views.cu; all but "copy" and "where" are NumPy's ufuncs."""
+OPERATIONS = ("copy", "add", "subtract", "multiply", "divide", "maximum", "where", "leak", "greater",
+              "not_equal")  # fmt: skip
+"""Names in the order of `Operation` in csrc/views.cu; all but "copy", "where" and "leak" are NumPy's ufuncs."""
 _COMPARISONS = ("greater", "not_equal")
-_UFUNCS = {getattr(np, name): name for name in OPERATIONS if name not in ("copy", "where")}
+_UFUNCS = {getattr(np, name): name for name in OPERATIONS if name not in ("copy", "where", "leak")}
 
 _C_TYPES = {"f4": "float", "f8": "double", "i8": "long long", "u1": "unsigned char"}
 
@@ -142,6 +143,10 @@ class View(OnDevice, NDArrayOperatorsMixin):
         new = len(shape) - self.ndim
         steps = (s if n != 1 else 0 for n, s in zip(self.shape, self.strides, strict=True))
         return View(self.memory, shape, (0,) * new + tuple(steps))
+
+    def leak(self, kept: Any, slope: float) -> View:
+        """Return the elements where they are kept, else times the slope."""
+        return _launch("leak", None, self, slope, kept=kept)
 
     def activate(self, name: str) -> View:
         """Return an activation of `nn.activations` of every element."""
