@@ -51,6 +51,12 @@ def _names() -> str:
     return f"{', '.join(names)} and {last}"
 
 
+def algorithms(engine: str | None) -> tuple[str, ...]:
+    """Return the algorithms that a layer of that engine may be made with."""
+    known = get_engine(engine).ALGORITHMS if engine == "cuda" else ("direct", "winograd")
+    return ("auto", *known)
+
+
 def check_algorithm(op: str, engine: ModuleType, algorithm: str) -> None:
     """Raise ValueError unless `engine` knows `algorithm`."""
     known = ("auto", *engine.ALGORITHMS)
@@ -73,25 +79,50 @@ def choose(op: str, name: str | None, x: Any) -> tuple[ModuleType, Callable[[str
     """
     if not on_gpu(x):
         return get_engine(name), lambda key, value: as_numpy(op, key, value)
-    check_engine(name)
-    if name not in (None, "cuda"):
-        raise TypeError(f"{op}: x is on a GPU, where engine {name!r} does not compute; pass engine='cuda' (or none), "
-                        "or move x to the CPU")  # fmt: skip
+    check_gpu_engine(op, name)
     from fastclstm.engines.cuda import arrays
 
     read = arrays.Reader(op, x)
     return get_engine("cuda"), lambda key, value: read(key, value) if on_gpu(value) else as_numpy(op, key, value)
 
 
+def check_gpu_engine(op: str, name: str | None) -> None:
+    """Raise TypeError where an engine is named that does not take arrays on a GPU."""
+    check_engine(name)
+    if name not in (None, "cuda"):
+        raise TypeError(f"{op}: x is on a GPU, where engine {name!r} does not compute; pass engine='cuda' (or none), "
+                        "or move x to the CPU")  # fmt: skip
+
+
+def to_numpy(array: Any) -> Any:
+    """Return an array of the engine "cuda" as one of NumPy; anything else as it is."""
+    return to_view(array).get() if of_engine(array) else array
+
+
+def to_view(array: Any) -> Any:
+    """Return an array of the engine "cuda" as one that NumPy's functions take; NumPy's as it is."""
+    if isinstance(array, np.ndarray):
+        return array
+    from fastclstm.engines.cuda.views import View
+
+    return array if isinstance(array, View) else View.of(array)
+
+
 def on_gpu(value: Any) -> bool:
     """Return whether `value` is an array on a GPU: by DLPack, by __cuda_array_interface__ or of the engine cuda."""
     if isinstance(value, np.ndarray):
         return False
-    if (made := sys.modules.get("fastclstm.engines.cuda.device")) and isinstance(value, made.DeviceArray):
+    if of_engine(value):
         return True
     if hasattr(value, "__dlpack_device__"):
         return int(value.__dlpack_device__()[0]) in _DLPACK_GPU_DEVICES
     return hasattr(value, "__cuda_array_interface__")
+
+
+def of_engine(value: Any) -> bool:
+    """Return whether `value` is an array of the engine "cuda" itself."""
+    made = sys.modules.get("fastclstm.engines.cuda.device")
+    return made is not None and isinstance(value, made.OnDevice)
 
 
 def as_numpy(op: str, name: str, value: Any) -> np.ndarray:
@@ -128,23 +159,48 @@ def working_dtype(*arrays: np.ndarray | None) -> np.dtype:
     return np.dtype(np.float64 if wide else np.float32)
 
 
-def native(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+def native(array: Any, dtype: np.dtype) -> Any:
     """Return `array` as a C-contiguous, aligned array of the native `dtype`: itself where it already is one.
 
-    An array on a GPU must be one already.
+    An array on a GPU must be of it already.
     """
     if on_gpu(array):
         if array.dtype != dtype:
             raise TypeError(f"arrays of {array.dtype} and {dtype} on a GPU are not brought together; pass one dtype")
-        return array
+        return contiguous(array)
     if array.dtype == dtype and array.flags.c_contiguous and array.flags.aligned:
         return array
     return np.require(array, dtype, ["C", "A"])
 
 
-def restorer(like: Any) -> Callable[[np.ndarray], Any]:
-    """Return the function that turns a NumPy result into the kind of array that `like` is."""
-    if isinstance(like, np.ndarray) or not hasattr(like, "__dlpack__") or type(like).__module__.startswith(__package__):
+def contiguous(array: Any) -> Any:
+    """Return `array` in C order: itself where it is."""
+    if isinstance(array, np.ndarray):
+        return np.ascontiguousarray(array)
+    from fastclstm.engines.cuda.views import View, plain
+
+    return View.of(plain(array)) if isinstance(array, View) else array
+
+
+def scaled(array: Any, factor: float) -> Any:
+    """Return an array times a number, as its kind of array."""
+    return restorer(array)(to_view(array) * factor) if of_engine(array) else array * factor
+
+
+def restorer(like: Any) -> Callable[[Any], Any]:
+    """Return the function that turns a result of an engine into the kind of array that `like` is."""
+    if isinstance(like, np.ndarray):
+        return lambda array: array
+    exported = _exporter(like)
+    if not on_gpu(like):
+        return exported
+    from fastclstm.engines.cuda.views import View, plain
+
+    return exported if isinstance(like, View) else lambda array: exported(plain(array))
+
+
+def _exporter(like: Any) -> Callable[[Any], Any]:
+    if not hasattr(like, "__dlpack__") or type(like).__module__.startswith(__package__):
         return lambda array: array
     if hasattr(like, "__array_namespace__"):
         return like.__array_namespace__().from_dlpack

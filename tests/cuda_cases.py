@@ -1,13 +1,45 @@
 """What the tests of the cuda engine's operations share: drawn geometry, comparison with the oracle in float64."""
 
 from contextlib import contextmanager
+from types import ModuleType
 
 import numpy as np
 from hypothesis import strategies as st
 
 from fastclstm.engines.cuda import product, weight_gradient
-from fastclstm.engines.cuda.device import DeviceArray
+from fastclstm.engines.cuda.device import CUDA, DeviceArray
 from fastclstm.spec import ConvSpec
+
+
+class Exchanged:
+    """An array of a library with DLPack alone, on GPU `number`."""
+
+    def __init__(self, values, number=0):
+        self.values, self.number, self.streams = values, number, []
+
+    def __dlpack_device__(self):
+        return CUDA, self.number
+
+    def __dlpack__(self, *, stream=None):
+        self.streams.append(stream)
+        return self.values.__dlpack__()
+
+    def __array_namespace__(self):
+        namespace = ModuleType("namespace")
+        namespace.from_dlpack = lambda array: Exchanged(np.from_dlpack(array))
+        return namespace
+
+
+class Interfaced:
+    """An array with __cuda_array_interface__ alone."""
+
+    def __init__(self, values, **more):
+        self.values = values
+        self.__cuda_array_interface__ = {
+            "shape": values.shape, "typestr": values.dtype.str, "data": (values.ctypes.data, False),
+            "strides": None if values.flags.c_contiguous else values.strides, "version": 3, **more,
+        }  # fmt: skip
+
 
 sizes = st.sampled_from([1, 2, 3, 5, 8, 13])
 channels = st.sampled_from([1, 2, 4, 8, 13, 20])

@@ -14,6 +14,7 @@ from fastclstm import functional
 from fastclstm.engines import disk_cache
 from fastclstm.engines.cuda import ALGORITHMS, compilation, device
 from fastclstm.engines.cuda.device import DeviceArray
+from fastclstm.engines.cuda.views import View
 
 ROOT = Path(__file__).parents[1]
 
@@ -181,6 +182,10 @@ def use_everything():
                 pullback(y)
         y, pullback = functional.max_pool3d_vjp(x, engine="cuda")
         pullback(y)
+        view = View.of(device.current().put(x))
+        np.where(view != 0, view[:, ::-1], view.activate_backward("tanh", view.activate("relu")))
+    for dtype in (np.int64, np.bool_):
+        View.of(device.current().put(x.astype(dtype)))[::-1].copy()
 
 
 @pytest.mark.parametrize("architecture", [80, 90])

@@ -4,8 +4,8 @@ Arrays are channels-last. NumPy arrays, nested sequences and any array with DLPa
 results come back as the kind of array that ``x`` is. float32 and float64 are computed as they are (mixed: float64),
 other real dtypes as float32. Inputs are never modified.
 
-`conv2d`, `convlstm2d` and `max_pool3d` with an x on a GPU are computed there, by the engine "cuda": without copies, on
-the caller's stream. The arrays beside x may be there too, C-contiguous and of its dtype, or be NumPy's.
+With an x on a GPU they are computed there, by the engine "cuda": without copies, on the caller's stream. The arrays
+beside x may be there too, C-contiguous and of its dtype, or be NumPy's.
 """
 
 from fastclstm.functional.convlstm import ConvLSTMPullback, convlstm2d, convlstm2d_step, convlstm2d_vjp

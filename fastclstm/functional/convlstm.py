@@ -335,7 +335,8 @@ class ConvLSTMCall:
         get, spec, normalization = self.arrays.get, self.spec, self.normalization
         weights = get("kernel"), get("recurrent_kernel"), get("bias")
         given = normalization is not None and any(name.startswith("mean") for name in normalization)
-        if given and not save and not dispatch.on_gpu(get("x")):
+        folds = all(w is None or isinstance(w, np.ndarray) for w in (*weights, *(normalization or {}).values()))
+        if given and not save and folds:
             weights = self._with_normalization()
             spec, normalization = replace(spec, normalization=None), None
         return self.engine.convlstm2d(

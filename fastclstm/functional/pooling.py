@@ -114,18 +114,17 @@ class PoolCall:
         choice("max_pool3d", "data_format", data_format, DATA_FORMATS)
         self.channels_first = data_format == "channels_first"
         array = self.read("x", x)
-        if self.channels_first and dispatch.on_gpu(array):
-            raise ValueError("max_pool3d: data_format='channels_first' is not for arrays on a GPU; bring the channels "
-                             "to the end before")  # fmt: skip
         if self.channels_first and array.ndim == 5:
-            array = np.moveaxis(array, 1, -1)
+            array = np.moveaxis(dispatch.to_view(array), 1, -1)
         self.spec = PoolSpec.infer(array.shape, pool_size, strides, padding=padding, ceil_mode=ceil_mode)
         self.x = dispatch.native(array, dispatch.working_dtype(array))
 
     def to_channels_last(self, array: np.ndarray | None) -> np.ndarray | None:
         """Bring an array in the caller's layout to the engine's."""
-        return np.ascontiguousarray(np.moveaxis(array, 1, -1)) if self.channels_first and array is not None else array
+        if not self.channels_first or array is None:
+            return array
+        return dispatch.contiguous(np.moveaxis(dispatch.to_view(array), 1, -1))
 
     def from_channels_last(self, array: np.ndarray) -> np.ndarray:
         """Bring an array in the engine's layout to the caller's."""
-        return np.ascontiguousarray(np.moveaxis(array, -1, 1)) if self.channels_first else array
+        return dispatch.contiguous(np.moveaxis(array, -1, 1)) if self.channels_first else array

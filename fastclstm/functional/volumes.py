@@ -98,7 +98,9 @@ def conv3d_vjp(
     restore = dispatch.restorer(x)
 
     def pullback(dy: Any) -> Gradients:
-        dx, dkernel, dbias = call.backward(read_cotangent("conv3d", "dy", dy, call.spec.output_shape, call.x.dtype))
+        dx, dkernel, dbias = call.backward(
+            read_cotangent("conv3d", "dy", dy, call.spec.output_shape, call.x.dtype, call.read)
+        )
         gradients = {"x": restore(dx), "kernel": restore(dkernel)}
         if bias is not None:
             gradients["bias"] = restore(dbias)
@@ -114,26 +116,26 @@ class Conv3DCall:
         self, x: Any, kernel: Any, bias: Any, strides: Any, padding: Any, padding_mode: str, dilation: Any,
         algorithm: str, engine: str | None,
     ):  # fmt: skip
-        self.engine = dispatch.get_engine(engine)
+        self.engine, self.read = dispatch.choose("conv3d", engine, x)
         dispatch.check_algorithm("conv3d", self.engine, algorithm)
         self.algorithm = algorithm
         given = {"x": x, "kernel": kernel} | ({} if bias is None else {"bias": bias})
-        arrays = {name: dispatch.as_numpy("conv3d", name, value) for name, value in given.items()}
+        arrays = {name: self.read(name, value) for name, value in given.items()}
         self.spec = Conv3DSpec.infer(
             arrays["x"].shape, arrays["kernel"].shape, None if bias is None else arrays["bias"].shape,
             strides=strides, padding=padding, padding_mode=padding_mode, dilation=dilation,
         )  # fmt: skip
         dtype = dispatch.working_dtype(*arrays.values())
         ready = {name: dispatch.native(array, dtype) for name, array in arrays.items()}
-        self.x, self.bias = ready["x"], ready.get("bias")
+        self.x, self.bias = dispatch.to_view(ready["x"]), ready.get("bias")
         self.kernel_shape, frame = ready["kernel"].shape, self.spec.frame
-        self.kernel = np.ascontiguousarray(np.moveaxis(ready["kernel"], 0, 2)).reshape(
+        self.kernel = dispatch.contiguous(np.moveaxis(dispatch.to_view(ready["kernel"]), 0, 2)).reshape(
             frame.KH, frame.KW, frame.C, frame.F
         )
 
     def forward(self) -> np.ndarray:
         """Return y (B, TO, HO, WO, F)."""
-        y = np.empty(self.spec.output_shape, self.x.dtype)
+        y = np.empty_like(self.x, shape=self.spec.output_shape)
         frames = y.reshape(self.spec.B * self.spec.TO, *y.shape[2:])
         for part in self._chunks():
             gathered = self._gather(part)
@@ -144,10 +146,11 @@ class Conv3DCall:
 
     def backward(self, dy: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Pull dy back: dx, dkernel, dbias."""
-        dx, dkernel = np.zeros_like(self.x), np.zeros_like(self.kernel)
-        dbias = np.zeros(self.spec.frame.F, self.x.dtype)
+        dx, dkernel, dbias = (
+            np.zeros_like(self.x, shape=shape) for shape in (self.x.shape, self.kernel.shape, (self.spec.frame.F,))
+        )
         if dy is not None:
-            frames = dy.reshape(self.spec.B * self.spec.TO, *dy.shape[2:])
+            frames = dispatch.to_view(dy).reshape(self.spec.B * self.spec.TO, *dy.shape[2:])
             for part in self._chunks():
                 dgathered, dk, db = self.engine.conv2d_backward(
                     self.spec.frame.with_batch(len(part)), self._gather(part), self.kernel,
@@ -156,12 +159,10 @@ class Conv3DCall:
                 dkernel += dk
                 dbias += db
                 by_tap = dgathered.reshape(*dgathered.shape[:3], self.spec.KT, self.x.shape[-1])
-                for row, frame in enumerate(part):
-                    b, seen = self.spec.sources(frame)
-                    for tap, t in seen:
-                        dx[b, t] += by_tap[row, :, :, tap]
+                for rows, tap, b, steps in self._runs(part):
+                    dx[b, steps] += by_tap[rows, :, :, tap]
         KT, KH, KW, C, F = self.kernel_shape
-        dkernel = np.ascontiguousarray(np.moveaxis(dkernel.reshape(KH, KW, KT, C, F), 2, 0))
+        dkernel = dispatch.contiguous(np.moveaxis(dkernel.reshape(KH, KW, KT, C, F), 2, 0))
         return dx, dkernel, dbias
 
     def _chunks(self) -> Iterator[range]:
@@ -172,12 +173,32 @@ class Conv3DCall:
         for start in range(0, total, count):
             yield range(start, min(start + count, total))
 
+    def _runs(self, part: range) -> list[tuple[slice, int, int, slice]]:
+        """Return which rows see with a tap which steps of which sample.
+
+        They are in an order in which what a step gets from several rows comes in the order of the rows. Where steps go
+        around that takes a run for each row.
+        """
+        circular = self.spec.frame.padding_mode == "circular"
+        runs: list[list[int]] = []
+        latest: dict[int, list[int]] = {}
+        stride = self.spec.stride
+        for row, output in enumerate(part):
+            b, seen = self.spec.sources(output)
+            for tap, t in seen if circular else reversed(seen):
+                run = None if circular else latest.get(tap)
+                if run is not None and run[2:] == [tap, b, t - (row - run[0]) * stride] and run[1] == row:
+                    run[1] = row + 1
+                else:
+                    latest[tap] = run = [row, row + 1, tap, b, t]
+                    runs.append(run)
+        return [(slice(row, stop), tap, b, slice(t, t + (stop - row - 1) * stride + 1, stride))
+                for row, stop, tap, b, t in runs]  # fmt: skip
+
     def _gather(self, part: range) -> np.ndarray:
         """Lay the frames that each output frame sees side by side: (len(part), H, W, KT·C)."""
         frame, spec = self.spec.frame, self.spec
-        gathered = np.zeros((len(part), frame.H, frame.W, spec.KT, self.x.shape[-1]), self.x.dtype)
-        for row, output in enumerate(part):
-            b, seen = spec.sources(output)
-            for tap, t in seen:
-                gathered[row, :, :, tap] = self.x[b, t]
+        gathered = np.zeros_like(self.x, shape=(len(part), frame.H, frame.W, spec.KT, self.x.shape[-1]))
+        for rows, tap, b, steps in self._runs(part):
+            gathered[rows, :, :, tap] = self.x[b, steps]
         return gathered.reshape(len(part), frame.H, frame.W, frame.C)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from fastclstm import dispatch
 from fastclstm.layers.array_layer import ArrayLayer, Pullback
 from fastclstm.nn import activations, is_number
 from fastclstm.spec import Shape
@@ -23,7 +24,12 @@ def check_activation(op: str, spec: Any) -> None:
         raise type(error)(f"{op}: {error} (or 'softmax')") from None
 
 
-def activate(spec: Any, z: np.ndarray) -> tuple[np.ndarray, Pullback]:
+def gpu_knows(spec: Any) -> bool:
+    """Return whether `activate` computes `spec` on a GPU too."""
+    return spec != "softmax" and activations.is_named(spec)
+
+
+def activate(spec: Any, z: Any) -> tuple[np.ndarray, Pullback]:
     """Return the activation of z, softmax being over the last axis, and its pullback, which keeps z but not the output.
 
     What is returned is the caller's to write to; only "linear" returns z itself, which its pullback does not need.
@@ -33,8 +39,15 @@ def activate(spec: Any, z: np.ndarray) -> tuple[np.ndarray, Pullback]:
     activation = activations.get(spec)
     if activation.name == "linear":
         return z, lambda dy: dy
+    if dispatch.on_gpu(z):
+        return z.activate(activation.name), lambda dy: z.activate_backward(activation.name, dy)
     y = activation.forward(z)
     return y.copy() if np.may_share_memory(y, z) else y, lambda dy: dy * activation.derivative(z)
+
+
+def leaky(above: Any, x: Any, slope: float) -> Any:
+    """Return x where it is `above` zero, as told, else slope · x."""
+    return x.leak(above, slope) if dispatch.on_gpu(x) else np.where(above, x, x.dtype.type(slope) * x)
 
 
 def _softmax(z: np.ndarray) -> tuple[np.ndarray, Pullback]:
@@ -74,6 +87,9 @@ class Activation(ArrayLayer):
     def output_shape(self, input_shape: Sequence[int]) -> Shape:
         """Return `input_shape`."""
         return tuple(input_shape)
+
+    def _knows_gpu(self, training: bool) -> bool:
+        return gpu_knows(self.activation)
 
     def _apply(self, x: np.ndarray, training: bool) -> tuple[np.ndarray, Pullback]:
         return activate(self.activation, x)
@@ -131,8 +147,10 @@ class LeakyReLU(ArrayLayer):
         """Return `input_shape`."""
         return tuple(input_shape)
 
+    def _knows_gpu(self, training: bool) -> bool:
+        return True
+
     def _apply(self, x: np.ndarray, training: bool) -> tuple[np.ndarray, Pullback]:
-        low, one = x.dtype.type(self.negative_slope), x.dtype.type(1)
-        above = x > 0
-        y = np.where(above, x, low * x) if low else np.maximum(x, 0)  # as 0 · Inf is NaN
-        return y, lambda dy: dy * np.where(above, one, low)
+        above, slope = x > 0, self.negative_slope
+        y = leaky(above, x, slope) if x.dtype.type(slope) else np.maximum(x, 0)  # as 0 · Inf is NaN
+        return y, lambda dy: leaky(above, dy, slope)

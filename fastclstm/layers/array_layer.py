@@ -11,6 +11,7 @@ import numpy as np
 
 from fastclstm import dispatch
 from fastclstm.layers.base import Layer
+from fastclstm.layers.place import place_of
 from fastclstm.spec import Shape, expect_shape
 
 if TYPE_CHECKING:
@@ -45,23 +46,24 @@ class ArrayLayer(Layer):
         ValueError
             A shape that does not fit the layer.
         TypeError
-            Anything but real arrays in the processor's memory.
+            Anything but real arrays; one on a GPU, where the layer does not compute there or is of another dtype.
         """
-        op, restore = type(self).__name__, dispatch.restorer(x)
-        array = dispatch.as_numpy(op, "x", x)
+        op, dtype = type(self).__name__, getattr(self, "dtype", None)
+        place = place_of(self, x, training)
+        array = place.read("x", x, dtype)
         shape = self.output_shape(array.shape)
-        dtype = np.dtype(self.options.get("dtype") or dispatch.working_dtype(array))
+        computed = np.dtype(dtype or dispatch.working_dtype(array))
         self._pullback = None
-        y, pull = self._apply(dispatch.native(array, dtype), training)
+        y, pull = self._apply(dispatch.native(array, computed), training)
 
         def pullback(dy: Any) -> Any:
-            cotangent = dispatch.as_numpy(op, "dy", dy)
+            cotangent = place.read("dy", dy, computed)
             expect_shape(op, "dy", cotangent.shape, shape, "the shape of the output")
-            return restore(pull(dispatch.native(cotangent, dtype)))
+            return place.restore(pull(dispatch.native(cotangent, computed)))
 
         if training:
             self._pullback = pullback
-        return restore(y)
+        return place.restore(y)
 
     def backward(self, dy: Any) -> Any:
         """Return dx of the last call, which was a training call, given dy of its output's shape.
@@ -111,14 +113,14 @@ class FrameLayer(ArrayLayer):
 
         def unfold(frames: np.ndarray) -> np.ndarray:
             array = frames.reshape(*leading, *frames.shape[1:])
-            return array if self._data_format == "channels_last" else np.ascontiguousarray(np.moveaxis(array, -1, -3))
+            return array if self._data_format == "channels_last" else dispatch.contiguous(np.moveaxis(array, -1, -3))
 
         return unfold(y), lambda dy: unfold(pull(self._fold(dy)))
 
     def _fold(self, array: np.ndarray) -> np.ndarray:
         """Return an array in the layer's data format as channels-last frames (N, H, W, C)."""
         if self._data_format == "channels_first":
-            array = np.ascontiguousarray(np.moveaxis(array, -3, -1))
+            array = dispatch.contiguous(np.moveaxis(array, -3, -1))
         return array.reshape(int(np.prod(array.shape[:-3])), *array.shape[-3:])
 
     @property
@@ -144,6 +146,9 @@ class Container(Layer):
             for part in parts(layer):
                 if hasattr(part, "reset_state"):
                     part.reset_state()
+
+    def _knows_gpu(self, training: bool) -> bool:
+        return all(layer._knows_gpu(training) for layer in self._sublayers.values())
 
     def _shape_within(self, shape: Shape, walk: Any) -> Shape:
         """Return `output_shape` of `shape`; `walk` is a `sequential.Walk`, what is known of the network so far."""

@@ -53,9 +53,14 @@ class Layer(Described):
     """A layer: called on an array, it returns one.
 
     A subclass is a dataclass whose fields are its options, under the names of the constructor's arguments. Its
-    parameters are read-only arrays, and change by assignment only: that gives engines a sign when packed copies of
-    them are out of date. A training call keeps what `backward` needs, the caller's own arrays included: they must not
-    change until then.
+    parameters are read-only arrays of NumPy, and change by assignment only: that gives engines a sign when packed
+    copies of them are out of date. `get_gradients` returns NumPy's too, wherever the layer computes. A training call
+    keeps what `backward` needs, the caller's own arrays included: they must not change until then.
+
+    An x on a GPU, by DLPack or __cuda_array_interface__, is computed there, on its owner's stream and without copies:
+    by the ConvLSTM, convolution and maximum pooling layers, by activations with a name, by dropout, Flatten,
+    TimeDistributed, Sequential and EncoderForecaster. It must be C-contiguous and of the layer's dtype; other layers
+    refuse it. With engine="cuda" arrays of NumPy are put on the GPU once and results got back once.
 
     Attributes
     ----------
@@ -80,11 +85,12 @@ class Layer(Described):
         self._regularizers: dict[str, Regularizer] = {}
         self._constraints: dict[str, Constraint] = {}
         self._sublayers: dict[str, Layer] = {}
-        self._gradients: dict[str, np.ndarray] = {}
+        self._gradients: dict[str, Any] = {}
         self._pullback: Callable[..., Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_pullback": None}
+        gradients = {name: dispatch.to_numpy(array) for name, array in self._gradients.items()}
+        return self.__dict__ | {"_pullback": None, "_gradients": gradients}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -111,11 +117,20 @@ class Layer(Described):
         """Return the shape of the output for an input of `input_shape`."""
         raise NotImplementedError
 
+    def _knows_gpu(self, training: bool) -> bool:
+        """Return whether the layer, as its options are, computes on a GPU from end to end."""
+        return False
+
     def get_gradients(self) -> dict[str, np.ndarray]:
         """Return the gradients that the last `backward` left, under the names of `trainable_parameters`.
 
         Those of regularized parameters include the gradient of their penalty.
         """
+        self._gradients = {name: dispatch.to_numpy(array) for name, array in self._gradients.items()}
+        return self._kept_gradients()
+
+    def _kept_gradients(self) -> dict[str, Any]:
+        """Return what `get_gradients` does, wherever it was computed."""
         return {name: self._gradients[name] for name in self.trainable_parameters if name in self._gradients}
 
     @property
@@ -277,7 +292,7 @@ class Layer(Described):
     def _collect_gradients(self) -> None:
         """Keep for `get_gradients` what the inner layers' own `backward` left there."""
         gradients = {f"{prefix}.{name}": array for prefix, layer in self._sublayers.items()
-                     for name, array in layer.get_gradients().items()}  # fmt: skip
+                     for name, array in layer._kept_gradients().items()}  # fmt: skip
         kept = self.trainable_parameters if self.store_gradients else ()
         self._gradients = {name: gradients[name] for name in kept if name in gradients}
 
@@ -293,8 +308,8 @@ class Layer(Described):
         def scaled(*gradients: Any) -> Any:
             before = pullback(*gradients)
             if isinstance(before, tuple):  # the gradient of the input, then those of states
-                return before[0] * self.gradient_scale, *before[1:]
-            return before * self.gradient_scale
+                return dispatch.scaled(before[0], self.gradient_scale), *before[1:]
+            return dispatch.scaled(before, self.gradient_scale)
 
         return scaled
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 
 from fastclstm import dispatch
+from fastclstm.layers.activation import leaky
 from fastclstm.layers.base import Parameter
 from fastclstm.layers.convlstm2d_cell import ConvLSTM2DCell, ConvLSTMLayer, State, own_generator
 from fastclstm.layers.gate_weights import GateWeights
 from fastclstm.layers.layout import Layout
+from fastclstm.layers.place import HOST, Place
 from fastclstm.layers.time_distribution import TimeDistributionCalculator
 from fastclstm.nn import regularizers
 from fastclstm.spec import Pair, Shape, choice, expect_shape, flag, integers, rate
@@ -98,9 +100,10 @@ class ConvLSTM2D(ConvLSTMLayer):
     seed : int or numpy.random.Generator, optional
         The same seed gives the same parameters and the same dropout.
     engine : str, optional
-        "cpu" (the default), "cuda" or "reference"; may be changed later.
-    algorithm : "auto", "direct" or "winograd"
-        How the cpu engine convolves; may be changed later.
+        "cpu" (the default), "cuda" or "reference"; may be changed later. None: where x is.
+    algorithm : str
+        "auto", "direct" or "winograd": how the cpu engine convolves; with engine="cuda" those of
+        `fastclstm.functional.conv2d`. May be changed later.
     return_sequences : bool
         False: only the last step's output (B, HO, WO, F), and only that is kept in memory.
     return_state : bool
@@ -256,10 +259,19 @@ engine='reference')
 
     @property
     def states(self) -> LastStates | None:
-        """Where stateful: the states (B, HO, WO, F), or (B, F, HO, WO), that the next call starts from."""
+        """Where stateful: the states (B, HO, WO, F), or (B, F, HO, WO), that the next call starts from; as NumPy's."""
         layout = Layout("ConvLSTM2D", self.dtype, self.data_format)
         held = self._states
-        return None if held is None else [(layout.write(h.copy()), layout.write(c.copy())) for h, c in held]
+        if held is None:
+            return None
+        return [(layout.write(dispatch.to_numpy(h.copy())), layout.write(dispatch.to_numpy(c.copy()))) for h, c in held]
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        for name in ("_states", "state_gradients"):
+            if state[name] is not None:
+                state[name] = [tuple(map(dispatch.to_numpy, pair)) for pair in state[name]]
+        return state
 
     def reset_state(self) -> None:
         """Forget the states: the next call starts from zeros."""
@@ -290,19 +302,24 @@ engine='reference')
         ValueError
             Shapes that do not fit the layer; both mask and lengths; stateful, and a batch of another size.
         TypeError
-            Anything but real arrays in the processor's memory.
+            Anything but real arrays; arrays on a GPU that are not of the layer's dtype or not on that of x.
+        NotImplementedError
+            An x on a GPU, and an option that the engine "cuda" does not know.
         """
-        restore = dispatch.restorer(x)
-        array = dispatch.as_numpy("ConvLSTM2D", "x", x)
-        layout = self._layout(array.shape)
+        place = self._place(x, training)
+        if place.on_gpu and training and self._activity_regularizer is not None:
+            raise NotImplementedError("ConvLSTM2D: activity_regularizer is not for an x on a GPU; move x to the CPU")
+        array = place.read("x", x, self.dtype)
+        layout = self._layout(array.shape, place)
         sequence = layout.read("x", array, sequence=True)
         if sequence.shape[1] == 0:
             raise ValueError(f"ConvLSTM2D: x has no time steps {array.shape}; at least one is needed")
         shapes = self._state_shapes((sequence.shape[0], *sequence.shape[2:]))
         states = self._initial_states(layout, initial_state, shapes)
         steps_mask = _steps_mask(layout.read_steps("mask", mask, sequence.shape[:2]), lengths, sequence.shape[:2])
+        steps_mask = place.bring(steps_mask)
         self._pullback = None
-        tape = _Tape(layout, restore, shapes, initial_state is not None) if training else None
+        tape = _Tape(layout, shapes, initial_state is not None) if training else None
         if tape is not None and self.time_dropout > 0:
             sequence = tape.drop_steps(self.time_dropout, sequence, self._time_dropout_rng)
         output, last_states = self._run(sequence, states, steps_mask, tape)
@@ -311,10 +328,10 @@ engine='reference')
         written = [layout.write(part) for part in _several(output)]
         if tape is not None:
             self._finish(tape, output, written)
-        result = tuple(map(restore, written)) if isinstance(output, tuple) else restore(written[0])
+        result = tuple(map(place.restore, written)) if isinstance(output, tuple) else place.restore(written[0])
         if not self.return_state:
             return result
-        return result, [tuple(restore(layout.write(s)) for s in pair) for pair in last_states]
+        return result, [tuple(place.restore(layout.write(s)) for s in pair) for pair in last_states]
 
     def _run(
         self, sequence: np.ndarray, states: list[State], mask: np.ndarray | None, tape: _Tape | None
@@ -327,7 +344,7 @@ engine='reference')
         for start in range(0, steps, CHUNK_STEPS):  # the sequences between layers would be as long as x
             stop = min(start + CHUNK_STEPS, steps)
             part = sequence[:, steps - stop : steps - start] if self.go_backwards else sequence[:, start:stop]
-            output, last_states = self._run_part(np.ascontiguousarray(part), states, mask, tape)
+            output, last_states = self._run_part(dispatch.contiguous(part), states, mask, tape)
             states = list(last_states)
         return output, last_states
 
@@ -394,11 +411,11 @@ engine='reference')
             known = (*known[:time], *known[time + 1 :])
         return (known, known) if self.bidirectional and self.merge_mode is None else known
 
-    def _layout(self, shape: Shape) -> Layout:
+    def _layout(self, shape: Shape, place: Place = HOST) -> Layout:
         """Return how arrays lie where x has `shape`."""
         channel_axis = 1 if self.data_format == "channels_first" else -1
         batched = len(shape) != 4 or shape[channel_axis] != self.in_channels
-        return Layout("ConvLSTM2D", self.dtype, self.data_format, self.time_major, batched)
+        return Layout("ConvLSTM2D", self.dtype, self.data_format, self.time_major, batched, place)
 
     def _state_shapes(self, frames: Shape) -> list[Shape]:
         """Return the shape (B, HO, WO, F) of each cell's states for frames (B, H, W, C)."""
@@ -410,6 +427,9 @@ engine='reference')
             frames = *state[:3], self._layers[min(index + 1, self.num_layers - 1)][0].in_channels
         return shapes
 
+    def _knows_gpu(self, training: bool) -> bool:
+        return super()._knows_gpu(training) and not (training and self._activity_regularizer is not None)
+
     def _initial_states(self, layout: Layout, value: Any, shapes: list[Shape]) -> list[State]:
         if value is not None or not self.stateful or self._states is None:
             return self._read_states(layout, "initial_state", value, shapes)
@@ -419,7 +439,7 @@ engine='reference')
                 f"ConvLSTM2D: the states kept from the last call are {held}, but this x needs {shapes}; "
                 f"call reset_state() before another batch, or leave stateful out"
             )
-        return list(self._states)
+        return [(layout.place.bring(h), layout.place.bring(c)) for h, c in self._states]
 
     def _read_states(self, layout: Layout, name: str, value: Any, shapes: list[Shape]) -> list[State]:
         """Return one pair of channels-last states a cell."""
@@ -495,10 +515,10 @@ engine='reference')
                 dx = pulled["x"] if dx is None else dx + pulled["x"]
             merged = dx
             if index and self.leaky_relu_slope is not None:
-                merged = np.where(tape.positive[index - 1], dx, dx.dtype.type(self.leaky_relu_slope) * dx)
+                merged = leaky(tape.positive[index - 1], dx, self.leaky_relu_slope)
         if tape.kept_steps is not None:
             dx = np.where(tape.kept_steps, dx, np.zeros((), dx.dtype))
-        restore = tape.restore
+        restore = layout.place.restore
         self.state_gradients = None
         if tape.with_state:
             self.state_gradients = [
@@ -528,8 +548,8 @@ engine='reference')
 class _Tape:
     """What a training call of `ConvLSTM2D` keeps for its backward pass."""
 
-    def __init__(self, layout: Layout, restore: Callable[..., Any], shapes: list[Shape], with_state: bool):
-        self.layout, self.restore, self.shapes, self.with_state = layout, restore, shapes, with_state
+    def __init__(self, layout: Layout, shapes: list[Shape], with_state: bool):
+        self.layout, self.shapes, self.with_state = layout, shapes, with_state
         self.pullbacks: list[Any] = []
         self.positive: list[np.ndarray] = []
         self.outputs: list[tuple[np.ndarray, ...]] = []
@@ -541,7 +561,7 @@ class _Tape:
     def drop_steps(self, rate: float, sequence: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Draw which frames are kept, and return the sequence with zeros in place of the others."""
         drawn = TimeDistributionCalculator(rate, sequence.shape[1], seed=rng).calculate_time_distribution()
-        self.kept_steps = drawn.reshape(-1, 1, 1, 1) != 0
+        self.kept_steps = self.layout.place.bring(drawn.reshape(-1, 1, 1, 1) != 0)
         return np.where(self.kept_steps, sequence, np.zeros((), sequence.dtype))
 
 
@@ -550,14 +570,14 @@ def _leaky_relu(sequence: np.ndarray, slope: float, tape: _Tape | None) -> np.nd
     positive = sequence > 0
     if tape is not None:
         tape.positive.append(positive)
-    return np.where(positive, sequence, sequence.dtype.type(slope) * sequence)
+    return leaky(positive, sequence, slope)
 
 
 def _merge(mode: str | None, outputs: tuple[np.ndarray, ...]) -> Merged:
     """Make one output of those of the two directions."""
     forward, backward = outputs
     if mode is None:
-        return forward, np.ascontiguousarray(backward)
+        return forward, dispatch.contiguous(backward)
     if mode == "concat":
         return np.concatenate(outputs, axis=-1)
     if mode == "mul":
@@ -584,9 +604,8 @@ def _steps_mask(mask: Any, lengths: Any, shape: Shape) -> np.ndarray | None:
     if mask is not None and lengths is not None:
         raise ValueError("ConvLSTM2D: give mask or lengths, not both")
     if mask is not None:
-        array = dispatch.as_numpy("ConvLSTM2D", "mask", mask)
-        expect_shape("ConvLSTM2D", "mask", array.shape, shape, "(batch, time)")
-        return array != 0
+        expect_shape("ConvLSTM2D", "mask", mask.shape, shape, "(batch, time)")
+        return mask != 0
     if lengths is None:
         return None
     counts = np.atleast_1d(dispatch.as_numpy("ConvLSTM2D", "lengths", lengths))

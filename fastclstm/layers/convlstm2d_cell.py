@@ -13,6 +13,7 @@ from fastclstm import dispatch, functional
 from fastclstm.layers.base import Layer, Parameter, layer_dtype
 from fastclstm.layers.gate_weights import GateWeights
 from fastclstm.layers.layout import Layout
+from fastclstm.layers.place import HOST, Place, place_of
 from fastclstm.nn import activations, initializers
 from fastclstm.nn import normalization as normalizations
 from fastclstm.spec import (
@@ -114,6 +115,20 @@ class ConvLSTMLayer(Layer):
             per_pixel = "peephole='elementwise'" if self.peephole == "elementwise" else "elementwise normalization"
             if self.peephole == "elementwise" or (self.normalization is not None and self.normalization.elementwise):
                 raise ValueError(f"{op}: {per_pixel} has a weight for every pixel; give frame_size=(H, W) of x")
+
+    def _place(self, x: Any, training: bool) -> Place:
+        """Return where a call on x computes; of an x on a GPU the engine says what it does not know."""
+        return place_of(self, x, training, refuses=False)
+
+    def _knows_gpu(self, training: bool) -> bool:
+        kind = None if self.normalization is None else self.normalization.kind
+        named = (self.activation, self.recurrent_activation, self.output_activation or self.activation)
+        return (
+            (kind is None or (kind == "batch" and not training))
+            and not (training and (self.dropout or self.recurrent_dropout))
+            and self.peephole != "conv"
+            and all(map(activations.is_named, named))
+        )
 
 
 @dataclass(eq=False, repr=False)
@@ -266,19 +281,21 @@ dtype, seed, engine, algorithm
         ValueError
             Shapes that do not fit the layer.
         TypeError
-            Anything but real arrays in the processor's memory.
+            Anything but real arrays; arrays on a GPU that are not of the layer's dtype or not on that of x.
+        NotImplementedError
+            An x on a GPU, and an option that the engine "cuda" does not know.
         """
-        restore = dispatch.restorer(x_t)
-        layout, x, state = self._read(x_t, h, c)
+        place = self._place(x_t, training)
+        layout, x, state = self._read(place, x_t, h, c)
         self._pullback = None
         if training:  # so that the gradients of both are there
-            zeros = np.zeros(self._state_shape(x.shape), x.dtype)
+            zeros = np.zeros_like(x, shape=self._state_shape(x.shape))
             state = (zeros if state[0] is None else state[0], zeros if state[1] is None else state[1])
         outputs, pullback = self._run(x[:, np.newaxis], state, training=training, return_sequences=False)
         if pullback is not None:
             self._learn(pullback)
-            self._pullback = lambda dh, dc: self._pull(pullback, layout, outputs[1].shape, dh, dc, restore)
-        return restore(layout.write(outputs[1])), restore(layout.write(outputs[2]))
+            self._pullback = lambda dh, dc: self._pull(pullback, layout, outputs[1].shape, dh, dc)
+        return place.restore(layout.write(outputs[1])), place.restore(layout.write(outputs[2]))
 
     def step(self, x_t: Any, h: Any = None, c: Any = None, *, out: Any = None) -> tuple[Any, Any]:
         """Return the next (h, c), as `forward` does, or write them to `out` and return that.
@@ -296,7 +313,7 @@ dtype, seed, engine, algorithm
         ValueError
             Shapes that do not fit the layer; an `out` that cannot be written as said, or with "channels_first".
         TypeError
-            Anything but real arrays in the processor's memory.
+            Anything but real arrays; an `out` for an x on a GPU.
 
         Examples
         --------
@@ -309,13 +326,15 @@ dtype, seed, engine, algorithm
         """
         if out is None:
             return self.forward(x_t, h, c)
+        if dispatch.on_gpu(x_t):
+            raise TypeError("ConvLSTM2DCell: out is in the processor's memory, but x is on a GPU; leave it out")
         layout = self._layout(np.shape(x_t))
         if self.data_format == "channels_first" or not layout.batched:
             raise ValueError(
                 "ConvLSTM2DCell: out needs data_format='channels_last' and x (B, H, W, C) with its batch axis; "
                 "leave it out, or give that"
             )
-        _, x, state = self._read(x_t, h, c)
+        _, x, state = self._read(Place("ConvLSTM2DCell", x_t), x_t, h, c)
         self._pullback = None
         return functional.convlstm2d_step(
             x, self.kernel, self.recurrent_kernel, self.bias, initial_state=state, out=out, **self._options()
@@ -338,16 +357,17 @@ dtype, seed, engine, algorithm
         layout = self._layout(input_shape)
         return layout.shape(self._state_shape(layout.read_shape("x", input_shape)))
 
-    def _layout(self, shape: Shape) -> Layout:
+    def _layout(self, shape: Shape, place: Place = HOST) -> Layout:
         """Return how arrays lie where x has `shape`."""
         channel_axis = 0 if self.data_format == "channels_first" else -1
         batched = len(shape) != 3 or shape[channel_axis] != self.in_channels
-        return Layout(type(self).__name__, self.dtype, self.data_format, batched=batched)
+        return Layout(type(self).__name__, self.dtype, self.data_format, batched=batched, place=place)
 
-    def _read(self, x_t: Any, h: Any, c: Any) -> tuple[Layout, np.ndarray, State]:
+    def _read(self, place: Place, x_t: Any, h: Any, c: Any) -> tuple[Layout, np.ndarray, State]:
         """Return how the caller's arrays lie, and these as the engines take them."""
-        layout = self._layout(np.shape(x_t))
-        x = layout.read("x", x_t)
+        array = place.read("x", x_t, self.dtype)
+        layout = self._layout(array.shape, place)
+        x = layout.read("x", array)
         shape = self._state_shape(x.shape)
         return layout, x, self._read_state(layout, "ConvLSTM2DCell: initial state", (h, c), shape)
 
@@ -455,14 +475,13 @@ dtype, seed, engine, algorithm
         return {name: named[name] for name in self._parameters if name not in self._statistics}
 
     def _pull(
-        self, pullback: Callable[..., Any], layout: Layout, state_shape: Shape, dh: Any, dc: Any,
-        restore: Callable[..., Any],
-    ) -> tuple[Any, ...]:  # fmt: skip
+        self, pullback: Callable[..., Any], layout: Layout, state_shape: Shape, dh: Any, dc: Any
+    ) -> tuple[Any, ...]:
         dstate = self._read_state(layout, "ConvLSTM2DCell: gradient of", (dh, dc), state_shape)
         gradients = pullback((None, *dstate))
         self._keep_gradients(self._named_gradients(gradients))
         before = gradients["x"][:, 0], *gradients["initial_state"]
-        return tuple(restore(layout.write(array)) for array in before)
+        return tuple(layout.place.restore(layout.write(array)) for array in before)
 
     def _check_options(self) -> None:
         """Raise now, not at the first call, where an option is wrong for every input."""
@@ -471,7 +490,7 @@ dtype, seed, engine, algorithm
         integers(op, "recurrent_dilation", self.recurrent_dilation, 2, 1)
         frame = self.frame_size or tuple(k * d for k, d in zip(self.kernel_size, dilation, strict=True))
         options = self._options()
-        choice(op, "algorithm", options.pop("algorithm"), ("auto", "direct", "winograd"))
+        choice(op, "algorithm", options.pop("algorithm"), dispatch.algorithms(self.engine))
         del options["engine"]
         for name, weights in (("peephole", "peephole"), ("normalization", "normalization_weights")):
             arrays = options.pop(weights, None) or {}

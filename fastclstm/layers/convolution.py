@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from fastclstm import dispatch, functional
-from fastclstm.layers.activation import activate, check_activation
+from fastclstm.layers.activation import activate, check_activation, gpu_knows
 from fastclstm.layers.array_layer import ArrayLayer, FrameLayer, Pullback
 from fastclstm.layers.base import Parameter, layer_dtype
 from fastclstm.spec import DATA_FORMATS, Conv3DSpec, ConvSpec, Shape, choice, flag, integers
@@ -59,7 +59,7 @@ class _Convolution(ArrayLayer):
         choice(op, "data_format", self.data_format, DATA_FORMATS)
         check_activation(op, self.activation)
         dispatch.check_engine(self.engine)
-        choice(op, "algorithm", self.algorithm, ("auto", "direct", "winograd"))
+        choice(op, "algorithm", self.algorithm, dispatch.algorithms(self.engine))
         rng, shape = np.random.default_rng(self.seed), (*self.kernel_size, self.in_channels, self.out_channels)
         self._add_parameter("kernel", shape, self.kernel_initializer, rng, self.dtype,
                             regularizer=self.kernel_regularizer, constraint=self.kernel_constraint)  # fmt: skip
@@ -73,6 +73,9 @@ class _Convolution(ArrayLayer):
         """Return the geometry for a channels-last shape; raise ValueError where that does not fit."""
         return self._infer(shape, self._parameters["kernel"].shape, strides=self.stride, padding=self.padding,
                            padding_mode=self.padding_mode, dilation=self.dilation, op=type(self).__name__)  # fmt: skip
+
+    def _knows_gpu(self, training: bool) -> bool:
+        return gpu_knows(self.activation)
 
     def _convolve(self, x: np.ndarray, convolution: Callable[..., Any]) -> tuple[np.ndarray, Pullback]:
         """Return the layer's output for a channels-last x, and its pullback."""
@@ -121,9 +124,10 @@ class Conv2D(FrameLayer, _Convolution):
     seed : int or numpy.random.Generator, optional
         The same seed gives the same parameters.
     engine : str, optional
-        "cpu" (the default), "cuda" or "reference"; may be changed later.
-    algorithm : "auto", "direct" or "winograd"
-        How the cpu engine convolves; may be changed later.
+        "cpu" (the default), "cuda" or "reference"; may be changed later. None: where x is.
+    algorithm : str
+        "auto", "direct" or "winograd": how the cpu engine convolves; with engine="cuda" those of
+        `fastclstm.functional.conv2d`. May be changed later.
 
     Attributes
     ----------
@@ -221,6 +225,6 @@ kernel_constraint, bias_constraint, dtype, seed, engine, algorithm
         y, pull = self._convolve(np.moveaxis(x, 1, -1), functional.conv3d_vjp)
 
         def first(array: np.ndarray) -> np.ndarray:
-            return np.ascontiguousarray(np.moveaxis(array, -1, 1))
+            return dispatch.contiguous(np.moveaxis(array, -1, 1))
 
         return first(y), lambda dy: first(pull(np.moveaxis(dy, 1, -1)))

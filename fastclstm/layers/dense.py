@@ -32,6 +32,9 @@ class Flatten(ArrayLayer):
             raise ValueError("Flatten: x must have a batch axis, got a number")
         return input_shape[0], math.prod(input_shape[1:])
 
+    def _knows_gpu(self, training: bool) -> bool:
+        return True
+
     def _apply(self, x: np.ndarray, training: bool) -> tuple[np.ndarray, Pullback]:
         return x.reshape(self.output_shape(x.shape)), lambda dy: dy.reshape(x.shape)
 

@@ -70,6 +70,9 @@ class Dropout(ArrayLayer):
                 )
         return tuple(input_shape)
 
+    def _knows_gpu(self, training: bool) -> bool:
+        return True
+
     def _apply(self, x: np.ndarray, training: bool) -> tuple[np.ndarray, Pullback]:
         if not training or self.rate == 0:
             return x, lambda dy: dy

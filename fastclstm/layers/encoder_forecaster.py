@@ -16,6 +16,7 @@ from fastclstm.layers.batches import Batch
 from fastclstm.layers.convlstm2d import ConvLSTM2D
 from fastclstm.layers.convolution import Conv2D
 from fastclstm.layers.history import History
+from fastclstm.layers.place import Place, place_of
 from fastclstm.layers.training import Trainable
 from fastclstm.spec import DATA_FORMATS, Shape, choice, expect_shape, flag, integers
 
@@ -58,7 +59,7 @@ bias_initializer, activation, recurrent_activation, output_activation, padding_m
     seed : int or numpy.random.Generator, optional
         The same seed gives the same parameters.
     engine : str, optional
-        "cpu" (the default), "cuda" or "reference".
+        "cpu" (the default), "cuda" or "reference". None: where x is.
 
     Attributes
     ----------
@@ -166,16 +167,17 @@ bias_initializer, activation, recurrent_activation, output_activation, padding_m
         ValueError
             Shapes that do not fit the model.
         TypeError
-            Anything but real arrays in the processor's memory.
+            Anything but real arrays; one on a GPU, where a layer does not compute there or is of another dtype.
         """
-        restore, x = dispatch.restorer(frames), self._read("frames", frames)
+        place = self._place(frames, training=False)
+        x = self._read(place, "frames", frames)
         (steps,) = integers("EncoderForecaster", "steps", steps, 1, 1)
-        states, made = self._encode(x, states), np.empty((len(x), steps, *x.shape[2:]), x.dtype)
+        states, made = self._encode(x, states), np.empty_like(x, shape=(len(x), steps, *x.shape[2:]))
         frame = x[:, -1:]
         for step in range(steps):
             frame, states, _ = self._decode(frame, states, training=False)
             made[:, step] = frame[:, 0]
-        return restore(self._write(made))
+        return place.restore(self._write(made))
 
     def encode(self, frames: Any, states: States | None = None) -> States:
         """Return the encoder's states (h, c) after `frames`, channels-last, one pair a layer.
@@ -193,7 +195,7 @@ bias_initializer, activation, recurrent_activation, output_activation, padding_m
         ValueError
             Shapes that do not fit the model.
         TypeError
-            Anything but real arrays in the processor's memory.
+            Anything but real arrays; one on a GPU, where a layer does not compute there or is of another dtype.
 
         Examples
         --------
@@ -204,7 +206,9 @@ bias_initializer, activation, recurrent_activation, output_activation, padding_m
         >>> np.array_equal(model.forecast(frames[:, 3:], 2, states), model.forecast(frames, 2))
         True
         """
-        return self._encode(self._read("frames", frames), states)
+        place = self._place(frames, training=False)
+        encoded = self._encode(self._read(place, "frames", frames), states)
+        return [(place.restore(h), place.restore(c)) for h, c in encoded] if place.on_gpu else encoded
 
     def forward(self, frames: Any, steps: int | None = None, training: bool = False, targets: Any = None) -> Any:
         """Return the frames that follow; while training, keep what `backward` needs.
@@ -227,10 +231,11 @@ bias_initializer, activation, recurrent_activation, output_activation, padding_m
         ValueError
             Shapes that do not fit the model; neither steps nor targets.
         TypeError
-            Anything but real arrays in the processor's memory.
+            Anything but real arrays; one on a GPU, where a layer does not compute there or is of another dtype.
         """
-        op, restore, x = "EncoderForecaster", dispatch.restorer(frames), self._read("frames", frames)
-        truth = None if targets is None else self._read("targets", targets)
+        op, place = "EncoderForecaster", self._place(frames, training)
+        x = self._read(place, "frames", frames)
+        truth = None if targets is None else self._read(place, "targets", targets)
         if steps is None:
             if truth is None:
                 raise ValueError(f"{op}: give steps, the number of frames to make, or targets")
@@ -252,11 +257,12 @@ bias_initializer, activation, recurrent_activation, output_activation, padding_m
         y = self._write(np.concatenate(made, 1))
 
         def pullback(dy: Any) -> Any:
-            expect_shape(op, "dy", np.shape(dy), y.shape, "the shape of the output")
-            return restore(self._write(self._pull(self._read("dy", dy), pulls, encoded)))
+            cotangent = place.read("dy", dy, self.dtype)
+            expect_shape(op, "dy", cotangent.shape, y.shape, "the shape of the output")
+            return place.restore(self._write(self._pull(self._read(place, "dy", cotangent), pulls, encoded)))
 
         self._pullback = pullback
-        return restore(y)
+        return place.restore(y)
 
     def backward(self, dy: Any) -> Any:
         """Return the gradient of the last call's frames, given dy of the frames it made.
@@ -334,7 +340,7 @@ bias_initializer, activation, recurrent_activation, output_activation, padding_m
                 before.insert(0, (layer.state_gradients or [])[0])
             for prefix, layer in self._sublayers.items():
                 if layer is not self.encoder:
-                    for name, gradient in layer.get_gradients().items():
+                    for name, gradient in layer._kept_gradients().items():
                         full = f"{prefix}.{name}"
                         gradients[full] = gradients[full] + gradient if full in gradients else gradient
             return dx, before
@@ -352,13 +358,17 @@ bias_initializer, activation, recurrent_activation, output_activation, padding_m
         self.encoder._pullback = encoded  # of this call, which `encode` may have followed
         dx = self.encoder.backward(None, dstates)
         dx[:, -1] += dinput[:, 0]  # type: ignore[index]  # there is at least one step
-        encoder = {f"encoder.{name}": gradient for name, gradient in self.encoder.get_gradients().items()}
+        encoder = {f"encoder.{name}": gradient for name, gradient in self.encoder._kept_gradients().items()}
         self._keep_gradients(encoder | gradients)
         return dx
 
-    def _read(self, name: str, value: Any) -> np.ndarray:
+    def _place(self, frames: Any, training: bool) -> Place:
+        """Return where a call computes; of frames on a GPU the layers within say what they do not know."""
+        return place_of(self, frames, training, refuses=False)
+
+    def _read(self, place: Place, name: str, value: Any) -> np.ndarray:
         """Return frames in the layer's data format as a channels-last array of its dtype."""
-        array = dispatch.as_numpy("EncoderForecaster", name, value)
+        array = place.read(name, value, self.dtype)
         self._check(array.shape, name)
         if self.data_format == "channels_first":
             array = np.moveaxis(array, 2, -1)
@@ -368,7 +378,7 @@ bias_initializer, activation, recurrent_activation, output_activation, padding_m
         """Return channels-last frames in the layer's data format."""
         if self.data_format == "channels_last":
             return array
-        return np.ascontiguousarray(np.moveaxis(array, -1, 2))
+        return dispatch.contiguous(np.moveaxis(array, -1, 2))
 
     def _check(self, shape: Shape, name: str) -> None:
         """Raise ValueError unless `shape` is one of frames that the model takes."""

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from fastclstm import dispatch
+from fastclstm.layers.place import HOST, Place
 from fastclstm.spec import Shape, expect_shape
 
 
@@ -20,6 +21,7 @@ class Layout:
     data_format: str
     time_major: bool = False
     batched: bool = True
+    place: Place = HOST
 
     def axes(self, sequence: bool) -> str:
         """Name the axes of a caller's sequence or of a single frame of it."""
@@ -30,7 +32,7 @@ class Layout:
 
     def read(self, name: str, value: Any, *, sequence: bool = False) -> np.ndarray:
         """Return a caller's sequence, frame or state as the engines take it, of the layer's dtype."""
-        array = self._engine_axes(name, dispatch.as_numpy(self.op, name, value), sequence)
+        array = self._engine_axes(name, self.place.read(name, value, self.dtype), sequence)
         return dispatch.native(array, np.dtype(self.dtype))
 
     def read_shape(self, name: str, shape: Shape, *, sequence: bool = False) -> Shape:
@@ -54,7 +56,7 @@ class Layout:
 
     def write(self, array: np.ndarray) -> np.ndarray:
         """Return an engine's sequence (B, T, H, W, C) or frame (B, H, W, C) as the caller's arrays lie."""
-        return np.ascontiguousarray(self._arranged(array))
+        return dispatch.contiguous(self._arranged(array))
 
     def shape(self, shape: Shape) -> Shape:
         """Return the shape that `write` gives an array of `shape`."""
@@ -64,7 +66,7 @@ class Layout:
         """Return a caller's array, or None, as the engines take it, where its shape must be that of an engine's."""
         if value is None:
             return None
-        array = dispatch.as_numpy(self.op, name, value)
+        array = self.place.read(name, value, self.dtype)
         expect_shape(what, name, array.shape, self.shape(shape), why)
         return self.read(name, array, sequence=len(shape) == 5)
 
@@ -72,7 +74,7 @@ class Layout:
         """Return a caller's array with one item a step, or None, in the shape (B, T)."""
         if value is None:
             return None
-        array = dispatch.as_numpy(self.op, name, value)
+        array = self.place.read(name, value) if dispatch.on_gpu(value) else dispatch.as_numpy(self.op, name, value)
         if self.batched and not self.time_major:
             return array
         theirs, axes = (shape[::-1], "(time, batch)") if self.batched else (shape[1:], "(time,)")

@@ -33,7 +33,7 @@ class MaxPooling3D(Layer):
     return_indices : bool
         Also return where each maximum stands, as flat int64 indices into the (T, H, W) volume.
     engine : str, optional
-        "cpu" (the default), "cuda" or "reference".
+        "cpu" (the default), "cuda" or "reference". None: where x is.
 
     Raises
     ------
@@ -68,7 +68,8 @@ class MaxPooling3D(Layer):
 
     def forward(self, x: Any, training: bool = False) -> Any:
         """Return the pooled x, or (that, indices) with return_indices; `training` keeps what `backward` needs."""
-        self._check_rank(dispatch.as_numpy("MaxPooling3D", "x", x).shape)
+        _, read = dispatch.choose("MaxPooling3D", self.engine, x)
+        self._check_rank(read("x", x).shape)
         options = {
             "padding": self.padding,
             "ceil_mode": self.ceil_mode,
@@ -101,6 +102,9 @@ class MaxPooling3D(Layer):
             return self._geometry(input_shape).output_shape
         B, C, *volume = input_shape
         return B, C, *self._geometry((B, *volume, C)).output_shape[1:4]
+
+    def _knows_gpu(self, training: bool) -> bool:
+        return True
 
     def _geometry(self, shape: tuple[int, ...]) -> PoolSpec:
         return PoolSpec.infer(shape, self.pool_size, self.stride, padding=self.padding, ceil_mode=self.ceil_mode,

@@ -79,7 +79,7 @@ class MaxPooling2D(_Pooling2D):
     data_format : "channels_last" or "channels_first"
         The latter: (B, C, H, W) and (B, T, C, H, W).
     engine : str, optional
-        "cpu" (the default), "cuda" or "reference".
+        "cpu" (the default), "cuda" or "reference". None: where x is.
 
     Raises
     ------
@@ -99,6 +99,9 @@ class MaxPooling2D(_Pooling2D):
     def __post_init__(self) -> None:
         super().__post_init__()
         dispatch.check_engine(self.engine)
+
+    def _knows_gpu(self, training: bool) -> bool:
+        return True
 
     def _frames(self, x: np.ndarray, training: bool) -> tuple[np.ndarray, Pullback]:
         volumes, options = x[:, np.newaxis], self._options() | {"engine": self.engine}

@@ -17,6 +17,7 @@ from fastclstm.layers.convlstm2d_cell import ConvLSTM2DCell
 from fastclstm.layers.encoder_forecaster import EncoderForecaster
 from fastclstm.layers.layout import Layout
 from fastclstm.layers.max_pooling3d import MaxPooling3D
+from fastclstm.layers.place import GPUPlace, Place, place_of, refuse
 from fastclstm.layers.training import Trainable
 from fastclstm.spec import Shape, expect_shape
 
@@ -104,17 +105,22 @@ class Sequential(Trainable):
         ValueError
             Shapes that do not fit the layers; a mask or lengths, but no ConvLSTM2D.
         TypeError
-            Anything but real arrays in the processor's memory.
+            Anything but real arrays; one on a GPU, where a layer does not compute there or is of another dtype.
         """
-        restore = dispatch.restorer(x)
-        array = y = dispatch.as_numpy("Sequential", "x", x)
-        steps = self._steps(mask, lengths, array.shape)
+        place = place_of(self, x, refuses=False)
+        array = y = place.read("x", x)
+        steps = self._steps(place, mask, lengths, array.shape)
+        moves = place.on_gpu or "cuda" in _engines(self)
+        taken: list[tuple[bool, np.dtype]] = []
         walk, checked = Walk(mask=None if steps is None else steps.shape), 0
         self._pullback = None
         for index, layer in enumerate(self.layers):
             if index == checked:
                 checked = self._check(index, y.shape, walk)
             with told_of(_name(index, layer)):
+                if moves:
+                    given, y = y, self._moved(index, y, place.on_gpu, training)
+                    taken.append((dispatch.on_gpu(y), given.dtype))
                 if steps is None or not any(_masked(layer)):
                     y = layer(y, training=training)
                     continue
@@ -122,10 +128,10 @@ class Sequential(Trainable):
                 if _reverses(layer):
                     steps = np.flip(steps, _time_axis(next(_masked(layer)), steps.ndim == 2))
         if training:
-            self._pullback = lambda *gradients: restore(self._pull(*gradients))
+            self._pullback = lambda *gradients: place.restore(self._pull(taken, *gradients))
         if isinstance(y, tuple):
-            return _restored(restore, y)
-        return restore(y.copy() if np.may_share_memory(y, array) else y)
+            return _restored(place.restore, y)
+        return place.restore(y.copy() if np.may_share_memory(y, array) else y)
 
     def backward(self, *gradients: Any) -> Any:
         """Return dx of the last call, which was a training call, given dy: what the last layer's `backward` takes.
@@ -242,7 +248,25 @@ class Sequential(Trainable):
                 return index + 1
         return len(self)
 
-    def _steps(self, mask: Any, lengths: Any, shape: Shape) -> np.ndarray | None:
+    def _moved(self, index: int, y: Any, stays: bool, training: bool) -> Any:
+        """Return what a layer is to take where that computes best: on a GPU, where y `stays` if x was there.
+
+        Arrays of NumPy go there with the first layer whose engine is "cuda", and come back with the first that does not
+        compute there.
+        """
+        layer = self.layers[index]
+        engines = _engines(layer)
+        if stays:
+            if type(layer)._knows_gpu is Layer._knows_gpu:
+                refuse(layer)
+        elif not (layer._knows_gpu(training) and engines <= {None, "cuda"} and all(map(_is_ours, parts(layer)))):
+            return dispatch.to_numpy(y)
+        dtype = next((part.dtype for part in parts(layer) if hasattr(part, "dtype")), None)
+        if dispatch.on_gpu(y):
+            return y if dtype in (None, y.dtype) or index == 0 else y.astype(dtype)
+        return GPUPlace(type(layer).__name__, y).read("x", y, dtype) if "cuda" in engines else y
+
+    def _steps(self, place: Place, mask: Any, lengths: Any, shape: Shape) -> np.ndarray | None:
         """Return the mask that mask or lengths describe for an x of `shape`."""
         if mask is None and lengths is None:
             return None
@@ -252,7 +276,7 @@ class Sequential(Trainable):
         if mask is not None and lengths is not None:
             raise ValueError("Sequential: give mask or lengths, not both")
         if mask is not None:
-            return dispatch.as_numpy("Sequential", "mask", mask)
+            return place.read("mask", mask) if dispatch.on_gpu(mask) else dispatch.as_numpy("Sequential", "mask", mask)
         if len(shape) not in (4, 5):
             raise ValueError(f"Sequential: lengths need an x (batch, time, …) of frames, got {len(shape)}D {shape}")
         batched = len(shape) == 5
@@ -261,10 +285,14 @@ class Sequential(Trainable):
         assert valid is not None
         return valid if time else valid.T if batched else valid[0]
 
-    def _pull(self, *gradients: Any) -> Any:
+    def _pull(self, taken: list[tuple[bool, np.dtype]], *gradients: Any) -> Any:
         for index, layer in reversed(list(enumerate(self.layers))):
             with told_of(_name(index, layer)):
-                gradients = (layer.backward(*gradients),)
+                on_gpu, dtype = taken[index] if taken else (False, None)
+                if not on_gpu:
+                    gradients = tuple(map(dispatch.to_numpy, gradients))
+                dx = layer.backward(*gradients)
+                gradients = (dx.astype(dtype) if on_gpu and index and dx.dtype != dtype else dx,)
         self._collect_gradients()
         return gradients[0]
 
@@ -330,6 +358,19 @@ def several_outputs(layer: Layer) -> str | None:
 
 def _name(index: int, layer: Layer) -> str:
     return f"layer {index}, {type(layer).__name__}"
+
+
+def _engines(layer: Layer) -> set[str | None]:
+    """Return the engines that a layer and those within it are to compute with; None: where x is.
+
+    The cells of a ConvLSTM2D are told when it runs.
+    """
+    return {getattr(part, "engine", None) for part in parts(layer) if not isinstance(part, ConvLSTM2DCell)}
+
+
+def _is_ours(layer: Layer) -> bool:
+    """Whether a layer is of this package; those of others may expect arrays of NumPy."""
+    return type(layer).__module__.startswith(__package__)
 
 
 def _masked(layer: Layer) -> Iterator[ConvLSTM2D]:

@@ -7,10 +7,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from fastclstm import dispatch
 from fastclstm.layers.array_layer import Container, parts, told_of
 from fastclstm.layers.base import Layer
 from fastclstm.layers.convlstm2d import ConvLSTM2D
+from fastclstm.layers.place import place_of
 from fastclstm.layers.sequential import Walk, several_outputs, unfit
 from fastclstm.spec import Shape, expect_shape
 
@@ -69,10 +69,10 @@ class TimeDistributed(Container):
         ValueError
             A shape that does not fit.
         TypeError
-            Anything but real arrays in the processor's memory.
+            Anything but real arrays; one on a GPU, where a layer does not compute there or is of another dtype.
         """
-        restore = dispatch.restorer(x)
-        array = dispatch.as_numpy("TimeDistributed", "x", x)
+        place = place_of(self, x, refuses=False)
+        array = place.read("x", x)
         with suppress(NotImplementedError):  # a layer of others may have no output_shape
             self.output_shape(array.shape)
         frames = array.reshape(array.shape[0] * array.shape[1], *array.shape[2:])
@@ -82,16 +82,16 @@ class TimeDistributed(Container):
         shape = (*array.shape[:2], *y.shape[1:])
 
         def pullback(dy: Any) -> Any:
-            cotangent = dispatch.as_numpy("TimeDistributed", "dy", dy)
+            cotangent = place.read("dy", dy)
             expect_shape("TimeDistributed", "dy", cotangent.shape, shape, "the shape of the output")
             with told_of(self._where):
                 dx = self.layer.backward(cotangent.reshape(y.shape))
             self._collect_gradients()
-            return restore(dx.reshape(array.shape))
+            return place.restore(dx.reshape(array.shape))
 
         if training:
             self._pullback = pullback
-        return restore(y.reshape(shape))
+        return place.restore(y.reshape(shape))
 
     def backward(self, dy: Any) -> Any:
         """Return dx of the last call, which was a training call, given dy of its output's shape.

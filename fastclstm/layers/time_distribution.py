@@ -83,6 +83,9 @@ class TimeDistributionCalculator(ArrayLayer):
             )
         return tuple(input_shape)
 
+    def _knows_gpu(self, training: bool) -> bool:
+        return True
+
     def _apply(self, x: np.ndarray, training: bool) -> tuple[np.ndarray, Pullback]:
         if not training:
             return x, lambda dy: dy

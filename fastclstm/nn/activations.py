@@ -62,6 +62,12 @@ def get(spec: Any) -> Activation:
                     f"got {spec!r}")  # fmt: skip
 
 
+def is_named(spec: Any) -> bool:
+    """Return whether `spec` means one of `TABLE`."""
+    activation = get(spec)
+    return TABLE.get(activation.name) is activation
+
+
 def _elementwise(name: str, function: Callable[..., Any]) -> Function:
     def checked(x: np.ndarray) -> np.ndarray:
         y = np.asarray(function(x), x.dtype)

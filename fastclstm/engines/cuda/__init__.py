@@ -1,7 +1,8 @@
 """The cuda engine: csrc/ compiled at run time for the GPU at hand; the six functions that every engine has.
 
 They take NumPy arrays, which are put on the device and whose results are got back, or `device.DeviceArray`, whose
-results are such arrays too, on the same stream. The files beside compute on the device alone.
+results are such arrays too, on the same stream; of `views.View` they are views. The files beside compute on the device
+alone.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ from fastclstm.engines.cuda import convlstm2d as _convlstm2d
 from fastclstm.engines.cuda import max_pool3d as _max_pool3d
 from fastclstm.engines.cuda.device import Device, DeviceArray, current
 from fastclstm.engines.cuda.product import ALGORITHMS
+from fastclstm.engines.cuda.views import View, plain
 from fastclstm.spec import ConvLSTMSpec, ConvSpec, PoolSpec
 
 __all__ = ["ALGORITHMS", "conv2d", "conv2d_backward", "convlstm2d", "convlstm2d_backward", "max_pool3d",
            "max_pool3d_backward"]  # fmt: skip
 
-Array = np.ndarray | DeviceArray
+Array = np.ndarray | DeviceArray | View
 Arrays = dict[str, Any]
 
 
@@ -40,13 +42,13 @@ class Saved:
 def conv2d(spec: ConvSpec, x: Array, kernel: Array, bias: Array | None, *, algorithm: str = "auto") -> Any:
     """Cross-correlate x (B, H, W, C) with kernel (KH, KW, C, F): y (B, HO, WO, F)."""
     with _at(x) as place:
-        return place.give(_conv2d.conv2d(spec, place.take(x), kernel, bias, algorithm=algorithm))
+        return place.give(_conv2d.conv2d(spec, place.take(x), plain(kernel), plain(bias), algorithm=algorithm))
 
 
 def conv2d_backward(spec: ConvSpec, x: Array, kernel: Array, dy: Array | None) -> tuple[Any, Any, Any]:
     """Pull dy (B, HO, WO, F) back through `conv2d`: dx, dkernel, dbias."""
     with _at(x) as place:
-        return place.give(_conv2d.conv2d_backward(spec, place.take(x), kernel, place.take(dy)))
+        return place.give(_conv2d.conv2d_backward(spec, place.take(x), plain(kernel), place.take(dy)))
 
 
 def convlstm2d(
@@ -75,8 +77,8 @@ def convlstm2d(
     try:
         with _at(x) as place:
             output, *last, state = _convlstm2d.convlstm2d(
-                spec, place.take(x), kernel, recurrent_kernel, bias, place.take(h), place.take(c), peephole, mask,
-                algorithm=algorithm, **options,
+                spec, place.take(x), plain(kernel), plain(recurrent_kernel), plain(bias), place.take(h), place.take(c),
+                peephole, plain(mask), algorithm=algorithm, **options,
             )  # fmt: skip
             h_last, c_last = place.give(tuple(last))
             output = place.give(output)
@@ -120,10 +122,10 @@ def max_pool3d_backward(spec: PoolSpec, indices: Array, dy: Array) -> Any:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a call computes, and whether its arrays are NumPy's."""
+    """Where a call computes, and what its results are: arrays of NumPy or of the device, or views of the latter."""
 
     device: Device
-    is_numpy: bool
+    kind: type
     stream: int | None
 
     @contextmanager
@@ -131,12 +133,12 @@ class _Place:
         """Compute there inside; arrays of a stream unknown to us are done with at the end."""
         with self.device.on(self.stream):
             yield self
-            if not self.is_numpy and self.stream is None:
+            if self.kind is not np.ndarray and self.stream is None:
                 self.device.finish()
 
     def take(self, array: Array | None) -> DeviceArray | None:
         """Bring an array to the device."""
-        return self.device.put(array) if isinstance(array, np.ndarray) else array
+        return self.device.put(array) if isinstance(array, np.ndarray) else plain(array)
 
     def give(self, result: Any) -> Any:
         """Bring nested results to where x came from."""
@@ -144,11 +146,13 @@ class _Place:
             return {name: self.give(value) for name, value in result.items()}
         if isinstance(result, tuple):
             return tuple(map(self.give, result))
-        return self.device.get(result) if self.is_numpy and isinstance(result, DeviceArray) else result
+        if self.kind is DeviceArray or not isinstance(result, DeviceArray):
+            return result
+        return View.of(result) if self.kind is View else self.device.get(result)
 
 
 def _at(x: Array) -> Any:
     """Enter the device of x, for NumPy arrays the current one."""
-    if isinstance(x, DeviceArray):
-        return _Place(x.device, False, x.stream).entered()
-    return _Place(current(), True, None).entered()
+    if isinstance(x, np.ndarray):
+        return _Place(current(), np.ndarray, None).entered()
+    return _Place(x.device, type(x), x.stream).entered()

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from fastclstm.engines.cuda.device import DeviceArray, Shape, holding, ordinal_of
+from fastclstm.engines.cuda.device import Device, DeviceArray, Shape, holding, ordinal_of
+from fastclstm.engines.cuda.views import View, is_contiguous
 
 _NAME = b"dltensor"
 _KINDS = {"i": 0, "u": 1, "f": 2, "b": 6}
@@ -99,8 +100,15 @@ class Reader:
         self.stream = _stream(x, self._ordinal)
         """Handle of the caller's stream; None: unknown."""
 
-    def __call__(self, name: str, value: Any) -> DeviceArray:
+    @property
+    def device(self) -> Device:
+        """The GPU."""
+        return self._device
+
+    def __call__(self, name: str, value: Any) -> Any:
         """Return the GPU array `value` as it is in memory, its values ordered before what the stream gets from now on.
+
+        A `View` stays one, of any strides.
 
         Raises TypeError or ValueError for one on another GPU, of another dtype or not C-contiguous.
         """
@@ -108,7 +116,8 @@ class Reader:
         ordinal = _ordinal(value)
         if ordinal != self._ordinal:
             raise ValueError(f"{op}: {name} is on GPU {ordinal} but x on GPU {self._ordinal}; put both on one GPU")
-        if isinstance(value, DeviceArray):
+        array: Any
+        if isinstance(value, DeviceArray | View):
             self._device.order(self._working_stream(), value.stream)
             array, strides = value, None
         else:
@@ -117,7 +126,7 @@ class Reader:
             except (BufferError, RuntimeError, AttributeError, _UnknownDtypeError) as error:
                 raise TypeError(f"{op}: {name} cannot be read as a CUDA array: {error}") from error
         _check_dtype(op, name, array.dtype)
-        if strides is not None and not _is_contiguous(array.shape, strides):
+        if strides is not None and not is_contiguous(array.shape, strides):
             raise ValueError(
                 f"{op}: {name} is a CUDA array {array.shape} that is not C-contiguous (strides {strides}); pass a "
                 f"contiguous copy: {name}.contiguous() of torch, cupy.ascontiguousarray({name})"
@@ -169,7 +178,7 @@ def _ordinal(value: Any) -> int:
 def _stream(value: Any, ordinal: int) -> int | None:
     """Return the handle of the stream on which the owner of `value` works now; None: unknown."""
     library = type(value).__module__.partition(".")[0]
-    if isinstance(value, DeviceArray):
+    if isinstance(value, DeviceArray | View):
         return value.stream
     if library == "torch":
         return int(sys.modules["torch"].cuda.current_stream(ordinal).cuda_stream) or 1
@@ -186,13 +195,3 @@ def _check_dtype(op: str, name: str, dtype: np.dtype) -> None:
     elif dtype not in _FLOATS:
         raise TypeError(f"{op}: {name} is a CUDA array of {dtype} but must be one of float32 or float64, "
                         "which are not converted on the GPU; convert it before")  # fmt: skip
-
-
-def _is_contiguous(shape: Shape, strides: Shape) -> bool:
-    """Return whether elements lie in C order without gaps; the stride of an axis of 1 says nothing."""
-    expected = 1
-    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
-        if size != 1 and stride != expected:
-            return 0 in shape
-        expected *= size
-    return True

@@ -16,8 +16,12 @@ CUDA, CUDA_MANAGED = 2, 13
 """Types of devices in DLPack whose memory kernels read: kDLCUDA and kDLCUDAManaged."""
 
 
+class OnDevice:
+    """An array of the engine in a device's memory."""
+
+
 @dataclass(frozen=True, eq=False)
-class DeviceArray:
+class DeviceArray(OnDevice):
     """A C-contiguous array in a device's memory; `owner` keeps the memory alive.
 
     Any library reads it without a copy: by DLPack, ``torch.from_dlpack(array)`` say, or by __cuda_array_interface__.
