@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 
+from fastclstm import dispatch
 from fastclstm.layers.array_layer import told, walk
 from fastclstm.layers.base import Layer
 
 
 def finite(*values: Any) -> bool:
     """Whether all arrays in nested tuples, lists and dicts are finite."""
-    for value in values:
+    for value in map(dispatch.to_numpy, values):
         if isinstance(value, tuple | list):
             if not finite(*value):
                 return False
