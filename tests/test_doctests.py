@@ -12,7 +12,7 @@ MODULES = ["fastclstm", *(
     for module in pkgutil.walk_packages(fastclstm.__path__, "fastclstm.")
     if not module.name.endswith("__main__")
 )]  # fmt: skip
-WITH_EXAMPLES = {"fastclstm.functional"}
+WITH_EXAMPLES = {f"fastclstm.functional.{name}" for name in ("convlstm", "convolution", "pooling", "volumes")}
 
 
 @pytest.mark.parametrize("name", MODULES)
