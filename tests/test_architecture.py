@@ -15,10 +15,7 @@ ROOT = Path(fastclstm.__file__).parent
 FLOORS = {"spec": 0, "nn": 1, "engines": 2, "dispatch": 3, "functional": 4, "io": 5, "layers": 6}
 """Every other room is on top: adapters, and what the command line is made of."""
 TOP = 7
-SHARED = {"recurrence", "disk_cache"}
-"""What every engine may import of the engines' floor."""
-
-SHARED = {"recurrence", "remembered"}
+SHARED = {"disk_cache", "recurrence", "remembered"}
 """Modules of engines/ that every engine may use."""
 
 HEAVY = {"numba", "llvmlite", "torch", "keras", "tensorflow", "jax", "dask", "xarray", "safetensors", "h5py", "sklearn",

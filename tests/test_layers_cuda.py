@@ -468,8 +468,8 @@ def parameters(layer):
 
 
 def is_data(shape, layer):
-    """Whether what was copied is neither a parameter nor a table of taps."""
-    return shape not in parameters(layer) and len(shape) != 2
+    """Whether what was copied is neither a parameter nor a table: of taps, or of a plan."""
+    return shape not in parameters(layer) and len(shape) > 2
 
 
 @pytest.mark.parametrize("training", [False, True])
