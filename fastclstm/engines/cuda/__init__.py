@@ -78,7 +78,8 @@ def convlstm2d(
         with _at(x) as place:
             output, *last, state = _convlstm2d.convlstm2d(
                 spec, place.take(x), plain(kernel), plain(recurrent_kernel), plain(bias), place.take(h), place.take(c),
-                peephole, plain(mask), algorithm=algorithm, **options,
+                peephole and {name: plain(weights) for name, weights in peephole.items()}, plain(mask),
+                algorithm=algorithm, **options,
             )  # fmt: skip
             h_last, c_last = place.give(tuple(last))
             output = place.give(output)
