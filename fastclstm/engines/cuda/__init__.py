@@ -131,8 +131,12 @@ class _Place:
 
     @contextmanager
     def entered(self) -> Iterator[_Place]:
-        """Compute there inside; arrays of a stream unknown to us are done with at the end."""
+        """Compute there inside; arrays of a stream unknown to us are done with at the end.
+
+        Raises RuntimeError, before anything else, where the stream is being captured.
+        """
         with self.device.on(self.stream):
+            self.device.stream_key()
             yield self
             if self.kind is not np.ndarray and self.stream is None:
                 self.device.finish()
