@@ -294,7 +294,6 @@ def test_what_is_still_taken_at_the_end_does_no_harm():
     code = """
         import numpy as np, torch
         from fastclstm.engines.cuda.device import Device, DeviceArray
-from fastclstm.engines.cuda.views import View
         x = np.ones(3)
         taken = torch.from_dlpack(DeviceArray(x.ctypes.data, x.shape, x.dtype, x, type("Host", (Device,), {})()))
         torch.kept = np.kept = taken  # modules go late
