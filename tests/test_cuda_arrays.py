@@ -17,6 +17,7 @@ from fastclstm import dispatch, functional
 from fastclstm.engines import reference
 from fastclstm.engines.cuda import arrays, device
 from fastclstm.engines.cuda.device import Device, DeviceArray
+from fastclstm.engines.cuda.views import View
 from fastclstm.functional import volumes
 
 
@@ -538,6 +539,12 @@ def test_views_of_other_libraries_arrays(emulated, monkeypatch, case):
         same(back(pullback((None, None) if isinstance(cotangents, tuple) else None)),
              pull((None, None) if isinstance(cotangents, tuple) else None))  # fmt: skip
     same(getattr(functional, op)(**given, engine="cuda"), expected, atol=1e-5)
+
+
+def test_every_array_may_be_a_view(emulated):
+    given, there = CASES["convlstm2d"][0], device.current()
+    outputs = functional.convlstm2d(**nested(given, lambda array: View.of(there.put(array))))
+    same(tuple(view.get() for view in outputs), functional.convlstm2d(**given, engine="reference"), atol=1e-5)
 
 
 # --- What is refused ---

@@ -576,10 +576,15 @@ def test_streams_are_told_apart_for_good(card, driver):
 def test_a_stream_that_is_captured_is_refused_before_anything_else_is_done(card, driver, log):
     driver.capturing.add(42)
     x = DeviceArray(64, (1, 2, 4, 4, 1), np.dtype("f4"), None, card, 42)
-    weights = (np.ones((3, 3, c, 8), np.float32) for c in (1, 2))
-    with pytest.raises(RuntimeError, match=r"^engine 'cuda': the stream is being captured into a CUDA graph"):
-        functional.convlstm2d(x, *weights)
-    assert log == []
+    weights, h = [np.ones((3, 3, c, 8), np.float32) for c in (1, 2)], np.ones((1, 4, 4, 2), np.float32)
+    for call in (
+        lambda: functional.convlstm2d(x, *weights),
+        lambda: functional.convlstm2d(x, *weights, initial_state=(h, h)),
+        lambda: functional.max_pool3d(x, 2),
+    ):
+        with pytest.raises(RuntimeError, match=r"^engine 'cuda': the stream is being captured into a CUDA graph"):
+            call()
+        assert log == []
 
 
 # --- Recorded calls ---

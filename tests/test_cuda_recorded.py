@@ -177,6 +177,18 @@ def test_weights_of_layers_are_brought_once_and_replaced_ones_seen(plans):
     assert len(plans) == 1
 
 
+def test_packed_weights_serve_sequences_of_every_length(plans):
+    device = EmulatedDevice()
+    layer = fastclstm.ConvLSTM2D(2, 3, 3, seed=0, engine="cuda")
+    packs = []
+    with devices.using(device):
+        for T in (2, 3, 2):
+            device.launches.clear()
+            layer(np.ones((1, T, 5, 4, 2), np.float32))
+            packs.append([name for name, *_ in device.launches].count("pack"))
+    assert packs == [2, 0, 0]
+
+
 def test_nested_results_and_parts_of_arrays(plans):
     device = EmulatedDevice()
 

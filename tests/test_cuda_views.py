@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from cuda_emulator import EmulatedDevice, needs_compiler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -164,6 +165,17 @@ def test_assignment(put):
     x += y[:, np.newaxis]
     a += b[:, np.newaxis]
     same(x, a)
+
+
+@needs_compiler
+def test_what_was_computed_in_place_is_not_assigned_again():
+    device = EmulatedDevice()
+    x = View.of(device.put(normal(3, 4, 2)))
+    x[:, -1] += x[:, 0]
+    assert len(device.launches) == 1
+    for value in (x[1:3, ::-1], x[0], x[1, :1]):
+        x[1:3, ...] = value
+    assert len(device.launches) == 4
 
 
 def test_joining_and_splitting(put):

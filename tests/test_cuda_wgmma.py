@@ -371,12 +371,27 @@ def test_each_tiling_is_checked_before_its_first_use(hopper, monkeypatch):
 def test_wrong_products_are_found_and_avoided(file, old, new, tmp_path, monkeypatch):
     monkeypatch.setenv(wgmma.VARIABLE, "1")
     device = edited(tmp_path, file, old, new)
-    message = re.escape("kind 4 by wgmma, 128x64, differ from those by mma.sync on this GPU, which is used instead")
+    message = re.escape("kind 4 by wgmma, 128x64, differ on this GPU from those by mma.sync; that is used instead")
     with pytest.warns(RuntimeWarning, match=message):
         assert chosen(device, 4, 8 * 64 * 64, 64)[0] is False
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert chosen(device, 4, 8 * 64 * 64, 64)[0] is False  # told once
+
+
+@needs_compiler
+def test_products_that_fail_are_avoided(hopper, monkeypatch):
+    monkeypatch.setenv(wgmma.VARIABLE, "1")
+    kernel = hopper.kernel
+
+    def refused(source, name, macros):
+        if "WARPGROUPS" in macros:
+            raise RuntimeError("csrc/gemm.cu does not compile")
+        return kernel(source, name, macros)
+
+    monkeypatch.setattr(hopper, "kernel", refused)
+    with pytest.warns(RuntimeWarning, match=r"128x64, fail on this GPU \(csrc/gemm.cu does not compile\), unlike mma"):
+        assert chosen(hopper, 4, 8 * 64 * 64, 64)[0] is False
 
 
 @needs_compiler

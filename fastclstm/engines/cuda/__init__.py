@@ -78,7 +78,8 @@ def convlstm2d(
         with _at(x) as place:
             output, *last, state = _convlstm2d.convlstm2d(
                 spec, place.take(x), plain(kernel), plain(recurrent_kernel), plain(bias), place.take(h), place.take(c),
-                peephole, plain(mask), algorithm=algorithm, **options,
+                peephole and {name: plain(weights) for name, weights in peephole.items()}, plain(mask),
+                algorithm=algorithm, **options,
             )  # fmt: skip
             h_last, c_last = place.give(tuple(last))
             output = place.give(output)
@@ -130,8 +131,12 @@ class _Place:
 
     @contextmanager
     def entered(self) -> Iterator[_Place]:
-        """Compute there inside; arrays of a stream unknown to us are done with at the end."""
+        """Compute there inside; arrays of a stream unknown to us are done with at the end.
+
+        Raises RuntimeError, before anything else, where the stream is being captured.
+        """
         with self.device.on(self.stream):
+            self.device.stream_key()
             yield self
             if self.kind is not np.ndarray and self.stream is None:
                 self.device.finish()

@@ -162,9 +162,8 @@ def _packed_once(
     def make() -> DeviceArray:
         return _packed(spec, kind, device.put(kernel), device.put(recurrent_kernel))
 
-    packed: DeviceArray = remembered.remember(
-        (kernel, recurrent_kernel), (device, device.stream_key(), spec, kind), make
-    )
+    key = device, device.stream_key(), spec.input, spec.recurrent, kind  # sequences of any length
+    packed: DeviceArray = remembered.remember((kernel, recurrent_kernel), key, make)
     return packed
 
 

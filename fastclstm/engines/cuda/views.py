@@ -194,7 +194,9 @@ class View(OnDevice, NDArrayOperatorsMixin):
         return View(replace(self.memory, pointer=pointer), tuple(shape), tuple(strides))
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        _launch("copy", self[index], value)
+        part = self[index]
+        if not (isinstance(value, View) and _place(value) == _place(part)):  # it has been computed there: x[index] += y
+            _launch("copy", part, value)
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, out: Any = (None,), **options: Any) -> Any:
         if method != "__call__" or options or ufunc not in _UFUNCS:
@@ -299,6 +301,11 @@ def _operand(device: Device, value: Any, dtype: np.dtype) -> tuple[View | None, 
     if np.ndim(value) == 0:
         return None, value
     return View.of(device.put(np.ascontiguousarray(value, dtype))), 0
+
+
+def _place(view: View) -> tuple[Any, ...]:
+    """Return what tells where the elements are."""
+    return view.memory.pointer, view.dtype, view.shape, view.strides
 
 
 def _bytes(dtype: np.dtype) -> np.dtype:

@@ -33,14 +33,24 @@ def works(device: Device, tiling: product.Tiling) -> bool:
         wanted = os.environ.get(VARIABLE, "1")
         if wanted not in ("0", "1"):
             raise ValueError(f"the environment variable {VARIABLE} must be 0 or 1, got {wanted!r}")
-        known[tiling] = wanted == "1" and _agrees(device, tiling)
-        if wanted == "1" and not known[tiling]:
+        flaw = None if wanted == "0" else _flaw(device, tiling)
+        known[tiling] = wanted == "1" and flaw is None
+        if flaw is not None:
             warnings.warn(
-                f"engine 'cuda': products of kind {tiling.kind} by wgmma, {tiling.rows}x{tiling.columns}, differ from "
-                f"those by mma.sync on this GPU, which is used instead; please report it ({VARIABLE}=0: no check)",
+                f"engine 'cuda': products of kind {tiling.kind} by wgmma, {tiling.rows}x{tiling.columns}, {flaw}; that "
+                f"is used instead; please report it ({VARIABLE}=0: no check)",
                 RuntimeWarning, stacklevel=2,
             )  # fmt: skip
     return known[tiling]
+
+
+def _flaw(device: Device, tiling: product.Tiling) -> str | None:
+    """Say what is wrong with a tiling on this device, other than with mma.sync; None: nothing."""
+    try:
+        agrees = _agrees(device, tiling)
+    except RuntimeError as error:
+        return f"fail on this GPU ({error}), unlike mma.sync"
+    return None if agrees else "differ on this GPU from those by mma.sync"
 
 
 def _agrees(device: Device, tiling: product.Tiling) -> bool:
