@@ -27,9 +27,8 @@ _COLOURS = ("#c2410c", "#fb923c", "#94a3b8", "#1e3a8a", "#60a5fa", "#166534", "#
 _EXPLANATION = (
     "Medians of {rounds} interleaved rounds on {processor}, {cpus} CPUs; of each family the fastest variant. “direct” "
     'is `algorithm="direct"`; “of FMA peak” is its share of the multiply-add peak; “AVX2” is fastclstm compiled for a '
-    "processor with nothing newer; “of bandwidth” is the share of the "
-    "memory bandwidth, measured in the same rounds, which arrays in the caches may exceed; “vs.” is how many times faster "
-    "fastclstm is, frameworks being "
+    "processor with nothing newer; “of bandwidth” is the share of the memory bandwidth, measured in the same rounds, "
+    "which arrays in the caches may exceed; “vs.” is how many times faster fastclstm is, frameworks being "
     "all but NumPy, below 1 where it loses; “max error” is against the float64 oracle. {all_versions}."
 )
 
