@@ -374,14 +374,16 @@ def test_a_mask_on_the_device():
         close(got(model(put(x), mask=put(mask.astype(kind)))), expected)
 
 
-def test_a_network_that_ends_in_the_processors_memory():
+def test_a_network_that_ends_in_the_processors_memory(gpu):
     """Of NumPy's arrays, what the GPU does not compute is computed where it is."""
     model = network([Dense(8, 3, "softmax", dtype="float64", seed=3)])
     x = normal(2, 3, 4, 4, 1)
     expected = run(engines(model, "reference"), x)
     close(run(engines(model, "cuda"), x), expected)
+    before = len(gpu.launches)
     with pytest.raises(TypeError, match=r"^Dense: x is on a GPU, where this layer does not compute; move x to the CPU"):
         engines(model, None)(put(x))
+    assert len(gpu.launches) == before  # nothing had been computed
 
 
 def test_a_network_that_begins_in_the_processors_memory():

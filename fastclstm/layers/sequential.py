@@ -110,6 +110,8 @@ class Sequential(Trainable):
         place = place_of(self, x, refuses=False)
         array = y = place.read("x", x)
         steps = self._steps(place, mask, lengths, array.shape)
+        if place.on_gpu:
+            self._check_gpu()
         moves = place.on_gpu or "cuda" in _engines(self)
         taken: list[tuple[bool, np.dtype]] = []
         walk, checked = Walk(mask=None if steps is None else steps.shape), 0
@@ -248,6 +250,13 @@ class Sequential(Trainable):
                 return index + 1
         return len(self)
 
+    def _check_gpu(self) -> None:
+        """Raise TypeError where a layer cannot take an x on a GPU, before anything is computed."""
+        for index, layer in enumerate(self.layers):
+            with told_of(_name(index, layer)):
+                if type(layer)._knows_gpu is Layer._knows_gpu:
+                    refuse(layer)
+
     def _moved(self, index: int, y: Any, stays: bool, training: bool) -> Any:
         """Return what a layer is to take where that computes best: on a GPU, where y `stays` if x was there.
 
@@ -256,10 +265,8 @@ class Sequential(Trainable):
         """
         layer = self.layers[index]
         engines = _engines(layer)
-        if stays:
-            if type(layer)._knows_gpu is Layer._knows_gpu:
-                refuse(layer)
-        elif not (layer._knows_gpu(training) and engines <= {None, "cuda"} and all(map(_is_ours, parts(layer)))):
+        known = layer._knows_gpu(training) and engines <= {None, "cuda"} and all(map(_is_ours, parts(layer)))
+        if not stays and not known:
             return dispatch.to_numpy(y)
         dtype = next((part.dtype for part in parts(layer) if hasattr(part, "dtype")), None)
         if dispatch.on_gpu(y):
