@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 
-from bench import render, training
+from bench import gpu, render, training
 from bench.cases import CASES, ConvLSTMCase, PoolCase
 
 
@@ -132,3 +132,21 @@ def test_the_table_of_training():
         "vs. PyTorch": "3.00×", "recompute vs. PyTorch": "2.00×", "of FMA peak": "50%", "MB": "30 (50%)",
         "recompute, MB": "15 (25%)", "PyTorch, MB": "60", "max error": "2.0e-06",
     }  # fmt: skip
+
+
+# --- On a GPU ---
+
+
+def test_inputs_are_more_than_the_cache():
+    assert [gpu.copies(size, 60 << 20) for size in (1 << 30, 60 << 20, 32 << 20, 1000)] == [2, 2, 4, 32]
+
+
+def test_the_floor_is_the_larger_of_two():
+    case = gpu.CASES["step"]
+    measured = {"float32": 50.0, "tf32": 400.0, "bfloat16": 800.0, "float16": 800.0, "copy": 4.0}
+    operations = 2 * 8 * 20 * 64 * 64 * 9 * 128 * 256
+    assert gpu.floor(case, "bfloat16", measured) == pytest.approx(operations / 800e12)
+    moved = 8 * 20 * 64 * 64 * (64 + 4 * 64) * 4
+    assert gpu.floor(case, "simt", measured | {"copy": 1e-3}) == pytest.approx(moved / 1e9)
+    read_and_written = 8 * 16 * 112 * 112 * 64 * 4 * (1 + 1 / 8)
+    assert gpu.floor(gpu.CASES["pool_video"], "exact", measured) == pytest.approx(read_and_written / 4e12)

@@ -7,12 +7,10 @@ processor's.
 import ctypes
 import gc
 import re
-import shutil
 import sys
 import threading
 import weakref
 from dataclasses import replace
-from functools import partial
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
@@ -669,143 +667,6 @@ def test_plans_that_are_let_go_give_their_memory_back(card, monkeypatch):
     assert len(recorded._plans) == 1
 
 
-# --- On a GPU; without one these wait ---
-
-SOURCE = """
-#include "common.cuh"
-
-KERNEL(128)
-add(float* y, const float* x, int n, float times)
-{
-    resolve(y, x);
-    float* kept = (float*)shared_memory();
-    int i = blockIdx.x * blockDim.x + threadIdx.x;
-    kept[threadIdx.x] = i < n && x ? x[i] : 1;
-    __syncthreads();
-    if (i < n) y[i] += times * kept[threadIdx.x];
-}
-"""
-
-
-@pytest.fixture
-def real(request):
-    """The GPU of this machine; the test is skipped, or with --engine=cuda fails, without one."""
-    missing = device.missing()
-    if missing is not None:
-        (pytest.fail if "cuda" in request.config.getoption("--engine") else pytest.skip)(missing)
-    return device.current()
-
-
-@pytest.fixture
-def add(real, monkeypatch, tmp_path):
-    """Function that launches y += times x, with as much shared memory as there is."""
-    for name in ("common.cuh", "memory.cu"):
-        shutil.copy(compilation.source_folder() / name, tmp_path)
-    (tmp_path / "add.cu").write_text(SOURCE)
-    monkeypatch.setattr(compilation, "source_folder", lambda: tmp_path)
-    monkeypatch.setattr(compilation, "cache_folder", lambda: None)
-
-    def launch(y, x, times):
-        device = y.device
-        kernel = device.kernel("add.cu", "add", {"TEST": 1})
-        device.launch(
-            kernel, (-(-y.size // 128),), (128,), device.shared_bytes, y, x, np.int32(y.size), np.float32(times)
-        )
-
-    return launch
-
-
-def test_a_gpu_computes(real, add):
-    x = np.random.default_rng(0).standard_normal(1000).astype(np.float32)
-    for stream in (None, 1, 2):
-        with real.on(stream):
-            y = real.zeros((1000,), np.float32)
-            add(y, real.put(x), 2)
-            add(y, None, 3)
-            np.testing.assert_array_equal(real.get(y), 2 * x + 3)
-
-
-def test_a_gpu_sends_graphs(real, add):
-    def compute(times, x):
-        y, part = x.device.zeros(x.shape, np.float32), x.device.zeros(x.shape, np.float32)
-        for n in range(times):
-            add(part, x, n)
-            add(y, part, 1)
-        return y
-
-    x = np.random.default_rng(1).standard_normal(1000).astype(np.float32)
-    factors = {3: 0 + 1 + 3, 4: 0 + 1 + 3 + 6}
-    for n in range(20):  # the same again, other addresses, another form, another stream
-        with real.on((None, 1, 2)[n % 3]):
-            times = 3 + n % 2
-            y = recorded.call(real, ("add", times), (real.put(x + n),), partial(compute, times))
-            np.testing.assert_allclose(real.get(y), factors[times] * (x + n), rtol=1e-6)
-
-
-def test_a_gpu_keeps_the_order_of_its_memory(real, add):
-    """What is let go is handed out again only behind the work that uses it."""
-    total = real.zeros((1 << 20,), np.float32)
-
-    def compute(n, total):
-        part = total.device.zeros(total.shape, np.float32)
-        add(part, None, n)
-        add(total, part, 1)
-
-    for n in range(200):
-        if n % 2:
-            recorded.call(real, ("fill", n % 20), (total,), partial(compute, n % 20))
-        else:
-            compute(n % 20, total)
-    np.testing.assert_array_equal(real.get(total), np.full(total.shape, 10 * 190, np.float32))
-
-
-@pytest.mark.parametrize("algorithm", ["simt", "float32", "tf32", "bfloat16", "float16"])
-def test_a_gpu_runs_all_steps_in_one_launch(real, algorithm, monkeypatch):
-    """With the bits of a launch a step, again and again: what a barrier does not order shows at times only."""
-    if algorithm != "simt" and real.architecture < 80:
-        pytest.skip("no tensor cores for it")
-    recordings, run = [], persistent.run
-    monkeypatch.setattr(persistent, "run", lambda *arguments: recordings.append(run(*arguments)))
-    rng = np.random.default_rng(3)
-    for B, H, W, C, F in ((1, 4, 4, 1, 1), (1, 64, 64, 1, 64), (3, 33, 47, 5, 3), (2, 32, 32, 16, 32)):
-        x, *weights = (
-            rng.standard_normal(shape).astype(np.float32) / np.float32(np.sqrt(np.prod(shape[:-1])))
-            for shape in ((B, 30, H, W, C), (3, 3, C, 4 * F), (3, 3, F, 4 * F))
-        )
-        x = x / x.std()
-        with persistent.forbidden():
-            expected = functional.convlstm2d(x, *weights, engine="cuda", algorithm=algorithm)
-        recordings.clear()
-        for _ in range(50):
-            found = functional.convlstm2d(x, *weights, engine="cuda", algorithm=algorithm)
-            np.testing.assert_array_equal(found, expected)
-        assert len(recordings) == 1
-
-
-@pytest.mark.torch
-def test_a_gpu_shares_arrays_with_torch(real):
-    torch = pytest.importorskip("torch")
-    if not torch.cuda.is_available():
-        pytest.skip("this PyTorch sees no GPU")
-    rng = np.random.default_rng(2)
-    shapes = {"x": (2, 5, 9, 7, 3), "kernel": (3, 3, 3, 16), "recurrent_kernel": (3, 3, 4, 16)}
-    given = {name: rng.standard_normal(shape).astype(np.float32) / 3 for name, shape in shapes.items()}
-    expected, pull = functional.convlstm2d_vjp(**given, engine="reference")
-    dy = rng.standard_normal(expected.shape).astype(np.float32)
-    for stream in (torch.cuda.current_stream(), torch.cuda.Stream()):
-        for _ in range(20):
-            with torch.cuda.stream(stream):
-                late = {name: torch.from_numpy(array).cuda(non_blocking=True) * 3 / 3 for name, array in given.items()}
-                y, pullback = functional.convlstm2d_vjp(**late)
-                gradients = pullback(torch.from_numpy(dy).cuda() * 1)
-                doubled = y * 2
-            assert y.is_cuda
-            torch.cuda.current_stream().wait_stream(stream)
-            np.testing.assert_allclose(doubled.cpu().numpy() / 2, expected, atol=1e-5)
-            for name, value in pull(dy).items():
-                np.testing.assert_allclose(gradients[name].cpu().numpy(), value, atol=1e-4)
-
-
 # --- The benchmark ---
 
 
@@ -813,21 +674,6 @@ def test_the_benchmark_says_what_is_missing(driver):
     driver.status = NO_DEVICE
     with pytest.raises(SystemExit, match=r"^bench.gpu: engine 'cuda' finds an NVIDIA driver but no GPU"):
         bench_gpu.main([])
-
-
-def test_inputs_are_more_than_the_cache():
-    assert [bench_gpu.copies(size, 60 << 20) for size in (1 << 30, 60 << 20, 32 << 20, 1000)] == [2, 2, 4, 32]
-
-
-def test_the_floor_is_the_larger_of_two():
-    case = bench_gpu.CASES["step"]
-    measured = {"float32": 50.0, "tf32": 400.0, "bfloat16": 800.0, "float16": 800.0, "copy": 4.0}
-    operations = 2 * 8 * 20 * 64 * 64 * 9 * 128 * 256
-    assert bench_gpu.floor(case, "bfloat16", measured) == pytest.approx(operations / 800e12)
-    moved = 8 * 20 * 64 * 64 * (64 + 4 * 64) * 4
-    assert bench_gpu.floor(case, "simt", measured | {"copy": 1e-3}) == pytest.approx(moved / 1e9)
-    read_and_written = 8 * 16 * 112 * 112 * 64 * 4 * (1 + 1 / 8)
-    assert bench_gpu.floor(bench_gpu.CASES["pool_video"], "exact", measured) == pytest.approx(read_and_written / 4e12)
 
 
 # --- The fake is true to the library ---
