@@ -289,7 +289,7 @@ def test_tilings_cover_everything_and_fit():
             assert tiling.shared_bytes + 1024 <= 228 << 10  # the driver keeps 1024 of a block for itself
             assert (tiling.rows, tiling.threads) == (128, 256)
             assert tiling.shared_bytes >= 1024 + tiling.rows * tiling.columns * 4  # the sums
-            assert tiling.depth * tiling.operand.itemsize == 128
+            assert tiling.depth * product.operand_type(kind, np.dtype(np.float32)).itemsize == 128
             assert tiling.padded(tiling.columns + 1) == 2 * tiling.columns
 
 

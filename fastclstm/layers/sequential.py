@@ -265,8 +265,9 @@ class Sequential(Trainable):
         """
         layer = self.layers[index]
         engines = _engines(layer)
-        known = layer._knows_gpu(training) and engines <= {None, "cuda"} and all(map(_is_ours, parts(layer)))
-        if not stays and not known:
+        if not stays and not (
+            layer._knows_gpu(training) and engines <= {None, "cuda"} and all(map(_is_ours, parts(layer)))
+        ):
             return dispatch.to_numpy(y)
         dtype = next((part.dtype for part in parts(layer) if hasattr(part, "dtype")), None)
         if dispatch.on_gpu(y):

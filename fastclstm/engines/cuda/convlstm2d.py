@@ -212,8 +212,8 @@ class _Forward:
         if keeps:
             kind = product.backward_kind(kind)
             channels = product.operand_channels(kind, 4 * spec.F)
-            make = device.empty if channels == 4 * spec.F else device.zeros  # products read the padding
-            z = make((spec.B, spec.T, spec.HO, spec.WO, channels), product.operand_type(kind, dtype))
+            shape = spec.B, spec.T, spec.HO, spec.WO, channels
+            z = product.operand_memory(device, shape, 4 * spec.F, product.operand_type(kind, dtype))
             c, h = empty_states(device, spec, spec.F, dtype), None
             if z.dtype != dtype:
                 h = empty_states(device, spec, product.operand_channels(kind, spec.F), z.dtype)
@@ -233,13 +233,13 @@ class _Forward:
         """Launch all steps; the kernels are not looked at where they are packed already."""
         spec, device = self.spec, self.device
         tiling = _tiling(spec, self.kind, device, self.dtype)
-        frame_x, channels = spec.input.H * spec.input.W, spec.input.C
+        frame_x = spec.input.H * spec.input.W
         data, channels = product.operands(device, self.kind, x)
         x_frames = product.frames(device, spec.input, data, tiling.depth, stride=spec.T * frame_x * channels,
                                   channels=channels)  # fmt: skip
         short = tiling.kind >= KINDS["bfloat16"]
         h_channels = product.operand_channels(self.kind, spec.F)
-        anything = device.empty((1,), tiling.operand) if short else x
+        anything = device.empty((1,), product.operand_type(self.kind, self.dtype)) if short else x
         h_frames = product.frames(device, spec.recurrent, anything, tiling.depth, channels=h_channels)
         weights = _packed(spec, self.kind, kernel, recurrent_kernel) if packed is None else packed
         macros = step_macros(self.dtype, self.codes)
@@ -268,7 +268,6 @@ class _Forward:
         if self.kept is not None:
             z, z_channels = self.kept.z, self.kept.z.shape[-1]
             z_frame = spec.HO * spec.WO * z_channels
-        if self.kept is not None:
             slot = self.kept.c.before(spec.source_step(0))
             copy(device, c, self.frame, slot, self.kept.c.stride, self.frame, spec.B)
             if self.kept.h is not None:
@@ -349,9 +348,9 @@ class _Forward:
 
 
 def empty_states(device: Device, spec: ConvLSTMSpec, channels: int, dtype: np.dtype) -> States:
-    """Return memory for states; zeros where channels are padded, since products read the padding."""
-    make = device.empty if channels == spec.F else device.zeros
-    return states_of(spec, make((spec.B, spec.T + 1, spec.HO, spec.WO, channels), dtype))
+    """Return memory for states, or for operands of more channels."""
+    shape = spec.B, spec.T + 1, spec.HO, spec.WO, channels
+    return states_of(spec, product.operand_memory(device, shape, spec.F, dtype))
 
 
 def states_of(spec: ConvLSTMSpec, array: DeviceArray) -> States:

@@ -76,8 +76,7 @@ def run(
     spec, device, frame = call.spec, call.device, call.frame
     source, direction = spec.source_step(0), -1 if spec.go_backwards else 1
     channels = h_frames.size[2]
-    memory = device.empty if channels == spec.F else device.zeros  # channels that fill up to 8 are zeros
-    places = memory((2, *spec.state_shape[:3], channels), h_frames.data.dtype)
+    places = product.operand_memory(device, (2, *spec.state_shape[:3], channels), spec.F, h_frames.data.dtype)
     if h is not None:
         product.convert(device, call.kind, h, channels, places)
     x_step = x_frames.size[0] * x_frames.size[1] * x_frames.size[2]

@@ -10,7 +10,7 @@ import numpy as np
 
 from fastclstm.engines import remembered
 from fastclstm.engines.cuda import packing
-from fastclstm.engines.cuda.device import Device, DeviceArray
+from fastclstm.engines.cuda.device import Device, DeviceArray, Shape
 from fastclstm.spec import ConvSpec, Pair
 
 ALGORITHMS = ("simt", "float32", "tf32", "bfloat16", "float16")
@@ -76,6 +76,12 @@ def operand_channels(kind: int, channels: int) -> int:
     return -(-channels // 8) * 8 if kind >= KINDS["bfloat16"] else channels
 
 
+def operand_memory(device: Device, shape: Shape, used: int, dtype: np.dtype) -> DeviceArray:
+    """Return memory for operands, of whose channels `used` are written; products read the others, which are zeros."""
+    make = device.empty if shape[-1] == used else device.zeros
+    return make(shape, dtype)
+
+
 def real(dtype: np.dtype) -> str:
     """Return the C type of float32 or float64, or of a mask's bytes."""
     return {1: "unsigned char", 4: "float", 8: "double"}[dtype.itemsize]
@@ -106,11 +112,6 @@ class Tiling:
     def on_tensor_cores(self) -> bool:
         """Whether mma.cuh or wgmma.cuh computes it, else simt.cuh."""
         return self.kind != 0
-
-    @property
-    def operand(self) -> np.dtype:
-        """Type of the weights and frames that it reads, where that is not the states'."""
-        return np.dtype(np.uint16 if self.kind >= KINDS["bfloat16"] else np.float32)
 
     def grid(self, pixels: int, columns: int) -> Pair:
         """Blocks along the pixels and the columns."""
@@ -265,10 +266,9 @@ def pack(
 ) -> DeviceArray:  # fmt: skip
     """Return kernels (KH, KW, C, F), one for each of `parts`, as the product of `columns` columns reads them."""
     dtype = kernels[0].dtype
-    operand = tiling.operand if tiling.on_tensor_cores else dtype
     padded = tiling.padded(columns)
     depths = [part.blocks * tiling.depth for part in parts]
-    packed = device.empty((sum(depths) * tiling.parts, padded), operand)
+    packed = device.empty((sum(depths) * tiling.parts, padded), operand_type(tiling.kind, dtype))
     macros = element_macros(dtype, tiling.kind)
     if tiling.on_warpgroups:  # which read them as they are
         macros["KIND"] = tiling.kind
