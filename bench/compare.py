@@ -27,7 +27,7 @@ import numpy as np
 from tqdm import tqdm
 
 from bench import cases, peers
-from fastclstm.info import processor_name
+from fastclstm.commands.info import processor_name
 
 OURS = "fastclstm"
 _SETTLE_SECONDS = 0.1  # until the threads of whoever ran before have stopped spinning

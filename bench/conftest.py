@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from bench import cases, peers
-from fastclstm.info import processor_name
+from fastclstm.commands.info import processor_name
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -282,7 +282,7 @@ _AVX2 = {
 
 
 def _fastclstm_avx2(case: Case, threads: int) -> Prepared:
-    from fastclstm.engines.cpu import simd
+    from fastclstm.engines.cpu.kernels import simd
 
     if simd.VECTOR_BYTES != 32 or platform.machine() not in ("x86_64", "AMD64"):
         raise Unavailable("this process does not compile for AVX2")

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from bench.cases import CASES, ConvLSTMCase
 from bench.render import OURS, insert, load
-from fastclstm.engines.cpu import direct, sequence, winograd
+from fastclstm.engines.cpu import launch
+from fastclstm.engines.cpu.kernels import direct, winograd
 from fastclstm.spec import ConvSpec
 
 THREADS = (2, 4, 8, 16, 32, 64)
@@ -26,7 +27,7 @@ def busiest_rows(case: ConvLSTMCase, threads: int) -> tuple[float, bool]:
         for channels in (case.F, case.C)
     )
     specs = (recurrent, frame)
-    m = sequence.choose("convlstm2d", specs, "auto", 4)
+    m = launch.choose("convlstm2d", specs, "auto", 4)
     plan = winograd.plan(specs, m, -(-case.F // 16), 4, threads)
     work = plan.work[0]
     rows = max(-(-int(work["block_tiles"]) // int(work["chunk"])) * int(work["chunk"]), direct.STREAMING_ROWS)

@@ -24,7 +24,7 @@ import numpy as np
 import fastclstm
 from bench import cases, compare, peers, render
 from fastclstm import functional
-from fastclstm.info import processor_name
+from fastclstm.commands.info import processor_name
 
 Gradients = dict[str, np.ndarray]
 Run = Callable[[], Any]

@@ -20,8 +20,8 @@ _HOME = {
     "ConvLSTM2DCell": "fastclstm.layers",
     "Dense": "fastclstm.layers",
     "Dropout": "fastclstm.layers",
-    "EarlyStopping": "fastclstm.layers",
-    "EncoderForecaster": "fastclstm.layers",
+    "EarlyStopping": "fastclstm.training",
+    "EncoderForecaster": "fastclstm.models",
     "Flatten": "fastclstm.layers",
     "GlobalAveragePooling": "fastclstm.layers",
     "GlobalMaxPooling": "fastclstm.layers",
@@ -29,7 +29,7 @@ _HOME = {
     "LeakyReLU": "fastclstm.layers",
     "MaxPooling2D": "fastclstm.layers",
     "MaxPooling3D": "fastclstm.layers",
-    "Sequential": "fastclstm.layers",
+    "Sequential": "fastclstm.models",
     "Softmax": "fastclstm.layers",
     "TimeDistributed": "fastclstm.layers",
     "TimeDistributionCalculator": "fastclstm.layers",
@@ -38,19 +38,19 @@ _HOME = {
     "conv2d": "fastclstm.functional",
     "conv3d": "fastclstm.functional",
     "convlstm2d": "fastclstm.functional",
-    "from_keras": "fastclstm.adapters.keras",
-    "from_torch": "fastclstm.adapters.torch",
+    "from_keras": "fastclstm.convert.keras",
+    "from_torch": "fastclstm.convert.torch",
     "get_num_threads": "fastclstm.engines.cpu.threads",
     "max_pool3d": "fastclstm.functional",
     "set_num_threads": "fastclstm.engines.cpu.threads",
-    "to_torch": "fastclstm.adapters.torch",
+    "to_torch": "fastclstm.convert.torch",
 }
 __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
-    from fastclstm.adapters.keras import from_keras as from_keras
-    from fastclstm.adapters.torch import from_torch as from_torch
-    from fastclstm.adapters.torch import to_torch as to_torch
+    from fastclstm.convert.keras import from_keras as from_keras
+    from fastclstm.convert.torch import from_torch as from_torch
+    from fastclstm.convert.torch import to_torch as to_torch
     from fastclstm.engines.cpu.threads import get_num_threads as get_num_threads
     from fastclstm.engines.cpu.threads import set_num_threads as set_num_threads
     from fastclstm.functional import conv2d as conv2d
@@ -66,8 +66,6 @@ if TYPE_CHECKING:
     from fastclstm.layers import ConvLSTM2DCell as ConvLSTM2DCell
     from fastclstm.layers import Dense as Dense
     from fastclstm.layers import Dropout as Dropout
-    from fastclstm.layers import EarlyStopping as EarlyStopping
-    from fastclstm.layers import EncoderForecaster as EncoderForecaster
     from fastclstm.layers import Flatten as Flatten
     from fastclstm.layers import GlobalAveragePooling as GlobalAveragePooling
     from fastclstm.layers import GlobalMaxPooling as GlobalMaxPooling
@@ -75,12 +73,14 @@ if TYPE_CHECKING:
     from fastclstm.layers import LeakyReLU as LeakyReLU
     from fastclstm.layers import MaxPooling2D as MaxPooling2D
     from fastclstm.layers import MaxPooling3D as MaxPooling3D
-    from fastclstm.layers import Sequential as Sequential
     from fastclstm.layers import Softmax as Softmax
     from fastclstm.layers import TimeDistributed as TimeDistributed
     from fastclstm.layers import TimeDistributionCalculator as TimeDistributionCalculator
     from fastclstm.layers import UpSampling as UpSampling
     from fastclstm.layers import ZeroPadding2D as ZeroPadding2D
+    from fastclstm.models import EncoderForecaster as EncoderForecaster
+    from fastclstm.models import Sequential as Sequential
+    from fastclstm.training import EarlyStopping as EarlyStopping
 
 
 def __getattr__(name: str) -> Any:

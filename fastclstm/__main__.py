@@ -1,6 +1,6 @@
 """``python -m fastclstm``."""
 
-from fastclstm.cli import main
+from fastclstm.commands import main
 
 if __name__ == "__main__":
     main()

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from fastclstm import functional
-from fastclstm.engines.cpu import backward, convlstm2d_backward, vmath
+from fastclstm.engines.cpu import backward, convlstm2d_backward
+from fastclstm.engines.cpu.kernels import vmath
 from fastclstm.functional.convlstm import ConvLSTMCall
 
 

@@ -5,7 +5,8 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 
-from fastclstm.engines.cpu import kernel_transform, packing, simd, winograd
+from fastclstm.engines.cpu import packing
+from fastclstm.engines.cpu.kernels import kernel_transform, simd, winograd
 
 
 def unpack(columns, P, K, gates, F, paired):

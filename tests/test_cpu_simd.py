@@ -14,7 +14,7 @@ import numba
 import numpy as np
 import pytest
 
-from fastclstm.engines.cpu import simd
+from fastclstm.engines.cpu.kernels import simd
 
 DTYPES = [np.float32, np.float64]
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)
@@ -221,7 +221,7 @@ ROOT = Path(__file__).parents[1]
 COMPILE = """
 import json, re
 import numba, numpy as np
-from fastclstm.engines.cpu import simd
+from fastclstm.engines.cpu.kernels import simd
 
 @numba.njit
 def multiply_add(a):

@@ -4,7 +4,7 @@ import numba
 import numpy as np
 import pytest
 
-from fastclstm.engines.cpu import simd, vmath
+from fastclstm.engines.cpu.kernels import simd, vmath
 from fastclstm.nn import activations
 
 every_dtype = pytest.mark.parametrize("dtype", [np.float32, np.float64])

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from fastclstm.engines.cpu import weight_gradient, winograd
-from fastclstm.engines.cpu.flow import slots
-from fastclstm.engines.cpu.weight_gradient import WeightGradient
+from fastclstm.engines.cpu.kernels import weight_gradient, winograd
+from fastclstm.engines.cpu.kernels.schedule import slots
+from fastclstm.engines.cpu.kernels.weight_gradient import WeightGradient
 from fastclstm.spec import ConvSpec
 
 

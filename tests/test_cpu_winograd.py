@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fastclstm import functional
-from fastclstm.engines.cpu import winograd
+from fastclstm.engines.cpu.kernels import winograd
 from fastclstm.spec import ConvSpec
 
 TILES = [(2, 3), (4, 3), (2, 5), (4, 5)]

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 from bench import gpu as bench_gpu
-from fastclstm import functional, info
+from fastclstm import functional
+from fastclstm.commands import info
 from fastclstm.engines.cuda import compilation, device, gpu, persistent, recorded
 from fastclstm.engines.cuda.device import DeviceArray, Launch
 

@@ -12,9 +12,9 @@ from fastclstm.layers import (
     Dropout,
     Flatten,
     MaxPooling3D,
-    Sequential,
     TimeDistributed,
 )
+from fastclstm.models import Sequential
 
 
 @pytest.fixture(params=["reference", "cpu"])

@@ -19,16 +19,15 @@ from fastclstm.layers import (
     ConvLSTM2DCell,
     Dense,
     Dropout,
-    EncoderForecaster,
     Flatten,
     LeakyReLU,
     MaxPooling2D,
     MaxPooling3D,
-    Sequential,
     Softmax,
     TimeDistributed,
     TimeDistributionCalculator,
 )
+from fastclstm.models import EncoderForecaster, Sequential
 
 
 @pytest.fixture(scope="module", autouse=True)

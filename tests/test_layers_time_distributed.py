@@ -10,13 +10,12 @@ from fastclstm.layers import (
     ConvLSTM2DCell,
     Dense,
     Dropout,
-    EncoderForecaster,
     Flatten,
     MaxPooling2D,
     MaxPooling3D,
-    Sequential,
     TimeDistributed,
 )
+from fastclstm.models import EncoderForecaster, Sequential
 
 
 @pytest.mark.parametrize(

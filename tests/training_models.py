@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from fastclstm.layers import BatchNormalization, Conv2D, ConvLSTM2D, Dense, Dropout, Sequential, TimeDistributed
+from fastclstm.layers import BatchNormalization, Conv2D, ConvLSTM2D, Dense, Dropout, TimeDistributed
+from fastclstm.models import Sequential
 
 
 def normal(*shape, seed=1):

@@ -1,1 +1,1 @@
-"""Layers from other libraries' weights, and back: `torch` and `keras`, imported when first asked for."""
+"""Our layers inside other frameworks, each module imported only when asked for."""

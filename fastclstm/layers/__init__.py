@@ -7,19 +7,16 @@ from fastclstm.layers.convlstm2d_cell import ConvLSTM2DCell
 from fastclstm.layers.convolution import Conv2D, Conv3D
 from fastclstm.layers.dense import Dense, Flatten
 from fastclstm.layers.dropout import Dropout
-from fastclstm.layers.encoder_forecaster import EncoderForecaster
-from fastclstm.layers.history import EarlyStopping, History
 from fastclstm.layers.max_pooling3d import MaxPooling3D
 from fastclstm.layers.normalization import BatchNormalization, LayerNormalization
 from fastclstm.layers.pooling import AveragePooling2D, GlobalAveragePooling, GlobalMaxPooling, MaxPooling2D
 from fastclstm.layers.resampling import UpSampling, ZeroPadding2D
-from fastclstm.layers.sequential import Sequential
 from fastclstm.layers.time_distributed import TimeDistributed
 from fastclstm.layers.time_distribution import TimeDistributionCalculator
 
 __all__ = [
     "Activation", "AveragePooling2D", "BatchNormalization", "Conv2D", "Conv3D", "ConvLSTM2D", "ConvLSTM2DCell",
-    "Dense", "Dropout", "EarlyStopping", "EncoderForecaster", "Flatten", "GlobalAveragePooling", "GlobalMaxPooling",
-    "History", "Layer", "LayerNormalization", "LeakyReLU", "MaxPooling2D", "MaxPooling3D", "Sequential", "Softmax",
+    "Dense", "Dropout", "Flatten", "GlobalAveragePooling", "GlobalMaxPooling",
+    "Layer", "LayerNormalization", "LeakyReLU", "MaxPooling2D", "MaxPooling3D", "Softmax",
     "TimeDistributed", "TimeDistributionCalculator", "UpSampling", "ZeroPadding2D",
 ]  # fmt: skip

@@ -1,11 +1,10 @@
-"""What the layers share that turn one array into one array, and those that hold other layers."""
+"""What the layers share that turn one array into one array."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -13,9 +12,6 @@ from fastclstm import dispatch
 from fastclstm.layers.base import Layer
 from fastclstm.layers.place import place_of
 from fastclstm.spec import Shape, expect_shape
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 Pullback = Callable[[np.ndarray], np.ndarray]
 """Takes dy, the gradient of a layer's output, and returns dx."""
@@ -134,60 +130,3 @@ class FrameLayer(ArrayLayer):
     def _frames(self, x: np.ndarray, training: bool) -> tuple[np.ndarray, Pullback]:
         """Return the output for frames (N, H, W, C), and its pullback."""
         raise NotImplementedError
-
-
-@dataclass(eq=False, repr=False)
-class Container(Layer):
-    """A layer made of layers: freezing it freezes them."""
-
-    def reset_state(self) -> None:
-        """Forget what stateful layers within keep from one call to the next."""
-        for layer in self._sublayers.values():
-            for part in parts(layer):
-                if hasattr(part, "reset_state"):
-                    part.reset_state()
-
-    def _knows_gpu(self, training: bool) -> bool:
-        return all(layer._knows_gpu(training) for layer in self._sublayers.values())
-
-    def _shape_within(self, shape: Shape, walk: Any) -> Shape:
-        """Return `output_shape` of `shape`; `walk` is a `sequential.Walk`, what is known of the network so far."""
-        return self.output_shape(shape)
-
-    @property
-    def trainable(self) -> bool:
-        """False freezes the parameters of all layers within; their `trainable` is set with it."""
-        return self._trainable
-
-    @trainable.setter
-    def trainable(self, value: bool) -> None:
-        self._trainable = value
-        for layer in getattr(self, "_sublayers", {}).values():  # none yet while the options are being read
-            layer.trainable = value
-
-
-def walk(layer: Layer, path: str = "") -> Iterator[tuple[str, Layer]]:
-    """Yield a layer and all within it, each with its path."""
-    yield path, layer
-    for name, inner in layer._sublayers.items():
-        yield from walk(inner, f"{path}.{name}" if path else name)
-
-
-def told(path: str, layer: Layer) -> str:
-    """Name a layer for an error, by its path and class."""
-    return f"layer {path}, {type(layer).__name__}" if path else type(layer).__name__
-
-
-def parts(layer: Layer) -> Iterator[Layer]:
-    """Yield a layer and all within it."""
-    return (part for _, part in walk(layer))
-
-
-@contextmanager
-def told_of(where: str) -> Iterator[None]:
-    """Add to any error inside a note that says `where` it came up."""
-    try:
-        yield
-    except Exception as error:
-        error.add_note(f"in {where}")
-        raise

@@ -117,6 +117,14 @@ class Layer(Described):
         """Return the shape of the output for an input of `input_shape`."""
         raise NotImplementedError
 
+    def _unfit(self) -> str | None:
+        """Return why the layer cannot stand in a network, called on one array to return some; None where it can."""
+        return None
+
+    def _several_outputs(self) -> str | None:
+        """Return what to change so that the layer returns one array; None where it does."""
+        return None
+
     def _knows_gpu(self, training: bool) -> bool:
         """Return whether the layer, as its options are, computes on a GPU from end to end."""
         return False

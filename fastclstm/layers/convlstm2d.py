@@ -427,6 +427,13 @@ engine='reference')
             frames = *state[:3], self._layers[min(index + 1, self.num_layers - 1)][0].in_channels
         return shapes
 
+    def _several_outputs(self) -> str | None:
+        if self.return_state:
+            return "give it return_state=False"
+        if self.bidirectional and self.merge_mode is None:
+            return "give it a merge_mode, such as 'concat'"
+        return None
+
     def _knows_gpu(self, training: bool) -> bool:
         return super()._knows_gpu(training) and not (training and self._activity_regularizer is not None)
 

@@ -352,6 +352,9 @@ dtype, seed, engine, algorithm
         """
         return self._recorded()(dh, dc)
 
+    def _unfit(self) -> str | None:
+        return "takes one step at a time; use ConvLSTM2D"
+
     def output_shape(self, input_shape: Shape) -> Shape:
         """Return the shape of h and of c for an x_t of `input_shape`."""
         layout = self._layout(input_shape)

@@ -103,6 +103,9 @@ class MaxPooling3D(Layer):
         B, C, *volume = input_shape
         return B, C, *self._geometry((B, *volume, C)).output_shape[1:4]
 
+    def _several_outputs(self) -> str | None:
+        return "give it return_indices=False" if self.return_indices else None
+
     def _knows_gpu(self, training: bool) -> bool:
         return True
 

@@ -7,11 +7,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from fastclstm.layers.array_layer import Container, parts, told_of
 from fastclstm.layers.base import Layer
+from fastclstm.layers.container import Container, Walk, parts, told_of
 from fastclstm.layers.convlstm2d import ConvLSTM2D
 from fastclstm.layers.place import place_of
-from fastclstm.layers.sequential import Walk, several_outputs, unfit
 from fastclstm.spec import Shape, expect_shape
 
 
@@ -48,9 +47,9 @@ class TimeDistributed(Container):
         if not isinstance(self.layer, Layer):
             raise TypeError(f"TimeDistributed: layer must be a layer, got {type(self.layer).__name__}")
         name = type(self.layer).__name__
-        if why := unfit(self.layer):
+        if why := self.layer._unfit():
             raise ValueError(f"TimeDistributed: {name} {why}")
-        if remedy := several_outputs(self.layer):
+        if remedy := self.layer._several_outputs():
             raise ValueError(f"TimeDistributed: {name} returns more than one array; {remedy}")
         if any(isinstance(part, ConvLSTM2D) and part.time_major for part in parts(self.layer)):
             raise ValueError(

@@ -15,12 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from fastclstm.engines.cpu import gates, packing, vmath, winograd
+from fastclstm.engines.cpu import packing
 from fastclstm.engines.cpu.conv2d import InputGradient, team_size
-from fastclstm.engines.cpu.flow import NOTHING, Slots, slots
-from fastclstm.engines.cpu.gates_backward import GateGradients
-from fastclstm.engines.cpu.steps import Steps
-from fastclstm.engines.cpu.weight_gradient import WeightGradient
+from fastclstm.engines.cpu.fused_steps import Steps
+from fastclstm.engines.cpu.kernels import gates, vmath, winograd
+from fastclstm.engines.cpu.kernels.gates_backward import GateGradients
+from fastclstm.engines.cpu.kernels.schedule import NOTHING, Slots, slots
+from fastclstm.engines.cpu.kernels.weight_gradient import WeightGradient
 from fastclstm.spec import PEEPHOLE_GATES, ConvLSTMSpec, ConvSpec
 
 Arrays = dict[str, np.ndarray]

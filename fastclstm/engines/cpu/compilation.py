@@ -26,7 +26,7 @@ from fastclstm.nn import activations
 
 def _sources() -> list[Path]:
     """Files that kernels are made of: the engine's, and the table whose constants it compiles in."""
-    return [*sorted(Path(__file__).parent.glob("*.py")), Path(activations.__file__)]
+    return [*sorted(Path(__file__).parent.rglob("*.py")), Path(activations.__file__)]
 
 
 @cache

@@ -7,11 +7,12 @@ from functools import lru_cache
 import numpy as np
 
 from fastclstm.engines import recurrence
-from fastclstm.engines.cpu import direct, sequence, simd, threads, winograd
-from fastclstm.engines.cpu.flow import Slots, slots
-from fastclstm.engines.cpu.fold import fold
-from fastclstm.engines.cpu.gates import CELL
-from fastclstm.engines.cpu.weight_gradient import WeightGradient
+from fastclstm.engines.cpu import launch, threads
+from fastclstm.engines.cpu.kernels import direct, simd, winograd
+from fastclstm.engines.cpu.kernels.col2im import fold
+from fastclstm.engines.cpu.kernels.gates import CELL
+from fastclstm.engines.cpu.kernels.schedule import Slots, slots
+from fastclstm.engines.cpu.kernels.weight_gradient import WeightGradient
 from fastclstm.spec import ConvSpec
 
 SERIAL_FLOPS = 2_000_000
@@ -31,14 +32,14 @@ def conv2d(
 ) -> np.ndarray:
     """Convolve x (B, H, W, C) with kernel (KH, KW, C, F): y (B, HO, WO, F)."""
     y = np.empty((spec.B, spec.HO, spec.WO, spec.F), x.dtype)
-    m = sequence.choose("conv2d", (spec,), algorithm, x.itemsize)
+    m = launch.choose("conv2d", (spec,), algorithm, x.itemsize)
     if y.size:
         cell = np.zeros(1, CELL)
         cell["F"] = spec.F
         team = team_size(spec.flops)
-        columns = sequence.pack((kernel,), bias, np.ones(1), m)
-        plan = sequence.plan((spec,), columns, m, x.itemsize, team)
-        trouble = sequence.run(plan, columns, cell, spec.B, 1, team, x=slots(x), h=slots(y))
+        columns = launch.pack((kernel,), bias, np.ones(1), m)
+        plan = launch.plan((spec,), columns, m, x.itemsize, team)
+        trouble = launch.run(plan, columns, cell, spec.B, 1, team, x=slots(x), h=slots(y))
         if m and trouble.any():  # a tile spreads what is not finite beyond its receptive field
             y[trouble] = conv2d(spec.with_batch(trouble.sum()), x[trouble], kernel, bias, algorithm="direct")
     return y
@@ -72,8 +73,8 @@ class InputGradient:
             kernel = kernel.reshape(1, 1, -1, spec.F)
         self._cell = np.zeros(1, CELL)
         self._cell["F"] = inner.F
-        self._columns = sequence.pack((kernel,), None, np.ones(1), m, transposed=True, remember=False)
-        self._plan = sequence.plan((inner,), self._columns, m, kernel.itemsize, team)
+        self._columns = launch.pack((kernel,), None, np.ones(1), m, transposed=True, remember=False)
+        self._plan = launch.plan((inner,), self._columns, m, kernel.itemsize, team)
 
     def pull_back(self, dy: Slots, dx: Slots, T: int) -> None:
         """Compute T steps of B images: dx (B, T, H, W, C) of dy (B, T, HO, WO, F)."""
@@ -84,14 +85,14 @@ class InputGradient:
         step = spec.B * spec.HO * spec.WO * spec.KH * spec.KW * spec.C * self._dtype.itemsize
         at_once = max(1, min(T, FOLDED_BYTES // step))
         shape = (spec.B, at_once, spec.HO, spec.WO, spec.KH * spec.KW * spec.C)
-        taps = slots(sequence.scratch_array(shape, self._dtype, "taps"))
+        taps = slots(launch.scratch_array(shape, self._dtype, "taps"))
         for t in range(0, T, at_once):
             count = min(at_once, T - t)
             self._run(dy.after(0, t), taps, count)
             fold(spec, self._dtype, taps, dx.after(0, t), count, self.team)
 
     def _run(self, dy: Slots, dx: Slots, T: int) -> None:
-        sequence.run(self._plan, self._columns, self._cell, self._spec.B, T, self.team, x=dy, h=dx)
+        launch.run(self._plan, self._columns, self._cell, self._spec.B, T, self.team, x=dy, h=dx)
 
 
 @lru_cache(maxsize=64)
@@ -101,8 +102,8 @@ def _way_back(spec: ConvSpec, algorithm: str, itemsize: int, tiles: tuple[int, .
     inner = _transposed(spec)
     if inner is None:
         return taps, 0, True
-    m = sequence.choose("conv2d", (inner,), algorithm if winograd.fits((inner,)) else "auto", itemsize)
-    if algorithm != "winograd" and _fold_cost(spec, taps, itemsize) < sequence.cost((inner,), m, itemsize):
+    m = launch.choose("conv2d", (inner,), algorithm if winograd.fits((inner,)) else "auto", itemsize)
+    if algorithm != "winograd" and _fold_cost(spec, taps, itemsize) < launch.cost((inner,), m, itemsize):
         return taps, 0, True
     return inner, m, False
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastclstm.engines.cpu import simd
+from fastclstm.engines.cpu.kernels import simd
 
 
 class Columns(NamedTuple):

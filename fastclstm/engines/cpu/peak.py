@@ -9,9 +9,10 @@ import numpy as np
 from numba import types
 from numba.extending import intrinsic
 
-from fastclstm.engines.cpu import simd, threads
+from fastclstm.engines.cpu import threads
 from fastclstm.engines.cpu.compilation import inline, kernel
-from fastclstm.engines.cpu.frames import copy_run
+from fastclstm.engines.cpu.kernels import simd
+from fastclstm.engines.cpu.kernels.padding import copy_run
 from fastclstm.engines.cpu.packing import aligned_empty
 
 CHAINS = 24 if simd.REGISTERS == 32 else 12

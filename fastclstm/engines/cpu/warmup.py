@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from fastclstm.engines.cpu import direct, fold, gates_backward, kernel_transform, weight_gradient, winograd
 from fastclstm.engines.cpu.conv2d import conv2d, conv2d_backward
 from fastclstm.engines.cpu.convlstm2d import convlstm2d, convlstm2d_backward
-from fastclstm.engines.cpu.max_pool3d import INDICES, SCATTER, SHARE, VALUES, max_pool3d, max_pool3d_backward
+from fastclstm.engines.cpu.kernels import col2im, direct, gates_backward, kernel_transform, weight_gradient, winograd
+from fastclstm.engines.cpu.kernels.max_pool3d import INDICES, SCATTER, SHARE, VALUES, max_pool3d, max_pool3d_backward
 from fastclstm.nn import activations
 from fastclstm.spec import ConvLSTMSpec, ConvSpec, PoolSpec
 
@@ -38,7 +38,7 @@ def _operations(dtype: str) -> Iterator[tuple[str, tuple[Any, Any], Callable[[],
     yield "transform of kernels", kernel_transform.KERNELS, call
     strided = ConvSpec.infer(image.shape, kernel.shape, strides=2)
     pull_back = partial(conv2d_backward, strided, image, kernel, np.ones((1, 2, 2, 1), dtype))
-    yield "gradient of strided convolution", fold.KERNELS, pull_back
+    yield "gradient of strided convolution", col2im.KERNELS, pull_back
     yield "direct gradient of kernels", weight_gradient.DIRECT, pull_back
     yield "gradient of gates", gates_backward.KERNELS, partial(_train, dtype, "winograd")
     yield "winograd gradient of kernels", weight_gradient.WINOGRAD, partial(_train, dtype, "winograd")

@@ -1,0 +1,120 @@
+"""The main job on real input: moving digits through ConvLSTM2D and MaxPooling3D, checked, timed and drawn."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+
+import fastclstm
+from fastclstm.datasets import moving_digits
+from fastclstm.dispatch import ENGINES
+from fastclstm.io.files import replacing
+from fastclstm.layers import ConvLSTM2D, MaxPooling3D
+from fastclstm.spec import choice
+
+SIZE, KERNEL, POOL = 64, 3, (2, 2, 2)
+REPEATS = 5
+FORMATS = (".png", ".gif")
+Net = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+"""From frames to (hidden maps, pooled maps)."""
+
+
+def run(batch: int, steps: int, filters: int, engine: str, seed: int, plot: Path | None) -> None:
+    """Print shapes, errors, times and speeds of the chosen engines; draw the maps to `plot`.
+
+    Raises
+    ------
+    ValueError
+        An unknown engine, a plot that is neither .png nor .gif.
+    ImportError
+        scikit-learn or, for a plot, matplotlib is missing.
+    OSError
+        The plot cannot be written.
+    """
+    choice("demo", "engine", engine, ("both", *ENGINES))
+    if plot is not None:
+        _check_plot(plot)
+    with replacing(plot) if plot is not None else nullcontext() as drawing:
+        frames = moving_digits(batch, steps, SIZE, seed=seed)
+        layer = ConvLSTM2D(1, filters, KERNEL, seed=seed)
+        hidden, pooled = oracle = _net(layer, "reference", "float64")(frames)
+        print(f"digits in motion        {frames.shape}")
+        print(f"ConvLSTM2D(1, {f'{filters}, {KERNEL})':<9} {hidden.shape}")
+        print(f"MaxPooling3D({POOL}) {pooled.shape}\n")
+        _compare(layer, frames, oracle, ("reference", "cpu") if engine == "both" else (engine,))
+        if plot is not None and drawing is not None:
+            from fastclstm.commands.drawing import draw_gif, draw_png
+
+            draw = draw_gif if plot.suffix.lower() == ".gif" else draw_png
+            draw(drawing, frames[0, ..., 0], hidden[0], pooled[0], POOL[0])
+    if plot is not None:
+        print(f"\n{plot}: drawn")
+
+
+def _check_plot(plot: Path) -> None:
+    choice("demo", "the suffix of --plot", plot.suffix.lower(), FORMATS)
+    for module in ("matplotlib", "PIL"):
+        if importlib.util.find_spec(module) is None:
+            raise ImportError(f"demo: --plot needs {module}, which is not installed; pip install 'fastclstm[viz]'")
+
+
+def _net(layer: ConvLSTM2D, engine: str, dtype: str = "float32") -> Net:
+    """Return ConvLSTM2D with the layer's parameters, then MaxPooling3D, on an engine."""
+    twin = ConvLSTM2D(layer.in_channels, layer.out_channels, layer.kernel_size, engine=engine, dtype=dtype)
+    twin.set_parameters(layer.parameters)
+    pool = MaxPooling3D(POOL, engine=engine)
+
+    def net(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        hidden = twin(frames)
+        return hidden, pool(hidden)
+
+    return net
+
+
+def _compare(
+    layer: ConvLSTM2D, frames: np.ndarray, oracle: tuple[np.ndarray, np.ndarray], engines: tuple[str, ...]
+) -> None:
+    """Print a line of figures for each engine; the timed runs take turns."""
+    from fastclstm.engines.cpu.peak import fma_peak_gflops
+
+    nets = {name: _net(layer, name) for name in engines}
+    first, errors = {}, {}
+    times: dict[str, list[float]] = {name: [] for name in engines}
+    for name, net in nets.items():
+        outputs, first[name] = _timed(net, frames)
+        errors[name] = max(float(np.abs(y - exact).max()) for y, exact in zip(outputs, oracle, strict=True))
+    threads = fastclstm.get_num_threads()
+    peaks = []
+    for _ in range(REPEATS):
+        for name, net in nets.items():
+            times[name].append(_timed(net, frames)[1])
+        peaks.append(fma_peak_gflops(threads))
+
+    peak = max(peaks)
+    B, T, HO, WO, F = oracle[0].shape
+    gflop = 2e-9 * B * T * HO * WO * KERNEL**2 * (1 + F) * 4 * F
+    baseline = median(times[engines[0]])
+    print(f"{'engine':<11}{'first call':>11}{'median of ' + str(REPEATS):>14}{'speed-up':>10}{'GFLOP/s':>10}"
+          f"{'of peak':>9}{'max error':>12}")  # fmt: skip
+    for name, values in times.items():
+        seconds = median(values)
+        print(f"{name:<11}{first[name] * 1e3:>8.0f} ms{seconds * 1e3:>11.1f} ms{baseline / seconds:>9.1f}×"
+              f"{gflop / seconds:>10.1f}{gflop / seconds / peak:>9.1%}{errors[name]:>12.1e}")  # fmt: skip
+    print(
+        f"\nfirst call: with compilation, unless the kernels are in the cache\n"
+        f"GFLOP/s:    of the convolutions, {gflop:.3g} GFLOP\n"
+        f"peak:       {peak:.0f} GFLOP/s of float32 FMA, the best measured between the runs, threads: {threads}\n"
+        f"max error:  against the reference in float64"
+    )
+
+
+def _timed(net: Net, frames: np.ndarray) -> tuple[tuple[np.ndarray, np.ndarray], float]:
+    start = time.perf_counter()
+    outputs = net(frames)
+    return outputs, time.perf_counter() - start

@@ -1,0 +1,375 @@
+"""Next-frame prediction on films: a small network, compared with what needs no training, drawn, and resumable."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastclstm import dispatch
+from fastclstm.datasets import moving_digits
+from fastclstm.io.files import replacing
+from fastclstm.layers import Conv2D, ConvLSTM2D, TimeDistributed
+from fastclstm.models import Sequential
+from fastclstm.nn import metrics
+from fastclstm.nn.losses import WeightedSum
+from fastclstm.nn.optimizers import Adam
+from fastclstm.nn.schedules import CosineDecay
+from fastclstm.training.history import History
+
+SIZE, WINDOW = 24, 11
+EPOCHS = 10
+FILMS, VALIDATION_FILMS, TEST_FILMS = 800, 60, 100
+KERNEL = 5
+LEARNING_RATE, WARMUP_STEPS, CLIP_NORM = 0.005, 20, 1.0
+LOSS = WeightedSum(("mse", "ssim"), (1, 0.1))
+"""Mean squared error alone makes blurred forecasts."""
+CHECKPOINT_STEPS = 50
+HELD_SHARE = 0.1
+"""Of a user's films: as many for validation, and as many for the test."""
+
+Scores = dict[str, dict[str, float]]
+"""By method, then by figure."""
+
+
+@dataclass
+class Films:
+    """Films (N, T, H, W, C) in [0, 1], of which the first `steps_in` frames are given, and where they come from."""
+
+    train: np.ndarray
+    validation: np.ndarray
+    test: np.ndarray
+    steps_in: int
+    told: str
+
+
+def run(
+    data: Path | None, out: Path, *, epochs: int, minutes: float | None, steps_in: int, steps_out: int, filters: int,
+    batch: int, seed: int, restart: bool, engine: str | None, quiet: bool,
+) -> None:  # fmt: skip
+    """Train, or go on with a training, and write to the folder `out` what came of it.
+
+    That is ``checkpoint.safetensors``, ``weights.safetensors``, ``history.csv`` and ``.json``, ``scores.json`` and,
+    with matplotlib and Pillow, ``curves.png`` and ``forecast.gif``.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Data that are no films, or too few or too small; a checkpoint of another training.
+    ImportError
+        Without data: scikit-learn is missing.
+    OSError
+        A file cannot be read or written.
+    """
+    dispatch.check_engine(engine)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"train: {out} is a file; --out names a folder")
+    films = _digits(steps_in, steps_out, seed) if data is None else read_films(data, steps_in, steps_out)
+    T, C = films.steps_in, films.train.shape[-1]
+    model = network(C, filters, float(films.train.mean()), seed, engine)
+    out.mkdir(parents=True, exist_ok=True)
+    print(films.told)
+    missing = [module for module in ("matplotlib", "PIL") if importlib.util.find_spec(module) is None]
+    if missing:
+        print(f"no pictures: {' and '.join(missing)} is missing; pip install 'fastclstm[viz]'")
+    print(f"ConvLSTM2D({C}, {filters}, {KERNEL}) and two convolutions: {model.num_parameters:,} parameters")
+    validation = films.validation[:, : T + 1]
+    baselines = compare(validation, T, {})
+    history, seconds = _fit(
+        model, films.train[:, : T + 1], validation, out / "checkpoint.safetensors", epochs=epochs, minutes=minutes,
+        batch=batch, seed=seed, restart=restart, quiet=quiet, baselines=baselines,
+    )  # fmt: skip
+
+    model.save(out / "weights.safetensors")
+    history.save(out / "history.csv")
+    history.save(out / "history.json")
+    forecasts = {"ConvLSTM": roll_out(model, films.test[:, :T], films.test.shape[1] - T)}
+    scores = compare(films.test, T, forecasts)
+    with replacing(out / "scores.json") as new:
+        new.write_text(json.dumps(scores, indent=1), encoding="utf-8")
+    _print_table(scores, len(films.test), films.test.shape[1] - T)
+    _print_verdict(scores, seconds, sum(history["seconds"]))
+    if not missing:
+        _draw_curves(out / "curves.png", history, baselines)
+        _draw_films(out / "forecast.gif", films.test, T, forecasts["ConvLSTM"])
+    print(f"written to {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
+
+
+def network(channels: int, filters: int, brightness: float, seed: int, engine: str | None) -> Sequential:
+    """Return a network that makes of each frame, and those before it, the next one; at first of mean `brightness`."""
+    brightness = min(max(brightness, 0.01), 0.99)
+    options: dict[str, Any] = {"engine": engine}
+    lstm = ConvLSTM2D(channels, filters, KERNEL, seed=seed, **options)
+    inner = Conv2D(filters, filters, 3, activation="elu", seed=seed + 1, **options)
+    head = Conv2D(filters, channels, KERNEL, activation="sigmoid", seed=seed + 2,
+                  bias_initializer=math.log(brightness / (1 - brightness)), **options)  # fmt: skip
+    return Sequential([lstm, TimeDistributed(inner), TimeDistributed(head)])
+
+
+def repeat_last(frames: np.ndarray, steps: int) -> np.ndarray:
+    """Return the last of `frames` (B, T, H, W, C), `steps` times."""
+    return frames[:, -1:].repeat(steps, axis=1)
+
+
+def advect(frames: np.ndarray, steps: int) -> np.ndarray:
+    """Return the last of `frames` (B, T, H, W, C), shifted on and on by what lies between the last two.
+
+    The whole frame has one displacement, in whole pixels: the peak of the two frames' cross-correlation, which is
+    linear, not circular, and is taken of the mean over the channels. What comes in from outside is 0.
+
+    Examples
+    --------
+    >>> frames = np.zeros((1, 2, 3, 5, 1))
+    >>> frames[0, [0, 1], 1, [0, 1]] = 1
+    >>> advect(frames, 2)[0, :, 1, :, 0]
+    array([[0., 0., 1., 0., 0.],
+           [0., 0., 0., 1., 0.]])
+    """
+    H, W = frames.shape[2:4]
+    before, last = (np.fft.rfft2(frames[:, t].mean(-1), (2 * H, 2 * W)) for t in (-2, -1))
+    correlation = np.fft.irfft2(last * before.conj(), (2 * H, 2 * W)).reshape(len(frames), -1)
+    made = np.zeros((len(frames), steps, *frames.shape[2:]), frames.dtype)
+    for film, peak in enumerate(correlation.argmax(1)):
+        dy, dx = (
+            (int(d) + n) % (2 * n) - n for d, n in zip(np.unravel_index(peak, (2 * H, 2 * W)), (H, W), strict=True)
+        )
+        for step in range(steps):
+            (to_rows, rows), (to_columns, columns) = _overlap(dy * (step + 1), H), _overlap(dx * (step + 1), W)
+            made[film, step, to_rows, to_columns] = frames[film, -1, rows, columns]
+    return made
+
+
+def _overlap(shift: int, size: int) -> tuple[slice, slice]:
+    """Return where what stays on an axis goes, and where it is."""
+    shift = max(-size, min(size, shift))
+    return slice(max(shift, 0), size + min(shift, 0)), slice(max(-shift, 0), size + min(-shift, 0))
+
+
+def roll_out(model: Sequential, frames: np.ndarray, steps: int) -> np.ndarray:
+    """Return the `steps` frames that follow: each is made from the frames before it, those already made included."""
+    T, film = frames.shape[1], frames
+    for _ in range(steps):
+        film = np.concatenate([film, model.predict(film[:, -T:])[:, -1:]], 1)
+    return film[:, T:]
+
+
+def compare(films: np.ndarray, steps_in: int, forecasts: dict[str, np.ndarray]) -> Scores:
+    """Return the figures of the forecasts, and of the two that need no training, for films (B, T, H, W, C)."""
+    given, truth = films[:, :steps_in], films[:, steps_in:]
+    simple = {"last frame": repeat_last(given, truth.shape[1]), "advection": advect(given, truth.shape[1])}
+    scores = {}
+    for name, made in (simple | forecasts).items():
+        scores[name] = {
+            "next mse": metrics.mse(made[:, :1], truth[:, :1]), "next ssim": metrics.ssim(made[:, :1], truth[:, :1]),
+            "all mse": metrics.mse(made, truth), "all ssim": metrics.ssim(made, truth),
+        }  # fmt: skip
+    return scores
+
+
+def read_films(path: Path, steps_in: int, steps_out: int) -> Films:
+    """Read films (N, T, H, W[, C]) from a .npy, or x, or x and the frames y that follow, from an .npz.
+
+    The last tenth of the films is for the test, the tenth before it for validation. All are scaled to [0, 1] by the
+    smallest and the largest value of the others.
+
+    Raises
+    ------
+    ValueError, TypeError
+        The file holds no such films.
+    OSError
+        It cannot be read.
+    """
+    x, y = _load(path)
+    if y is not None:
+        if y.shape[:1] + y.shape[2:] != x.shape[:1] + x.shape[2:]:
+            raise ValueError(f"train: in {path}, y {y.shape} must have as many films of as large frames as x {x.shape}")
+        steps_in, x = x.shape[1], np.concatenate([x, y], 1)
+    elif x.shape[1] > steps_in + steps_out:
+        x = x[:, : steps_in + steps_out]
+    if steps_in < 2 or x.shape[1] <= steps_in:
+        raise ValueError(f"train: {path} has films of {x.shape[1]} frames but must have more than the {steps_in} given "
+                         f"to the network, and these must be 2 or more; see --steps-in")  # fmt: skip
+    if min(x.shape[2:4]) < WINDOW:
+        raise ValueError(
+            f"train: {path} has frames of {x.shape[2]}×{x.shape[3]} pixels but SSIM needs {WINDOW}×{WINDOW}"
+        )
+    held = max(1, round(HELD_SHARE * len(x)))
+    if len(x) < 10:
+        raise ValueError(f"train: {path} has {len(x)} films; give 10 or more, as two tenths are held out")
+    if not np.isfinite(x).all():
+        raise ValueError(f"train: {path} holds NaN or Inf; fill them in")
+    train = x[: -2 * held]
+    low, high = float(train.min()), float(train.max())
+    if low == high:
+        raise ValueError(f"train: {path} holds the value {low:g} only; there is nothing to learn")
+    scaled = np.empty(x.shape, np.float32)
+    for film, made in zip(x, scaled, strict=True):
+        made[...] = np.subtract(film, low, dtype=np.float64) / (high - low)
+    told = (f"{path}: {len(x)} films {x.shape[1:]}, scaled from [{low:g}, {high:g}] to [0, 1]; the last {held} are for "
+            f"the test, {held} before them for validation")  # fmt: skip
+    return Films(scaled[: -2 * held], scaled[-2 * held : -held], scaled[-held:], steps_in, told)
+
+
+def _load(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return x and y of a file as (N, T, H, W, C)."""
+    try:
+        with path.open("rb"):  # a missing file, a folder or a forbidden one gives the system's own error
+            pass
+        content = np.load(path, allow_pickle=False)
+        named = (
+            {"x": content} if isinstance(content, np.ndarray) else {n: content[n] for n in ("x", "y") if n in content}
+        )
+    except (EOFError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(f"train: {path} is no .npy or .npz file of numbers: {error}") from error
+    if "x" not in named:
+        raise ValueError(f"train: {path} has no array x; it has {', '.join(content.files) or 'none'}")
+    for name, array in named.items():
+        if array.dtype.kind not in "fiub":
+            raise TypeError(f"train: in {path}, {name} has dtype {array.dtype} but must hold real numbers")
+        if array.ndim not in (4, 5):
+            raise ValueError(f"train: in {path}, {name} has shape {array.shape} but must be (films, frames, height, "
+                             f"width) or, with channels, (films, frames, height, width, channels)")  # fmt: skip
+        named[name] = array if array.ndim == 5 else array[..., np.newaxis]
+    return named["x"], named.get("y")
+
+
+def _digits(steps_in: int, steps_out: int, seed: int) -> Films:
+    steps = steps_in + steps_out
+    train, validation, test = (
+        moving_digits(number, steps, SIZE, part=part, seed=3 * seed + n)
+        for n, (number, part) in enumerate(((FILMS, "train"), (VALIDATION_FILMS, "train"), (TEST_FILMS, "test")))
+    )
+    told = (
+        f"moving digits: {FILMS} films of {SIZE}×{SIZE} pixels, {VALIDATION_FILMS} for validation, and {TEST_FILMS}, "
+        f"of digits that are in none of the others, for the test"
+    )
+    return Films(train, validation, test, steps_in, told)
+
+
+def _fit(
+    model: Sequential, films: np.ndarray, validation: np.ndarray, checkpoint: Path, *, epochs: int,
+    minutes: float | None, batch: int, seed: int, restart: bool, quiet: bool, baselines: Scores,
+) -> tuple[History, float | None]:  # fmt: skip
+    """Train; also return the seconds it took to beat the baselines on the validation films, if it did."""
+    rate: Any = LEARNING_RATE / 2
+    if minutes is None:
+        decay_steps = max(1, epochs * math.ceil(len(films) / batch) - WARMUP_STEPS)
+        rate = CosineDecay(LEARNING_RATE, decay_steps, warmup_steps=WARMUP_STEPS)
+    if not restart and checkpoint.exists():
+        print(f"going on from {checkpoint}; --restart starts anew")
+    print(_row("", "seconds", "loss", "next mse", "next ssim"))
+    for name, scores in baselines.items():
+        print(_row(name, "", "", f"{scores['next mse']:.4f}", f"{scores['next ssim']:.3f}"))
+    try:
+        history = model.fit(
+            films[:, :-1], films[:, 1:], loss=LOSS, optimizer=Adam(rate, clip_norm=CLIP_NORM),
+            epochs=epochs if minutes is None else 10**9, time_limit=None if minutes is None else 60 * minutes,
+            batch_size=batch, validation_data=(validation[:, :-1], validation[:, 1:]), metrics=(next_mse, next_ssim),
+            seed=seed, checkpoint=checkpoint, checkpoint_every=CHECKPOINT_STEPS, resume=not restart,
+            callbacks=_print_epoch, quiet=True if quiet else None,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        print(f"interrupted; the same command goes on from {checkpoint}")
+        raise
+    except ValueError as error:
+        if "another training" in str(error):
+            raise ValueError(f"{error}; that is, add --restart or choose another --out") from error
+        raise
+    return history, _seconds_to_beat(history, baselines)
+
+
+def next_mse(prediction: np.ndarray, target: np.ndarray) -> float:
+    """Return the mean squared error of the last frame, for which all others were given."""
+    return metrics.mse(prediction[:, -1:], target[:, -1:])
+
+
+def next_ssim(prediction: np.ndarray, target: np.ndarray) -> float:
+    """Return the structural similarity of the last frame, for which all others were given."""
+    return metrics.ssim(prediction[:, -1:], target[:, -1:])
+
+
+def _seconds_to_beat(history: History, baselines: Scores) -> float | None:
+    seconds = 0.0
+    for epoch in range(history.epochs):
+        seconds += history["seconds"][epoch]
+        reached = {"next mse": history["val_next_mse"][epoch], "next ssim": history["val_next_ssim"][epoch]}
+        if all(_beats(reached, scores, "next") for scores in baselines.values()):
+            return seconds
+    return None
+
+
+def _beats(ours: dict[str, float], theirs: dict[str, float], which: str) -> bool:
+    return ours[f"{which} mse"] < theirs[f"{which} mse"] and ours[f"{which} ssim"] > theirs[f"{which} ssim"]
+
+
+def _print_epoch(history: History) -> None:
+    from tqdm import tqdm
+
+    last = {name: values[-1] for name, values in history.items()}
+    tqdm.write(_row(f"epoch {history.epochs}", f"{sum(history['seconds']):.0f}", f"{last['loss']:.4f}",
+                    f"{last['val_next_mse']:.4f}", f"{last['val_next_ssim']:.3f}"))  # fmt: skip
+
+
+def _row(first: str, *cells: str) -> str:
+    return f"{first:<12}" + "".join(f"{cell:>11}" for cell in cells)
+
+
+def _print_table(scores: Scores, films: int, steps: int) -> None:
+    print(f"\n{films} held-out films{'next frame':>23}{f'mean of {steps} frames':>22}")
+    print(_row("", "MSE", "SSIM", "MSE", "SSIM"))
+    for name, figures in scores.items():
+        print(_row(name, *(f"{value:.4f}" if "mse" in which else f"{value:.3f}" for which, value in figures.items())))
+
+
+def _print_verdict(scores: Scores, seconds: float | None, total: float) -> None:
+    ours = scores["ConvLSTM"]
+    simple = [figures for name, figures in scores.items() if name != "ConvLSTM"]
+    won = ["does not beat", "beats"][all(_beats(ours, figures, "next") for figures in simple)]
+    when = "" if seconds is None else f"; on the validation films it did after {seconds:.0f} s"
+    print(f"the next frame {won} both, in MSE and SSIM, after {total:.0f} s of training{when}")
+
+
+def _draw_curves(path: Path, history: History, baselines: Scores) -> None:
+    """Draw loss, MSE and SSIM against the epochs, and the baselines as lines across."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 3.5), layout="constrained")
+    epochs = range(1, history.epochs + 1)
+    panels: tuple[tuple[str, str | None], ...] = (("loss", None), ("next_mse", "next mse"), ("next_ssim", "next ssim"))
+    for axes, (curve, figure_name) in zip(figure.subplots(1, 3), panels, strict=True):
+        for name, label in ((curve, "training"), (f"val_{curve}", "validation")):
+            axes.plot(epochs, history[name], marker=".", label=label)
+        for color, (name, scores) in zip("gr", baselines.items() if figure_name else (), strict=False):
+            axes.axhline(scores[figure_name or ""], color=color, linestyle=":", label=name)
+        axes.set_title({"loss": "loss"}.get(curve, f"{curve.removeprefix('next_').upper()} of the next frame"))
+        axes.set_xlabel("epoch")
+        axes.legend()
+    with replacing(path) as new:
+        figure.savefig(new, format="png", dpi=100)
+
+
+def _draw_films(path: Path, films: np.ndarray, steps_in: int, made: np.ndarray, shown: int = 4) -> None:
+    """Animate films (B, T, H, W, C) above what was made of them; the frames given have a grey edge, those made none."""
+    from PIL import Image
+
+    from fastclstm.commands.drawing import FRAME_MILLISECONDS
+
+    shown, zoom, gap = min(shown, len(films)), max(1, 128 // films.shape[2]), 4
+    truth = films[:shown].mean(-1)
+    forecast = np.concatenate([truth[:, :steps_in], made[:shown].mean(-1)], 1)
+    shots = []
+    for t in range(truth.shape[1]):
+        edge = 0.45 if t < steps_in else 0.0
+        rows = []
+        for film in (truth, forecast):
+            frames = np.clip(film[:, t], 0, 1).repeat(zoom, 1).repeat(zoom, 2)
+            rows.append(np.concatenate([np.pad(frame, gap, constant_values=edge) for frame in frames], 1))
+        shots.append(Image.fromarray((255 * np.concatenate(rows)).round().astype(np.uint8)))
+    with replacing(path) as new:
+        shots[0].save(new, format="GIF", save_all=True, append_images=shots[1:], duration=FRAME_MILLISECONDS, loop=0)

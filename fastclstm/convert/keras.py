@@ -1,0 +1,484 @@
+"""Sequential models from Keras's, out of files or live; Keras itself is not needed."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from fastclstm.io import keras_files
+from fastclstm.layers import (
+    Activation,
+    AveragePooling2D,
+    BatchNormalization,
+    Conv2D,
+    Conv3D,
+    ConvLSTM2D,
+    Dense,
+    Dropout,
+    Flatten,
+    GlobalAveragePooling,
+    GlobalMaxPooling,
+    Layer,
+    LayerNormalization,
+    LeakyReLU,
+    MaxPooling2D,
+    MaxPooling3D,
+    Softmax,
+    TimeDistributed,
+    UpSampling,
+    ZeroPadding2D,
+)
+from fastclstm.models import Sequential
+from fastclstm.nn import constraints, regularizers
+from fastclstm.nn.described import plain
+
+Config = Mapping[str, Any]
+Arrays = Sequence[np.ndarray]
+
+
+def from_keras(source: Any, *, dtype: str | None = None, engine: str | None = None) -> Sequential:
+    """Return the Sequential model that computes what a Keras model computes.
+
+    Parameters
+    ----------
+    source : path or model
+        A .keras file, an .h5 file with a whole model, or a live model: keras.Sequential, or a functional model in
+        which every layer takes the output of one other. Its layers may be ConvLSTM2D and Bidirectional(ConvLSTM2D)
+        with all their options but return_state, TimeDistributed, Conv2D, Conv3D, Dense, BatchNormalization,
+        LayerNormalization, Dropout, Activation, ReLU, LeakyReLU, Softmax, Flatten, MaxPooling2D, MaxPooling3D,
+        AveragePooling2D, GlobalAveragePooling, GlobalMaxPooling, UpSampling2D, UpSampling3D and ZeroPadding2D.
+    dtype : "float32" or "float64", optional
+        Of all layers; None: each as in the model, half precision as float32.
+    engine : str, optional
+        Of all layers that have one.
+
+    Raises
+    ------
+    ImportError
+        A file, and h5py is missing.
+    OSError
+        The file cannot be read.
+    ValueError
+        A damaged file, a file of weights alone, a layer or an option that is not supported; it is named.
+    TypeError
+        A source that is none.
+    """
+    config, arrays = _read(source)
+    if str(config.get("keras_version", "3")).startswith("2"):
+        config = _modern(config)
+    layers: list[Layer] = []
+    for spec in _chain(config):
+        name, class_name = spec["config"].get("name", "?"), spec["class_name"]
+        if class_name == "InputLayer":
+            continue
+        try:
+            layers.append(_layer(spec, arrays.get(name, []), {"dtype": dtype, "engine": engine}))
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            what = f"it lacks {error}" if isinstance(error, KeyError | IndexError) else error
+            raise ValueError(f"from_keras: layer {name!r} ({class_name}): {what}") from error
+    return Sequential(layers)
+
+
+def load_weights(layer: Layer, path: str | os.PathLike[str]) -> None:
+    """Give an existing layer or Sequential model the weights in a .weights.h5, .keras or .h5 file.
+
+    The file's layers must be those of `layer`, in the same order, each with arrays of the same shapes; a ConvLSTM2D
+    with num_layers=n stands for n layers of Keras. After an error nothing is changed.
+
+    Raises
+    ------
+    ImportError
+        h5py is missing.
+    OSError
+        The file cannot be read.
+    ValueError
+        A damaged file, other layers or shapes in it, a layer that Keras has no weights for.
+    """
+    name = os.fspath(path)
+    config, arrays = keras_files.read(path)
+    slots = [slot for part, prefix in _parts(layer) for slot in _slots(part, prefix)]
+    if config is None and all(place.startswith("layers/") for place in arrays):
+        places = keras_files.layer_paths(class_name for class_name, _ in slots)
+        found = {place for place, values in arrays.items() if values}
+    else:
+        places = [place for place, values in arrays.items() if values]
+        found = set(places)
+    if len(slots) != len(places) or set(places) != found:
+        own = ", ".join(class_name for class_name, _ in slots) or "no weights"
+        raise ValueError(f"load_weights: {name} holds the weights of {', '.join(sorted(found)) or 'nothing'}, but "
+                         f"{type(layer).__name__} has {own}")  # fmt: skip
+    parameters: dict[str, np.ndarray] = {}
+    for place, (class_name, names) in zip(places, slots, strict=True):
+        if len(arrays[place]) != len(names):
+            raise ValueError(f"load_weights: {place} in {name} has {len(arrays[place])} arrays, but {class_name} needs "
+                             f"{len(names)}: {', '.join(names)}")  # fmt: skip
+        parameters |= dict(zip(names, arrays[place], strict=True))
+    try:
+        layer.set_parameters(parameters)
+    except ValueError as error:
+        raise ValueError(f"load_weights: {name} does not fit: {error}") from error
+
+
+# Sources
+
+
+def _read(source: Any) -> tuple[Config, Mapping[str, Arrays]]:
+    """Return a model's config and the arrays of its layers, by name."""
+    if isinstance(source, str | os.PathLike):
+        config, arrays = keras_files.read(source)
+        if config is None:
+            raise ValueError(f"from_keras: {os.fspath(source)} holds weights alone; build the layers, then "
+                             f"fastclstm.convert.keras.load_weights(layer, path)")  # fmt: skip
+        return config, arrays
+    if not (hasattr(source, "get_config") and hasattr(source, "layers")):
+        raise TypeError(f"from_keras: source must be a path or a Keras model, got {type(source).__name__}")
+    config = {"class_name": type(source).__name__, "config": source.get_config(), "keras_version": _version(source)}
+    return config, {layer.name: layer.get_weights() for layer in source.layers}
+
+
+def _version(model: Any) -> str:
+    """Return the version of Keras that a live model belongs to."""
+    for base in type(model).__mro__:
+        root = base.__module__.partition(".")[0]
+        if root in ("keras", "tf_keras"):
+            return getattr(sys.modules.get(root), "__version__", "3")
+    return "3"
+
+
+def _modern(node: Any) -> Any:
+    """Return a config of Keras 2 with its hard sigmoid, another than Keras 3's, called by our name for it."""
+    if isinstance(node, Mapping):
+        return {
+            key: "hard_sigmoid_keras2" if key.endswith("activation") and value == "hard_sigmoid" else _modern(value)
+            for key, value in node.items()
+        }
+    return [_modern(item) for item in node] if isinstance(node, list | tuple) else node
+
+
+def _chain(model: Config) -> list[Config]:
+    """Return the configs of a model's layers, each taking the output of the one before."""
+    config = model["config"]
+    if not isinstance(config, Mapping) or "layers" not in config:
+        raise ValueError(f"from_keras: a {model['class_name']} tells nothing of its layers; only Sequential and "
+                         f"functional models do")  # fmt: skip
+    layers = {layer["config"].get("name"): layer for layer in config["layers"]}
+    if "input_layers" not in config:
+        return list(layers.values())
+    sources = {name: list(_tensors(layer.get("inbound_nodes", []))) for name, layer in layers.items()}
+    follower = {feeding[0]: name for name, feeding in sources.items() if feeding}
+    chain = [name for name, feeding in sources.items() if not feeding][:1]
+    while chain and chain[-1] in follower:
+        chain.append(follower[chain[-1]])
+    branching = [name for name, feeding in sources.items() if name not in chain or len(feeding) > 1]
+    outputs = list(_tensors([config["output_layers"]]))
+    if branching or outputs != chain[-1:]:
+        raise ValueError(f"from_keras: the model is no chain of layers with one input and one output (see "
+                         f"{', '.join(map(repr, branching)) or 'its outputs'}); load its parts one by one")  # fmt: skip
+    return [layers[name] for name in chain]
+
+
+def _tensors(node: Any) -> Iterator[str]:
+    """Yield the names of the layers whose outputs a node of a functional model takes."""
+    if isinstance(node, Mapping):
+        if "keras_history" in node:
+            yield node["keras_history"][0]
+        else:
+            for value in node.values():
+                yield from _tensors(value)
+    elif isinstance(node, list | tuple):
+        if len(node) >= 3 and isinstance(node[0], str) and isinstance(node[1], int):
+            yield node[0]
+        else:
+            for value in node:
+                yield from _tensors(value)
+
+
+# Layers
+
+
+def _layer(spec: Config, arrays: Arrays, common: Mapping[str, Any]) -> Layer:
+    """Return the layer that a config and its arrays describe."""
+    class_name, config = spec["class_name"], spec["config"]
+    if class_name == "TimeDistributed":
+        return TimeDistributed(_layer(config["layer"], arrays, common))
+    if class_name not in _MAKERS or spec.get("registered_name"):
+        raise ValueError(f"not supported; supported are TimeDistributed, {', '.join(_MAKERS)}")
+    rank = len((spec.get("build_config") or {}).get("input_shape") or ()) or None
+    cls, options = _MAKERS[class_name](config, arrays, rank)
+    fields = cls.__dataclass_fields__
+    options |= {"dtype": common["dtype"] or _dtype(config.get("dtype")), "engine": common["engine"]}
+    for key, value in config.items():
+        if value is not None and (module := _TABLES.get(key.rpartition("_")[2])):
+            if key not in fields:
+                raise ValueError(f"{key}={value!r} is not supported; remove it from the model")
+            options[key] = _object(module, value)
+    layer = cls(**{name: plain(value) for name, value in options.items() if name in fields})
+    ((_, names),) = _slots(layer) or [("", [])]
+    if len(names) != len(arrays):
+        raise ValueError(f"has {len(arrays)} arrays of weights but needs {len(names)} ({', '.join(names) or 'none'}); "
+                         f"was the model built?")  # fmt: skip
+    layer.set_parameters(dict(zip(names, arrays, strict=True)))
+    layer.trainable = bool(config.get("trainable", True))
+    return layer
+
+
+def _parts(layer: Layer) -> list[tuple[Layer, str]]:
+    """Return the layers of a model, or the layer itself, and what their parameters' names start with."""
+    if isinstance(layer, Sequential):
+        return [(part, f"{index}.") for index, part in enumerate(layer)]
+    return [(layer, "")]
+
+
+def _slots(layer: Layer, prefix: str = "") -> list[tuple[str, list[str]]]:
+    """Return Keras's classes for a layer, and their parameters' names here, in the order of Keras's ``get_weights``."""
+    own = list(layer.parameters)
+    if isinstance(layer, TimeDistributed):
+        ((_, names),) = _slots(layer.layer, f"{prefix}layer.") or [("", [])]
+        return [("TimeDistributed", names)] if names else []
+    if isinstance(layer, ConvLSTM2D):
+        known = ("kernel", "recurrent_kernel", "bias")
+        if unknown := [name for name in own if name.rpartition(".")[2] not in known]:
+            raise ValueError(f"Keras's ConvLSTM2D has no {', '.join(unknown)}")
+        class_name = "Bidirectional" if layer.bidirectional else "ConvLSTM2D"
+        return [
+            (class_name, [prefix + name for name in own if name.startswith(f"layers.{index}.")])
+            for index in range(layer.num_layers)
+        ]
+    return [(type(layer).__name__, [prefix + name for name in own])] if own else []
+
+
+_TABLES = {"regularizer": regularizers, "constraint": constraints}
+
+
+def _object(module: Any, spec: Any) -> Any:
+    """Return the regularizer or constraint that a config describes."""
+    if isinstance(spec, str):
+        return spec
+    if spec["class_name"] not in ("L1", "L2", "L1L2", "OrthogonalRegularizer", "MaxNorm", "NonNeg", "UnitNorm",
+                                  "MinMaxNorm"):  # fmt: skip
+        raise ValueError(f"{spec['class_name']} is not supported")
+    return getattr(module, spec["class_name"])(**spec["config"])
+
+
+def _dtype(policy: Any) -> str:
+    """Return the dtype of a layer's weights, as far as there is one here."""
+    name = policy["config"]["name"] if isinstance(policy, Mapping) else policy
+    return "float64" if name == "float64" else "float32"
+
+
+def _activation(spec: Any) -> Any:
+    return {None: "linear", "swish": "silu"}.get(spec, spec) if spec is None or isinstance(spec, str) else spec
+
+
+def _expect(config: Config, why: str, **values: Any) -> None:
+    """Raise ValueError unless the options, where they are given, have these values."""
+    for name, value in values.items():
+        if config.get(name, value) != value:
+            raise ValueError(f"{name}={config[name]!r} is not supported: {why}")
+
+
+def _first(arrays: Arrays) -> np.ndarray:
+    """Return a layer's first array, whose shape tells its sizes."""
+    if not arrays:
+        raise ValueError("has no weights; build the model before it is saved or handed over")
+    return arrays[0]
+
+
+Made = tuple[type[Layer], dict[str, Any]]
+
+
+def _convlstm2d(config: Config, arrays: Arrays, rank: int | None) -> Made:
+    _expect(config, "a Sequential model has one output; take the state from the layer here", return_state=False)
+    options = {name: config[name] for name in ("use_bias", "unit_forget_bias", "dropout", "recurrent_dropout",
+               "return_sequences", "go_backwards", "stateful", "zero_output_for_mask") if name in config}  # fmt: skip
+    return ConvLSTM2D, options | _convolution(config, arrays) | {
+        "recurrent_activation": _activation(config["recurrent_activation"]),
+    }  # fmt: skip
+
+
+def _convolution(config: Config, arrays: Arrays) -> dict[str, Any]:
+    _expect(config, "one group of channels only", groups=1)
+    return {
+        "in_channels": _first(arrays).shape[-2],
+        "out_channels": config["filters"],
+        "kernel_size": config["kernel_size"],
+        "padding": config["padding"],
+        "stride": config["strides"],
+        "dilation": config["dilation_rate"],
+        "data_format": config["data_format"],
+        "activation": _activation(config["activation"]),
+        "use_bias": config["use_bias"],
+    }
+
+
+def _bidirectional(config: Config, arrays: Arrays, rank: int | None) -> Made:
+    inner = config["layer"]
+    if inner["class_name"] != "ConvLSTM2D":
+        raise ValueError(f"of {inner['class_name']} is not supported, only of ConvLSTM2D")
+    cls, options = _convlstm2d(inner["config"], arrays, rank)
+    _expect(inner["config"], "the forward layer of both goes forwards", go_backwards=False)
+    other = config.get("backward_layer")
+    if other is not None and _characteristic(other["config"]) != _characteristic(inner["config"]):
+        raise ValueError("both directions must have the same options")
+    if config["merge_mode"] == "concat" and options["data_format"] == "channels_first":
+        raise ValueError("Keras joins the directions on the last axis, which with data_format='channels_first' is the "
+                         "width; use channels_last, or another merge_mode")  # fmt: skip
+    extra = {key: value for key, value in inner["config"].items() if key.rpartition("_")[2] in _TABLES}
+    for key, value in extra.items():
+        if value is not None:
+            options[key] = _object(_TABLES[key.rpartition("_")[2]], value)
+    return cls, options | {"bidirectional": True, "merge_mode": config["merge_mode"]}
+
+
+def _characteristic(config: Config) -> dict[str, Any]:
+    """Return the options in which the two directions must agree."""
+    ignored = (
+        "name",
+        "go_backwards",
+        "seed",
+        "kernel_initializer",
+        "recurrent_initializer",
+        "bias_initializer",
+        "dtype",
+    )
+    return {key: value for key, value in config.items() if key not in ignored}
+
+
+def _conv(cls: type[Layer]) -> Callable[..., Made]:
+    return lambda config, arrays, rank: (cls, _convolution(config, arrays))
+
+
+def _dense(config: Config, arrays: Arrays, rank: int | None) -> Made:
+    return Dense, {
+        "in_features": _first(arrays).shape[0],
+        "out_features": config["units"],
+        "activation": _activation(config["activation"]),
+        "use_bias": config["use_bias"],
+    }
+
+
+def _batch_normalization(config: Config, arrays: Arrays, rank: int | None) -> Made:
+    _expect(config, "leave it out", renorm=False)
+    (axis,) = _axes(config["axis"])
+    return BatchNormalization, {"num_features": _first(arrays).shape[0], "axis": axis} | _normal(config)
+
+
+def _layer_normalization(config: Config, arrays: Arrays, rank: int | None) -> Made:
+    _expect(config, "leave it out", rms_scaling=False)
+    axes = _axes(config["axis"])
+    if any(axis >= 0 for axis in axes):
+        if rank is None:
+            raise ValueError(f"axis={config['axis']!r} is not supported; give negative axes, that count from the last")
+        axes = [axis if axis < 0 else axis - rank for axis in axes]
+    if sorted(axes) != list(range(-len(axes), 0)):
+        raise ValueError(f"axis={config['axis']!r} is not supported, only the last axes are")
+    if not (config["center"] or config["scale"]):
+        raise ValueError("center=False with scale=False is not supported; its shape is that of beta or gamma")
+    return LayerNormalization, {"shape": _first(arrays).shape} | _normal(config)
+
+
+def _axes(axis: Any) -> list[int]:
+    return list(axis) if isinstance(axis, list | tuple) else [axis]
+
+
+def _normal(config: Config) -> dict[str, Any]:
+    return {name: config[name] for name in ("momentum", "epsilon", "center", "scale") if name in config}
+
+
+def _pooling(cls: type[Layer]) -> Callable[..., Made]:
+    return lambda config, arrays, rank: (cls, {
+        "pool_size": config["pool_size"],
+        "stride": config["strides"],
+        "padding": config["padding"],
+        "data_format": config["data_format"],
+    })  # fmt: skip
+
+
+def _global(cls: type[Layer], axes: int) -> Callable[..., Made]:
+    def make(config: Config, arrays: Arrays, rank: int | None) -> Made:
+        if axes != 2:
+            _expect(config, "use channels_last", data_format="channels_last")
+        return cls, {"data_format": config["data_format"], "keep_dims": config.get("keepdims", False)}
+
+    return make
+
+
+def _up_sampling(config: Config, arrays: Arrays, rank: int | None) -> Made:
+    size = _axes(config["size"])
+    if len(size) == 3:
+        _expect(config, "use channels_last", data_format="channels_last")
+        if size[0] != 1:
+            raise ValueError(f"size={config['size']!r} is not supported: the number of time steps must stay")
+    return UpSampling, {
+        "size": size[-2:],
+        "interpolation": config.get("interpolation", "nearest"),
+        "data_format": config["data_format"],
+    }
+
+
+def _zero_padding(config: Config, arrays: Arrays, rank: int | None) -> Made:
+    return ZeroPadding2D, {"padding": config["padding"], "data_format": config["data_format"]}
+
+
+def _flatten(config: Config, arrays: Arrays, rank: int | None) -> Made:
+    _expect(config, "use channels_last", data_format="channels_last")
+    return Flatten, {}
+
+
+def _dropout(config: Config, arrays: Arrays, rank: int | None) -> Made:
+    return Dropout, {"rate": config["rate"], "noise_shape": config.get("noise_shape")}
+
+
+def _activation_layer(config: Config, arrays: Arrays, rank: int | None) -> Made:
+    return Activation, {"activation": _activation(config["activation"])}
+
+
+def _relu(config: Config, arrays: Arrays, rank: int | None) -> Made:
+    _expect(config, "leave it out", max_value=None)
+    if config.get("threshold"):
+        raise ValueError(f"threshold={config['threshold']!r} is not supported: leave it out")
+    slope = config.get("negative_slope") or 0.0
+    return (LeakyReLU, {"negative_slope": float(slope)}) if slope else (Activation, {"activation": "relu"})
+
+
+def _leaky_relu(config: Config, arrays: Arrays, rank: int | None) -> Made:
+    return LeakyReLU, {"negative_slope": float(config.get("negative_slope", config.get("alpha")))}
+
+
+def _softmax(config: Config, arrays: Arrays, rank: int | None) -> Made:
+    _expect(config, "only the last axis is", axis=-1)
+    return Softmax, {}
+
+
+_MAKERS: dict[str, Callable[[Config, Arrays, int | None], Made]] = {
+    "ConvLSTM2D": _convlstm2d,
+    "Bidirectional": _bidirectional,
+    "Conv2D": _conv(Conv2D),
+    "Conv3D": _conv(Conv3D),
+    "Dense": _dense,
+    "BatchNormalization": _batch_normalization,
+    "LayerNormalization": _layer_normalization,
+    "Dropout": _dropout,
+    "Activation": _activation_layer,
+    "ReLU": _relu,
+    "LeakyReLU": _leaky_relu,
+    "Softmax": _softmax,
+    "Flatten": _flatten,
+    "MaxPooling2D": _pooling(MaxPooling2D),
+    "MaxPooling3D": _pooling(MaxPooling3D),
+    "AveragePooling2D": _pooling(AveragePooling2D),
+    "GlobalAveragePooling1D": _global(GlobalAveragePooling, 1),
+    "GlobalAveragePooling2D": _global(GlobalAveragePooling, 2),
+    "GlobalAveragePooling3D": _global(GlobalAveragePooling, 3),
+    "GlobalMaxPooling1D": _global(GlobalMaxPooling, 1),
+    "GlobalMaxPooling2D": _global(GlobalMaxPooling, 2),
+    "GlobalMaxPooling3D": _global(GlobalMaxPooling, 3),
+    "UpSampling2D": _up_sampling,
+    "UpSampling3D": _up_sampling,
+    "ZeroPadding2D": _zero_padding,
+}
+"""For each class of Keras, what makes our class and its options out of the config, the arrays and the input's rank."""

@@ -1,0 +1,36 @@
+"""The steps of a ConvLSTM, their weights packed: run from any state for any number of steps."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fastclstm.engines.cpu import launch
+from fastclstm.engines.cpu.conv2d import team_size
+from fastclstm.engines.cpu.kernels import gates
+from fastclstm.engines.cpu.kernels.schedule import NOTHING, Slots
+from fastclstm.spec import ConvLSTMSpec
+
+
+class Steps:
+    """The fused kernels of a ConvLSTM with Winograd tiles of m×m, or direct ones (m = 0)."""
+
+    def __init__(
+        self, spec: ConvLSTMSpec, m: int, kernels: tuple[np.ndarray, np.ndarray], bias: np.ndarray | None,
+        peephole: dict[str, np.ndarray] | None, *, remember: bool,
+    ):  # fmt: skip
+        """Pack the recurrent and the input kernel; remember them where the same ones will come again."""
+        self._spec, self._m, self._itemsize, self._peephole = spec, m, kernels[0].itemsize, peephole
+        self._cell = gates.cell(spec, peephole)
+        scales = gates.SCALES if self._cell[0]["standard"] else np.ones(4)
+        self._columns = launch.pack(kernels, bias, scales, m, remember=remember)
+
+    def run(
+        self, B: int, T: int, *, x: Slots, h_first: Slots, c_first: Slots, h: Slots, c: Slots, y: Slots = NOTHING,
+        y_first: Slots = NOTHING, kept: Slots = NOTHING, fresh: bool = False, mask: np.ndarray | None = None,
+    ) -> None:  # fmt: skip
+        """Run T steps of B images from the first states on; mask (B, T) in the order of processing, kept: gates."""
+        spec = self._spec.with_batch(B)
+        team = team_size(spec.flops // spec.T)
+        plan = launch.plan((spec.recurrent, spec.input), self._columns, self._m, self._itemsize, team)
+        launch.run(plan, self._columns, self._cell, B, T, team, x=x, h=h, h_first=h_first, c=c, c_first=c_first, y=y,
+                     y_first=y_first, gates=kept, fresh=fresh, mask=mask)  # fmt: skip

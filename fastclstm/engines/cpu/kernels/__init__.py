@@ -1,0 +1,1 @@
+"""What is compiled: kernels on LLVM vectors, and the functions that they are made of."""

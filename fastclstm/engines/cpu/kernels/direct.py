@@ -1,0 +1,291 @@
+"""Direct convolution on register tiles.
+
+A block of output pixels is computed from padded patches of its inputs. A tile of a few pixels × up to four vectors of
+columns stays in registers while the kernel's rows, contiguous runs of KW·C scalars, pass by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numba
+import numpy as np
+from numba import types
+from numba.extending import intrinsic
+
+from fastclstm.engines.cpu.compilation import inline, kernel
+from fastclstm.engines.cpu.kernels import simd
+from fastclstm.engines.cpu.kernels.gates import finish, skip_step
+from fastclstm.engines.cpu.kernels.padding import SOURCE, copy_patch, source
+from fastclstm.engines.cpu.kernels.schedule import Plan, place, share, skipped_sources, source_at, worker_scratch
+from fastclstm.spec import ConvSpec
+
+BLOCK_PIXELS = 384
+"""Output pixels of one block, at most: enough to use each weight panel often, few enough for the L2 cache."""
+
+PANEL_BYTES = 448 << 10
+"""Weights that pass by between two visits of a tile, at most."""
+
+ROWS4, ROWS3, ROWS2, ROWS1 = (6, 8, 12, 12) if simd.REGISTERS == 32 else (3, 4, 6, 12)
+"""Pixels of a tile of 4, 3, 2 and 1 vectors."""
+
+MAX_ROWS = 12
+
+WORK = np.dtype([(name, np.int64) for name in (
+    "HO", "WO", "block_height", "block_width", "blocks_x",
+    "parts",  # pieces into which the groups of a block are cut
+    "z", "pixels", "offsets0", "offsets1",  # indices into the scratch memory
+)])  # fmt: skip
+
+
+@intrinsic(prefer_literal=True)
+def tile(typingctx, rows, vectors, start, start_row, result, base, offsets, segments, first, last, weights):
+    """result[r] = start[r] + Σ over segments [first, last) of inputs · weights, for rows × vectors in registers.
+
+    Row r reads at base + offsets[r]; a segment is (offset of its inputs, index of its first weight row, length).
+    """
+    nr, nv = rows.literal_value, vectors.literal_value
+    vector = simd.llvm_vector(base.dtype)
+
+    def codegen(context, builder, sig, args):
+        _, _, start, start_row, result, base, offsets, segments, first, last, weights = args
+        columns = nv * vector.count
+        inputs = [builder.gep(base, [builder.load(builder.gep(offsets, [simd.INT64(r)]))]) for r in range(nr)]
+        sums = [simd.emit_load(builder, builder.gep(start, [builder.mul(start_row, simd.INT64(r))]), vector, v)
+                for r in range(nr) for v in range(nv)]  # fmt: skip
+
+        def segment(builder, s, sums):
+            field = builder.gep(segments, [builder.mul(s, simd.INT64(3))])
+            offset, row, length = (builder.load(builder.gep(field, [simd.INT64(n)])) for n in range(3))
+            run = [builder.gep(pointer, [offset]) for pointer in inputs]
+            panel = builder.gep(weights, [builder.mul(row, simd.INT64(columns))])
+
+            def step(builder, k, sums):
+                line = builder.gep(panel, [builder.mul(k, simd.INT64(columns))])
+                new = list(sums)
+                values = [simd.splat(builder, builder.load(builder.gep(run[r], [k]))) for r in range(nr)]
+                for v in range(nv):
+                    w = simd.emit_load(builder, line, vector, v)
+                    for r in range(nr):
+                        new[r * nv + v] = simd.emit_fma(builder, values[r], w, new[r * nv + v])
+                return new
+
+            return simd.emit_loop(builder, simd.INT64(0), length, 1, sums, step)
+
+        for n, value in enumerate(simd.emit_loop(builder, first, last, 1, sums, segment)):
+            simd.emit_store(builder, value, result, n)
+        return context.get_dummy_value()
+
+    return types.void(rows, vectors, start, types.intp, result, base, offsets, segments, types.intp, types.intp,
+                      weights), codegen  # fmt: skip
+
+
+@inline
+def _rows(vectors):
+    return ROWS4 if vectors == 4 else ROWS3 if vectors == 3 else ROWS2 if vectors == 2 else ROWS1
+
+
+@inline
+def _tile(vectors, start, start_row, result, base, offsets, segments, first, last, weights):
+    if vectors == 4:
+        tile(ROWS4, 4, start, start_row, result, base, offsets, segments, first, last, weights)
+    elif vectors == 3:
+        tile(ROWS3, 3, start, start_row, result, base, offsets, segments, first, last, weights)
+    elif vectors == 2:
+        tile(ROWS2, 2, start, start_row, result, base, offsets, segments, first, last, weights)
+    else:
+        tile(ROWS1, 1, start, start_row, result, base, offsets, segments, first, last, weights)
+
+
+@inline
+def _reads_in_place(src):
+    """Whether an output pixel sees just the pixel in its place: nothing need be padded."""
+    return src.KH == 1 and src.KW == 1 and src.stride_y == 1 and src.stride_x == 1 and src.top == 0 and src.left == 0
+
+
+@inline
+def _run_block(
+    like, flow, kept, work, sources, groups, panels, passes, segments, weights, bias, cell, mask, scratch, b, t, task
+):
+    """Compute one block of image b at step t, for a part of the groups."""
+    block, part = task // work.parts, task % work.parts
+    group0, group1 = len(groups) * part // work.parts, len(groups) * (part + 1) // work.parts
+    y0, x0 = block // work.blocks_x * work.block_height, block % work.blocks_x * work.block_width
+    height, width = min(work.block_height, work.HO - y0), min(work.block_width, work.WO - x0)
+    count = height * width
+    pixels = simd.at(segments, scratch + work.pixels)
+    for r in range(count):
+        pixels[r] = (y0 + r // width) * work.WO + x0 + r % width
+    if flow.masked and not mask[b, t]:
+        for g in range(group0, group1):
+            skip_step(like, flow, cell, groups[g], pixels, count, b, t)
+        return
+    skipped = skipped_sources(flow, sources, t)
+    inputs0 = inputs1 = np.uint64(0)
+    for s in range(skipped, len(sources)):
+        src = sources[s]
+        inputs, row0 = source_at(flow, sources, s, b, t), 0
+        patch_width = src.W
+        if _reads_in_place(src) and y0 + height <= src.H and x0 + width <= src.W:
+            row0 = y0 * patch_width + x0
+        else:
+            patch_height = (height - 1) * src.stride_y + (src.KH - 1) * src.dilation_y + 1
+            patch_width = (work.block_width - 1) * src.stride_x + (src.KW - 1) * src.dilation_x + 1
+            patch = np.uint64(scratch + src.scratch)
+            copy_patch(src, simd.at(like, inputs), y0 * src.stride_y - src.top, x0 * src.stride_x - src.left,
+                       patch_height, patch_width, simd.at(like, patch))  # fmt: skip
+            inputs = patch
+        if s == 0:
+            inputs0 = inputs
+        else:
+            inputs1 = inputs
+        offsets = simd.at(segments, scratch + (work.offsets0 if s == 0 else work.offsets1))
+        for r in range(count + MAX_ROWS):
+            inside = min(r, count - 1)
+            offsets[r] = (row0 + inside // width * src.stride_y * patch_width + inside % width * src.stride_x) * src.C
+    z = simd.at(like, scratch + work.z)
+    step = simd.vector_lanes(z)
+    segment = simd.pointer(segments)
+    last_panel = len(panels) - 2
+    first_pass = 0
+    while passes[first_pass, 0] < skipped:
+        first_pass += 1
+    for g in range(group0, group1):
+        group = groups[g]
+        vectors = group[1]
+        columns = vectors * step
+        rows = _rows(vectors)
+        panel_weights = simd.shift(simd.pointer(weights), group[0])
+        group_bias = simd.shift(simd.pointer(bias), group[5])
+        for p in range(last_panel + 1):
+            for r in range(0, count, rows):
+                sums = simd.shift(z, r * columns if last_panel > 0 else 0)
+                for n in range(panels[p], panels[p + 1]):
+                    if n < first_pass:
+                        continue
+                    s = passes[n, 0]
+                    begin = group_bias if n == first_pass else sums
+                    base = simd.at(like, inputs0 if s == 0 else inputs1)
+                    offsets = simd.at(segments, scratch + (work.offsets0 if s == 0 else work.offsets1) + 8 * r)
+                    _tile(vectors, begin, 0 if n == first_pass else columns, sums, base, offsets, segment, passes[n, 1],
+                          passes[n, 2], panel_weights)  # fmt: skip
+                if p == last_panel:
+                    finish(like, flow, kept, cell, group, sums, simd.shift(pixels, r), min(rows, count - r), b, t)
+
+
+@inline
+def _work(like, flow, kept, work, sources, groups, panels, passes, segments, weights, bias, cell, mask, worker, t0):
+    scratch = worker_scratch(flow, worker)
+    first, last = share(flow, worker)
+    for n in range(first, last):
+        b, t, task = place(flow, n)
+        _run_block(like, flow, kept, work, sources, groups, panels, passes, segments, weights, bias, cell, mask,
+                   scratch, b, t0 + t, task)  # fmt: skip
+
+
+@kernel()
+def run_serial(like, flows, kept, works, sources, groups, panels, passes, segments, weights, bias, cells, mask):
+    """Compute all steps in one thread."""
+    _work(
+        like, flows[0], kept, works[0], sources, groups, panels, passes, segments, weights, bias, cells[0], mask, 0, 0
+    )
+
+
+@kernel(parallel=True)
+def run_parallel(like, flows, kept, works, sources, groups, panels, passes, segments, weights, bias, cells, mask):
+    """Compute all steps in flow.workers threads."""
+    workers, T, length = flows[0].workers, flows[0].T, flows[0].length
+    for t0 in range(0, T, length):
+        for worker in numba.prange(workers):
+            _work(like, flows[0], kept, works[0], sources, groups, panels, passes, segments, weights, bias, cells[0],
+                  mask, worker, t0)  # fmt: skip
+
+
+@lru_cache(maxsize=256)
+def plan(specs: tuple[ConvSpec, ...], groups: int, itemsize: int, threads: int) -> Plan:
+    """Plan the sum of the convolutions `specs` (same output grid, own inputs) for a number of groups and threads."""
+    B, HO, WO = specs[0].B, specs[0].HO, specs[0].WO
+    width = -(-WO // -(-WO // 96))
+    height = _block_height(B * -(-WO // width), HO, max(1, BLOCK_PIXELS // width), threads)
+    blocks_x, blocks_y = -(-WO // width), -(-HO // height)
+    segments, passes, panels = _weight_order(specs, width)
+
+    sources = np.zeros(len(specs), SOURCE)
+    at = 0
+    for n, spec in enumerate(specs):
+        sources[n] = source(spec)
+        sources[n]["scratch"] = at
+        rows = (height - 1) * spec.strides[0] + (spec.KH - 1) * spec.dilation[0] + 1
+        columns = (width - 1) * spec.strides[1] + (spec.KW - 1) * spec.dilation[1] + 1
+        at += _aligned(rows * columns * spec.C * itemsize)
+    work = np.zeros(1, WORK)
+    indices = _aligned((height * width + MAX_ROWS) * 8)
+    tile_rows = height * width + MAX_ROWS if len(panels) > 2 else MAX_ROWS
+    z, pixels = at, at + _aligned((tile_rows + 4) * 4 * simd.VECTOR_BYTES)
+    parts = min(groups, -(-threads // max(1, B * blocks_x * blocks_y)))
+    work[0] = (HO, WO, height, width, blocks_x, parts, z, pixels, pixels + indices, pixels + 2 * indices)
+    by_unit = B % threads == 0 or 8 * threads <= B
+    return Plan((run_serial, run_parallel), work, sources, (panels, passes, segments), pixels + 3 * indices, B,
+                blocks_x * blocks_y * parts, by_unit)  # fmt: skip
+
+
+def _aligned(size: int) -> int:
+    return -(-size // 64) * 64 + 64
+
+
+def _block_height(columns_of_blocks: int, HO: int, most: int, threads: int) -> int:
+    """Rows of a block, at most `most`, that give every thread about the same number of rows."""
+    fewest = -(-HO // most)
+
+    def load(count: int) -> float:
+        height = -(-HO // count)
+        return -(-columns_of_blocks * -(-HO // height) // threads) * (height + 0.25)
+
+    return -(-HO // min(range(fewest, min(HO, fewest + threads) + 1), key=load))
+
+
+def _weight_order(specs: Sequence[ConvSpec], block_width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return segments (offset in the patch, first weight row, length), passes (source, segments), panels (passes)."""
+    longest = PANEL_BYTES // (4 * simd.VECTOR_BYTES)
+    segments: list[tuple[int, int, int]] = []
+    passes: list[tuple[int, int, int]] = []
+    panels = [0]
+    row = filled = 0
+    for n, spec in enumerate(specs):
+        pitch = ((block_width - 1) * spec.strides[1] + (spec.KW - 1) * spec.dilation[1] + 1) * spec.C
+        taps = 1 if spec.dilation[1] == 1 else spec.KW
+        run = spec.KW * spec.C // taps
+        begun = len(segments)
+        for ky in range(spec.KH):
+            for tap in range(taps):
+                offset = ky * spec.dilation[0] * pitch + tap * spec.dilation[1] * spec.C
+                pieces = -(-run // longest)
+                for piece in range(pieces):
+                    lo, hi = run * piece // pieces, run * (piece + 1) // pieces
+                    if filled and filled + hi - lo > longest:  # this panel is full
+                        if len(segments) > begun:
+                            passes.append((n, begun, len(segments)))
+                        panels.append(len(passes))
+                        begun, filled = len(segments), 0
+                    segments.append((offset + lo, row + lo, hi - lo))
+                    filled += hi - lo
+                row += run
+        passes.append((n, begun, len(segments)))
+    panels.append(len(passes))
+    return np.array(segments, np.int64), np.array(passes, np.int64), np.array(panels, np.int64)
+
+
+STREAMING_ROWS = 8
+"""Reading a vector of weights from the cache takes as long as so many multiply-adds with it."""
+
+
+def cost(specs: tuple[ConvSpec, ...], images: int, itemsize: int) -> float:
+    """Estimate the work of one step in multiply-adds of vectors, from measurements.
+
+    The gates, which cost every algorithm the same, are left out.
+    """
+    spec = specs[0]
+    vectors = -(-spec.F // simd.lanes(itemsize))
+    rows = max(images * spec.HO * spec.WO, STREAMING_ROWS)
+    return rows * sum(s.KH * s.KW * s.C for s in specs) * vectors / 0.85

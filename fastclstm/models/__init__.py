@@ -1,0 +1,6 @@
+"""What is made of layers: networks that are called, trained, saved and loaded as one."""
+
+from fastclstm.models.encoder_forecaster import EncoderForecaster
+from fastclstm.models.sequential import Sequential
+
+__all__ = ["EncoderForecaster", "Sequential"]

@@ -1,0 +1,399 @@
+"""The encoding-forecasting network: frames in, the frames that follow out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+
+from fastclstm import dispatch
+from fastclstm.layers.array_layer import FRAME_AXES
+from fastclstm.layers.base import layer_dtype
+from fastclstm.layers.convlstm2d import ConvLSTM2D
+from fastclstm.layers.convolution import Conv2D
+from fastclstm.layers.place import Place, place_of
+from fastclstm.spec import DATA_FORMATS, Shape, choice, expect_shape, flag, integers
+from fastclstm.training.batches import Batch
+from fastclstm.training.history import History
+from fastclstm.training.trainable import Trainable
+
+ENCODED_STEPS = 16
+"""Time steps read at once where nothing is kept for backward."""
+
+States = list[tuple[Any, Any]]
+"""One pair (h, c) a layer."""
+
+_Pull = Callable[[np.ndarray, "States | None", dict[str, np.ndarray]], tuple[np.ndarray, States]]
+"""Takes dy of some steps, the gradients of the states after them, and the sum of the parameters' gradients so far, to
+which it adds; returns the gradients of the steps' input and of the states before them."""
+
+
+@dataclass(eq=False, repr=False)
+class EncoderForecaster(Trainable):
+    """A ConvLSTM stack that reads frames, and one that goes on from its last states and makes the frames that follow.
+
+    The encoder's last (h, c) of every layer are those that the forecaster's layers start from. At each step the hidden
+    states of all forecaster layers, side by side, become the next frame by a 1×1 convolution, ``head``. The
+    forecaster's first input is the last frame given, then each frame it made itself.
+
+    Parameters
+    ----------
+    in_channels : int
+        C, of frames in and out.
+    hidden_channels : int or sequence of int
+        F of each layer; encoder and forecaster have the same.
+    kernel_size : int, tuple (KH, KW), or list
+        As in `ConvLSTM2D`: a list has one item, int or pair, a layer.
+    head_activation : str or pair of functions (forward, derivative)
+        Of the frames made: "sigmoid" for values in (0, 1), "linear" for any.
+    peephole, frame_size, normalization, use_bias, unit_forget_bias, kernel_initializer, recurrent_initializer, \
+bias_initializer, activation, recurrent_activation, output_activation, padding_mode, recompute, algorithm
+        Of all ConvLSTM layers, as in `ConvLSTM2D`.
+    data_format : "channels_last" or "channels_first"
+        The latter: frames (B, T, C, H, W).
+    dtype : "float32" or "float64"
+        Of parameters and results; inputs are converted to it.
+    seed : int or numpy.random.Generator, optional
+        The same seed gives the same parameters.
+    engine : str, optional
+        "cpu" (the default), "cuda" or "reference". None: where x is.
+
+    Attributes
+    ----------
+    encoder : ConvLSTM2D
+    forecaster : tuple of ConvLSTM2D
+        One a layer.
+    head : Conv2D
+
+    Raises
+    ------
+    ValueError, TypeError
+        Options or shapes that do not fit together.
+
+    References
+    ----------
+    Shi et al., "Convolutional LSTM Network: A Machine Learning Approach for Precipitation Nowcasting", NeurIPS 2015,
+    section 3.2.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> model = EncoderForecaster(1, (4, 2), 3, seed=0, engine="reference")
+    >>> model.forecast(np.zeros((2, 5, 8, 8, 1)), steps=3).shape
+    (2, 3, 8, 8, 1)
+    """
+
+    in_channels: int
+    hidden_channels: Any = (128, 64, 64)
+    kernel_size: Any = 5
+    _: KW_ONLY
+    head_activation: Any = "sigmoid"
+    peephole: str | None = None
+    frame_size: Any = None
+    normalization: Any = None
+    use_bias: bool = True
+    unit_forget_bias: bool = True
+    kernel_initializer: Any = "glorot_uniform"
+    recurrent_initializer: Any = "orthogonal"
+    bias_initializer: Any = "zeros"
+    activation: Any = "tanh"
+    recurrent_activation: Any = "sigmoid"
+    output_activation: Any = None
+    padding_mode: str = "zeros"
+    recompute: bool = False
+    data_format: str = "channels_last"
+    dtype: Any = "float32"
+    seed: int | np.random.Generator | None = None
+    engine: str | None = None
+    algorithm: str = "auto"
+
+    def __post_init__(self) -> None:
+        kernel_size = self.kernel_size  # before lists become tuples: a list has one size a layer
+        super().__post_init__()
+        op = "EncoderForecaster"
+        (self.in_channels,) = integers(op, "in_channels", self.in_channels, 1, 1)
+        count = len(self.hidden_channels) if isinstance(self.hidden_channels, tuple) else 1
+        if count == 0:
+            raise ValueError(f"{op}: hidden_channels must name the filters of at least one layer, got ()")
+        self.hidden_channels = integers(op, "hidden_channels", self.hidden_channels, count, 1)
+        if isinstance(kernel_size, list) and len(kernel_size) != count:
+            raise ValueError(
+                f"{op}: kernel_size {kernel_size!r} lists {len(kernel_size)} layers but hidden_channels "
+                f"{self.hidden_channels} names {count}; a tuple (height, width) of integers serves every layer"
+            )
+        flag(op, "use_bias", self.use_bias)
+        flag(op, "unit_forget_bias", self.unit_forget_bias)
+        self.dtype = layer_dtype(op, self.dtype)
+        choice(op, "data_format", self.data_format, DATA_FORMATS)
+        rng = np.random.default_rng(self.seed)
+        own = {"in_channels", "hidden_channels", "kernel_size", "head_activation", "data_format"}
+        options = {name: value for name, value in self.options.items() if name not in own and value is not None}
+        options |= {"seed": rng, "return_state": True}
+        self.encoder = ConvLSTM2D(self.in_channels, self.hidden_channels, kernel_size, num_layers=count,
+                                  return_sequences=False, **options)  # fmt: skip
+        self.kernel_size = self.encoder.kernel_size
+        sizes = self.kernel_size if isinstance(self.kernel_size[0], tuple) else (self.kernel_size,) * count
+        inputs = (self.in_channels, *self.hidden_channels)
+        self.forecaster = tuple(
+            ConvLSTM2D(C, F, size, **options) for C, F, size in zip(inputs, self.hidden_channels, sizes, strict=False)
+        )
+        self.head = Conv2D(sum(self.hidden_channels), self.in_channels, 1, activation=self.head_activation,
+                           kernel_initializer=self.kernel_initializer, dtype=self.dtype, seed=rng, engine=self.engine,
+                           algorithm=self.algorithm)  # fmt: skip
+        layers = {f"forecaster.{index}": layer for index, layer in enumerate(self.forecaster)}
+        self._sublayers = {"encoder": self.encoder, **layers, "head": self.head}
+        self._teacher_forcing = False
+
+    def forecast(self, frames: Any, steps: int, states: States | None = None) -> Any:
+        """Return the `steps` frames that follow, each computed once from the states before it.
+
+        Parameters
+        ----------
+        frames : array (B, T, H, W, C), or (B, T, C, H, W) with data_format="channels_first"
+        steps : int
+        states : list of (h, c), optional
+            What `encode` returned for the frames before these.
+
+        Returns
+        -------
+        array (B, steps, H, W, C), or (B, steps, C, H, W)
+            As the kind of array that `frames` is.
+
+        Raises
+        ------
+        ValueError
+            Shapes that do not fit the model.
+        TypeError
+            Anything but real arrays; one on a GPU, where a layer does not compute there or is of another dtype.
+        """
+        place = self._place(frames, training=False)
+        x = self._read(place, "frames", frames)
+        (steps,) = integers("EncoderForecaster", "steps", steps, 1, 1)
+        states, made = self._encode(x, states), np.empty_like(x, shape=(len(x), steps, *x.shape[2:]))
+        frame = x[:, -1:]
+        for step in range(steps):
+            frame, states, _ = self._decode(frame, states, training=False)
+            made[:, step] = frame[:, 0]
+        return place.restore(self._write(made))
+
+    def encode(self, frames: Any, states: States | None = None) -> States:
+        """Return the encoder's states (h, c) after `frames`, channels-last, one pair a layer.
+
+        So a stream of frames is read as it comes: hand the states on with each next piece of it.
+
+        Parameters
+        ----------
+        frames : array (B, T, H, W, C), or (B, T, C, H, W) with data_format="channels_first"
+        states : list of (h, c), optional
+            Those after the frames before.
+
+        Raises
+        ------
+        ValueError
+            Shapes that do not fit the model.
+        TypeError
+            Anything but real arrays; one on a GPU, where a layer does not compute there or is of another dtype.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> model = EncoderForecaster(1, (4, 2), 3, seed=0, engine="reference")
+        >>> frames = np.random.default_rng(0).random((1, 5, 8, 8, 1))
+        >>> states = model.encode(frames[:, :3])
+        >>> np.array_equal(model.forecast(frames[:, 3:], 2, states), model.forecast(frames, 2))
+        True
+        """
+        place = self._place(frames, training=False)
+        encoded = self._encode(self._read(place, "frames", frames), states)
+        return [(place.restore(h), place.restore(c)) for h, c in encoded] if place.on_gpu else encoded
+
+    def forward(self, frames: Any, steps: int | None = None, training: bool = False, targets: Any = None) -> Any:
+        """Return the frames that follow; while training, keep what `backward` needs.
+
+        Parameters
+        ----------
+        frames : array (B, T, H, W, C), or (B, T, C, H, W) with data_format="channels_first"
+        steps : int, optional
+            None: as many as `targets` has.
+        training : bool
+        targets : array (B, steps, H, W, C), or (B, steps, C, H, W), optional
+            The true frames. While training they are the forecaster's inputs (teacher forcing), else not used.
+
+        Returns
+        -------
+        array (B, steps, H, W, C), or (B, steps, C, H, W)
+
+        Raises
+        ------
+        ValueError
+            Shapes that do not fit the model; neither steps nor targets.
+        TypeError
+            Anything but real arrays; one on a GPU, where a layer does not compute there or is of another dtype.
+        """
+        op, place = "EncoderForecaster", self._place(frames, training)
+        x = self._read(place, "frames", frames)
+        truth = None if targets is None else self._read(place, "targets", targets)
+        if steps is None:
+            if truth is None:
+                raise ValueError(f"{op}: give steps, the number of frames to make, or targets")
+            steps = truth.shape[1]
+        (steps,) = integers(op, "steps", steps, 1, 1)
+        if truth is not None:
+            expect_shape(op, "targets", truth.shape, (len(x), steps, *x.shape[2:]), "channels-last, as the frames made")
+        self._pullback = None
+        if not training:
+            return self.forecast(frames, steps)
+        _, states = self.encoder(x, training=True)
+        encoded = self.encoder._pullback
+        made, pulls = [], []
+        inputs = x[:, -1:] if truth is None else np.concatenate([x[:, -1:], truth[:, :-1]], 1)
+        for _ in range(steps if truth is None else 1):
+            inputs, states, pull = self._decode(inputs, states, training=True)
+            made.append(inputs)
+            pulls.append(pull)
+        y = self._write(np.concatenate(made, 1))
+
+        def pullback(dy: Any) -> Any:
+            cotangent = place.read("dy", dy, self.dtype)
+            expect_shape(op, "dy", cotangent.shape, y.shape, "the shape of the output")
+            return place.restore(self._write(self._pull(self._read(place, "dy", cotangent), pulls, encoded)))
+
+        self._pullback = pullback
+        return place.restore(y)
+
+    def backward(self, dy: Any) -> Any:
+        """Return the gradient of the last call's frames, given dy of the frames it made.
+
+        It flows back through the whole roll-out, also from each input to the frame that it was. `targets` get none.
+        `encode` and `forecast` in between do no harm.
+
+        Raises
+        ------
+        RuntimeError
+            The last call was not a training call.
+        ValueError
+            dy has not the output's shape.
+        """
+        return self._recorded()(dy)
+
+    def fit(self, x: Any, y: Any = None, *, teacher_forcing: bool = False, **options: Any) -> History:
+        """Fit the parameters to frames x and the frames y that follow: see `Sequential.fit`, for all `options` too.
+
+        Parameters
+        ----------
+        x, y : array (N, T, H, W, C) and (N, steps, H, W, C), or batches of these
+        teacher_forcing : bool
+            While training, the forecaster's inputs are the true frames, which is faster and learns the next frame; else
+            each is the frame that it made itself, as in `forecast`.
+        """
+        self._teacher_forcing = bool(teacher_forcing)
+        return super().fit(x, y, **options)
+
+    def _unfit(self) -> str | None:
+        if type(self).forward is not EncoderForecaster.forward:
+            return None
+        return ("must be told how many frames to make; call it by itself, or give a subclass of it a forward(frames, "
+                "training=False) and an output_shape that know the number")  # fmt: skip
+
+    def output_shape(self, input_shape: Sequence[int], steps: int = 1) -> Shape:
+        """Return the shape of `steps` frames made from frames of `input_shape`."""
+        self._check(tuple(input_shape), "frames")
+        return (input_shape[0], steps, *input_shape[2:])
+
+    def _check_batch(self, op: str, batch: Batch) -> None:
+        if extra := [name for name in ("mask", "lengths") if name in batch]:
+            raise ValueError(f"{op}: EncoderForecaster takes no {' and no '.join(extra)}; sample_weight weighs frames")
+        if "y" in batch:
+            self._check(batch["y"].shape, "y")
+
+    def _predict_batch(self, batch: Batch, training: bool) -> Any:
+        if training and self._teacher_forcing:
+            return self.forward(batch["x"], training=True, targets=batch["y"])
+        return self.forward(batch["x"], steps=batch["y"].shape[1], training=training)
+
+    def _fit_options(self) -> dict[str, Any]:
+        return {"teacher_forcing": self._teacher_forcing}
+
+    def _encode(self, x: np.ndarray, states: States | None) -> States:
+        """Return the encoder's states after channels-last frames x."""
+        for start in range(0, x.shape[1], ENCODED_STEPS):
+            _, states = self.encoder(x[:, start : start + ENCODED_STEPS], initial_state=states)
+        return states or []
+
+    def _decode(self, x: np.ndarray, states: States, training: bool) -> tuple[np.ndarray, States, _Pull]:
+        """Run the forecaster over inputs x: the frames made, the states after them, and their pullback."""
+        hidden, after, recorded = [], [], []
+        for layer, state in zip(self.forecaster, states, strict=True):
+            x, (state,) = layer(x, initial_state=[state], training=training)
+            hidden.append(x)
+            after.append(state)
+            recorded.append(layer._pullback)
+        y = self.head(np.concatenate(hidden, -1), training=training)
+        recorded.append(self.head._pullback)
+
+        def pull(dy: np.ndarray, dstates: States | None, gradients: dict[str, np.ndarray]) -> tuple[np.ndarray, States]:
+            for layer, pullback in zip((*self.forecaster, self.head), recorded, strict=True):
+                layer._pullback = pullback  # of this call, of the many that a roll-out makes
+            dhidden = np.split(self.head.backward(dy), list(accumulate(self.hidden_channels))[:-1], -1)
+            before: States = []
+            dx = np.zeros_like(dhidden[-1])
+            for index in reversed(range(len(self.forecaster))):
+                layer = self.forecaster[index]
+                dx = layer.backward(dhidden[index] + dx, None if dstates is None else [dstates[index]])
+                before.insert(0, (layer.state_gradients or [])[0])
+            for prefix, layer in self._sublayers.items():
+                if layer is not self.encoder:
+                    for name, gradient in layer._kept_gradients().items():
+                        full = f"{prefix}.{name}"
+                        gradients[full] = gradients[full] + gradient if full in gradients else gradient
+            return dx, before
+
+        return y, after, pull
+
+    def _pull(self, dy: np.ndarray, pulls: list[_Pull], encoded: Callable[..., Any] | None) -> np.ndarray:
+        """Pull dy (B, steps, H, W, C) back to the frames that the encoder read."""
+        gradients: dict[str, np.ndarray] = {}
+        dstates: States | None = None
+        dinput: np.ndarray | None = None
+        for step in reversed(range(len(pulls))):
+            part = dy if len(pulls) == 1 else dy[:, step : step + 1]
+            dinput, dstates = pulls[step](part if dinput is None else part + dinput, dstates, gradients)
+        self.encoder._pullback = encoded  # of this call, which `encode` may have followed
+        dx = self.encoder.backward(None, dstates)
+        dx[:, -1] += dinput[:, 0]  # type: ignore[index]  # there is at least one step
+        encoder = {f"encoder.{name}": gradient for name, gradient in self.encoder._kept_gradients().items()}
+        self._keep_gradients(encoder | gradients)
+        return dx
+
+    def _place(self, frames: Any, training: bool) -> Place:
+        """Return where a call computes; of frames on a GPU the layers within say what they do not know."""
+        return place_of(self, frames, training, refuses=False)
+
+    def _read(self, place: Place, name: str, value: Any) -> np.ndarray:
+        """Return frames in the layer's data format as a channels-last array of its dtype."""
+        array = place.read(name, value, self.dtype)
+        self._check(array.shape, name)
+        if self.data_format == "channels_first":
+            array = np.moveaxis(array, 2, -1)
+        return dispatch.native(array, np.dtype(self.dtype))
+
+    def _write(self, array: np.ndarray) -> np.ndarray:
+        """Return channels-last frames in the layer's data format."""
+        if self.data_format == "channels_last":
+            return array
+        return dispatch.contiguous(np.moveaxis(array, -1, 2))
+
+    def _check(self, shape: Shape, name: str) -> None:
+        """Raise ValueError unless `shape` is one of frames that the model takes."""
+        op, axes = "EncoderForecaster", FRAME_AXES[self.data_format]
+        if len(shape) != 5:
+            raise ValueError(f"{op}: {name} must be (batch, time, {axes}), got {len(shape)}D {shape}")
+        channels = shape[-1] if self.data_format == "channels_last" else shape[2]
+        if channels != self.in_channels or shape[1] < 1:
+            raise ValueError(
+                f"{op}: {name} must have {self.in_channels} channels, as in_channels says, and at least one time step, "
+                f"got shape {shape}"
+            )

@@ -1,0 +1,355 @@
+"""Layers, one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fastclstm import dispatch
+from fastclstm.layers.base import Layer
+from fastclstm.layers.container import Container, Walk, parts, told_of
+from fastclstm.layers.convlstm2d import ConvLSTM2D, _steps_mask
+from fastclstm.layers.convlstm2d_cell import ConvLSTM2DCell
+from fastclstm.layers.place import GPUPlace, Place, place_of, refuse
+from fastclstm.spec import Shape
+from fastclstm.training.batches import Batch
+from fastclstm.training.trainable import Trainable
+
+
+@dataclass(eq=False, repr=False)
+class Sequential(Trainable):
+    """Layers one after the other: each takes what the one before returned.
+
+    Whether the layers fit x, and each other, is checked before anything is computed, as far as their `output_shape`
+    tells. Where the first ConvLSTM2D gets a batch of sequences (B, T, H, W, C), all of them must; where it gets a
+    single sequence (T, H, W, C), likewise. An error in a layer carries a note that says which one it was.
+
+    ``model[i]``, ``len(model)`` and iteration give the layers; their parameters appear as ``{index}.NAME``.
+
+    Parameters
+    ----------
+    layers : sequence of Layer
+        All but the last return one array.
+
+    Raises
+    ------
+    ValueError, TypeError
+        No layers, or ones that cannot stand there.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastclstm.layers import ConvLSTM2D, Dense, Flatten
+    >>> lstm = ConvLSTM2D(1, 4, 3, return_sequences=False, seed=0, engine="reference")
+    >>> model = Sequential([lstm, Flatten(), Dense(256, 3, "softmax", seed=1)])
+    >>> model(np.zeros((2, 5, 8, 8, 1))).shape
+    (2, 3)
+    >>> model.output_shape((2, 5, 8, 8, 1))
+    (2, 3)
+    """
+
+    layers: Any
+
+    def __post_init__(self) -> None:
+        if isinstance(self.layers, Layer) or not isinstance(self.layers, Sequence):
+            raise TypeError(f"Sequential: layers must be a list of layers, got {type(self.layers).__name__}")
+        super().__post_init__()
+        if not self.layers:
+            raise ValueError("Sequential: layers is empty; give at least one layer")
+        seen: dict[int, str] = {}
+        for index, layer in enumerate(self.layers):
+            if not isinstance(layer, Layer):
+                raise TypeError(f"Sequential: layer {index} must be a layer, got {type(layer).__name__}")
+            where = _name(index, layer)
+            if why := layer._unfit():
+                raise ValueError(f"Sequential: {where} {why}")
+            self._check_outputs(index)
+            for part in parts(layer):
+                if id(part) in seen:
+                    raise ValueError(f"Sequential: {where} shares a layer with {seen[id(part)]}, whose call it would "
+                                     f"forget before backward; make two layers")  # fmt: skip
+            seen |= {id(part): where for part in parts(layer)}
+        self._sublayers = {str(index): layer for index, layer in enumerate(self.layers)}
+
+    def __getitem__(self, index: int) -> Layer:
+        return self.layers[index]
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __iter__(self) -> Iterator[Layer]:
+        return iter(self.layers)
+
+    def forward(self, x: Any, mask: Any = None, lengths: Any = None, training: bool = False) -> Any:
+        """Return what the last layer makes of x, in memory of its own.
+
+        Parameters
+        ----------
+        x : array
+            What the first layer takes.
+        mask : array of bool (B, T), optional
+            Handed to every ConvLSTM2D; see there. No layer before may change the number of steps.
+        lengths : array of int (B,), optional
+            Instead of a mask: the number of valid steps at the start of each sequence of x.
+        training : bool
+            Compute as training does, and keep what `backward` needs.
+
+        Raises
+        ------
+        ValueError
+            Shapes that do not fit the layers; a mask or lengths, but no ConvLSTM2D.
+        TypeError
+            Anything but real arrays; one on a GPU, where a layer does not compute there or is of another dtype.
+        """
+        place = place_of(self, x, refuses=False)
+        array = y = place.read("x", x)
+        steps = self._steps(place, mask, lengths, array.shape)
+        if place.on_gpu:
+            self._check_gpu()
+        moves = place.on_gpu or "cuda" in _engines(self)
+        taken: list[tuple[bool, np.dtype]] = []
+        walk, checked = Walk(mask=None if steps is None else steps.shape), 0
+        self._pullback = None
+        for index, layer in enumerate(self.layers):
+            if index == checked:
+                checked = self._check(index, y.shape, walk)
+            with told_of(_name(index, layer)):
+                if moves:
+                    given, y = y, self._moved(index, y, place.on_gpu, training)
+                    taken.append((dispatch.on_gpu(y), given.dtype))
+                if steps is None or not any(_masked(layer)):
+                    y = layer(y, training=training)
+                    continue
+                y = layer(y, mask=steps, training=training)
+                if _reverses(layer):
+                    steps = np.flip(steps, _time_axis(next(_masked(layer)), steps.ndim == 2))
+        if training:
+            self._pullback = lambda *gradients: place.restore(self._pull(taken, *gradients))
+        if isinstance(y, tuple):
+            return _restored(place.restore, y)
+        return place.restore(y.copy() if np.may_share_memory(y, array) else y)
+
+    def backward(self, *gradients: Any) -> Any:
+        """Return dx of the last call, which was a training call, given dy: what the last layer's `backward` takes.
+
+        Raises
+        ------
+        RuntimeError
+            The last call was not a training call.
+        ValueError
+            dy has not the output's shape.
+        """
+        return self._recorded()(*gradients)
+
+    def output_shape(self, input_shape: Sequence[int]) -> Shape:
+        """Return the shape of the output for an x of `input_shape`; raise ValueError where a layer does not fit.
+
+        The batch may be None, and is None in the output's shape then.
+        """
+        return self._shapes(input_shape)[-1]
+
+    def summary(self, input_shape: Sequence[int] | None = None) -> str:
+        """Return a table of the layers: output shapes, if `input_shape` is given, and numbers of parameters.
+
+        The batch of `input_shape` may be None.
+
+        Examples
+        --------
+        >>> from fastclstm.layers import Conv2D, GlobalAveragePooling
+        >>> print(Sequential([Conv2D(1, 8, 3), GlobalAveragePooling()]).summary((2, 9, 9, 1)))
+        #  layer                 output shape  parameters
+        -  --------------------  ------------  ----------
+        0  Conv2D                (2, 9, 9, 8)          80
+        1  GlobalAveragePooling  (2, 8)                 0
+        -  --------------------  ------------  ----------
+        80 parameters, 80 trainable, 0.0 MB
+        """
+        shapes = [None] * len(self) if input_shape is None else self._shapes(input_shape)
+        rows = [("#", "layer", "output shape", "parameters"), ("", "", "", "")]
+        for index, (layer, shape) in enumerate(zip(self.layers, shapes, strict=True)):
+            rows.append((str(index), type(layer).__name__, str(shape or ""), f"{layer.num_parameters:,}"))
+        rows.append(("", "", "", ""))
+        if input_shape is None:
+            rows = [(index, layer, count) for index, layer, _, count in rows]  # type: ignore[misc]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [
+            "  ".join(cell.rjust(w) if column == len(widths) - 1 else cell.ljust(w)
+                      for column, (cell, w) in enumerate(zip(row, widths, strict=True)))
+            if row[1] else "  ".join("-" * w for w in widths)
+            for row in rows
+        ]  # fmt: skip
+        trainable = sum(array.size for array in self.trainable_parameters.values())
+        megabytes = sum(array.nbytes for array in self.parameters.values()) / 1e6
+        return "\n".join([*lines, f"{self.num_parameters:,} parameters, {trainable:,} trainable, {megabytes:.1f} MB"])
+
+    def _several_outputs(self) -> str | None:
+        return self.layers[-1]._several_outputs()
+
+    def _check_batch(self, op: str, batch: Batch) -> None:
+        walk, shape = Walk(), batch["x"].shape
+        self._check(0, shape, walk)
+        if walk.batched is False:
+            raise ValueError(f"{op}: x {shape} is one sequence, but samples are on the first axis; give x[np.newaxis]")
+
+    def _shapes(self, input_shape: Sequence[int]) -> list[Shape]:
+        """Return the output shape of each layer."""
+        shape = tuple(input_shape)
+        unknown = [axis for axis, n in enumerate(shape) if n is None]
+        if not unknown:
+            return self._known_shapes(shape)
+        lstm = next((part for part in parts(self) if isinstance(part, ConvLSTM2D)), None)
+        batch = int(lstm is not None and lstm.time_major)
+        if unknown != [batch]:
+            raise ValueError(
+                f"Sequential: of input_shape {shape} only the batch, axis {batch}, may be None; give the other sizes"
+            )
+        two, three = (self._known_shapes((*shape[:batch], count, *shape[batch + 1 :])) for count in (2, 3))
+        return [_where_equal(a, b) for a, b in zip(two, three, strict=True)]
+
+    def _known_shapes(self, shape: Shape) -> list[Shape]:
+        """Return the output shape of each layer for an x of `shape`, without None."""
+        walk, shapes = Walk(), [shape]
+        for index in range(len(self)):
+            shapes.append(self._told_shape(index, shapes[-1], walk))
+        return shapes[1:]
+
+    def _shape_within(self, shape: Shape, walk: Walk) -> Shape:
+        for index in range(len(self)):
+            shape = self._told_shape(index, shape, walk)
+        return shape
+
+    def _told_shape(self, index: int, shape: Shape, walk: Walk) -> Shape:
+        """Return the shape that a layer makes of `shape`; raise ValueError where it does not fit."""
+        layer = self.layers[index]
+        self._check_outputs(index)  # as options may have changed
+        with told_of(_name(index, layer)):
+            if isinstance(layer, ConvLSTM2D):
+                walk.enter(layer, shape, f"layer {index}")
+            return layer._shape_within(shape, walk) if isinstance(layer, Container) else layer.output_shape(shape)
+
+    def _check_outputs(self, index: int) -> None:
+        """Raise ValueError unless a layer returns one array or is the last."""
+        layer = self.layers[index]
+        if index < len(self) - 1 and (remedy := layer._several_outputs()):
+            raise ValueError(
+                f"Sequential: {_name(index, layer)} returns more than one array, which no layer takes; {remedy}"
+            )
+
+    def _check(self, start: int, shape: Shape, walk: Walk) -> int:
+        """Raise ValueError where the layers from `start` on do not fit; return which is the first not checked.
+
+        That is the one after a layer that has no `output_shape`.
+        """
+        for index in range(start, len(self)):
+            try:
+                shape = self._told_shape(index, shape, walk)
+            except NotImplementedError:
+                return index + 1
+        return len(self)
+
+    def _check_gpu(self) -> None:
+        """Raise TypeError where a layer cannot take an x on a GPU, before anything is computed."""
+        for index, layer in enumerate(self.layers):
+            with told_of(_name(index, layer)):
+                if type(layer)._knows_gpu is Layer._knows_gpu:
+                    refuse(layer)
+
+    def _moved(self, index: int, y: Any, stays: bool, training: bool) -> Any:
+        """Return what a layer is to take where that computes best: on a GPU, where y `stays` if x was there.
+
+        Arrays of NumPy go there with the first layer whose engine is "cuda", and come back with the first that does not
+        compute there.
+        """
+        layer = self.layers[index]
+        engines = _engines(layer)
+        if not stays and not (
+            layer._knows_gpu(training) and engines <= {None, "cuda"} and all(map(_is_ours, parts(layer)))
+        ):
+            return dispatch.to_numpy(y)
+        dtype = next((part.dtype for part in parts(layer) if hasattr(part, "dtype")), None)
+        if dispatch.on_gpu(y):
+            return y if dtype in (None, y.dtype) or index == 0 else y.astype(dtype)
+        return GPUPlace(type(layer).__name__, y).read("x", y, dtype) if "cuda" in engines else y
+
+    def _steps(self, place: Place, mask: Any, lengths: Any, shape: Shape) -> np.ndarray | None:
+        """Return the mask that mask or lengths describe for an x of `shape`."""
+        if mask is None and lengths is None:
+            return None
+        lstm = next(_masked(self), None)
+        if lstm is None:
+            raise ValueError("Sequential: mask and lengths are for ConvLSTM2D layers, and there is none")
+        if mask is not None and lengths is not None:
+            raise ValueError("Sequential: give mask or lengths, not both")
+        if mask is not None:
+            return place.read("mask", mask) if dispatch.on_gpu(mask) else dispatch.as_numpy("Sequential", "mask", mask)
+        if len(shape) not in (4, 5):
+            raise ValueError(f"Sequential: lengths need an x (batch, time, …) of frames, got {len(shape)}D {shape}")
+        batched = len(shape) == 5
+        time = _time_axis(lstm, batched)
+        valid = _steps_mask(None, lengths, (shape[1 - time] if batched else 1, shape[time]))
+        assert valid is not None
+        return valid if time else valid.T if batched else valid[0]
+
+    def _pull(self, taken: list[tuple[bool, np.dtype]], *gradients: Any) -> Any:
+        for index, layer in reversed(list(enumerate(self.layers))):
+            with told_of(_name(index, layer)):
+                on_gpu, dtype = taken[index] if taken else (False, None)
+                if not on_gpu:
+                    gradients = tuple(map(dispatch.to_numpy, gradients))
+                dx = layer.backward(*gradients)
+                gradients = (dx.astype(dtype) if on_gpu and index and dx.dtype != dtype else dx,)
+        self._collect_gradients()
+        return gradients[0]
+
+
+def _name(index: int, layer: Layer) -> str:
+    return f"layer {index}, {type(layer).__name__}"
+
+
+def _engines(layer: Layer) -> set[str | None]:
+    """Return the engines that a layer and those within it are to compute with; None: where x is.
+
+    The cells of a ConvLSTM2D are told when it runs.
+    """
+    return {getattr(part, "engine", None) for part in parts(layer) if not isinstance(part, ConvLSTM2DCell)}
+
+
+def _is_ours(layer: Layer) -> bool:
+    """Whether a layer is of this package; those of others may expect arrays of NumPy."""
+    return type(layer).__module__.partition(".")[0] == "fastclstm"
+
+
+def _masked(layer: Layer) -> Iterator[ConvLSTM2D]:
+    """Yield the layers within that get a mask."""
+    if isinstance(layer, ConvLSTM2D):
+        yield layer
+    elif isinstance(layer, Sequential):
+        for inner in layer.layers:
+            yield from _masked(inner)
+
+
+def _reverses(layer: Layer) -> bool:
+    """Whether a layer returns the time steps last first."""
+    return sum(lstm.go_backwards for lstm in _masked(layer)) % 2 == 1
+
+
+def _time_axis(lstm: ConvLSTM2D, batched: bool) -> int:
+    """Return which axis of sequences, and of masks, is that of the time steps."""
+    return 1 if batched and not lstm.time_major else 0
+
+
+def _where_equal(a: Any, b: Any) -> Any:
+    """Return a shape, or a tuple of shapes, with None where `a` and `b` differ."""
+    if isinstance(a, tuple):
+        return tuple(_where_equal(i, j) for i, j in zip(a, b, strict=True))
+    return a if a == b else None
+
+
+def _restored(restore: Any, outputs: Any) -> Any:
+    """Return nested tuples and lists of arrays as the caller's kind of array."""
+    if isinstance(outputs, tuple | list):
+        return type(outputs)(_restored(restore, item) for item in outputs)
+    return None if outputs is None else restore(outputs)

@@ -1,0 +1,505 @@
+"""The command line: what it prints, what it writes, and how it ends."""
+
+import importlib.util
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import fastclstm
+from fastclstm import ConvLSTM2D, MaxPooling3D, dispatch
+from fastclstm.commands import app, main
+from fastclstm.engines.cpu import compilation
+
+ROOT = Path(fastclstm.__file__).parents[1]
+
+
+def fastclstm_cli(*args, traceback=False):
+    environment = {"FASTCLSTM_TRACEBACK": "1" if traceback else None}
+    return CliRunner().invoke(app, [str(arg) for arg in args], env=environment)
+
+
+def process(*args, **options):
+    """Start ``python -m fastclstm`` as a user does."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment, **options}
+    return subprocess.Popen([sys.executable, "-m", "fastclstm", *map(str, args)], **options)
+
+
+def assert_user_error(result, *words):
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("fastclstm: error: ")
+    assert result.stderr.count("\n") == 1
+    assert "Traceback" not in result.stderr
+    for word in words:
+        assert word in result.stderr
+
+
+class Job:
+    """A folder with a saved layer, frames for it, and names for what `run` writes."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.frames, self.weights, self.out = folder / "frames.npy", folder / "weights.safetensors", folder / "out.npy"
+        self.save_layer()
+        self.x = np.random.default_rng(0).normal(size=(2, 7, 6, 5, 3)).astype(np.float32)
+        np.save(self.frames, self.x)
+
+    def save_layer(self, **options):
+        options = {"engine": "reference", **options}
+        self.layer = ConvLSTM2D(3, (4, 2), 3, num_layers=2, leaky_relu_slope=0.1, seed=0, **options)
+        self.layer.save(self.weights)
+
+    def run(self, *options, **settings):
+        return fastclstm_cli("run", self.frames, "--weights", self.weights, "--out", self.out, *options, **settings)
+
+    def result(self):
+        return np.load(self.out)
+
+    def names(self):
+        return sorted(path.name for path in self.folder.iterdir())
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    yield
+    fastclstm.set_num_threads(None)
+
+
+@pytest.fixture
+def job(tmp_path):
+    return Job(tmp_path)
+
+
+def test_the_installed_command_is_main():
+    """Not `app`, which an end from outside (SIGTERM) would kill before it has cleaned up."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["scripts"] == {"fastclstm": f"{main.__module__}:{main.__name__}"}
+
+
+# --- run ---
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 7, 100])
+@pytest.mark.parametrize("go_backwards", [False, True])
+@pytest.mark.parametrize("engine", dispatch.ENGINES)
+def test_run_gives_the_bits_of_one_call(job, engine, chunk, go_backwards):
+    job.save_layer(engine=engine, go_backwards=go_backwards)
+    result = job.run("--chunk", chunk)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == f"{job.out}: (2, 7, 6, 5, 2)\n"
+    expected = job.layer(job.x)
+    assert job.result().dtype == np.float32
+    np.testing.assert_array_equal(job.result(), expected, strict=True)
+    assert job.names() == ["frames.npy", "out.npy", "weights.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "options", [{"bidirectional": True}, {"time_major": True, "stateful": True}, {"peephole": "conv", "dropout": 0.5}]
+)
+def test_run_knows_every_kind_of_layer(job, options):
+    job.save_layer(**options)
+    assert job.run("--chunk", 3, "--state-out", job.folder / "states.npz").exit_code == 0
+    expected = ConvLSTM2D.load(job.weights, time_major=False)(job.x)
+    np.testing.assert_array_equal(job.result(), expected, strict=True)
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_run_without_return_sequences_writes_the_last_output(job, batched):
+    job.save_layer(return_sequences=False)
+    np.save(job.frames, job.x if batched else job.x[0])
+    assert job.run("--chunk", 3, "--quiet").exit_code == 0
+    expected = job.layer(job.x if batched else job.x[:1])
+    np.testing.assert_array_equal(job.result(), expected if batched else expected[0], strict=True)
+
+
+def test_run_without_a_batch_axis(job):
+    np.save(job.frames, job.x[0])
+    assert job.run("--chunk", 3).exit_code == 0
+    np.testing.assert_array_equal(job.result(), job.layer(job.x[:1])[0], strict=True)
+
+
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+def test_run_without_a_channel_axis(job, data_format):
+    layer = ConvLSTM2D(1, 2, 3, seed=0, engine="reference", data_format=data_format)
+    layer.save(job.weights)
+    np.save(job.frames, job.x[0, ..., 0])
+    assert job.run("--chunk", 3).exit_code == 0
+    x = np.expand_dims(job.x[:1, ..., 0], -1 if data_format == "channels_last" else 2)
+    np.testing.assert_array_equal(job.result(), layer(x)[0], strict=True)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "uint8", ">f4", "float16"])
+def test_run_reads_any_real_dtype_and_order(job, dtype):
+    x = np.asfortranarray((job.x * 10).clip(0, 100).astype(dtype))
+    np.save(job.frames, x)
+    assert job.run("--chunk", 3).exit_code == 0
+    np.testing.assert_array_equal(job.result(), job.layer(x), strict=True)
+
+
+def test_run_writes_the_layers_dtype(job):
+    job.save_layer(dtype="float64")
+    assert job.run("--chunk", 3).exit_code == 0
+    np.testing.assert_array_equal(job.result(), job.layer(job.x), strict=True)
+
+
+def test_run_of_an_empty_batch(job):
+    np.save(job.frames, job.x[:0])
+    assert job.run().exit_code == 0
+    assert job.result().shape == (0, 7, 6, 5, 2)
+
+
+def test_run_lets_nan_pass(job):
+    job.x[0, 2, 3, 3, 1] = np.nan
+    np.save(job.frames, job.x)
+    assert job.run("--chunk", 2).exit_code == 0
+    np.testing.assert_array_equal(job.result(), job.layer(job.x), strict=True)
+    assert np.isnan(job.result()[0, 2:]).any()
+    assert not np.isnan(job.result()[:, :2]).any()
+
+
+def test_run_goes_on_from_a_saved_state(job):
+    expected = job.layer(job.x)
+    state = job.folder / "state.npz"
+    np.save(job.frames, job.x[:, :4])
+    assert job.run("--state-out", state).exit_code == 0
+    np.testing.assert_array_equal(job.result(), expected[:, :4])
+    np.save(job.frames, job.x[:, 4:])
+    assert job.run("--state-in", state).exit_code == 0
+    np.testing.assert_array_equal(job.result(), expected[:, 4:])
+    with np.load(state) as arrays:
+        assert {name: array.shape for name, array in arrays.items()} == {
+            "h0": (2, 6, 5, 4), "c0": (2, 6, 5, 4), "h1": (2, 6, 5, 2), "c1": (2, 6, 5, 2)}  # fmt: skip
+
+
+def test_run_replaces_an_older_result(job):
+    job.out.write_text("older")
+    assert job.run().exit_code == 0
+    np.testing.assert_array_equal(job.result(), job.layer(job.x))
+
+
+def test_run_is_silent_when_asked(job):
+    result = job.run("--quiet")
+    assert (result.exit_code, result.output) == (0, "")
+
+
+def test_run_takes_another_engine_than_the_saved_one(job, monkeypatch):
+    monkeypatch.setitem(dispatch.ENGINES, "elsewhere", "fastclstm.no_such_engine")
+    assert_user_error(job.run("--engine", "elsewhere"), "engine 'elsewhere' cannot be used")
+    assert not job.out.exists()
+
+
+def test_run_where_there_is_no_gpu(job, monkeypatch):
+    def missing():
+        raise ImportError("engine 'cuda' finds no NVIDIA driver")
+
+    monkeypatch.setattr("fastclstm.engines.cuda.device.current", missing)
+    assert_user_error(job.run("--engine", "cuda"), "engine 'cuda' finds no NVIDIA driver")
+    assert not job.out.exists()
+
+
+def save_complex(job):
+    np.save(job.frames, job.x.astype(np.complex64))
+
+
+def save_objects(job):
+    np.save(job.frames, np.array([{}, None, job.x], dtype=object), allow_pickle=True)
+
+
+def cut_frames(job):
+    job.frames.write_bytes(job.frames.read_bytes()[:-100])
+
+
+def negative_size(job):
+    header = {"descr": "<f4", "fortran_order": False, "shape": (-2, 6, 5)}
+    with job.frames.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        file.write(bytes(100))
+
+
+def cut_weights(job):
+    job.weights.write_bytes(job.weights.read_bytes()[:-100])
+
+
+def save_two_outputs(job):
+    ConvLSTM2D(3, 2, 3, bidirectional=True, merge_mode=None).save(job.weights)
+
+
+def block_out(job):
+    job.out.mkdir()
+
+
+USER_ERRORS = {
+    "missing input": (lambda job: job.frames.unlink(), [], ["frames.npy", "No such file"]),
+    "input is a folder": (lambda job: (job.frames.unlink(), job.frames.mkdir()), [], ["frames.npy"]),
+    "not a .npy": (lambda job: job.frames.write_text("text"), [], ["frames.npy", "cannot be read as a .npy"]),
+    "negative size": (negative_size, [], ["frames.npy", "cannot be read as a .npy"]),
+    "empty file": (lambda job: job.frames.write_bytes(b""), [], ["frames.npy", "cannot be read as a .npy"]),
+    "cut short": (cut_frames, [], ["frames.npy", "cannot be read as a .npy"]),
+    "complex": (save_complex, [], ["complex64", "real numbers"]),
+    "objects": (save_objects, [], ["frames.npy", "Python objects"]),
+    "2D": (lambda job: np.save(job.frames, job.x[0, 0, ..., 0]), [], ["(6, 5)", "(T, H, W)"]),
+    "6D": (lambda job: np.save(job.frames, job.x[None]), [], ["(1, 2, 7, 6, 5, 3)", "(B, T, H, W, C)"]),
+    "3D for 3 channels": (lambda job: np.save(job.frames, job.x[0, ..., 0]), [], ["1 channels", "takes 3"]),
+    "channels": (lambda job: np.save(job.frames, job.x[..., :2]), [], ["2 channels", "takes 3"]),
+    "no steps": (lambda job: np.save(job.frames, job.x[:, :0]), [], ["(2, 0, 6, 5, 3)"]),
+    "kernel too large": (lambda job: job.save_layer(padding="valid") or np.save(job.frames, job.x[:, :, :2]), [],
+                         ["window of 3 does not fit the height of 2"]),
+    "missing weights": (lambda job: job.weights.unlink(), [], ["weights.safetensors", "No such file"]),
+    "damaged weights": (cut_weights, [], ["weights.safetensors", "damaged"]),
+    "foreign weights": (lambda job: job.weights.write_text("text"), [], ["weights.safetensors", "damaged"]),
+    "another layer": (lambda job: MaxPooling3D().save(job.weights), [], ["weights.safetensors", "MaxPooling3D"]),
+    "two outputs": (save_two_outputs, [], ["weights.safetensors has merge_mode=None"]),
+    "out is a folder": (block_out, [], ["out.npy", "not a regular file"]),
+    "out in no folder": (lambda job: None, ["--out", "no/such/out.npy"], ["no/such/out.npy", "cannot write here"]),
+    "out is the input": (lambda job: None, ["--out", "{frames}"], ["frames.npy would overwrite"]),
+    "out is the weights": (lambda job: None, ["--out", "{weights}"], ["weights.safetensors would overwrite"]),
+    "state is the out": (lambda job: None, ["--state-out", "{out}"], ["out.npy would overwrite"]),
+    "state out in no folder": (lambda job: None, ["--state-out", "no/such/s.npz"], ["no/such/s.npz"]),
+    "missing state": (lambda job: None, ["--state-in", "none.npz"], ["none.npz", "No such file"]),
+    "foreign state": (lambda job: None, ["--state-in", "{frames}"], ["frames.npy is not a .npz file of states"]),
+    "corrupt state": (lambda job: None, ["--state-in", "{weights}"], ["weights.safetensors is not a .npz"]),
+    "unknown engine": (lambda job: None, ["--engine", "gpu"], ["unknown engine 'gpu'", "reference"]),
+    "chunk": (lambda job: None, ["--chunk", "0"], ["--chunk", "try --help"]),
+    "threads": (lambda job: None, ["--threads", "0"], ["--threads", "try --help"]),
+    "unknown option": (lambda job: None, ["--nope"], ["--nope", "try --help"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", USER_ERRORS)
+def test_run_names_what_the_user_can_put_right(job, case):
+    spoil, options, words = USER_ERRORS[case]
+    spoil(job)
+    before = {path: path.is_file() and path.read_bytes() for path in job.folder.iterdir()}
+    result = job.run(*(option.format(frames=job.frames, weights=job.weights, out=job.out) for option in options))
+    assert_user_error(result, *words)
+    assert {path: path.is_file() and path.read_bytes() for path in job.folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("names", [["h0"], ["h0", "c0"], ["h1", "c1"], ["h0", "c0", "h1", "c1"]])
+def test_run_with_states_that_do_not_fit(job, names):
+    state = job.folder / "state.npz"
+    np.savez(state, **{name: np.zeros((2, 6, 5, 1)) for name in names})
+    assert_user_error(job.run("--state-in", state), "state")
+    assert not job.out.exists()
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, MemoryError("900 GiB"), RuntimeError("a bug")], ids=repr)
+def test_nothing_partial_stays(job, monkeypatch, failure):
+    job.out.write_text("older")
+    forward, calls = ConvLSTM2D.forward, []
+
+    def fail_later(self, *args, **options):
+        calls.append(1)
+        if len(calls) == 3:
+            raise failure
+        return forward(self, *args, **options)
+
+    monkeypatch.setattr(ConvLSTM2D, "forward", fail_later)
+    result = job.run("--chunk", 1, "--state-out", job.folder / "state.npz")
+    assert len(calls) == 3
+    assert job.out.read_text() == "older"
+    assert job.names() == ["frames.npy", "out.npy", "weights.safetensors"]
+    if failure is KeyboardInterrupt:
+        assert (result.exit_code, result.output) == (130, "")
+    elif isinstance(failure, MemoryError):
+        assert_user_error(result, "out of memory: 900 GiB")
+    else:
+        assert result.exception is failure  # bugs keep their traceback
+
+
+def test_a_traceback_on_request(job):
+    job.frames.unlink()
+    assert isinstance(job.run(traceback=True).exception, FileNotFoundError)
+
+
+# --- as a process ---
+
+
+def test_exit_code_and_streams_of_a_process(job):
+    with process("run", "none.npy", "--weights", job.weights, "--out", job.out, cwd=job.folder) as child:
+        stdout, stderr = child.communicate(timeout=60)
+    assert (child.returncode, stdout) == (2, "")
+    assert stderr == "fastclstm: error: none.npy: No such file or directory\n"
+
+
+def test_a_full_disk_is_an_error_not_a_crash(job):
+    resource = pytest.importorskip("resource")
+    job.out.write_text("older")
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))  # noqa: E731
+    arguments = "run", job.frames, "--weights", job.weights, "--out", job.out, "--chunk", 1
+    with process(*arguments, preexec_fn=limit) as child:
+        stdout, stderr = child.communicate(timeout=60)
+    assert (child.returncode, stdout) == (2, "")
+    assert stderr == f"fastclstm: error: {job.out}: File too large\n"
+    assert job.out.read_text() == "older"
+    assert job.names() == ["frames.npy", "out.npy", "weights.safetensors"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has other signals")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_leaves_nothing(job, number, code):
+    np.save(job.frames, np.zeros((1, 200_000, 6, 5, 3), np.float16))
+    arguments = "run", job.frames, "--weights", job.weights, "--out", job.out, "--chunk", 1
+    # Jobs in the background of a script begin with Ctrl-C ignored, and so would theirs.
+    listen = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    with process(*arguments, preexec_fn=listen) as child:
+        while not any(name.endswith(".part") for name in job.names()):
+            assert child.poll() is None, child.stderr.read()
+            time.sleep(0.01)
+        child.send_signal(number)
+        stdout, stderr = child.communicate(timeout=60)
+    assert (child.returncode, stdout, stderr) == (code, "", "")
+    assert job.names() == ["frames.npy", "weights.safetensors"]
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_a_terminal_sees_a_progress_bar(job, quiet):
+    termios = pytest.importorskip("termios")
+    terminal, stderr = os.openpty()
+    termios.tcsetwinsize(terminal, (24, 80))
+    arguments = "run", job.frames, "--weights", job.weights, "--out", job.out, *(["--quiet"] if quiet else [])
+    with process(*arguments, stderr=stderr) as child:
+        os.close(stderr)
+        shown = b""
+        try:
+            while part := os.read(terminal, 1000):
+                shown += part
+        except OSError:  # how Linux says that nobody writes to the terminal any more
+            pass
+        stdout, _ = child.communicate(timeout=60)
+    os.close(terminal)
+    assert child.returncode == 0
+    assert stdout == ("" if quiet else f"{job.out}: (2, 7, 6, 5, 2)\n")
+    assert shown == b"" if quiet else b"7/7" in shown
+
+
+def test_help_imports_nothing_heavy():
+    code = """
+import atexit, sys
+from fastclstm.commands import app
+atexit.register(lambda: print({"matplotlib", "numba", "safetensors", "sklearn", "tqdm"} & set(sys.modules)))
+app(["run", "--help"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "INPUT.npy" in done.stdout
+    assert done.stdout.endswith("\nset()\n")
+
+
+# --- the rest ---
+
+
+def test_version_and_help():
+    assert fastclstm_cli("--version").stdout == f"{fastclstm.__version__}\n"
+    for arguments in ([], ["--help"], ["-h"]):
+        result = fastclstm_cli(*arguments)
+        assert result.exit_code == 0
+        assert all(f"\n  {command} " in result.stdout for command in ("info", "demo", "run", "bench"))
+    assert_user_error(fastclstm_cli("nope"), "nope", "try --help")
+
+
+def test_info():
+    result = fastclstm_cli("info")
+    assert result.exit_code == 0
+    facts = dict(line.split(None, 1) for line in result.stdout.splitlines() if not line.startswith("kernel cache"))
+    assert facts["fastclstm"].startswith(f"{fastclstm.__version__} in ")
+    assert facts["numpy"] == np.__version__
+    assert "float32" in facts["vectors"]
+    assert "layer" in facts["threads"]
+    assert "reference (ready)" in facts["engines"]
+    assert facts["cuda"].startswith("no: ") == ("cuda (not here)" in facts["engines"])
+
+
+def demo(*options):
+    pytest.importorskip("sklearn")
+    return fastclstm_cli("demo", "--batch", 1, "--steps", 2, "--filters", 3, *options)
+
+
+@pytest.mark.parametrize("engine", ["reference", "cpu", "both"])
+def test_demo(engine):
+    result = demo("--engine", engine, "--threads", 1)
+    assert result.exit_code == 0, result.output
+    assert "(1, 2, 64, 64, 1)" in result.stdout
+    assert "(1, 2, 64, 64, 3)" in result.stdout
+    assert "(1, 1, 32, 32, 3)" in result.stdout
+    lines = [line.split() for line in result.stdout.splitlines()]
+    errors = {words[0]: float(words[-1]) for words in lines if words and words[0] in dispatch.ENGINES}
+    assert set(errors) == ({"reference", "cpu"} if engine == "both" else {engine})
+    assert all(0 < error < 1e-5 for error in errors.values())
+    assert "GFLOP/s of float32 FMA" in result.stdout
+    assert "threads: 1\n" in result.stdout
+
+
+@pytest.mark.parametrize("suffix", ["png", "GIF"])
+def test_demo_plot(tmp_path, suffix):
+    image = pytest.importorskip("PIL.Image")
+    pytest.importorskip("matplotlib")
+    plot = tmp_path / f"plot.{suffix}"
+    result = demo("--engine", "reference", "--steps", 5, "--plot", plot)
+    assert result.exit_code == 0, result.output
+    assert str(plot) in result.stdout
+    with image.open(plot) as picture:
+        assert picture.format == suffix.upper()
+        assert getattr(picture, "n_frames", 1) == (5 if suffix == "GIF" else 1)
+        assert min(picture.size) > 300
+        assert len(picture.convert("RGB").getcolors(1 << 24)) > 100
+    assert list(tmp_path.iterdir()) == [plot]
+
+
+def test_demo_names_what_is_missing(monkeypatch, tmp_path):
+    assert_user_error(demo("--engine", "gpu"), "'gpu'", "'both', 'cpu', 'cuda', 'reference'")
+    assert_user_error(demo("--plot", "plot.jpg"), "'.png', '.gif'", "'.jpg'")
+    assert_user_error(demo("--plot", "no/such/plot.png"), "no/such/plot.png", "cannot write here")
+    assert_user_error(demo("--steps", 1), "--steps")
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    assert_user_error(demo("--plot", tmp_path / "plot.png"), "scikit-learn", "pip install 'fastclstm[demo]'")
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name))
+    assert_user_error(demo("--plot", tmp_path / "plot.png"), "matplotlib", "pip install 'fastclstm[viz]'")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_warmup():
+    result = fastclstm_cli("warmup", "--dtype", "float32")
+    assert result.exit_code == 0, result.output
+    assert re.fullmatch(
+        rf"24 kernels in [\d.]+ s, kept in {re.escape(str(compilation.cache_folder()))}\n", result.stdout
+    )
+
+
+def test_warmup_says_what_is_wrong(monkeypatch, tmp_path):
+    assert_user_error(fastclstm_cli("warmup", "--dtype", "half"), "'float32', 'float64', 'both', got 'half'")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr(compilation, "cache_folder", lambda: tmp_path)
+    assert_user_error(fastclstm_cli("warmup"), str(tmp_path), "FASTCLSTM_CACHE_DIR")
+    monkeypatch.setattr(compilation, "cache_folder", lambda: None)
+    assert_user_error(fastclstm_cli("warmup"), "any folder", "FASTCLSTM_CACHE_DIR")
+
+
+def test_bench_hands_its_arguments_on(monkeypatch):
+    pytest.importorskip("pytest_benchmark")
+    monkeypatch.chdir(ROOT)
+    with process("bench", "--collect-only", "-q", "-k", "readme and numpy") as child:
+        stdout, _ = child.communicate(timeout=120)
+    assert child.returncode == 0
+    assert "bench/test_convlstm2d.py::" in stdout
+
+
+def test_bench_says_where_the_suite_is(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(fastclstm, "__file__", str(tmp_path / "fastclstm" / "__init__.py"))
+    assert_user_error(fastclstm_cli("bench"), "clone of the source repository")
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "fastclstm").mkdir()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert_user_error(fastclstm_cli("bench"), "pytest", "pip install 'fastclstm[bench]'")

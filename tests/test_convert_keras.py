@@ -1,0 +1,486 @@
+import numpy as np
+import pytest
+
+from fastclstm.convert.keras import from_keras, load_weights
+from fastclstm.layers import BatchNormalization, ConvLSTM2D, Dense, Flatten, TimeDistributed
+from fastclstm.models import Sequential
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+
+
+@pytest.fixture(autouse=True)
+def seeded(keras):
+    pytest.importorskip("h5py")
+    keras.utils.set_random_seed(0)
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def engine(request):
+    return request.param
+
+
+def normal(*shape, seed=1):
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+def shuffle(model, seed=0):
+    """Give all weights random values; what is a variance stays positive."""
+    rng = np.random.default_rng(seed)
+    for layer in model.layers:
+        layer.set_weights([
+            rng.uniform(0.5, 2, w.shape) if "variance" in v.path else rng.normal(0, 0.4, w.shape)
+            for v, w in zip(layer.weights, layer.get_weights(), strict=True)
+        ])  # fmt: skip
+    return model
+
+
+def numpy(tensor):
+    return tensor.detach().cpu().numpy()
+
+
+def outputs(model, x, **options):
+    return numpy(model(np.asarray(x, model.layers[-1].dtype), **options))
+
+
+def close(a, b, rtol=1e-9):
+    assert np.shape(a) == np.shape(b)
+    np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol)
+
+
+def check(keras, tmp_path, layers, shape, engine="reference", rtol=1e-9, **call):
+    """Save a model of `layers`, load it with ours, and compare; the live model too."""
+    model = shuffle(keras.Sequential([keras.layers.Input(shape), *layers]))
+    model.save(tmp_path / "model.keras")
+    ours = from_keras(tmp_path / "model.keras", engine=engine)
+    x = normal(2, *shape)
+    close(ours(x, **call), outputs(model, x, **call), rtol)
+    live = from_keras(model, engine=engine)
+    np.testing.assert_array_equal(live(x, **call), ours(x, **call))
+    assert live.parameters.keys() == ours.parameters.keys()
+    return model, ours
+
+
+@pytest.fixture
+def double(keras):
+    """Models in float64."""
+    keras.config.set_floatx("float64")
+    keras.config.set_dtype_policy("float64")
+    yield keras
+    keras.config.set_floatx("float32")
+    keras.config.set_dtype_policy("float32")
+
+
+# ConvLSTM2D and Bidirectional
+
+ACTIVATIONS = ["tanh", "relu", "elu", "selu", "gelu", "silu", "softplus", "softsign", "leaky_relu", "linear", None]
+GATES = ["sigmoid", "hard_sigmoid", "softsign"]
+
+
+def drawn_options(seed):
+    rng = np.random.default_rng(seed)
+    draw = lambda *values: values[rng.integers(len(values))]  # noqa: E731
+    strided = draw(True, False)
+    return {
+        "filters": draw(1, 3),
+        "kernel_size": draw(3, (1, 2), (2, 4), 1),
+        "strides": draw(1, 2, (1, 2)) if strided else 1,
+        "dilation_rate": 1 if strided else draw(1, 2, (2, 1)),
+        "padding": draw("valid", "same"),
+        "data_format": draw("channels_last", "channels_first"),
+        "activation": draw(*ACTIVATIONS),
+        "recurrent_activation": draw(*GATES),
+        "use_bias": draw(True, False),
+        "unit_forget_bias": draw(True, False),
+        "dropout": draw(0.0, 0.5),
+        "recurrent_dropout": draw(0.0, 0.5),
+        "return_sequences": draw(True, False),
+        "go_backwards": draw(True, False),
+        "zero_output_for_mask": draw(True, False),
+    }
+
+
+@pytest.mark.keras
+@pytest.mark.parametrize("seed", range(16))
+def test_convlstm2d(double, tmp_path, seed):
+    options = drawn_options(seed)
+    shape = (3, 9, 8, 2) if options["data_format"] == "channels_last" else (3, 2, 9, 8)
+    model, ours = check(double, tmp_path, [double.layers.ConvLSTM2D(**options)], shape)
+    layer = ours[0]
+    assert isinstance(layer, ConvLSTM2D)
+    assert layer.dtype == "float64"
+    for name in ("dropout", "recurrent_dropout", "use_bias", "unit_forget_bias", "return_sequences", "go_backwards"):
+        assert getattr(layer, name) == options[name]
+    x, mask = normal(4, *shape), np.array([[1, 1, 1], [1, 0, 1], [0, 1, 0], [0, 0, 0]], bool)
+    close(ours(x, mask=mask), numpy(model.layers[0](x, mask=mask)))
+
+
+@pytest.mark.keras
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("merge_mode", ["concat", "sum", "mul", "ave"])
+def test_bidirectional(double, tmp_path, merge_mode, seed):
+    options = drawn_options(100 + seed) | {"go_backwards": False}
+    if merge_mode == "concat":
+        options["data_format"] = "channels_last"
+    shape = (3, 9, 8, 2) if options["data_format"] == "channels_last" else (3, 2, 9, 8)
+    L = double.layers
+    model, ours = check(double, tmp_path, [L.Bidirectional(L.ConvLSTM2D(**options), merge_mode)], shape)
+    assert ours[0].merge_mode == merge_mode
+    x, mask = normal(4, *shape), np.array([[1, 1, 1], [1, 0, 1], [0, 1, 0], [0, 0, 0]], bool)
+    close(ours(x, mask=mask), numpy(model.layers[0](x, mask=mask)))
+
+
+@pytest.mark.keras
+def test_both_directions_apart(double, tmp_path):
+    L = double.layers
+    model = double.Sequential(
+        [L.Input((3, 6, 5, 2)), L.Bidirectional(L.ConvLSTM2D(2, 3, return_sequences=True), merge_mode=None)]
+    )
+    shuffle(model).save(tmp_path / "m.keras")
+    x = normal(2, 3, 6, 5, 2)
+    for ours, expected in zip(from_keras(tmp_path / "m.keras")(x), model(x), strict=True):
+        close(ours, numpy(expected))
+
+
+@pytest.mark.keras
+def test_float32_on_every_engine(keras, tmp_path, engine):
+    L = keras.layers
+    layers = [
+        L.ConvLSTM2D(4, 3, padding="same", return_sequences=True),
+        L.BatchNormalization(),
+        L.Bidirectional(L.ConvLSTM2D(3, 3, padding="same", return_sequences=True)),
+        L.Conv3D(1, 3, padding="same", activation="sigmoid"),
+    ]
+    model, ours = check(keras, tmp_path, layers, (5, 9, 8, 1), engine, 1e-5)
+    assert {layer.options["dtype"] for layer in ours} == {"float32"}
+    assert {layer.options["engine"] for layer in ours if "engine" in layer.options} == {engine}
+    x = normal(2, 5, 9, 8, 1)
+    ours.save(tmp_path / "ours.safetensors")
+    np.testing.assert_array_equal(Sequential.load(tmp_path / "ours.safetensors")(x), ours(x))
+    wide = from_keras(model, dtype="float64", engine=engine)
+    assert wide(x).dtype == np.float64
+    close(wide(x), outputs(model, x), 1e-5)
+
+
+@pytest.mark.keras
+def test_stateful(double):
+    L = double.layers
+    model = double.Sequential([L.Input(batch_shape=(2, 3, 6, 5, 1)), L.ConvLSTM2D(2, 3, stateful=True)])
+    shuffle(model)
+    ours, x = from_keras(model), normal(2, 3, 6, 5, 1)
+    for _ in range(3):
+        close(ours(x), outputs(model, x))
+    ours.reset_state()
+    model.layers[0].reset_state()
+    close(ours(x), outputs(model, x))
+
+
+@pytest.mark.keras
+def test_training_options_are_taken_over(keras):
+    L, R, K = keras.layers, keras.regularizers, keras.constraints
+    layer = L.ConvLSTM2D(
+        2, 3, dropout=0.2, recurrent_dropout=0.3, kernel_regularizer=R.L2(0.5), recurrent_regularizer="l1",
+        bias_regularizer=R.L1L2(0.1, 0.2), kernel_constraint=K.MaxNorm(1.5, axis=(0, 1, 2)), bias_constraint="non_neg",
+        return_sequences=True,
+    )  # fmt: skip
+    model = shuffle(keras.Sequential([
+        L.Input((2, 6, 5, 1)), layer, L.Bidirectional(L.ConvLSTM2D(2, 3, kernel_regularizer=R.L2(0.25))), L.Flatten(),
+        L.BatchNormalization(momentum=0.7, gamma_regularizer="l2"), L.Dense(2, trainable=False),
+    ]))  # fmt: skip
+    ours = from_keras(model)
+    close(ours.penalty, float(sum(model.losses)), 1e-5)
+    assert ours[3].momentum == 0.7
+    assert [layer.trainable for layer in ours] == [True, True, True, True, False]
+    assert (ours[0].dropout, ours[0].recurrent_dropout) == (0.2, 0.3)
+    before = ours[0].cells[0].kernel
+    ours.apply_constraints()
+    close(ours[0].cells[0].kernel, numpy(layer.cell.kernel.constraint(before)), 1e-6)
+    assert ours[0].cells[0].bias.min() >= 0
+
+
+@pytest.mark.keras
+def test_batch_normalization_while_training(double):
+    L = double.layers
+    layers = [L.ConvLSTM2D(2, 3), L.BatchNormalization(momentum=0.8, epsilon=0.01)]
+    model = shuffle(double.Sequential([L.Input((3, 6, 5, 1)), *layers]))
+    ours, x = from_keras(model), normal(3, 3, 6, 5, 1)
+    close(ours(x, training=True), outputs(model, x, training=True), 1e-6)
+    close(ours[1].moving_variance, numpy(model.layers[1].moving_variance.value), 1e-6)
+    close(ours(x), outputs(model, x), 1e-6)
+
+
+# Other layers
+
+
+@pytest.mark.keras
+@pytest.mark.parametrize(
+    ("shape", "make"),
+    [
+        ((7, 6, 3), lambda L: [L.Conv2D(4, (3, 2), strides=(2, 1), padding="same", activation="relu")]),
+        ((7, 6, 3), lambda L: [L.Conv2D(2, 3, dilation_rate=2, use_bias=False)]),
+        ((3, 7, 6), lambda L: [L.Conv2D(2, 3, data_format="channels_first", padding="same")]),
+        ((4, 7, 6, 3), lambda L: [L.Conv3D(2, (2, 3, 3), strides=(1, 2, 2), activation="sigmoid")]),
+        ((3, 4, 7, 6), lambda L: [L.Conv3D(2, 3, padding="same", data_format="channels_first")]),
+        (
+            (4, 7, 6, 3),
+            lambda L: [L.TimeDistributed(L.Conv2D(2, 3, activation="tanh")), L.TimeDistributed(L.Flatten())],
+        ),
+        ((4, 7, 6, 3), lambda L: [L.TimeDistributed(L.MaxPooling2D(3, 2, "same"))]),
+        ((4, 7, 6, 3), lambda L: [L.MaxPooling3D((1, 2, 2)), L.UpSampling3D((1, 2, 3)), L.ReLU()]),
+        ((4, 7, 6, 3), lambda L: [L.MaxPooling3D(2, 1, "same"), L.Flatten(), L.Dense(3, "softmax")]),
+        ((3, 4, 7, 6), lambda L: [L.MaxPooling3D(2, data_format="channels_first")]),
+        ((7, 6, 3), lambda L: [L.MaxPooling2D(2), L.UpSampling2D((2, 1), interpolation="bilinear"), L.LeakyReLU(0.1)]),
+        (
+            (3, 7, 6),
+            lambda L: [L.MaxPooling2D((3, 2), data_format="channels_first"), L.UpSampling2D(3, "channels_first")],
+        ),
+        ((7, 5, 3), lambda L: [L.AveragePooling2D(3, 2, "same"), L.ZeroPadding2D(((1, 0), (2, 1)))]),
+        ((7, 6, 3), lambda L: [L.GlobalAveragePooling2D(), L.Dense(4), L.Softmax()]),
+        ((3, 7, 6), lambda L: [L.GlobalAveragePooling2D(data_format="channels_first", keepdims=True)]),
+        ((4, 7, 6, 3), lambda L: [L.GlobalAveragePooling3D()]),
+        ((4, 7, 6, 3), lambda L: [L.GlobalMaxPooling3D(keepdims=True)]),
+        ((4, 7, 6, 3), lambda L: [L.TimeDistributed(L.GlobalMaxPooling2D()), L.GlobalAveragePooling1D()]),
+        ((4, 7, 6, 3), lambda L: [L.BatchNormalization(), L.Activation("swish"), L.Dropout(0.4)]),
+        ((4, 3, 7, 6), lambda L: [L.BatchNormalization(axis=2, scale=False, epsilon=0.1)]),
+        ((4, 7, 6, 3), lambda L: [L.TimeDistributed(L.BatchNormalization(center=False))]),
+        ((7, 6, 3), lambda L: [L.LayerNormalization(), L.LayerNormalization(axis=[2, 3], epsilon=0.1, center=False)]),
+        ((4, 7, 6, 3), lambda L: [L.LayerNormalization(axis=(-3, -2, -1))]),
+        ((4, 5), lambda L: [L.Dense(3, "selu"), L.ReLU(negative_slope=0.2), L.Dropout(0.5, noise_shape=(None, 1, 3))]),
+        ((4, 5), lambda L: [L.Activation("hard_sigmoid"), L.Activation("leaky_relu")]),
+    ],
+)
+def test_layers(double, tmp_path, shape, make):
+    check(double, tmp_path, make(double.layers), shape, rtol=1e-6)  # Keras multiplies matrices in float32
+
+
+@pytest.mark.keras
+def test_functional_chains(double, tmp_path):
+    L = double.layers
+    x = y = L.Input((3, 6, 5, 2), name="frames")
+    for layer in (L.ConvLSTM2D(2, 3, return_sequences=True), L.ReLU(), L.ConvLSTM2D(3, 1), L.Flatten(), L.Dense(2)):
+        y = layer(y)
+    model = shuffle(double.Model(x, y))
+    model.save(tmp_path / "m.keras")
+    frames = normal(2, 3, 6, 5, 2)
+    for ours in (from_keras(tmp_path / "m.keras"), from_keras(model)):
+        assert len(ours) == 5
+        close(ours(frames), outputs(model, frames), 1e-6)
+
+
+@pytest.mark.keras
+def test_graphs_are_refused(keras):
+    L = keras.layers
+    x = L.Input((6, 5, 2))
+    a, b = L.Conv2D(2, 1, name="a")(x), L.Conv2D(2, 1, name="b")(x)
+    for model in (
+        keras.Model(x, [a, b]),
+        keras.Model(x, L.Add(name="sum")([a, b])),
+        keras.Model([x, L.Input((3,))], a),
+    ):
+        with pytest.raises(ValueError, match="no chain of layers with one input and one output"):
+            from_keras(model)
+    for outputs in ([L.Dense(2)(a), a], L.Add()([a, a]), L.Multiply()([a, x])):
+        with pytest.raises(ValueError, match="no chain"):
+            from_keras(keras.Model(x, outputs))
+
+
+@pytest.mark.keras
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda L: L.Masking(name="m"),
+            r"layer 'm' \(Masking\): not supported; supported are TimeDistributed, ConvLSTM2D",
+        ),
+        (lambda L: L.ConvLSTM2D(1, 1, data_format="channels_first", activation="mish"), "unknown activation 'mish'"),
+        (lambda L: L.ConvLSTM2D(1, 1, activation=lambda x: x), "an activation must be a name"),
+        (
+            lambda L: L.Bidirectional(L.ConvLSTM2D(1, 1, data_format="channels_first")),
+            "joins the directions on the last",
+        ),
+        (
+            lambda L: L.Bidirectional(L.ConvLSTM2D(1, 1, go_backwards=True), backward_layer=L.ConvLSTM2D(1, 1)),
+            "go_backwards=True is not supported",
+        ),
+        (
+            lambda L: L.Bidirectional(L.ConvLSTM2D(1, 1), backward_layer=L.ConvLSTM2D(1, 3, go_backwards=True)),
+            "both directions must have the same options",
+        ),
+        (lambda L: L.Conv3D(2, 1, groups=2), "groups=2 is not supported"),
+        (lambda L: L.Conv3D(2, 1, activity_regularizer="l2"), "activity_regularizer=.* is not supported"),
+        (lambda L: L.LayerNormalization(axis=1), r"axis=\[1\] is not supported, only the last axes are"),
+        (lambda L: L.LayerNormalization(center=False, scale=False), "center=False with scale=False is not supported"),
+        (lambda L: L.UpSampling3D((2, 1, 1)), "the number of time steps must stay"),
+        (lambda L: L.UpSampling3D((1, 2, 2), data_format="channels_first"), "use channels_last"),
+        (lambda L: L.Flatten(data_format="channels_first"), "use channels_last"),
+        (lambda L: L.GlobalAveragePooling3D(data_format="channels_first"), "use channels_last"),
+        (lambda L: L.ReLU(max_value=6), "max_value=6.* is not supported"),
+        (lambda L: L.ReLU(threshold=1), "threshold=1.* is not supported"),
+        (lambda L: L.Softmax(axis=1), "axis=1 is not supported"),
+        (lambda L: L.TimeDistributed(L.UnitNormalization()), "not supported"),
+    ],
+)
+def test_what_is_not_supported_is_named(keras, make, message):
+    model = keras.Sequential([keras.layers.Input((2, 4, 6, 2)), make(keras.layers)])
+    with pytest.raises(ValueError, match=rf"from_keras: layer '.*: .*{message}|from_keras: {message}"):
+        from_keras(model)
+
+
+@pytest.mark.keras
+def test_returned_states_are_outside(keras):
+    x = keras.layers.Input((2, 4, 6, 2))
+    y, h, c = keras.layers.ConvLSTM2D(1, 1, return_state=True)(x)
+    with pytest.raises(ValueError, match="return_state=True is not supported: a Sequential model has one output"):
+        from_keras(keras.Model(x, y))
+    with pytest.raises(ValueError, match="no chain"):
+        from_keras(keras.Model(x, [y, h, c]))
+
+
+@pytest.mark.keras
+def test_layers_of_others_are_not_taken_for_keras_s(keras):
+    @keras.saving.register_keras_serializable("mine")
+    class ReLU(keras.layers.ReLU):
+        pass
+
+    with pytest.raises(ValueError, match=r"\(ReLU\): not supported"):
+        from_keras(keras.Sequential([keras.layers.Input((3,)), ReLU()]))
+
+
+@pytest.mark.keras
+def test_unbuilt_models(keras):
+    with pytest.raises(ValueError, match="has no weights; build the model"):
+        from_keras(keras.Sequential([keras.layers.ConvLSTM2D(2, 3)]))
+
+
+def test_wrong_sources():
+    with pytest.raises(TypeError, match="source must be a path or a Keras model, got int"):
+        from_keras(3)
+    with pytest.raises(FileNotFoundError):
+        from_keras("nothing.keras")
+
+
+# Keras 2
+
+
+@pytest.mark.keras
+def test_old_format(double, tmp_path):
+    L = double.layers
+    layers = [L.ConvLSTM2D(2, 3, return_sequences=True), L.Bidirectional(L.ConvLSTM2D(2, 3)), L.LeakyReLU(0.1)]
+    model = shuffle(double.Sequential([L.Input((3, 6, 5, 2)), *layers]))
+    model.save(tmp_path / "m.h5")
+    x = normal(2, 3, 6, 5, 2)
+    close(from_keras(tmp_path / "m.h5")(x), outputs(model, x))
+
+
+class OldModel:
+    """A live model as Keras 2 describes it."""
+
+    __module__ = "tf_keras.engine.sequential"
+
+    def __init__(self, layers, arrays):
+        self.config, self.arrays = layers, arrays
+
+    def get_config(self):
+        return {"name": "sequential", "layers": self.config}
+
+    @property
+    def layers(self):
+        return [
+            type("Layer", (), {"name": name, "get_weights": lambda self, a=a: a})() for name, a in self.arrays.items()
+        ]
+
+
+@pytest.mark.parametrize(("version", "expected"), [("2.15.0", "hard_sigmoid_keras2"), ("3.1.0", "hard_sigmoid")])
+def test_keras_2_has_another_hard_sigmoid(monkeypatch, version, expected):
+    import sys
+    import types
+
+    monkeypatch.setitem(sys.modules, "tf_keras", types.SimpleNamespace(__version__=version))
+    lstm = {
+        "name": "lstm", "trainable": True, "batch_input_shape": (None, None, 8, 8, 1), "dtype": "float32",
+        "return_sequences": True, "return_state": False, "go_backwards": False, "stateful": False, "unroll": False,
+        "time_major": False, "filters": 2, "kernel_size": (3, 3), "strides": (1, 1), "padding": "same",
+        "data_format": "channels_last", "dilation_rate": (1, 1), "activation": "tanh",
+        "recurrent_activation": "hard_sigmoid", "use_bias": True, "unit_forget_bias": True, "dropout": 0.0,
+        "recurrent_dropout": 0.0, "kernel_regularizer": None,
+    }  # fmt: skip
+    norm = {"name": "bn", "axis": [4], "momentum": 0.9, "epsilon": 0.01, "center": True, "scale": True}
+    relu = {"name": "leaky", "alpha": 0.25}
+    arrays = {"lstm": [normal(3, 3, 1, 8), normal(3, 3, 2, 8), normal(8)], "bn": [normal(2) for _ in range(3)] + [
+        np.ones(2)], "leaky": []}  # fmt: skip
+    specs = [("ConvLSTM2D", lstm), ("BatchNormalization", norm), ("LeakyReLU", relu)]
+    model = OldModel([{"class_name": name, "config": config} for name, config in specs], arrays)
+    ours = from_keras(model, engine="reference")
+    assert [layer.options.get("recurrent_activation") for layer in ours] == [expected, None, None]
+    assert ours[2].negative_slope == 0.25
+    own = ConvLSTM2D(1, 2, 3, recurrent_activation=expected, engine="reference")
+    own.set_parameters(dict(zip(own.parameters, arrays["lstm"], strict=True)))
+    x = normal(1, 3, 8, 8, 1)
+    np.testing.assert_array_equal(ours[0](x), own(x))
+    assert ours(x).shape == (1, 3, 8, 8, 2)
+
+
+# Weights alone
+
+
+@pytest.mark.keras
+@pytest.mark.parametrize("ending", ["weights.h5", "keras", "h5"])
+def test_weights_into_layers_that_are_there(double, tmp_path, ending):
+    L = double.layers
+    model = shuffle(double.Sequential([
+        L.Input((3, 6, 5, 2)), L.ConvLSTM2D(2, 3, return_sequences=True), L.BatchNormalization(),
+        L.Bidirectional(L.ConvLSTM2D(2, 3, return_sequences=True)), L.ReLU(), L.ConvLSTM2D(3, 1),
+        L.Flatten(), L.Dense(2), L.Dense(2),
+    ]))  # fmt: skip
+    path = tmp_path / f"m.{ending}"
+    (model.save_weights if ending == "weights.h5" else model.save)(path)
+    ours, other = from_keras(model), from_keras(shuffle(model, 1))
+    load_weights(other, path)
+    for name, array in ours.parameters.items():
+        np.testing.assert_array_equal(array, other.parameters[name])
+
+
+@pytest.mark.keras
+def test_weights_into_stacked_layers(double, tmp_path):
+    L = double.layers
+    layers = [L.ConvLSTM2D(2, 3, padding="same", return_sequences=True) for _ in range(3)]
+    model = shuffle(double.Sequential([L.Input((3, 6, 5, 2)), *layers]))
+    model.save_weights(tmp_path / "m.weights.h5")
+    ours = ConvLSTM2D(2, 2, 3, num_layers=3, dtype="float64")
+    load_weights(ours, tmp_path / "m.weights.h5")
+    x = normal(2, 3, 6, 5, 2)
+    close(ours(x), outputs(model, x))
+
+
+@pytest.mark.keras
+def test_weights_that_do_not_fit(keras, tmp_path):
+    L, path = keras.layers, tmp_path / "m.weights.h5"
+    model = keras.Sequential([L.Input((3, 6, 5, 2)), L.ConvLSTM2D(2, 3), L.Flatten(), L.Dense(2)])
+    model.save_weights(path)
+    with pytest.raises(ValueError, match="holds weights alone; build the layers, then"):
+        from_keras(path)
+    layer = ConvLSTM2D(2, 2, 3, seed=0)
+    before = layer.cells[0].kernel
+    with pytest.raises(
+        ValueError, match="holds the weights of layers/conv_lstm2d, layers/dense, but ConvLSTM2D has ConvL"
+    ):
+        load_weights(layer, path)
+    wrong = Sequential([layer, Flatten(), Dense(24, 3)])
+    with pytest.raises(ValueError, match=r"m\.weights\.h5 does not fit: .*2\.kernel has shape \(24, 2\)"):
+        load_weights(wrong, path)
+    wrong = Sequential([layer, Flatten(), Dense(24, 2, use_bias=False)])
+    with pytest.raises(ValueError, match=r"layers/dense in .* has 2 arrays, but Dense needs 1: 2\.kernel"):
+        load_weights(wrong, path)
+    assert layer.cells[0].kernel is before
+    with pytest.raises(ValueError, match=r"Keras's ConvLSTM2D has no layers\.0\.peephole_i"):
+        load_weights(ConvLSTM2D(2, 2, 3, peephole="channel"), path)
+
+
+@pytest.mark.keras
+def test_weights_of_distributed_layers(keras, tmp_path):
+    L, path = keras.layers, tmp_path / "m.weights.h5"
+    model = shuffle(keras.Sequential([L.Input((3, 4)), L.TimeDistributed(L.Dense(2)), L.BatchNormalization()]))
+    model.save_weights(path)
+    ours = Sequential([TimeDistributed(Dense(4, 2)), BatchNormalization(2)])
+    load_weights(ours, path)
+    x = normal(2, 3, 4)
+    close(ours(x), outputs(model, x), 1e-6)
