@@ -2,7 +2,7 @@
 
 from fastclstm.engines.cpu.conv2d import conv2d, conv2d_backward
 from fastclstm.engines.cpu.convlstm2d import convlstm2d, convlstm2d_backward
-from fastclstm.engines.cpu.kernels.max_pool3d import max_pool3d, max_pool3d_backward
+from fastclstm.engines.cpu.max_pool3d import max_pool3d, max_pool3d_backward
 
 ALGORITHMS = ("direct", "winograd")
 

@@ -15,13 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from fastclstm.engines.cpu import packing
-from fastclstm.engines.cpu.conv2d import InputGradient, team_size
+from fastclstm.engines.cpu import packing, plans
 from fastclstm.engines.cpu.fused_steps import Steps
-from fastclstm.engines.cpu.kernels import gates, vmath, winograd
-from fastclstm.engines.cpu.kernels.gates_backward import GateGradients
+from fastclstm.engines.cpu.gate_gradients import GateGradients
+from fastclstm.engines.cpu.input_gradient import InputGradient
+from fastclstm.engines.cpu.kernels import gates, vmath
 from fastclstm.engines.cpu.kernels.schedule import NOTHING, Slots, slots
-from fastclstm.engines.cpu.kernels.weight_gradient import WeightGradient
+from fastclstm.engines.cpu.launch import team_size
+from fastclstm.engines.cpu.weight_gradient import WeightGradient
 from fastclstm.spec import PEEPHOLE_GATES, ConvLSTMSpec, ConvSpec
 
 Arrays = dict[str, np.ndarray]
@@ -226,7 +227,9 @@ class _WayBack:
         if dy is not None and not spec.return_sequences:
             self._doutput += dy
         peephole = None if saved.peephole is None else np.stack([saved.peephole[gate] for gate in PEEPHOLE_GATES])
-        self._gates = GateGradients(gates.cell(spec, saved.peephole), spec.HO * spec.WO, dtype, peephole)
+        self._gates = GateGradients(
+            gates.kind(spec), gates.cell(spec, saved.peephole), spec.HO * spec.WO, dtype, peephole
+        )
         self._kernels = _kernel_gradients(spec, saved.algorithm, spec.B * spec.T, dtype)
         self._recurrent, self._inputs = (  # at most two sizes of groups each
             cache(partial(_input_gradient, spec, saved.algorithm, conv, kernel))
@@ -334,6 +337,6 @@ def _kernel_gradients(
 ) -> list[tuple[tuple[str, ...], WeightGradient]]:
     """The gradients to gather: of both kernels together, or apart where Winograd's tiles fit only one."""
     specs = {"recurrent_kernel": spec.recurrent, "kernel": spec.input}
-    together = winograd.fits(tuple(specs.values())) or not any(winograd.fits((part,)) for part in specs.values())
+    together = plans.fits(tuple(specs.values())) or not any(plans.fits((part,)) for part in specs.values())
     jobs = [tuple(specs)] if together else [(name,) for name in specs]
     return [(names, WeightGradient(tuple(specs[n] for n in names), dtype, frames, algorithm)) for names in jobs]

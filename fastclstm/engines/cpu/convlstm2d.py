@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from fastclstm.engines import recurrence
-from fastclstm.engines.cpu import backward, launch
+from fastclstm.engines.cpu import backward, plans
 from fastclstm.engines.cpu.conv2d import conv2d, conv2d_backward
 from fastclstm.engines.cpu.fused_steps import Steps
 from fastclstm.engines.cpu.kernels import gates
@@ -45,7 +45,7 @@ def convlstm2d(
 
     `out` are arrays for the last h, whose memory the output of a single step shares, and the last c, which may be `c`.
     """
-    m = launch.choose("convlstm2d", (spec.recurrent, spec.input), algorithm, x.itemsize)
+    m = plans.choose("convlstm2d", (spec.recurrent, spec.input), algorithm, x.itemsize)
     if dropout is not None or not _is_fused(spec) or (save and not backward.fits(spec)):
         convolution = partial(conv2d, algorithm="auto" if m else "direct")
         arguments = x, kernel, recurrent_kernel, bias, h, c, peephole, mask
@@ -83,7 +83,7 @@ def _fused(
     dtype, state = x.dtype, spec.state_shape
     h_last, c_last = (np.empty(state, dtype), np.empty(state, dtype)) if out is None else out
     if m and first[1] is not None and np.may_share_memory(first[1], c_last):
-        first = first[0], launch.kept_copy(first[1])
+        first = first[0], first[1].copy()
     # Where no step is skipped the outputs are the hidden states, and are kept only once.
     separate = np.empty(spec.output_shape, dtype) if mask is not None else None
     ordered = np.ascontiguousarray(mask[:, ::-1]) if mask is not None and spec.go_backwards else mask

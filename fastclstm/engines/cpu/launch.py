@@ -1,68 +1,54 @@
-"""From shapes and weights to running kernels: the algorithm, its plan, packed weights, scratch memory and threads."""
+"""From a plan and weights to a running kernel: packed weights, scratch memory, and the sequence piece by piece."""
 
 from __future__ import annotations
 
-import math
-import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import numpy as np
 
 from fastclstm.engines import remembered
-from fastclstm.engines.cpu import packing, threads
-from fastclstm.engines.cpu.kernels import direct, kernel_transform, winograd
-from fastclstm.engines.cpu.kernels.schedule import FLOW, NO_GATES, NOTHING, Plan, Slots
-from fastclstm.spec import ConvSpec
+from fastclstm.engines.cpu import packing, plans, threads, transforms
+from fastclstm.engines.cpu.kernels.schedule import FLOW, LINE, NOTHING, Plan, Slots
 
 NO_MASK = np.ones((0, 0), np.bool_)
 
-_arena = threading.local()
+SERIAL_FLOPS = 2_000_000
+"""Below this much work a second thread costs more than it saves."""
+
+PIECE_FLOPS = 10_000_000_000
+PIECE_SECONDS = 0.15
+"""Size of the first piece of a sequence that is computed in pieces, and how long the others last."""
+
+SPARE_BYTES = 64 << 20
+"""Size of the memory that is left to the next call, at most."""
+
+_spare: deque[np.ndarray] = deque(maxlen=8)
+"""Memory that no call uses."""
 
 
-def scratch(size: int, name: str = "kernel") -> np.ndarray:
-    """Memory of this Python thread for a purpose, kept between calls."""
-    memory = getattr(_arena, name, None)
+@contextmanager
+def scratch(size: int) -> Iterator[np.ndarray]:
+    """Lend a call memory of so many bytes, which nobody else has until it is given back; its contents are anything.
+
+    A call that is interrupted does not give it back, and a call within a call (in a signal handler, or in another
+    Python thread) gets other memory.
+    """
+    memory = None
+    with suppress(IndexError):
+        memory = _spare.pop()
     if memory is None or memory.nbytes < size:
         memory = packing.aligned_empty(size, np.dtype(np.uint8))
-        setattr(_arena, name, memory)
-    return memory
+    yield memory[:size]
+    if memory.nbytes <= SPARE_BYTES:
+        _spare.append(memory)
 
 
-def kept_copy(array: np.ndarray) -> np.ndarray:
-    """Copy `array` to memory that is kept between calls: it is good until this thread's next copy."""
-    copy = scratch_array(array.shape, array.dtype, "copy")
-    np.copyto(copy, array)
-    return copy
-
-
-def scratch_array(shape: tuple[int, ...], dtype: np.dtype, name: str) -> np.ndarray:
-    """Uninitialised array in `scratch` memory."""
-    size = math.prod(shape) * dtype.itemsize
-    return scratch(size, name)[:size].view(dtype).reshape(shape)
-
-
-def choose(op: str, specs: tuple[ConvSpec, ...], algorithm: str, itemsize: int) -> int:
-    """Outputs of a Winograd tile on each axis; 0: direct. Raises ValueError where Winograd was asked for in vain.
-
-    "auto" takes the smallest estimate of the costs. "winograd" chooses the tile as for a single image, so that its
-    results do not depend on how a batch is split.
-    """
-    if algorithm == "direct" or (algorithm == "auto" and not winograd.fits(specs)):
-        return 0
-    if not winograd.fits(specs):
-        raise ValueError(
-            f"{op}: algorithm='winograd' needs square kernels of 3 or 5, one size for all convolutions, with stride "
-            f"and dilation 1, got {[(s.KH, s.KW, s.strides, s.dilation) for s in specs]}; use 'auto' or 'direct'"
-        )
-    if algorithm == "winograd":
-        specs = tuple(spec.with_batch(1) for spec in specs)
-    choices = winograd.TILES if algorithm == "winograd" else (*winograd.TILES, 0)
-    return min(choices, key=lambda m: cost(specs, m, itemsize))
-
-
-def cost(specs: tuple[ConvSpec, ...], m: int, itemsize: int) -> float:
-    """Estimate the work of one step in multiply-adds of vectors, with Winograd tiles of m×m or directly (m = 0)."""
-    images = specs[0].B
-    return winograd.cost(specs, m, images, itemsize) if m else direct.cost(specs, images, itemsize)
+def team_size(flops: int) -> int:
+    """Threads for so many floating-point operations a step."""
+    return max(1, min(threads.usable_threads(), flops // SERIAL_FLOPS))
 
 
 def pack(
@@ -83,41 +69,50 @@ def pack(
             rows = np.concatenate([k.reshape(-1, gates, k.shape[3] // gates) for k in taps])
             return packing.pack(rows, scales, line)
         k, F = taps[0].shape[0], taps[0].shape[3] // gates
-        columns = packing.lay_out(winograd.points(m, k), sum(t.shape[2] for t in taps), gates, F, line, dtype,
+        columns = packing.lay_out(plans.points(m, k), sum(t.shape[2] for t in taps), gates, F, line, dtype,
                                   paired=True)  # fmt: skip
-        kernel_transform.transform(taps, scales, winograd.transforms(m, k).G, columns)
+        transforms.transform(taps, scales, m, columns)
         return columns
 
     return remembered.remember((*kernels, bias), (m, transposed, *scales), make) if remember else make()
-
-
-def plan(specs: tuple[ConvSpec, ...], columns: packing.Columns, m: int, itemsize: int, team: int) -> Plan:
-    """Plan the sum of convolutions with packed kernels."""
-    groups = len(columns.groups)
-    return winograd.plan(specs, m, groups, itemsize, team) if m else direct.plan(specs, groups, itemsize, team)
 
 
 def run(
     plan: Plan, columns: packing.Columns, cell: np.ndarray, B: int, T: int, team: int, *,
     x: Slots, h: Slots, h_first: Slots = NOTHING, c: Slots = NOTHING, c_first: Slots = NOTHING, y: Slots = NOTHING,
     y_first: Slots = NOTHING, gates: Slots = NOTHING, fresh: bool = True, mask: np.ndarray | None = None,
+    step_flops: int = 0,
 ) -> np.ndarray:  # fmt: skip
     """Run T steps on B images with up to `team` threads, writing to the memory of h, c, y and gates.
 
-    Without gates (conv2d) it returns where (B,) anything written to h is infinite or NaN.
+    What only stores columns (conv2d) returns where (B,) anything written to h is infinite or NaN.
+
+    Between pieces of the sequence Python gets to answer a Ctrl-C; step_flops, the floating-point operations of a step,
+    sizes the first, the time it took the others.
     """
     trouble = np.zeros(B, np.int64)
+    team = max(1, min(team, plan.pieces))
+    share = -(-plan.scratch_bytes // 4096) * 4096 + LINE * 5  # workers at different cache sets
+    lines = plan.units * (1 + plan.blocks) if team > 1 else 0
     flow = np.empty(1, FLOW)
-    workers = min(team, plan.units if plan.by_unit else plan.units * plan.tasks)
-    share = -(-plan.scratch_bytes // 4096) * 4096 + 64 * 5  # workers at different cache sets
-    memory = scratch(share * workers)
-    flow[0] = (
-        B, T, workers, plan.units, plan.tasks, T if plan.by_unit or workers == 1 else 1,
-        T * plan.tasks if plan.by_unit else 1, mask is not None, fresh,
-        *x[:3], *h_first[:3], *h[:3], *c_first[:3], *c[:3], *y_first[:3], *y[:3], h.kept, c.kept,
-        trouble.ctypes.data, memory.ctypes.data, share,
-    )  # fmt: skip
-    kept = NO_GATES if gates is NOTHING else np.array(gates[:3], np.int64)
-    threads.run(plan.kernels, workers, columns.weights[:0], flow, kept, plan.work, plan.sources, columns.groups,
-                *plan.tables, columns.weights, columns.bias, cell, NO_MASK if mask is None else mask)  # fmt: skip
+    with scratch(share * team) as memory:
+        progress = packing.aligned_empty(lines * LINE // 8, np.dtype(np.int64))
+        flow[0] = (
+            B, 0, T, plan.units, plan.blocks, plan.parts, mask is not None, fresh,
+            *x[:3], *h_first[:3], *h[:3], *c_first[:3], *c[:3], *y_first[:3], *y[:3], *gates[:3], h.kept, c.kept,
+            trouble.ctypes.data, memory.ctypes.data, share, progress.ctypes.data,
+        )  # fmt: skip
+        tables = (*plan.tables, *columns.tables, cell, NO_MASK if mask is None else np.ascontiguousarray(mask))
+        t, count, seconds = 0, T, 0.0
+        if step_flops * T > PIECE_FLOPS:
+            count = max(1, PIECE_FLOPS // step_flops)
+        while t < T:
+            start = time.perf_counter()
+            progress.fill(0)
+            flow["first_step"], flow["steps"] = t, min(count, T - t)
+            threads.run(plan.kernel, min(team, threads.usable_threads()), plan.variant, flow, *tables)
+            t += count
+            if t < T:
+                seconds = time.perf_counter() - start
+                count = max(1, min(4 * count, int(count * PIECE_SECONDS / seconds)))
     return trouble != 0

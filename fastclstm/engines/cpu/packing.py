@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fastclstm.engines.cpu.kernels import simd
+from fastclstm.engines.cpu.kernels.entry import Table, table
 
 
 class Columns(NamedTuple):
@@ -18,6 +19,8 @@ class Columns(NamedTuple):
     groups: np.ndarray
     weights: np.ndarray
     bias: np.ndarray
+    tables: tuple[Table, ...]
+    """The three, as kernels get them."""
 
 
 def aligned_empty(count: int, dtype: np.dtype) -> np.ndarray:
@@ -62,7 +65,8 @@ def lay_out(
             for gate in range(gates):
                 column = start + gate * width
                 biases[column : column + count] = bias[gate, first : first + count]
-    return Columns(np.array(groups, np.int64).reshape(-1, 6), weights, biases)
+    columns = np.array(groups, np.int64).reshape(-1, 6), weights, biases
+    return Columns(*columns, tuple(map(table, columns)))
 
 
 def pack(matrix: np.ndarray, scales: np.ndarray, bias: np.ndarray | None) -> Columns:

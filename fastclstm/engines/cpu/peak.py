@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import time
 
-import numba
 import numpy as np
 from numba import types
 from numba.extending import intrinsic
 
 from fastclstm.engines.cpu import threads
-from fastclstm.engines.cpu.compilation import inline, kernel
 from fastclstm.engines.cpu.kernels import simd
+from fastclstm.engines.cpu.kernels.entry import kernel
 from fastclstm.engines.cpu.kernels.padding import copy_run
+from fastclstm.engines.cpu.kernels.team import workers_of
 from fastclstm.engines.cpu.packing import aligned_empty
 
 CHAINS = 24 if simd.REGISTERS == 32 else 12
@@ -40,22 +40,15 @@ def _multiply_add(typingctx, like, rounds, value):
     return like.dtype(like, types.intp, like.dtype), codegen
 
 
-@kernel(parallel=True)
-def _multiply_add_everywhere(like, rounds, factors, sums):
-    for worker in numba.prange(sums.size):
-        sums[worker] = _multiply_add(like, rounds, factors[worker])
+@kernel
+def _multiply_add_everywhere(job, worker, rounds, factors, sums):
+    sums[worker] = _multiply_add(sums, rounds[0], factors[worker])
 
 
-@inline
-def _copy_share(source, target, share, worker):
+@kernel
+def _copy_everywhere(job, worker, source, target):
+    share = source.size // workers_of(job)
     copy_run(simd.shift(simd.pointer(target), worker * share), simd.shift(simd.pointer(source), worker * share), share)
-
-
-@kernel(parallel=True)
-def _copy_everywhere(source, target, workers):
-    share = source.size // workers
-    for worker in numba.prange(workers):
-        _copy_share(source, target, share, worker)
 
 
 def fma_peak_gflops(team: int | None = None, dtype: str = "float32", *, milliseconds: float = 4.0) -> float:
@@ -70,11 +63,10 @@ def fma_peak_gflops(team: int | None = None, dtype: str = "float32", *, millisec
         About how long one of the five rounds lasts; the fastest counts.
     """
     team = threads.usable_threads() if team is None else team
-    like = np.empty(0, dtype)
     factors, sums = np.full(team, 0.5, dtype), np.empty(team, dtype)
-    flops = 2 * CHAINS * simd.lanes(like.itemsize) * team
+    flops = 2 * CHAINS * simd.lanes(sums.itemsize) * team
     rounds = int(milliseconds * 1e-3 * 100e9 * team / flops)
-    return rounds * flops / _fastest(team, lambda: _multiply_add_everywhere(like, rounds, factors, sums)) / 1e9
+    return rounds * flops / _fastest(_multiply_add_everywhere, team, np.array([rounds]), factors, sums) / 1e9
 
 
 def bandwidth_gbs(team: int | None = None, *, megabytes: int = 256) -> float:
@@ -84,15 +76,14 @@ def bandwidth_gbs(team: int | None = None, *, megabytes: int = 256) -> float:
     source, target = aligned_empty(count, np.dtype(np.float32)), aligned_empty(count, np.dtype(np.float32))
     source.fill(1.0)  # memory that was never written is one page, and would be read from the cache
     target.fill(0.0)
-    return 2 * source.nbytes / _fastest(team, lambda: _copy_everywhere(source, target, team)) / 1e9
+    return 2 * source.nbytes / _fastest(_copy_everywhere, team, source, target) / 1e9
 
 
-def _fastest(team, run) -> float:
+def _fastest(kernel, team, *arrays) -> float:
     seconds = []
-    with threads.team(team):
-        run()
-        for _ in range(5):
-            start = time.perf_counter()
-            run()
-            seconds.append(time.perf_counter() - start)
+    threads.run(kernel, team, (), *arrays)
+    for _ in range(5):
+        start = time.perf_counter()
+        threads.run(kernel, team, (), *arrays)
+        seconds.append(time.perf_counter() - start)
     return min(seconds)

@@ -1,8 +1,8 @@
 """How many threads compute, and when one must do it all.
 
 The count is the package's own: Numba's and other libraries' settings are left as they are. It comes from
-set_num_threads, else $FASTCLSTM_NUM_THREADS, else the processors this process may use (affinity and, on Linux, the
-control group's quota).
+set_num_threads, else $FASTCLSTM_NUM_THREADS, else $OMP_NUM_THREADS, else the processors this process may use (affinity
+and, on Linux, the control group's quota).
 """
 
 from __future__ import annotations
@@ -10,30 +10,52 @@ from __future__ import annotations
 import operator
 import os
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from array import array
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numba
+import numpy as np
+from numba.core.compiler_lock import global_compiler_lock
+
+from fastclstm.engines.cpu.kernels.entry import Kernel, Table, table
+from fastclstm.engines.cpu.kernels.team import HEADER, SLEEPS, WORKERS, run_team
 
 VARIABLE = "FASTCLSTM_NUM_THREADS"
+GENERAL_VARIABLE = "OMP_NUM_THREADS"
+"""What programs that run many processes, such as Dask's workers, set for all libraries."""
 _SAFE_LAYERS = ("tbb", "omp")
 """Threading layers that two Python threads may enter at once."""
 
+_HEADER = [0] * HEADER
+_SLEEP_SECONDS = 1e-4
+"""How long a worker's sleep lasts, about."""
+_LOSS = 0.2
+"""Share of a call's time that the first worker may sleep before teams are given up for a while."""
+_PATIENCE = 20
+"""How many times as long as what was lost."""
+
 _chosen: int | None = None
 _forked = False
-_team_at_work = threading.Lock()
+_at_work: dict[int, None] = {}
+"""Python threads that are in `run`."""
+_alone_until = 0.0
 
 
 def _after_fork() -> None:
     global _forked
     _forked = True  # the parent's worker threads are not here, and some layers kill a child that asks for them
+    _at_work.clear()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+    # No thread may be compiling when a process forks: in the child nobody would ever release the compiler's lock.
+    os.register_at_fork(
+        before=global_compiler_lock.acquire,
+        after_in_parent=global_compiler_lock.release,
+        after_in_child=lambda: (global_compiler_lock.release(), _after_fork()),
+    )
 
 
 def set_num_threads(count: int | None) -> None:
@@ -64,17 +86,20 @@ def set_num_threads(count: int | None) -> None:
 
 def get_num_threads() -> int:
     """Return how many threads fastclstm's cpu engine uses where the work is large enough."""
+    if _forked:
+        return 1
     wanted = _chosen if _chosen is not None else _from_environment() or available_processors()
     return min(wanted, numba.config.NUMBA_NUM_THREADS)
 
 
 def _from_environment() -> int | None:
     text = os.environ.get(VARIABLE)
-    if text is None:
-        return None
-    if not text.isdecimal() or int(text) < 1:
-        raise ValueError(f"the environment variable {VARIABLE} must be a positive integer, got {text!r}")
-    return int(text)
+    if text is not None:
+        if not text.isdecimal() or int(text) < 1:
+            raise ValueError(f"the environment variable {VARIABLE} must be a positive integer, got {text!r}")
+        return int(text)
+    general = os.environ.get(GENERAL_VARIABLE, "").partition(",")[0].strip()
+    return int(general) if general.isdecimal() and int(general) > 0 else None
 
 
 def available_processors() -> int:
@@ -117,13 +142,16 @@ def _quota(folder: Path, controllers: str) -> float | None:
 
 
 def usable_threads() -> int:
-    """Return how many threads a call from here and now may use: 1 where starting others would be unsafe."""
+    """Return how many threads a call from here and now may use: 1 where starting others would be unsafe or unwise."""
     count = get_num_threads()
-    if count == 1 or _forked or _team_at_work.locked():  # the last: other Python threads keep the processors busy
+    if count == 1:
+        return 1
+    others = len(_at_work.keys() - {threading.get_ident()})  # Python threads that compute too share the processors
+    if count // (1 + others) < 2 or time.perf_counter() < _alone_until:
         return 1
     if threading.current_thread() is not threading.main_thread() and threading_layer() not in _SAFE_LAYERS:
         return 1
-    return count
+    return count // (1 + others) if _can_start(count) else 1
 
 
 def threading_layer() -> str:
@@ -132,27 +160,46 @@ def threading_layer() -> str:
     return numba.threading_layer()
 
 
-@contextmanager
-def team(count: int) -> Iterator[None]:
-    """Let Numba's parallel regions in this thread use `count` threads, and put its setting back."""
-    before = numba.get_num_threads()
-    first = _team_at_work.acquire(blocking=False)
+@cache
+def _can_start(count: int) -> bool:
+    """Whether so many threads can be created here: where not, some threading layers end the process, others hang."""
+    release = threading.Event()
+    started = [threading.Thread(target=release.wait, daemon=True) for _ in range(count)]
     try:
-        if count != before:
-            numba.set_num_threads(count)
-        yield
+        for thread in started:
+            thread.start()
+    except RuntimeError:
+        return False
     finally:
-        if count != before:
-            numba.set_num_threads(before)
-        if first:
-            _team_at_work.release()
+        release.set()
+    return True
 
 
-def run(kernels: tuple[Any, Any], count: int, *arguments: Any) -> None:
-    """Call the first of two kernels, the serial one, or with a `count` above 1 the parallel one by a team."""
-    serial, parallel = kernels
-    if count == 1:
-        serial(*arguments)
-    else:
-        with team(count):
-            parallel(*arguments)
+def run(kernel: Kernel, team: int, variant: tuple[int, ...], *arguments: np.ndarray | Table) -> None:
+    """Run a kernel on some arrays by up to `team` threads.
+
+    A team whose threads had to wait for processors that others keep busy is not asked again for a while, in which the
+    caller's thread computes alone: about twenty times as long as was lost, so that asking costs little.
+    """
+    global _alone_until
+    tables = [argument if type(argument) is Table else table(argument) for argument in arguments]
+    address, function = kernel.function(variant, tables)
+    job = array("q", _HEADER)
+    for entry in tables:
+        job.extend(entry.place)
+    job[WORKERS] = team
+    place, _ = job.buffer_info()
+    me = threading.get_ident()
+    nested = me in _at_work
+    _at_work[me] = None
+    try:
+        if team == 1:
+            function(place, 0)
+            return
+        start = time.perf_counter()
+        run_team(address, place, team)
+        if job[SLEEPS] * _SLEEP_SECONDS > _LOSS * (time.perf_counter() - start):
+            _alone_until = time.perf_counter() + _PATIENCE * job[SLEEPS] * _SLEEP_SECONDS
+    finally:
+        if not nested:
+            _at_work.pop(me, None)

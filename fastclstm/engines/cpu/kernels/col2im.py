@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 
-from fastclstm.engines.cpu import threads
-from fastclstm.engines.cpu.compilation import inline, kernel
+from fastclstm.engines.cpu.compilation import inline
 from fastclstm.engines.cpu.kernels import simd
-from fastclstm.engines.cpu.kernels.padding import SOURCE, clear_run, source
-from fastclstm.engines.cpu.kernels.schedule import Slots
-from fastclstm.spec import ConvSpec
+from fastclstm.engines.cpu.kernels.entry import kernel
+from fastclstm.engines.cpu.kernels.padding import clear_run
+from fastclstm.engines.cpu.kernels.team import grain, next_item
 
-JOB = np.dtype([
-    ("B", np.int64), ("T", np.int64), ("HO", np.int64), ("WO", np.int64), ("workers", np.int64),
+WORK = np.dtype([
+    ("B", np.int64), ("T", np.int64), ("HO", np.int64), ("WO", np.int64),
     *((f"{name}{field}", kind) for name in ("taps", "dx")
       for field, kind in (("", np.uint64), ("_image", np.int64), ("_step", np.int64))),
 ])  # fmt: skip
@@ -30,13 +28,13 @@ def _add_run(target, origin, count):
 
 
 @inline
-def _add_row(job, src, taps, ky, row):
+def _add_row(work, src, taps, ky, row):
     """Add what tap row ky of a row of outputs, taps (WO, KH, KW, C), gives to a row (W, C) of pixels."""
     size = src.KH * src.KW * src.C
     for kx in range(src.KW):
         x0 = kx * src.dilation_x - src.left
         origin = simd.shift(taps, (ky * src.KW + kx) * src.C)
-        first, last = 0, job.WO
+        first, last = 0, work.WO
         if not src.circular:
             first = min(max(0, -(x0 // src.stride_x)), last)
             last = max(min(last, (src.W - 1 - x0) // src.stride_x + 1), first)
@@ -51,15 +49,19 @@ def _add_row(job, src, taps, ky, row):
             _add_run(simd.shift(row, x * src.C), simd.shift(origin, j * size), src.C)
 
 
-@inline
-def _work(like, job, src, worker):
-    rows = job.B * job.T * src.H
+@kernel
+def fold(job, worker, like, works, sources):
+    """Sum what the taps of a kernel give to each row of pixels."""
+    work, src = works[0], sources[0]
+    rows = work.B * work.T * src.H
     size = src.KH * src.KW * src.C
-    reach = (src.KH - 1) * src.dilation_y + (job.HO - 1) * src.stride_y
-    for n in range(rows * worker // job.workers, rows * (worker + 1) // job.workers):
-        b, t, y = n // (job.T * src.H), n // src.H % job.T, n % src.H
-        taps = simd.at(like, np.uint64(np.int64(job.taps) + b * job.taps_image + t * job.taps_step))
-        frame = simd.at(like, np.uint64(np.int64(job.dx) + b * job.dx_image + t * job.dx_step))
+    reach = (src.KH - 1) * src.dilation_y + (work.HO - 1) * src.stride_y
+    piece = grain(job, rows)
+    n = next_item(job, -1, piece)
+    while n < rows:
+        b, t, y = n // (work.T * src.H), n // src.H % work.T, n % src.H
+        taps = simd.at(like, np.uint64(np.int64(work.taps) + b * work.taps_image + t * work.taps_step))
+        frame = simd.at(like, np.uint64(np.int64(work.dx) + b * work.dx_image + t * work.dx_step))
         row = simd.shift(frame, y * src.W * src.C)
         clear_run(row, src.W * src.C)
         padded = y + src.top  # and, where padding repeats the frame, every H-th row before and after
@@ -68,29 +70,9 @@ def _work(like, job, src, worker):
         while padded <= reach:
             for ky in range(src.KH):
                 i = padded - ky * src.dilation_y
-                if i >= 0 and i % src.stride_y == 0 and i // src.stride_y < job.HO:
-                    _add_row(job, src, simd.shift(taps, i // src.stride_y * job.WO * size), ky, row)
+                if i >= 0 and i % src.stride_y == 0 and i // src.stride_y < work.HO:
+                    _add_row(work, src, simd.shift(taps, i // src.stride_y * work.WO * size), ky, row)
             if not src.circular:
                 break
             padded += src.H
-
-
-@kernel()
-def _serial(like, jobs, sources):
-    _work(like, jobs[0], sources[0], 0)
-
-
-@kernel(parallel=True)
-def _parallel(like, jobs, sources):
-    for worker in numba.prange(jobs[0].workers):
-        _work(like, jobs[0], sources[0], worker)
-
-
-KERNELS = _serial, _parallel
-
-
-def fold(spec: ConvSpec, dtype: np.dtype, taps: Slots, dx: Slots, T: int, team: int) -> None:
-    """Sum taps (B, T, HO, WO, KH, KW, C) to dx (B, T, H, W, C)."""
-    job = np.zeros(1, JOB)
-    job[0] = (spec.B, T, spec.HO, spec.WO, team, *taps[:3], *dx[:3])
-    threads.run(KERNELS, team, np.empty(0, dtype), job, np.array([source(spec)], SOURCE))
+        n = next_item(job, n, piece)

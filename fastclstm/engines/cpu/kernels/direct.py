@@ -6,20 +6,25 @@ columns stays in registers while the kernel's rows, contiguous runs of KW·C sca
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
-
-import numba
 import numpy as np
 from numba import types
 from numba.extending import intrinsic
 
-from fastclstm.engines.cpu.compilation import inline, kernel
+from fastclstm.engines.cpu.compilation import inline
 from fastclstm.engines.cpu.kernels import simd
+from fastclstm.engines.cpu.kernels.entry import kernel
 from fastclstm.engines.cpu.kernels.gates import finish, skip_step
-from fastclstm.engines.cpu.kernels.padding import SOURCE, copy_patch, source
-from fastclstm.engines.cpu.kernels.schedule import Plan, place, share, skipped_sources, source_at, worker_scratch
-from fastclstm.spec import ConvSpec
+from fastclstm.engines.cpu.kernels.padding import copy_patch
+from fastclstm.engines.cpu.kernels.schedule import (
+    first_piece,
+    next_piece,
+    piece_done,
+    place,
+    skipped_sources,
+    source_at,
+    wait_for_neighbours,
+    worker_scratch,
+)
 
 BLOCK_PIXELS = 384
 """Output pixels of one block, at most: enough to use each weight panel often, few enough for the L2 cache."""
@@ -34,7 +39,6 @@ MAX_ROWS = 12
 
 WORK = np.dtype([(name, np.int64) for name in (
     "HO", "WO", "block_height", "block_width", "blocks_x",
-    "parts",  # pieces into which the groups of a block are cut
     "z", "pixels", "offsets0", "offsets1",  # indices into the scratch memory
 )])  # fmt: skip
 
@@ -106,11 +110,12 @@ def _reads_in_place(src):
 
 @inline
 def _run_block(
-    like, flow, kept, work, sources, groups, panels, passes, segments, weights, bias, cell, mask, scratch, b, t, task
-):
+    kind, keeps, flow, work, sources, groups, panels, passes, segments, weights, bias, cell, mask, scratch, b, t, block,
+    part,
+):  # fmt: skip
     """Compute one block of image b at step t, for a part of the groups."""
-    block, part = task // work.parts, task % work.parts
-    group0, group1 = len(groups) * part // work.parts, len(groups) * (part + 1) // work.parts
+    like = weights
+    group0, group1 = len(groups) * part // flow.parts, len(groups) * (part + 1) // flow.parts
     y0, x0 = block // work.blocks_x * work.block_height, block % work.blocks_x * work.block_width
     height, width = min(work.block_height, work.HO - y0), min(work.block_width, work.WO - x0)
     count = height * width
@@ -171,121 +176,26 @@ def _run_block(
                     _tile(vectors, begin, 0 if n == first_pass else columns, sums, base, offsets, segment, passes[n, 1],
                           passes[n, 2], panel_weights)  # fmt: skip
                 if p == last_panel:
-                    finish(like, flow, kept, cell, group, sums, simd.shift(pixels, r), min(rows, count - r), b, t)
+                    finish(
+                        kind, keeps, like, flow, cell, group, sums, simd.shift(pixels, r), min(rows, count - r), b, t
+                    )
 
 
-@inline
-def _work(like, flow, kept, work, sources, groups, panels, passes, segments, weights, bias, cell, mask, worker, t0):
+@kernel
+def run(
+    kind, keeps, job, worker, flows, works, sources, neighbours, panels, passes, segments, groups, weights, bias, cells,
+    mask,
+):  # fmt: skip
+    """Compute a piece of a sequence, and what `gates.finish` makes of it."""
+    flow = flows[0]
     scratch = worker_scratch(flow, worker)
-    first, last = share(flow, worker)
-    for n in range(first, last):
-        b, t, task = place(flow, n)
-        _run_block(like, flow, kept, work, sources, groups, panels, passes, segments, weights, bias, cell, mask,
-                   scratch, b, t0 + t, task)  # fmt: skip
-
-
-@kernel()
-def run_serial(like, flows, kept, works, sources, groups, panels, passes, segments, weights, bias, cells, mask):
-    """Compute all steps in one thread."""
-    _work(
-        like, flows[0], kept, works[0], sources, groups, panels, passes, segments, weights, bias, cells[0], mask, 0, 0
-    )
-
-
-@kernel(parallel=True)
-def run_parallel(like, flows, kept, works, sources, groups, panels, passes, segments, weights, bias, cells, mask):
-    """Compute all steps in flow.workers threads."""
-    workers, T, length = flows[0].workers, flows[0].T, flows[0].length
-    for t0 in range(0, T, length):
-        for worker in numba.prange(workers):
-            _work(like, flows[0], kept, works[0], sources, groups, panels, passes, segments, weights, bias, cells[0],
-                  mask, worker, t0)  # fmt: skip
-
-
-@lru_cache(maxsize=256)
-def plan(specs: tuple[ConvSpec, ...], groups: int, itemsize: int, threads: int) -> Plan:
-    """Plan the sum of the convolutions `specs` (same output grid, own inputs) for a number of groups and threads."""
-    B, HO, WO = specs[0].B, specs[0].HO, specs[0].WO
-    width = -(-WO // -(-WO // 96))
-    height = _block_height(B * -(-WO // width), HO, max(1, BLOCK_PIXELS // width), threads)
-    blocks_x, blocks_y = -(-WO // width), -(-HO // height)
-    segments, passes, panels = _weight_order(specs, width)
-
-    sources = np.zeros(len(specs), SOURCE)
-    at = 0
-    for n, spec in enumerate(specs):
-        sources[n] = source(spec)
-        sources[n]["scratch"] = at
-        rows = (height - 1) * spec.strides[0] + (spec.KH - 1) * spec.dilation[0] + 1
-        columns = (width - 1) * spec.strides[1] + (spec.KW - 1) * spec.dilation[1] + 1
-        at += _aligned(rows * columns * spec.C * itemsize)
-    work = np.zeros(1, WORK)
-    indices = _aligned((height * width + MAX_ROWS) * 8)
-    tile_rows = height * width + MAX_ROWS if len(panels) > 2 else MAX_ROWS
-    z, pixels = at, at + _aligned((tile_rows + 4) * 4 * simd.VECTOR_BYTES)
-    parts = min(groups, -(-threads // max(1, B * blocks_x * blocks_y)))
-    work[0] = (HO, WO, height, width, blocks_x, parts, z, pixels, pixels + indices, pixels + 2 * indices)
-    by_unit = B % threads == 0 or 8 * threads <= B
-    return Plan((run_serial, run_parallel), work, sources, (panels, passes, segments), pixels + 3 * indices, B,
-                blocks_x * blocks_y * parts, by_unit)  # fmt: skip
-
-
-def _aligned(size: int) -> int:
-    return -(-size // 64) * 64 + 64
-
-
-def _block_height(columns_of_blocks: int, HO: int, most: int, threads: int) -> int:
-    """Rows of a block, at most `most`, that give every thread about the same number of rows."""
-    fewest = -(-HO // most)
-
-    def load(count: int) -> float:
-        height = -(-HO // count)
-        return -(-columns_of_blocks * -(-HO // height) // threads) * (height + 0.25)
-
-    return -(-HO // min(range(fewest, min(HO, fewest + threads) + 1), key=load))
-
-
-def _weight_order(specs: Sequence[ConvSpec], block_width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return segments (offset in the patch, first weight row, length), passes (source, segments), panels (passes)."""
-    longest = PANEL_BYTES // (4 * simd.VECTOR_BYTES)
-    segments: list[tuple[int, int, int]] = []
-    passes: list[tuple[int, int, int]] = []
-    panels = [0]
-    row = filled = 0
-    for n, spec in enumerate(specs):
-        pitch = ((block_width - 1) * spec.strides[1] + (spec.KW - 1) * spec.dilation[1] + 1) * spec.C
-        taps = 1 if spec.dilation[1] == 1 else spec.KW
-        run = spec.KW * spec.C // taps
-        begun = len(segments)
-        for ky in range(spec.KH):
-            for tap in range(taps):
-                offset = ky * spec.dilation[0] * pitch + tap * spec.dilation[1] * spec.C
-                pieces = -(-run // longest)
-                for piece in range(pieces):
-                    lo, hi = run * piece // pieces, run * (piece + 1) // pieces
-                    if filled and filled + hi - lo > longest:  # this panel is full
-                        if len(segments) > begun:
-                            passes.append((n, begun, len(segments)))
-                        panels.append(len(passes))
-                        begun, filled = len(segments), 0
-                    segments.append((offset + lo, row + lo, hi - lo))
-                    filled += hi - lo
-                row += run
-        passes.append((n, begun, len(segments)))
-    panels.append(len(passes))
-    return np.array(segments, np.int64), np.array(passes, np.int64), np.array(panels, np.int64)
-
-
-STREAMING_ROWS = 8
-"""Reading a vector of weights from the cache takes as long as so many multiply-adds with it."""
-
-
-def cost(specs: tuple[ConvSpec, ...], images: int, itemsize: int) -> float:
-    """Estimate the work of one step in multiply-adds of vectors, from measurements.
-
-    The gates, which cost every algorithm the same, are left out.
-    """
-    spec = specs[0]
-    vectors = -(-spec.F // simd.lanes(itemsize))
-    rows = max(images * spec.HO * spec.WO, STREAMING_ROWS)
-    return rows * sum(s.KH * s.KW * s.C for s in specs) * vectors / 0.85
+    unit, piece, helped = first_piece()
+    while True:
+        unit, piece, helped = next_piece(flow, job, unit, piece, helped)
+        if unit < 0:
+            break
+        t, block, part = place(flow, piece)
+        wait_for_neighbours(flow, job, sources, neighbours, unit, block, t)
+        _run_block(kind, keeps, flow, works[0], sources, groups, panels, passes, segments, weights, bias, cells[0], mask,
+                   scratch, unit, t, block, part)  # fmt: skip
+        piece_done(flow, job, sources, unit, block)

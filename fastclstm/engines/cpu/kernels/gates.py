@@ -17,13 +17,15 @@ from fastclstm.spec import PEEPHOLE_GATES, ConvLSTMSpec
 
 CELL = np.dtype([
     ("F", np.int64),
-    ("gated", np.int64),  # 0: store the columns; 1: update the states
-    ("standard", np.int64),  # 1: tanh, sigmoid, tanh and nothing else; the weights carry SCALES
     ("recurrent_activation", np.int64), ("activation", np.int64), ("output_activation", np.int64),
     ("peephole_i", np.uint64), ("peephole_f", np.uint64), ("peephole_o", np.uint64),  # addresses, 0: none
     ("peephole_pixel", np.int64),  # weights of the next pixel are so many scalars on
     ("clip", np.float64),
 ])  # fmt: skip
+
+STORE, STANDARD, GENERAL = 0, 1, 2
+"""What becomes of the columns, as kernels know when they are compiled: stored; gates with tanh, sigmoid, tanh and nothing
+else, whose weights carry `SCALES`; gates with any activations, peepholes and clipping."""
 
 SCALES = -vmath.LOG2E * np.array([1.0, 1.0, 2.0, 1.0])
 """Factors of the weights of i, f, g, o that let the standard gates be powers of two."""
@@ -46,8 +48,7 @@ def cell(spec: ConvLSTMSpec, peephole: dict[str, np.ndarray] | None) -> np.ndarr
     assert codes is not None
     cells = np.zeros(1, CELL)
     record = cells[0]
-    record["F"], record["gated"] = spec.F, 1
-    record["standard"] = codes == (1, 0, 0) and peephole is None and spec.cell_clip is None
+    record["F"] = spec.F
     record["recurrent_activation"], record["activation"], record["output_activation"] = codes
     record["clip"] = np.inf if spec.cell_clip is None else spec.cell_clip
     if peephole is not None:
@@ -55,6 +56,12 @@ def cell(spec: ConvLSTMSpec, peephole: dict[str, np.ndarray] | None) -> np.ndarr
             record[f"peephole_{gate}"] = peephole[gate].ctypes.data
         record["peephole_pixel"] = spec.F if spec.peephole == "elementwise" else 0
     return cells
+
+
+def kind(spec: ConvLSTMSpec) -> int:
+    """`STANDARD` or `GENERAL`."""
+    plain = spec.peephole is None and spec.cell_clip is None
+    return STANDARD if activation_codes(spec) == (1, 0, 0) and plain else GENERAL
 
 
 @inline
@@ -85,13 +92,13 @@ def _keep(like, address, F, index, count, i, f, g, o):
 
 
 @inline
-def standard_gates(like, kept, F, index, count, z_i, z_f, z_g, z_o, c):
-    """New c and h from pre-activations that carry SCALES; the gates go to the address `kept` unless it is 0.
+def _standard_gates(like, keeps, kept, F, index, count, z_i, z_f, z_g, z_o, c):
+    """New c and h from pre-activations that carry SCALES; keeps: the gates go to the address `kept`.
 
     With E = 2**z: c' = [c(1+Ei)(1+Eg) + (1-Eg)(1+Ef)] / [(1+Ei)(1+Eg)(1+Ef)] and h = (1-Ec) / [(1+Eo)(1+Ec)].
     """
     e_i, e_f, e_g, e_o = vmath.exp2_gate(z_i), vmath.exp2_gate(z_f), vmath.exp2_gate(z_g), vmath.exp2_gate(z_o)
-    if kept != 0:
+    if keeps == 1:
         one = simd.broadcast(c, 1.0)
         g = (1.0 - e_g) / (1.0 + e_g)
         _keep(like, kept, F, index, count, one / (1.0 + e_i), one / (1.0 + e_f), g, one / (1.0 + e_o))
@@ -108,10 +115,10 @@ def _peep(like, address, index, c, count):
 
 
 @inline
-def general_gates(like, cell, kept, kept_index, index, count, z_i, z_f, z_g, z_o, c):
+def _general_gates(like, cell, keeps, kept, kept_index, index, count, z_i, z_f, z_g, z_o, c):
     """New c and h with any activations, peepholes and clipping; `index` finds this pixel's peephole weights.
 
-    The gates go to the address `kept` unless it is 0.
+    keeps: the gates go to the address `kept`.
     """
     if cell.peephole_i != 0:
         z_i = z_i + _peep(like, cell.peephole_i, index, c, count)
@@ -124,52 +131,66 @@ def general_gates(like, cell, kept, kept_index, index, count, z_i, z_f, z_g, z_o
     if cell.peephole_o != 0:
         z_o = z_o + _peep(like, cell.peephole_o, index, c, count)
     o = vmath.activate(cell.recurrent_activation, z_o)
-    if kept != 0:
+    if keeps == 1:
         _keep(like, kept, cell.F, kept_index, count, i, f, g, o)
     return c, o * vmath.activate(cell.output_activation, c)
 
 
 @inline
-def finish(like, flow, kept, cell, group, z, pixels, count, b, t):
+def finish(kind, keeps, like, flow, cell, group, z, pixels, count, b, t):
     """Use up the z of `count` pixels; `pixels[r]` is the index of the r-th on the output's grid, negative: skip it.
 
     group is (weights, vectors, width, first filter, filters); b and t say which image's states at which step.
     """
-    h_new, y, gates = h_after(flow, b, t), y_at(flow, b, t), gates_at(kept, b, t)
-    c_old, c_new = c_before(flow, b, t), c_after(flow, b, t)
+    if kind == STORE:
+        _store(like, flow, cell, group, z, pixels, count, b, t)
+    else:
+        _update(kind, keeps, like, flow, cell, group, z, pixels, count, b, t)
+
+
+@inline
+def _store(like, flow, cell, group, z, pixels, count, b, t):
     step = simd.vector_lanes(z)
-    width, first, filters = group[2], group[3], group[4]
-    columns = group[1] * step
+    first, filters, columns = group[3], group[4], group[1] * step
     zero = simd.zeros(z)
     unusual = zero  # becomes NaN where anything stored is infinite or NaN
+    for r in range(count):
+        if pixels[r] < 0:
+            continue
+        target = simd.shift(simd.at(like, h_after(flow, b, t)), pixels[r] * cell.F + first)
+        for j in range(0, filters, step):
+            value = simd.load(simd.shift(z, r * columns + j))
+            unusual = simd.fma(value, zero, unusual)
+            put(simd.shift(target, j), value, min(step, filters - j))
+    if simd.horizontal_sum(unusual) != 0.0:
+        simd.at(group, flow.trouble)[b] = 1
+
+
+@inline
+def _update(kind, keeps, like, flow, cell, group, z, pixels, count, b, t):
+    h_new, y, gates = h_after(flow, b, t), y_at(flow, b, t), gates_at(flow, b, t)
+    c_old, c_new = c_before(flow, b, t), c_after(flow, b, t)
+    width, first, filters = group[2], group[3], group[4]
+    columns = group[1] * simd.vector_lanes(z)
     for r in range(count):
         pixel = pixels[r]
         if pixel < 0:
             continue
         z_r = simd.shift(z, r * columns)
         index = pixel * cell.F + first
-        if cell.gated == 0:
-            target = simd.shift(simd.at(like, h_new), index)
-            for j in range(0, filters, step):
-                value = simd.load(simd.shift(z_r, j))
-                unusual = simd.fma(value, zero, unusual)
-                put(simd.shift(target, j), value, min(step, filters - j))
-            continue
         c = take(simd.shift(simd.at(like, c_old), index), filters)
         z_i, z_f = simd.load(z_r), simd.load(simd.shift(z_r, width))
         z_g, z_o = simd.load(simd.shift(z_r, 2 * width)), simd.load(simd.shift(z_r, 3 * width))
         kept_index = 4 * pixel * cell.F + first
-        if cell.standard:
-            c, h = standard_gates(like, gates, cell.F, kept_index, filters, z_i, z_f, z_g, z_o, c)
+        if kind == STANDARD:
+            c, h = _standard_gates(like, keeps, gates, cell.F, kept_index, filters, z_i, z_f, z_g, z_o, c)
         else:
             weights = pixel * cell.peephole_pixel + first
-            c, h = general_gates(like, cell, gates, kept_index, weights, filters, z_i, z_f, z_g, z_o, c)
+            c, h = _general_gates(like, cell, keeps, gates, kept_index, weights, filters, z_i, z_f, z_g, z_o, c)
         put(simd.shift(simd.at(like, c_new), index), c, filters)
         put(simd.shift(simd.at(like, h_new), index), h, filters)
         if y != 0:
             put(simd.shift(simd.at(like, y), index), h, filters)
-    if simd.horizontal_sum(unusual) != 0.0:
-        simd.at(group, flow.trouble)[b] = 1
 
 
 @inline

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 
-from fastclstm.engines.cpu import threads
-from fastclstm.engines.cpu.compilation import inline, kernel
+from fastclstm.engines.cpu.compilation import inline
 from fastclstm.engines.cpu.kernels import simd, vmath
-from fastclstm.engines.cpu.kernels.gates import put, take
+from fastclstm.engines.cpu.kernels.entry import kernel
+from fastclstm.engines.cpu.kernels.gates import STANDARD, put, take
 from fastclstm.engines.cpu.kernels.padding import clear_run
-from fastclstm.engines.cpu.kernels.schedule import Slots
+from fastclstm.engines.cpu.kernels.team import grain, next_item
 
 CHUNK_PIXELS = 64
 """Pixels whose sums of gradients are taken together."""
 
 STEP = np.dtype([
-    ("B", np.int64), ("pixels", np.int64), ("F", np.int64), ("workers", np.int64),
+    ("B", np.int64), ("pixels", np.int64), ("F", np.int64),
     *((f"{name}{field}", kind) for name in ("gates", "before", "h", "c", "dy", "dh", "dc", "dz")
       for field, kind in (("", np.uint64), ("_image", np.int64))),  # addresses at this step, bytes to the next image
     ("weights", np.uint64), ("dweights", np.uint64),  # addresses of peepholes i, f, o and of their gradients, 0: none
@@ -41,6 +40,14 @@ def _tanh(x):
     """Hyperbolic tangent as the forward pass takes it, without relative accuracy near 0."""
     e = vmath.exp2_gate(x * (-2.0 * vmath.LOG2E))
     return (1.0 - e) / (1.0 + e)
+
+
+@inline
+def _output(kind, cell, c):
+    """What the output gate multiplies."""
+    if kind == STANDARD:
+        return _tanh(c)
+    return vmath.activate(cell.output_activation, c)
 
 
 @inline
@@ -83,7 +90,7 @@ def _general(like, step, cell, sums, pixel, k, count, i, f, g, o, c, dh, dc):
 
 
 @inline
-def _pull_back(like, step, cell, b, pixel, sums):
+def _pull_back(kind, like, step, cell, b, pixel, sums):
     """Compute dz and the new dc of one pixel, and the h it began with, and add to the sums of its chunk."""
     F = step.F
     lanes = simd.vector_lanes(sums)
@@ -101,9 +108,9 @@ def _pull_back(like, step, cell, b, pixel, sums):
         dc = take(dc_place, count)
         if step.before != 0:
             o_before = take(_place(like, step.before, step.before_image, b, gate_index + 3 * F), count)
-            y = _tanh(c) if cell.standard else vmath.activate(cell.output_activation, c)
+            y = _output(kind, cell, c)
             put(_place(like, step.h, step.h_image, b, index), o_before * y, count)
-        if cell.standard:
+        if kind == STANDARD:
             dz_i, dz_f, dz_g, dz_o, dc = _standard(i, f, g, o, c, dh, dc)
         else:
             dz_i, dz_f, dz_g, dz_o, dc = _general(like, step, cell, sums, pixel, k, count, i, f, g, o, c, dh, dc)
@@ -119,69 +126,22 @@ def _pull_back(like, step, cell, b, pixel, sums):
         _add(simd.shift(bias, 3 * F), dz_o, count)
 
 
-@inline
-def _work(like, steps, cells, rows, worker):
+@kernel
+def pull_back(kind, job, worker, like, steps, cells, rows):
+    """Pull one step's gradients back through the gates of all pixels."""
     step = steps[0]
     chunks = (step.pixels + CHUNK_PIXELS - 1) // CHUNK_PIXELS
     local = simd.shift(simd.pointer(rows), worker * rows.shape[1])
     lanes = simd.vector_lanes(local)
-    for chunk in range(chunks * worker // step.workers, chunks * (worker + 1) // step.workers):
+    size = grain(job, chunks)
+    chunk = next_item(job, -1, size)
+    while chunk < chunks:
         sums = simd.shift(simd.at(like, step.sums), chunk * 7 * step.F)
         for b in range(step.B):
             clear_run(local, 7 * step.F)
             for pixel in range(chunk * CHUNK_PIXELS, min((chunk + 1) * CHUNK_PIXELS, step.pixels)):
-                _pull_back(like, step, cells[0], b, pixel, local)
+                _pull_back(kind, like, step, cells[0], b, pixel, local)
             for k in range(0, 7 * step.F, lanes):
                 count = min(lanes, 7 * step.F - k)
                 _add(simd.shift(sums, k), take(simd.shift(local, k), count), count)
-
-
-@kernel()
-def _serial(like, steps, cells, rows):
-    _work(like, steps, cells, rows, 0)
-
-
-@kernel(parallel=True)
-def _parallel(like, steps, cells, rows):
-    for worker in numba.prange(steps[0].workers):
-        _work(like, steps, cells, rows, worker)
-
-
-KERNELS = _serial, _parallel
-
-
-class GateGradients:
-    """The gates' part of backpropagation through time, and the sums over time that it keeps."""
-
-    def __init__(self, cell: np.ndarray, pixels: int, dtype: np.dtype, peephole: np.ndarray | None):
-        """`cell` as in the forward pass; peephole: the weights (3, …, F) of i, f and o."""
-        F = int(cell[0]["F"])
-        self._cell, self._peephole = cell, peephole
-        self._sums = np.zeros((-(-pixels // CHUNK_PIXELS), 7 * F), dtype)
-        self._elementwise = peephole is not None and peephole.ndim == 4
-        self._dpeephole = np.zeros_like(peephole) if self._elementwise else None
-        self._step = np.zeros(1, STEP)
-        for name, value in {"pixels": pixels, "F": F, "elementwise": self._elementwise,
-                            "weights": 0 if peephole is None else peephole.ctypes.data,
-                            "dweights": 0 if self._dpeephole is None else self._dpeephole.ctypes.data,
-                            "sums": self._sums.ctypes.data}.items():  # fmt: skip
-            self._step[name] = value
-
-    def pull_back(self, B: int, team: int, **arrays: Slots) -> None:
-        """Write dz and h of B images, and dc over dc, of the step at which the slots begin.
-
-        They are: gates, before (the gates that left h; without them h is not written), h and c before the step, dy
-        (may be missing), dh, dc and dz.
-        """
-        self._step["B"], self._step["workers"] = B, team
-        for name, slot in arrays.items():
-            self._step[name], self._step[f"{name}_image"] = slot.address, slot.image
-        rows = np.empty((team, self._sums.shape[1] + 16), self._sums.dtype)
-        threads.run(KERNELS, team, self._sums.reshape(-1)[:0], self._step, self._cell, rows)
-
-    def result(self) -> tuple[np.ndarray, np.ndarray | None]:
-        """Return the gradients of the bias (4F,) and of the peepholes (3, …, F)."""
-        sums = self._sums.sum(0)
-        F = len(sums) // 7
-        channels = None if self._peephole is None else sums[4 * F :].reshape(3, F)
-        return sums[: 4 * F], self._dpeephole if self._elementwise else channels
+        chunk = next_item(job, chunk, size)

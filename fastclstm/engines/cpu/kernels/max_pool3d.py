@@ -1,23 +1,19 @@
-"""max_pool3d on the cpu engine: one pass over the input, vectors of channels (of pixels where there are few)."""
+"""Max pooling in one pass over the input, on vectors of channels (of pixels where there are few)."""
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from fastclstm.engines.cpu import threads
-from fastclstm.engines.cpu.compilation import inline, kernel
+from fastclstm.engines.cpu.compilation import inline
 from fastclstm.engines.cpu.kernels import simd
-from fastclstm.spec import PoolSpec
-
-SERIAL_BYTES = 1 << 18
-"""Below this much memory traffic a second thread costs more than it saves."""
+from fastclstm.engines.cpu.kernels.entry import kernel
+from fastclstm.engines.cpu.kernels.team import claim, grain, next_item
 
 GEOMETRY = np.dtype([(name, np.int64) for name in (
-    "B", "T", "H", "W", "C", "TO", "HO", "WO", "PT", "PH", "PW", "ST", "SH", "SW", "front", "top", "left", "workers",
+    "B", "T", "H", "W", "C", "TO", "HO", "WO", "PT", "PH", "PW", "ST", "SH", "SW", "front", "top", "left",
 )])  # fmt: skip
 
 
@@ -110,75 +106,25 @@ def _splat_bits(builder: ir.IRBuilder, vector: ir.VectorType, number: ir.Value) 
     return builder.bitcast(simd.splat(builder, number), vector)
 
 
-def max_pool3d(spec: PoolSpec, x: np.ndarray, return_indices: bool) -> tuple[np.ndarray, np.ndarray | None]:
-    """Pool x (B, T, H, W, C): y (B, TO, HO, WO, C) and, if asked for, int64 indices into each (T, H, W) volume."""
-    y = np.empty(spec.output_shape, x.dtype)
-    indices = np.empty(spec.output_shape, np.int64) if return_indices else None
-    if y.size:
-        workers = max(1, min(threads.usable_threads(), x.nbytes // SERIAL_BYTES, spec.B * spec.TO * spec.HO))
-        geometry = _geometry(spec, workers)
-        if indices is None:
-            rows = np.empty((workers, spec.W * spec.C + 64), x.dtype)
-            threads.run(VALUES, workers, geometry, _address(x), y.reshape(-1), rows)
-        else:
-            threads.run(INDICES, workers, geometry, _address(x), y.reshape(-1), indices.reshape(-1))
-    return y, indices
-
-
-def max_pool3d_backward(spec: PoolSpec, indices: np.ndarray, dy: np.ndarray | None) -> np.ndarray:
-    """Add each gradient dy (B, TO, HO, WO, C) to the element of dx (B, T, H, W, C) that won its window."""
-    shape = spec.B, spec.T, spec.H, spec.W, spec.C
-    if dy is None or not dy.size:
-        return np.zeros(shape, np.float32 if dy is None else dy.dtype)
-    if any(stride < size for stride, size in zip(spec.strides, spec.pool_size, strict=True)):
-        dx = np.zeros((spec.B, spec.T * spec.H * spec.W, spec.C), dy.dtype)
-        workers = max(1, min(threads.usable_threads(), dy.nbytes // SERIAL_BYTES))
-        places = indices.reshape(spec.B, spec.TO * spec.HO * spec.WO, spec.C)
-        threads.run(SCATTER, workers, places, _address(dy), dx, workers)
-        return dx.reshape(shape)
-    dx = (np.empty if _is_covered(spec) else np.zeros)(shape, dy.dtype)
-    workers = max(1, min(threads.usable_threads(), dx.nbytes // SERIAL_BYTES, spec.B * spec.TO * spec.HO))
-    threads.run(SHARE, workers, _geometry(spec, workers), indices.reshape(-1), _address(dy), dx.reshape(-1))
-    return dx
-
-
-def _geometry(spec: PoolSpec, workers: int) -> np.ndarray:
-    """What kernels know of a call."""
-    (front, _), (top, _), (left, _) = spec.padding
-    geometry = np.zeros(1, GEOMETRY)
-    geometry[0] = (spec.B, spec.T, spec.H, spec.W, spec.C, spec.TO, spec.HO, spec.WO, *spec.pool_size, *spec.strides,
-                   front, top, left, workers)  # fmt: skip
-    return geometry
-
-
-def _is_covered(spec: PoolSpec) -> bool:
-    """Whether windows that do not overlap hold every element of x."""
-    axes = zip(spec.strides, spec.pool_size, (spec.TO, spec.HO, spec.WO), (spec.T, spec.H, spec.W), spec.padding,
-               strict=True)  # fmt: skip
-    return all(stride == size and count * stride - before >= n for stride, size, count, n, (before, _) in axes)
-
-
-def _address(array: np.ndarray) -> np.uint64:
-    """Where an array is: for a kernel that must not be compiled once more for read-only arrays."""
-    return np.uint64(array.ctypes.data)
-
-
 @inline
 def _span(start, size, limit):
     """The part of a window [start, start + size) inside [0, limit)."""
     return max(start, 0), min(start + size, limit)
 
 
-@inline
-def _pool_rows(g, x, y, rows, worker):
-    """Pool a worker's share of the output rows: over time and height into one row of W·C, then over width."""
+@kernel
+def pool(job, worker, geometry, x, y, rows):
+    """Pool the output rows: over time and height into one row of W·C, then over width."""
+    g = geometry[0]
     count = g.B * g.TO * g.HO
-    base, target = simd.at(y, x), simd.pointer(y)
+    base, target = simd.pointer(x), simd.pointer(y)
     row = simd.shift(simd.pointer(rows), worker * rows.shape[1])
     step = simd.vector_lanes(base)
     length = g.W * g.C
     wide, pairs = length - length % (4 * step), g.C - g.C % (2 * step)
-    for n in range(count * worker // g.workers, count * (worker + 1) // g.workers):
+    size = grain(job, count)
+    n = next_item(job, -1, size)
+    while n < count:
         b, to, ho = n // (g.TO * g.HO), n // g.HO % g.TO, n % g.HO
         t0, t1 = _span(to * g.ST - g.front, g.PT, g.T)
         h0, h1 = _span(ho * g.SH - g.top, g.PH, g.H)
@@ -223,6 +169,7 @@ def _pool_rows(g, x, y, rows, worker):
                 for w in range(w0 + 1, w1):
                     best = _larger(best, simd.load(simd.shift(row, w * g.C + k)))
                 _set_line(out, k, best, min(step, g.C - k))
+        n = next_item(job, n, size)
 
 
 @inline
@@ -233,17 +180,20 @@ def _line(base, index, lanes):
     return simd.load_some(simd.shift(base, index), lanes)
 
 
-@inline
-def _pool_windows(g, x, y, indices, worker):
-    """Pool a worker's share of the output rows window by window, and note where the winners stand.
+@kernel
+def pool_with_indices(job, worker, geometry, x, y, indices):
+    """Pool the output rows window by window, and note where the winners stand.
 
     A tap is how far in the flat volume an element is from its window's first one.
     """
+    g = geometry[0]
     count = g.B * g.TO * g.HO
-    base, target, places = simd.at(y, x), simd.pointer(y), simd.pointer(indices)
+    base, target, places = simd.pointer(x), simd.pointer(y), simd.pointer(indices)
     step = simd.vector_lanes(base)
     pairs = g.C - g.C % (2 * step)
-    for n in range(count * worker // g.workers, count * (worker + 1) // g.workers):
+    size = grain(job, count)
+    n = next_item(job, -1, size)
+    while n < count:
         b, to, ho = n // (g.TO * g.HO), n // g.HO % g.TO, n % g.HO
         t_first, h_first = to * g.ST - g.front, ho * g.SH - g.top
         t0, t1 = _span(t_first, g.PT, g.T)
@@ -285,6 +235,7 @@ def _pool_windows(g, x, y, indices, worker):
                 out = (n * g.WO + wo) * g.C + k
                 _set_line(target, out, best, lanes)
                 _store_indices(simd.shift(places, out), best_tap, corner, lanes)
+        n = next_item(job, n, size)
 
 
 @inline
@@ -296,13 +247,16 @@ def _set_line(target, index, value, lanes):
         simd.store_some(simd.shift(target, index), value, lanes)
 
 
-@inline
-def _share(g, indices, dy, dx, worker):
-    """Hand a worker's share of the output rows to windows that do not overlap: every element of these is written."""
+@kernel
+def share(job, worker, geometry, indices, dy, dx):
+    """Hand the output rows to windows that do not overlap: every element of these is written."""
+    g = geometry[0]
     count = g.B * g.TO * g.HO
-    base, target, places = simd.at(dx, dy), simd.pointer(dx), simd.pointer(indices)
+    base, target, places = simd.pointer(dy), simd.pointer(dx), simd.pointer(indices)
     step = simd.vector_lanes(base)
-    for n in range(count * worker // g.workers, count * (worker + 1) // g.workers):
+    size = grain(job, count)
+    n = next_item(job, -1, size)
+    while n < count:
         b, to, ho = n // (g.TO * g.HO), n // g.HO % g.TO, n % g.HO
         t0, t1 = _span(to * g.ST - g.front, g.PT, g.T)
         h0, h1 = _span(ho * g.SH - g.top, g.PH, g.H)
@@ -320,69 +274,19 @@ def _share(g, indices, dy, dx, worker):
                             place = (t * g.H + h) * g.W + w
                             won = _where_tap(taps, place - corner, gradient)
                             _set_line(target, (b * g.T * g.H * g.W + place) * g.C + k, won, lanes)
+        n = next_item(job, n, size)
 
 
-@inline
-def _scatter(indices, dy, dx, workers, worker):
-    """Scatter a worker's share of (image, 16 channels) pieces, so that no two workers touch one element."""
+@kernel
+def scatter(job, worker, indices, dy, dx):
+    """Scatter (image, 16 channels) pieces, so that no two workers touch one element."""
     B, pixels, C = indices.shape
-    gradients = simd.at(dx, dy)
+    gradients = simd.pointer(dy)
     pieces = -(-C // 16)
-    for n in range(B * pieces * worker // workers, B * pieces * (worker + 1) // workers):
+    n = claim(job)
+    while n < B * pieces:
         b, first = n // pieces, n % pieces * 16
         for p in range(pixels):
             for c in range(first, min(first + 16, C)):
                 dx[b, indices[b, p, c], c] += gradients[(b * pixels + p) * C + c]
-
-
-@kernel()
-def _values_serial(geometry, x, y, rows):
-    _pool_rows(geometry[0], x, y, rows, 0)
-
-
-@kernel(parallel=True)
-def _values_parallel(geometry, x, y, rows):
-    for worker in numba.prange(geometry[0].workers):
-        _pool_rows(geometry[0], x, y, rows, worker)
-
-
-@kernel()
-def _indices_serial(geometry, x, y, indices):
-    _pool_windows(geometry[0], x, y, indices, 0)
-
-
-@kernel(parallel=True)
-def _indices_parallel(geometry, x, y, indices):
-    for worker in numba.prange(geometry[0].workers):
-        _pool_windows(geometry[0], x, y, indices, worker)
-
-
-@kernel()
-def _share_serial(geometry, indices, dy, dx):
-    _share(geometry[0], indices, dy, dx, 0)
-
-
-@kernel(parallel=True)
-def _share_parallel(geometry, indices, dy, dx):
-    for worker in numba.prange(geometry[0].workers):
-        _share(geometry[0], indices, dy, dx, worker)
-
-
-@kernel()
-def _scatter_serial(indices, dy, dx, workers):
-    _scatter(indices, dy, dx, workers, 0)
-
-
-@kernel(parallel=True)
-def _scatter_parallel(indices, dy, dx, workers):
-    for worker in numba.prange(workers):
-        _scatter(indices, dy, dx, workers, worker)
-
-
-VALUES, INDICES, SHARE, SCATTER = (
-    (_values_serial, _values_parallel),
-    (_indices_serial, _indices_parallel),
-    (_share_serial, _share_parallel),
-    (_scatter_serial, _scatter_parallel),
-)
-"""Each kernel for one thread and for many."""
+        n = claim(job)

@@ -1,7 +1,9 @@
-"""Where a sequence's arrays are in memory, step by step, and which worker does what.
+"""Where a sequence's arrays are in memory, step by step, and in which order the workers claim its pieces.
 
-The images of a batch are cut into units, each unit's work at one step into tasks. Either a worker takes whole units
-through all steps, or all workers share the tasks of one step and wait for each other after it.
+The images of a batch are cut into units, each unit's outputs at one step into blocks, and what a block computes into
+parts (of the columns). Each worker takes a unit that nobody has, through all steps; when there is none left it helps
+with those that others are at. Within a unit pieces are claimed in the order of steps and blocks, and one waits for the
+blocks of the step before that it reads: those around its own.
 """
 
 from __future__ import annotations
@@ -11,42 +13,46 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastclstm.engines.cpu.compilation import inline
-from fastclstm.engines.cpu.kernels import simd
+from fastclstm.engines.cpu.kernels.entry import Table
+from fastclstm.engines.cpu.kernels.team import add, claim, wait, workers_of
 
 FLOW = np.dtype([
-    ("B", np.int64), ("T", np.int64),
-    ("workers", np.int64), ("units", np.int64), ("tasks", np.int64),
-    ("length", np.int64),  # steps between two waits: T (workers own units, or one does all) or 1 (workers share tasks)
-    ("grain", np.int64),  # pieces that stay together: all of a unit, or a single task
+    ("B", np.int64),
+    ("first_step", np.int64), ("steps", np.int64),  # of this piece of the sequence
+    ("units", np.int64), ("blocks", np.int64), ("parts", np.int64),
     ("masked", np.int64),
     ("fresh", np.int64),  # 1: the sequence starts from states of zeros
-    *((f"{name}{field}", kind) for name in ("x", "h_first", "h", "c_first", "c", "y_first", "y")
+    *((f"{name}{field}", kind) for name in ("x", "h_first", "h", "c_first", "c", "y_first", "y", "gates")
       for field, kind in (("", np.uint64), ("_image", np.int64), ("_step", np.int64))),  # address, strides in bytes
     ("h_slots", np.int64), ("c_slots", np.int64),  # steps kept: the t-th is in slot t % slots
     ("trouble", np.uint64),  # address of a number for each image: 1 where a stored column is infinite or NaN
     ("scratch", np.uint64), ("scratch_worker", np.int64),
+    ("progress", np.int64),  # address of `LINE` counters: pieces claimed of each unit, parts done of each block
 ])  # fmt: skip
-"""Where a sequence's arrays are and how many workers share its work."""
+"""Where a sequence's arrays are and how its work is cut."""
 
-NO_GATES = np.zeros(0, np.bool_)
-"""What kernels get instead of where to keep the gates (address, image, step): by its type they know when compiled.
-
-It is no field of `FLOW`: names of compiled functions tell records of different fields apart only within a process, and
-what another process left on disk may be one of them.
-"""
+LINE = 64
+"""Bytes between two counters: one a cache line."""
 
 
 class Plan(NamedTuple):
-    """How an algorithm does one time step: its kernels (serial, parallel), their tables, and how the work is cut."""
+    """How an algorithm does one time step: its kernel and variant, their tables, and how the work is cut."""
 
-    kernels: tuple[Any, Any]
+    kernel: Any
+    variant: tuple[int, ...]
     work: np.ndarray
-    sources: np.ndarray
-    tables: tuple[np.ndarray, ...]
+    tables: tuple[Table, ...]
+    """`work`, the sources, of each block of a unit the first and last block, plus 1, that may read it or be read by it,
+    and the kernel's own."""
     scratch_bytes: int
     units: int
-    tasks: int
-    by_unit: bool
+    blocks: int
+    parts: int
+
+    @property
+    def pieces(self) -> int:
+        """How many workers can be at one step."""
+        return self.units * self.blocks * self.parts
 
 
 class Slots(NamedTuple):
@@ -136,25 +142,66 @@ def y_at(flow, b, t):
 
 
 @inline
-def gates_at(kept, b, t):
-    """Address for the activated gates of image b at step t; 0, a constant, where they are not kept."""
-    base = simd.number_or_zero(kept, 0)
-    if base == 0:
-        return np.uint64(0)
-    return _address(base, simd.number_or_zero(kept, 1), simd.number_or_zero(kept, 2), b, t)
+def gates_at(flow, b, t):
+    """Address for the activated gates of image b at step t."""
+    return _address(flow.gates, flow.gates_image, flow.gates_step, b, t)
 
 
 @inline
-def share(flow, worker):
-    """Range of the work between two waits that is a worker's."""
-    count = flow.units * flow.length * flow.tasks // flow.grain
-    return count * worker // flow.workers * flow.grain, count * (worker + 1) // flow.workers * flow.grain
+def _line(flow, n):
+    """Address of a counter."""
+    return flow.progress + n * LINE
 
 
 @inline
-def place(flow, n):
-    """Unit, step and task of the n-th piece of the work between two waits."""
-    return n // (flow.length * flow.tasks), n // flow.tasks % flow.length, n % flow.tasks
+def first_piece():
+    """What `next_piece` is given first: no unit yet, no piece of it, and no unit that was helped with."""
+    return -1, 0, -1
+
+
+@inline
+def next_piece(flow, job, unit, piece, helped):
+    """Claim a piece: its unit, -1 where nothing is left, its number in the order of steps and tasks, and `helped`."""
+    alone = workers_of(job) == 1
+    count = flow.steps * flow.blocks * flow.parts
+    while True:
+        if unit >= 0:
+            piece = piece + 1 if alone else add(_line(flow, unit), 1)
+            if piece < count:
+                return unit, piece, helped
+        piece = -1
+        if helped < 0:
+            unit = claim(job)
+            if unit >= flow.units:
+                helped = 0
+        if helped >= 0:
+            unit = helped
+            helped += 1
+            if unit >= flow.units or alone:
+                return -1, 0, helped
+
+
+@inline
+def place(flow, piece):
+    """Step, block and part of a unit's piece."""
+    tasks = flow.blocks * flow.parts
+    return flow.first_step + piece // tasks, piece % tasks // flow.parts, piece % flow.parts
+
+
+@inline
+def wait_for_neighbours(flow, job, sources, neighbours, unit, block, t):
+    """Wait for the blocks that left what this one reads at step t, or read what it will write over."""
+    if t == flow.first_step or len(sources) == 1 or workers_of(job) == 1:
+        return
+    for n in range(neighbours[block, 0], neighbours[block, 1]):
+        wait(job, _line(flow, flow.units + unit * flow.blocks + n), flow.parts * (t - flow.first_step))
+
+
+@inline
+def piece_done(flow, job, sources, unit, block):
+    """Tell those that wait for a block."""
+    if len(sources) > 1 and workers_of(job) > 1:
+        add(_line(flow, flow.units + unit * flow.blocks + block), 1)
 
 
 @inline

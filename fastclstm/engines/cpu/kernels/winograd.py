@@ -11,18 +11,25 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
 
-import numba
 import numpy as np
 from numba import types
 from numba.extending import intrinsic
 
-from fastclstm.engines.cpu.compilation import inline, kernel
+from fastclstm.engines.cpu.compilation import inline
 from fastclstm.engines.cpu.kernels import simd
-from fastclstm.engines.cpu.kernels.direct import STREAMING_ROWS
+from fastclstm.engines.cpu.kernels.entry import kernel
 from fastclstm.engines.cpu.kernels.gates import finish, skip_step, take
-from fastclstm.engines.cpu.kernels.padding import SOURCE, copy_run, source
-from fastclstm.engines.cpu.kernels.schedule import Plan, place, share, skipped_sources, source_at, worker_scratch
-from fastclstm.spec import ConvSpec
+from fastclstm.engines.cpu.kernels.padding import copy_run
+from fastclstm.engines.cpu.kernels.schedule import (
+    first_piece,
+    next_piece,
+    piece_done,
+    place,
+    skipped_sources,
+    source_at,
+    wait_for_neighbours,
+    worker_scratch,
+)
 
 POINTS = {4: (0, 1, -1), 6: (0, 1, -1, Fraction(1, 2), -2), 8: (0, 1, -1, 2, -2, Fraction(1, 2), Fraction(-1, 2))}
 """Interpolation points for each α, besides infinity: those with the smallest rounding errors."""
@@ -38,17 +45,12 @@ CHUNKS = (13, 11, 8, 4) if simd.REGISTERS == 32 else (6, 5, 4, 3)
 
 CHUNK0, CHUNK1, CHUNK2, CHUNK3 = CHUNKS
 
-TILES = (2, 4)
-"""Outputs of a tile on each axis: the choices of m."""
-
 WORK = np.dtype([(name, np.int64) for name in (
     "HO", "WO",
-    "m", "k",
     "tiles_x", "tiles",  # tiles of an image
     "unit_tiles",  # of the images of one unit
     "block_tiles",
     "chunk",
-    "parts",  # pieces into which the groups of a block are cut
     "inputs", "products", "z", "pixels", "patch",  # places in the scratch memory
 )])  # fmt: skip
 
@@ -261,65 +263,6 @@ def _multiply(chunk, inputs, weights, channels, blocks, result, row, column, pre
 
 
 @inline
-def _input(m, k, some, origin, row, column, count, target, point):
-    if m == 4:
-        if k == 3:
-            if some:
-                transform_input(4, 3, 1, origin, row, column, count, target, point)
-            else:
-                transform_input(4, 3, 0, origin, row, column, count, target, point)
-        elif some:
-            transform_input(4, 5, 1, origin, row, column, count, target, point)
-        else:
-            transform_input(4, 5, 0, origin, row, column, count, target, point)
-    elif k == 3:
-        if some:
-            transform_input(2, 3, 1, origin, row, column, count, target, point)
-        else:
-            transform_input(2, 3, 0, origin, row, column, count, target, point)
-    elif some:
-        transform_input(2, 5, 1, origin, row, column, count, target, point)
-    else:
-        transform_input(2, 5, 0, origin, row, column, count, target, point)
-
-
-@inline
-def _gradient(m, k, some, origin, row, column, count, target, point):
-    if m == 4:
-        if k == 3:
-            if some:
-                transform_gradient(4, 3, 1, origin, row, column, count, target, point)
-            else:
-                transform_gradient(4, 3, 0, origin, row, column, count, target, point)
-        elif some:
-            transform_gradient(4, 5, 1, origin, row, column, count, target, point)
-        else:
-            transform_gradient(4, 5, 0, origin, row, column, count, target, point)
-    elif k == 3:
-        if some:
-            transform_gradient(2, 3, 1, origin, row, column, count, target, point)
-        else:
-            transform_gradient(2, 3, 0, origin, row, column, count, target, point)
-    elif some:
-        transform_gradient(2, 5, 1, origin, row, column, count, target, point)
-    else:
-        transform_gradient(2, 5, 0, origin, row, column, count, target, point)
-
-
-@inline
-def _output(m, k, products, bias, target, pixel):
-    if m == 4:
-        if k == 3:
-            transform_output(4, 3, products, bias, target, pixel)
-        else:
-            transform_output(4, 5, products, bias, target, pixel)
-    elif k == 3:
-        transform_output(2, 3, products, bias, target, pixel)
-    else:
-        transform_output(2, 5, products, bias, target, pixel)
-
-
-@inline
 def _pixels(src, frame, y0, x0, side, c, count, patch):
     """Where to read channels c .. c + count of the side×side pixels at (y0, x0), and the scalars between pixels.
 
@@ -341,17 +284,20 @@ def _pixels(src, frame, y0, x0, side, c, count, patch):
 
 
 @inline
-def transform_tile(work, src, frame, y0, x0, inputs, block_size, point, patch):
+def transform_tile(m, k, src, frame, y0, x0, inputs, block_size, point, patch):
     """Transform the α×α pixels of a frame at (y0, x0), all channels, a block of channels at a time."""
     step = simd.vector_lanes(inputs)
-    alpha = work.m + work.k - 1
+    alpha = m + k - 1
     inside = y0 >= 0 and x0 >= 0 and y0 + alpha <= src.H and x0 + alpha <= src.W
     for c in range(0, src.C, step):
         count = min(step, src.C - c)
         target = simd.shift(inputs, c // step * block_size)
         if inside:
             origin = simd.shift(frame, (y0 * src.W + x0) * src.C + c)
-            _input(work.m, work.k, count < step, origin, src.W * src.C, src.C, count, target, point)
+            if count < step:
+                transform_input(m, k, 1, origin, src.W * src.C, src.C, count, target, point)
+            else:
+                transform_input(m, k, 0, origin, src.W * src.C, src.C, count, target, point)
             continue
         for i in range(alpha):
             for j in range(alpha):
@@ -362,33 +308,38 @@ def transform_tile(work, src, frame, y0, x0, inputs, block_size, point, patch):
                 simd.store(pixel, simd.zeros(pixel))
                 if y >= 0 and y < src.H and x >= 0 and x < src.W:
                     copy_run(pixel, simd.shift(frame, (y * src.W + x) * src.C + c), count)
-        _input(work.m, work.k, False, patch, alpha * step, step, step, target, point)
+        transform_input(m, k, 0, patch, alpha * step, step, step, target, point)
 
 
 @inline
-def transform_gradient_tile(work, src, frame, y0, x0, inputs, block_size, point, patch):
+def transform_gradient_tile(m, k, src, frame, y0, x0, inputs, block_size, point, patch):
     """Transform the m×m gradients of a frame at (y0, x0), all channels, a block of channels at a time."""
     step = simd.vector_lanes(inputs)
     for c in range(0, src.C, step):
         count = min(step, src.C - c)
-        origin, row, column = _pixels(src, frame, y0, x0, work.m, c, count, patch)
+        origin, row, column = _pixels(src, frame, y0, x0, m, c, count, patch)
         target = simd.shift(inputs, c // step * block_size)
-        _gradient(work.m, work.k, count < step, origin, row, column, count, target, point)
+        if count < step:
+            transform_gradient(m, k, 1, origin, row, column, count, target, point)
+        else:
+            transform_gradient(m, k, 0, origin, row, column, count, target, point)
 
 
 @inline
-def _run_block(like, flow, kept, work, sources, groups, channels, weights, bias, cell, mask, scratch, unit, t, task):
+def _run_block(
+    m, k, kind, keeps, flow, work, sources, groups, channels, weights, bias, cell, mask, scratch, unit, t, block, part
+):
     """Compute one block of tiles of a unit at step t, for a part of the groups."""
-    block, part = task // work.parts, task % work.parts
-    group0, group1 = len(groups) * part // work.parts, len(groups) * (part + 1) // work.parts
+    like = weights
+    group0, group1 = len(groups) * part // flow.parts, len(groups) * (part + 1) // flow.parts
     total = flow.B * work.tiles
     first = unit * work.unit_tiles + block * work.block_tiles
     count = min(work.block_tiles, work.unit_tiles - block * work.block_tiles, total - first)
     if count <= 0:
         return
-    m, chunk = work.m, work.chunk
+    chunk = work.chunk
     side = m * m
-    points = (m + work.k - 1) ** 2
+    points = (m + k - 1) * (m + k - 1)
     inputs, products = simd.at(like, scratch + work.inputs), simd.at(like, scratch + work.products)
     z, patch = simd.at(like, scratch + work.z), simd.at(like, scratch + work.patch)
     pixels = simd.at(channels, scratch + work.pixels)
@@ -414,7 +365,7 @@ def _run_block(like, flow, kept, work, sources, groups, channels, weights, bias,
         for s in range(skipped, len(sources)):
             src = sources[s]
             frame = simd.at(like, source_at(flow, sources, s, b, t))
-            transform_tile(work, src, frame, ty - src.top, tx - src.left, block_n, chunk * step, point, patch)
+            transform_tile(m, k, src, frame, ty - src.top, tx - src.left, block_n, chunk * step, point, patch)
             block_n = simd.shift(block_n, (src.C + step - 1) // step * chunk * step)
     blocks = len(channels) - skipped_blocks
     counts = simd.shift(simd.pointer(channels), skipped_blocks)
@@ -444,95 +395,24 @@ def _run_block(like, flow, kept, work, sources, groups, channels, weights, bias,
             for v in range(vectors):
                 tile_products = simd.shift(products, n * tile_size + v * points * step)
                 vector_bias, target = simd.shift(group_bias, v * step), simd.shift(z, v * step)
-                _output(m, work.k, tile_products, vector_bias, target, vectors * step)
-            finish(like, flow, kept, cell, group, z, tile_pixels, side, b, t)
+                transform_output(m, k, tile_products, vector_bias, target, vectors * step)
+            finish(kind, keeps, like, flow, cell, group, z, tile_pixels, side, b, t)
 
 
-@inline
-def _work(like, flow, kept, work, sources, groups, channels, weights, bias, cell, mask, worker, t0):
+@kernel
+def run(
+    m, k, kind, keeps, job, worker, flows, works, sources, neighbours, channels, groups, weights, bias, cells, mask
+):
+    """Compute a piece of a sequence: F(m×m, k×k), and what `gates.finish` makes of it."""
+    flow = flows[0]
     scratch = worker_scratch(flow, worker)
-    first, last = share(flow, worker)
-    for n in range(first, last):
-        unit, t, task = place(flow, n)
-        _run_block(
-            like, flow, kept, work, sources, groups, channels, weights, bias, cell, mask, scratch, unit, t0 + t, task
-        )
-
-
-@kernel()
-def run_serial(like, flows, kept, works, sources, groups, channels, weights, bias, cells, mask):
-    """Compute all steps in one thread."""
-    _work(like, flows[0], kept, works[0], sources, groups, channels, weights, bias, cells[0], mask, 0, 0)
-
-
-@kernel(parallel=True)
-def run_parallel(like, flows, kept, works, sources, groups, channels, weights, bias, cells, mask):
-    """Compute all steps in flow.workers threads."""
-    workers, T, length = flows[0].workers, flows[0].T, flows[0].length
-    for t0 in range(0, T, length):
-        for worker in numba.prange(workers):
-            _work(like, flows[0], kept, works[0], sources, groups, channels, weights, bias, cells[0], mask, worker, t0)
-
-
-# -------------------------------------------------------------------------------------------------------- planning
-
-
-def fits(specs: tuple[ConvSpec, ...]) -> bool:
-    """Whether the convolutions can be computed together: square kernels of one size, 3 or 5, stride and dilation 1."""
-    size = specs[0].KH
-    return size in (3, 5) and all(
-        (size, size) == (spec.KH, spec.KW) and max(*spec.strides, *spec.dilation) == 1 for spec in specs
-    )
-
-
-def points(m: int, k: int) -> int:
-    """Count of the points of F(m×m, k×k): α²."""
-    return (m + k - 1) ** 2
-
-
-@lru_cache(maxsize=256)
-def plan(specs: tuple[ConvSpec, ...], m: int, groups: int, itemsize: int, threads: int) -> Plan:
-    """Plan the sum of the convolutions `specs` (same output grid, own inputs) in tiles of m×m outputs."""
-    B, HO, WO, k = specs[0].B, specs[0].HO, specs[0].WO, specs[0].KH
-    lanes = simd.lanes(itemsize)
-    tiles_y, tiles_x = -(-HO // m), -(-WO // m)
-    tiles = tiles_y * tiles_x
-    images = min(B, -(-BLOCK_TILES // tiles))  # of one unit
-    units = -(-B // images)
-    by_unit = units % threads == 0 or units >= 8 * threads
-    if not by_unit:
-        images, units = B, 1
-    unit_tiles = images * tiles
-    blocks = max(1, round(unit_tiles / BLOCK_TILES))
-    if not by_unit and blocks < 4 * threads:
-        blocks = -(-blocks // threads) * threads
-    block_tiles = -(-unit_tiles // blocks)
-    blocks = -(-unit_tiles // block_tiles)
-    parts = min(groups, -(-threads // (units * blocks)))
-    chunk = min(CHUNKS, key=lambda rows: -(-block_tiles // rows) * (rows + 0.75))
-
-    sources = np.array([source(spec) for spec in specs], SOURCE)
-    channels = [min(lanes, spec.C - c) for spec in specs for c in range(0, spec.C, lanes)]
-    points, chunks = (m + k - 1) ** 2, -(-block_tiles // chunk)
-    vector = lanes * itemsize
-    sizes = (points * (chunks * chunk * len(channels) + 1) * vector, chunks * chunk * (4 * points + 1) * vector,
-             (m * m + 1) * 4 * vector, block_tiles * m * m * 8, points * vector)  # fmt: skip
-    places = np.concatenate([[0], np.cumsum([-(-size // 64) * 64 + 64 for size in sizes])])
-    work = np.zeros(1, WORK)
-    work[0] = (HO, WO, m, k, tiles_x, tiles, unit_tiles, block_tiles, chunk, parts, *places[:5])
-    return Plan((run_serial, run_parallel), work, sources, (np.array(channels, np.int64),), int(places[5]), units,
-                blocks * parts, by_unit)  # fmt: skip
-
-
-def cost(specs: tuple[ConvSpec, ...], m: int, images: int, itemsize: int) -> float:
-    """Estimate the work of one step in multiply-adds of vectors, from measurements (see `direct.cost`)."""
-    lanes = simd.lanes(itemsize)
-    spec = specs[0]
-    tiles = images * -(-spec.HO // m) * -(-spec.WO // m)
-    points = (m + spec.KH - 1) ** 2
-    vectors = -(-spec.F // (2 * lanes)) * 2
-    rows = max(-(-tiles // CHUNKS[-1]) * CHUNKS[-1], STREAMING_ROWS)
-    products = rows * points * sum(s.C for s in specs) * vectors / 0.9
-    inputs = 30 * tiles * points * sum(-(-s.C // lanes) for s in specs)
-    outputs = 5 * tiles * points * vectors
-    return products + inputs + outputs
+    unit, piece, helped = first_piece()
+    while True:
+        unit, piece, helped = next_piece(flow, job, unit, piece, helped)
+        if unit < 0:
+            break
+        t, block, part = place(flow, piece)
+        wait_for_neighbours(flow, job, sources, neighbours, unit, block, t)
+        _run_block(m, k, kind, keeps, flow, works[0], sources, groups, channels, weights, bias, cells[0], mask, scratch,
+                   unit, t, block, part)  # fmt: skip
+        piece_done(flow, job, sources, unit, block)

@@ -1,0 +1,46 @@
+"""The gates' part of backpropagation through time."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fastclstm.engines.cpu import threads
+from fastclstm.engines.cpu.kernels.gates_backward import CHUNK_PIXELS, STEP, pull_back
+from fastclstm.engines.cpu.kernels.schedule import Slots
+
+
+class GateGradients:
+    """The gates' part of backpropagation through time, and the sums over time that it keeps."""
+
+    def __init__(self, kind: int, cell: np.ndarray, pixels: int, dtype: np.dtype, peephole: np.ndarray | None):
+        """`kind` and `cell` as in the forward pass; peephole: the weights (3, …, F) of i, f and o."""
+        F = int(cell[0]["F"])
+        self._kind, self._cell, self._peephole = kind, cell, peephole
+        self._sums = np.zeros((-(-pixels // CHUNK_PIXELS), 7 * F), dtype)
+        self._elementwise = peephole is not None and peephole.ndim == 4
+        self._dpeephole = np.zeros_like(peephole) if self._elementwise else None
+        self._step = np.zeros(1, STEP)
+        for name, value in {"pixels": pixels, "F": F, "elementwise": self._elementwise,
+                            "weights": 0 if peephole is None else peephole.ctypes.data,
+                            "dweights": 0 if self._dpeephole is None else self._dpeephole.ctypes.data,
+                            "sums": self._sums.ctypes.data}.items():  # fmt: skip
+            self._step[name] = value
+
+    def pull_back(self, B: int, team: int, **arrays: Slots) -> None:
+        """Write dz and h of B images, and dc over dc, of the step at which the slots begin.
+
+        They are: gates, before (the gates that left h; without them h is not written), h and c before the step, dy
+        (may be missing), dh, dc and dz.
+        """
+        self._step["B"] = B
+        for name, slot in arrays.items():
+            self._step[name], self._step[f"{name}_image"] = slot.address, slot.image
+        rows = np.empty((team, self._sums.shape[1] + 16), self._sums.dtype)
+        threads.run(pull_back, team, (self._kind,), self._sums.reshape(-1)[:0], self._step, self._cell, rows)
+
+    def result(self) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return the gradients of the bias (4F,) and of the peepholes (3, …, F)."""
+        sums = self._sums.sum(0)
+        F = len(sums) // 7
+        channels = None if self._peephole is None else sums[4 * F :].reshape(3, F)
+        return sums[: 4 * F], self._dpeephole if self._elementwise else channels

@@ -1,0 +1,167 @@
+"""How the threads of a call share its work: they claim it piece by piece, in order, and wait for what a piece needs.
+
+A call's job begins with a few counters (`HEADER`), each on a cache line of its own. Workers claim pieces by an atomic
+ticket. As tickets are claimed in order, whatever a piece waits for was claimed before it by a worker that runs, so that
+no number of threads, not even one, can come to a standstill; and a worker that loses its processor to somebody else
+holds up one piece, not its share. Who waits spins for some microseconds and then sleeps: a neighbour gets the processor.
+Every element of a result has one piece that writes it, so no bit depends on the number of threads.
+
+The last to leave a call is its first worker: threading layers end a parallel region with a barrier that spins, and a
+worker that sleeps until the others are through meets them there.
+"""
+
+from __future__ import annotations
+
+import numba
+from llvmlite import binding, ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from fastclstm.engines.cpu.compilation import inline, kept
+from fastclstm.engines.cpu.kernels.simd import INT32, INT64, IS_ARM
+
+WORKERS, TICKET, DONE, LEFT, SLEEPS = range(0, 40, 8)
+"""Where in a job's header of int64 is what: workers, pieces claimed and done, workers gone, sleeps of the first."""
+
+HEADER = 40
+
+SPINS = 4000
+"""How often a worker looks before it sleeps: some 50 to 200 µs."""
+
+SLEEP_MICROSECONDS = 50
+
+_SLEEP = "usleep" if binding.address_of_symbol("usleep") else None
+
+
+@intrinsic
+def add(typingctx, address, count):
+    """Add to the counter at an address, atomically; return what it was. What was written before is seen after."""
+
+    def codegen(context, builder, sig, args):
+        return builder.atomic_rmw("add", builder.inttoptr(args[0], INT64.as_pointer()), args[1], "acq_rel")
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def look(typingctx, address):
+    """Counter at an address; what others wrote before they raised it is seen from here on."""
+
+    def codegen(context, builder, sig, args):
+        return builder.load_atomic(builder.inttoptr(args[0], INT64.as_pointer()), "acquire", 8)
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
+def _pause(typingctx):
+    """Tell the processor that this is a loop that waits."""
+
+    def codegen(context, builder, sig, args):
+        if IS_ARM:
+            kind = ir.FunctionType(ir.VoidType(), [INT32])
+            builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.aarch64.hint"), [INT32(1)])
+        else:
+            kind = ir.FunctionType(ir.VoidType(), [])
+            builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.sse2.pause"), [])
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
+def _sleep(typingctx):
+    """Let others have the processor for a moment."""
+
+    def codegen(context, builder, sig, args):
+        if _SLEEP is not None:
+            kind = ir.FunctionType(INT32, [INT32])
+            builder.call(cgutils.get_or_insert_function(builder.module, kind, _SLEEP), [INT32(SLEEP_MICROSECONDS)])
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
+def _call(typingctx, function, job, worker):
+    """Call the kernel at an address."""
+
+    def codegen(context, builder, sig, args):
+        kind = ir.FunctionType(ir.VoidType(), [INT64, INT64])
+        builder.call(builder.inttoptr(args[0], kind.as_pointer()), args[1:])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), codegen
+
+
+@inline
+def wait(job, address, count):
+    """Wait until the counter at an address has come to `count`."""
+    spins = 0
+    while look(address) < count:
+        spins += 1
+        if spins < SPINS:
+            _pause()
+        else:
+            _sleep()
+            add(job + 8 * SLEEPS, 1)
+
+
+@inline
+def workers_of(job):
+    """Count of the workers of a job."""
+    return look(job + 8 * WORKERS)
+
+
+@inline
+def claim(job):
+    """The next piece that nobody has: 0, 1, 2, …"""
+    return add(job + 8 * TICKET, 1)
+
+
+@inline
+def grain(job, count):
+    """How many of `count` equal small things make a piece: few enough that no worker waits long for the last."""
+    workers = workers_of(job)
+    return count if workers == 1 else max(1, count // (8 * workers))
+
+
+@inline
+def next_item(job, item, size):
+    """The thing after `item` of a piece of `size`, or the first of a newly claimed one; -1: of the worker's first."""
+    item += 1
+    return size * claim(job) if item % size == 0 else item
+
+
+@inline
+def wait_for_all(job, count):
+    """Wait until `count` pieces are done; then this one's turn has come."""
+    wait(job, job + 8 * DONE, count)
+
+
+@inline
+def done(job):
+    """Say that a piece is done."""
+    add(job + 8 * DONE, 1)
+
+
+@inline
+def leave(job, worker):
+    """Say that a worker is through; the first one waits for the others."""
+    workers = workers_of(job)
+    if workers > 1:
+        if worker == 0:
+            wait(job, job + 8 * LEFT, workers - 1)
+        else:
+            add(job + 8 * LEFT, 1)
+
+
+@kept(parallel=True)
+def run_team(function, job, workers):
+    """Run the kernel at an address on a job: the one parallel region of a call. Numba's own setting is put back."""
+    before = numba.get_num_threads()
+    numba.set_num_threads(workers)
+    for worker in numba.prange(workers):
+        _call(function, job, worker)
+    numba.set_num_threads(before)

@@ -1,0 +1,168 @@
+"""Gradients of convolution kernels: which algorithm, how the work is cut, and the sums that grow."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from fastclstm.engines.cpu import launch, plans, threads, transforms
+from fastclstm.engines.cpu.kernels import simd
+from fastclstm.engines.cpu.kernels.entry import Kernel, Table, table
+from fastclstm.engines.cpu.kernels.padding import SOURCE, source
+from fastclstm.engines.cpu.kernels.schedule import Slots
+from fastclstm.engines.cpu.kernels.weight_gradient import FRAMES, WORK, add_direct, add_winograd
+from fastclstm.engines.cpu.kernels.winograd import CHUNKS
+from fastclstm.spec import ConvSpec
+
+BLOCK_PIXELS = 512
+"""Pixels of one block of the direct algorithm, at most."""
+
+BLOCK_TILES = 64
+"""Tiles between two visits of the sums, at most: many make the visits rare."""
+
+SCRATCH_BYTES = 12 << 20
+"""Size of the gathered blocks or tiles, about: small enough for the last-level cache."""
+
+
+class _Plan(NamedTuple):
+    kernel: Kernel
+    variant: tuple[int, ...]
+    tables: tuple[Table, ...]
+    """`WORK`, the sources and the runs."""
+    runs: np.ndarray
+    sums_shape: tuple[int, ...]
+    scratch_scalars: int
+    patch_scalars: int
+
+
+class WeightGradient:
+    """The growing gradients of the kernels of convolutions `specs` (same output grid, own inputs) of up to T steps."""
+
+    def __init__(self, specs: tuple[ConvSpec, ...], dtype: np.dtype, T: int, algorithm: str = "auto"):
+        self._specs, self._dtype = specs, dtype
+        self._m = choose(specs, T, algorithm, dtype.itemsize)
+        tiles = specs[0].B * T
+        self._plan = (_winograd_plan(specs, self._m, tiles, dtype.itemsize) if self._m else
+                      _direct_plan(specs, tiles, dtype.itemsize))  # fmt: skip
+        self._sums = np.zeros(self._plan.sums_shape, dtype)
+
+    def add(self, inputs: tuple[Slots, ...], dz: Slots, B: int, T: int, team: int) -> None:
+        """Add what T steps of B images contribute: inputs (B, T, H, W, C) of each convolution, dz (B, T, HO, WO, F)."""
+        plan = self._plan
+        frames = np.zeros(1, FRAMES)
+        itemsize = self._dtype.itemsize
+        places = (*dz[:3], *(field for slot in (*inputs, *inputs)[:2] for field in slot[:3]))
+        with launch.scratch((plan.scratch_scalars + team * plan.patch_scalars) * itemsize) as scratch:
+            frames[0] = (T, B * T, *places, scratch.ctypes.data)
+            threads.run(plan.kernel, team, plan.variant, frames, *plan.tables, self._sums.reshape(-1))
+
+    def result(self) -> list[np.ndarray]:
+        """Return the gradients (KH, KW, C, F) of the kernels."""
+        if self._m:
+            gradients = [np.empty((spec.KH, spec.KW, spec.C, spec.F), self._dtype) for spec in self._specs]
+            transforms.pull_back(self._sums, self._m, gradients)
+            return gradients
+        matrix = self._sums.swapaxes(0, 1).reshape(self._sums.shape[1], -1)[:, : self._specs[0].F]
+        return [
+            np.concatenate([matrix[row : row + length] for source, _, length, _, row in self._plan.runs if source == s])
+            .reshape(spec.KH, spec.KW, spec.C, spec.F)
+            for s, spec in enumerate(self._specs)
+        ]  # fmt: skip
+
+
+def choose(specs: tuple[ConvSpec, ...], T: int, algorithm: str, itemsize: int) -> int:
+    """Outputs of a Winograd tile on each axis; 0: direct."""
+    if algorithm == "direct" or not plans.fits(specs):
+        return 0
+    costs = {m: _winograd_cost(specs, m, T, itemsize) for m in plans.TILES}
+    if algorithm == "auto":
+        costs[0] = T * plans.direct_cost(specs, specs[0].B, itemsize)
+    return min(costs, key=lambda m: costs[m])
+
+
+def _winograd_cost(specs: tuple[ConvSpec, ...], m: int, T: int, itemsize: int) -> float:
+    """Estimate the work in multiply-adds of vectors (see `plans.direct_cost`)."""
+    lanes, spec = simd.lanes(itemsize), specs[0]
+    tiles = T * spec.B * -(-spec.HO // m) * -(-spec.WO // m)
+    points = (m + spec.KH - 1) ** 2
+    rows, vectors = sum(s.C for s in specs), -(-spec.F // lanes)
+    transforms = 10 * tiles * points * (vectors + sum(-(-s.C // lanes) for s in specs))
+    visits = (4 * -(-tiles // BLOCK_TILES) + 40) * points * rows * vectors
+    return tiles * points * rows * vectors / 0.9 + transforms + visits
+
+
+def _chunk(rows: int) -> int:
+    return min(CHUNKS, key=lambda chunk: -(-rows // chunk) * (chunk + 0.75))
+
+
+def _pairs(columns: int, itemsize: int) -> int:
+    return -(-columns // (2 * simd.lanes(itemsize)))
+
+
+def _record(**fields: int) -> np.ndarray:
+    """One `WORK` with some fields."""
+    work = np.zeros(1, WORK)
+    for name, value in fields.items():
+        work[0][name] = value
+    return work
+
+
+def _round_up(count: int) -> int:
+    return -(-count // 16) * 16 + 16
+
+
+@lru_cache(maxsize=64)
+def _direct_plan(specs: tuple[ConvSpec, ...], frames: int, itemsize: int) -> _Plan:
+    spec = specs[0]
+    height = min(spec.HO, max(1, BLOCK_PIXELS // spec.WO))
+    sources = np.array([source(s) for s in specs], SOURCE)
+    runs, at, row = [], 0, 0
+    for n, s in enumerate(specs):
+        sources[n]["scratch"] = at
+        columns = (spec.WO - 1) * s.strides[1] + (s.KW - 1) * s.dilation[1] + 1
+        taps = 1 if s.dilation[1] == 1 else s.KW
+        length = s.KW * s.C // taps
+        chunk = _chunk(length)
+        for ky in range(s.KH):
+            for tap in range(taps):
+                offset = at + (ky * s.dilation[0] * columns + tap * s.dilation[1]) * s.C
+                runs.append((n, offset, length, chunk, row))
+                row += -(-length // chunk) * chunk
+        at += _round_up(((height - 1) * s.strides[0] + (s.KH - 1) * s.dilation[0] + 1) * columns * s.C)
+    pairs = _pairs(spec.F, itemsize)
+    width = 2 * simd.lanes(itemsize)
+    item = at + _round_up(pairs * height * spec.WO * width)
+    parts = -(-spec.HO // height)
+    count = max(1, min(frames * parts, SCRATCH_BYTES // (item * itemsize)))
+    work = _record(HO=spec.HO, WO=spec.WO, columns=spec.F, height=height, parts=parts, count=count, rows=row,
+                   pairs=pairs, item=item, gradients=at)  # fmt: skip
+    listed = np.array(runs, np.int64)
+    tables = tuple(map(table, (work, sources, listed)))
+    return _Plan(add_direct, (), tables, listed, (pairs, row, width), item * count, 0)
+
+
+@lru_cache(maxsize=64)
+def _winograd_plan(specs: tuple[ConvSpec, ...], m: int, frames: int, itemsize: int) -> _Plan:
+    spec, lanes = specs[0], simd.lanes(itemsize)
+    k = spec.KH
+    points, pairs, width = (m + k - 1) ** 2, _pairs(spec.F, itemsize), 2 * lanes
+    gradient = ConvSpec(spec.B, spec.HO, spec.WO, spec.F, 1, 1, 1, spec.HO, spec.WO, (1, 1), (1, 1), ((0, 0), (0, 0)),
+                        "zeros")  # fmt: skip
+    sources = np.array([source(s) for s in (*specs, gradient)], SOURCE)
+    channels = sum(s.C for s in specs)
+    chunk = _chunk(channels)
+    rows = -(-channels // chunk) * chunk
+    pitch = (-(-channels // lanes) + 1 | 1) * lanes  # an odd number of vectors: tiles in different sets of the cache
+    tiles_x, tiles_y = -(-spec.WO // m), -(-spec.HO // m)
+    size = points * (pitch + pairs * width)
+    count = max(8, min(frames * tiles_x * tiles_y, BLOCK_TILES, SCRATCH_BYTES // (size * itemsize)))
+    gradients = count * pitch + lanes
+    point = (gradients + pairs * count * width) // lanes * lanes + 2 * lanes
+    work = _record(HO=spec.HO, WO=spec.WO, columns=spec.F, tiles_x=tiles_x, tiles=tiles_x * tiles_y,
+                   count=count, rows=rows, pairs=pairs, point=point, pitch=pitch, gradients=gradients,
+                   patches=points * point, patch_size=points * lanes)  # fmt: skip
+    runs = np.array([(0, 0, channels, chunk, 0)], np.int64)
+    tables = tuple(map(table, (work, sources, runs)))
+    return _Plan(add_winograd, (m, k), tables, runs, (points, pairs, rows, width), points * point, points * lanes)
