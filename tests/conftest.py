@@ -2,6 +2,10 @@
 
 import os
 
+os.environ.setdefault(
+    "NUMBA_NUM_THREADS", "8"
+)  # before Numba is imported: teams larger than the machine are tested too
+
 import pytest
 from hypothesis import settings
 

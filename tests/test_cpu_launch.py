@@ -1,18 +1,15 @@
 """The choice of algorithm, and what a call does with its plan."""
 
-from contextlib import nullcontext
-
 import numpy as np
 import pytest
 
 from fastclstm import functional
-from fastclstm.engines.cpu import launch
-from fastclstm.engines.cpu.kernels import schedule
+from fastclstm.engines.cpu import launch, plans, threads
 from fastclstm.spec import ConvSpec
 
 
 def choose(algorithm, B=1, H=64, W=64, C=64, F=256, K=3, **options):
-    return launch.choose("conv2d", (ConvSpec.infer((B, H, W, C), (K, K, C, F), **options),), algorithm, 4)
+    return plans.choose("conv2d", (ConvSpec.infer((B, H, W, C), (K, K, C, F), **options),), algorithm, 4)
 
 
 def test_direct_is_always_to_be_had():
@@ -57,17 +54,51 @@ def test_a_hidden_state_of_zeros_is_the_same_given_or_not(algorithm):
 
 
 @pytest.mark.parametrize("algorithm", ["direct", "winograd"])
-def test_one_image_keeps_every_worker_busy(algorithm, monkeypatch):
-    flows = []
-    plan = launch.plan
+def test_one_image_keeps_every_worker_busy(algorithm):
+    m, spec = 4 if algorithm == "winograd" else 0, ConvSpec.infer((1, 64, 64, 8), (3, 3, 8, 64))
+    for workers in (2, 3, 16):
+        plan = plans.plan((spec,), m, (0, 0), 1, 4, workers)
+        assert plan.pieces >= workers
 
-    def watched(*arguments):
-        return plan(*arguments)._replace(kernels=(None, lambda *given: flows.append(given[1].copy())))
 
-    monkeypatch.setattr(launch.threads, "usable_threads", lambda: 2)
-    monkeypatch.setattr(launch.threads, "team", lambda count: nullcontext())  # the machine may have one processor
-    monkeypatch.setattr(launch, "plan", watched)
-    functional.conv2d(np.ones((1, 64, 64, 8), np.float32), np.ones((3, 3, 8, 64), np.float32), algorithm=algorithm)
-    (record,) = flows[0].view(np.recarray)
-    shares = [schedule.share.py_func(record, worker) for worker in range(2)]
-    assert all(last > first for first, last in shares)
+def test_a_long_sequence_is_computed_in_pieces_with_the_same_bits(monkeypatch):
+    rng = np.random.default_rng(0)
+    x, kernel = rng.standard_normal((2, 11, 9, 9, 3), np.float32), rng.standard_normal((3, 3, 3, 32), np.float32)
+    recurrent_kernel, mask = rng.standard_normal((3, 3, 8, 32), np.float32), rng.random((2, 11)) < 0.7
+    calls = []
+    run = threads.run
+
+    def counted(kernel, team, variant, flows, *tables):
+        calls.append(team)
+        return run(kernel, team, variant, flows, *tables)
+
+    for algorithm in ("direct", "winograd"):
+        for options in ({}, {"mask": mask}, {"go_backwards": True}, {"return_sequences": False}):
+            monkeypatch.setattr(launch, "PIECE_FLOPS", 10**10)
+            whole = functional.convlstm2d(
+                x, kernel, recurrent_kernel, algorithm=algorithm, return_state=True, **options
+            )
+            monkeypatch.setattr(launch, "PIECE_FLOPS", 1)
+            monkeypatch.setattr(launch, "PIECE_SECONDS", 0)
+            monkeypatch.setattr(threads, "run", counted)
+            calls.clear()
+            pieces = functional.convlstm2d(
+                x, kernel, recurrent_kernel, algorithm=algorithm, return_state=True, **options
+            )
+            assert len(calls) == 11
+            for a, b in zip(whole, pieces, strict=True):
+                np.testing.assert_array_equal(a, b)
+
+
+def test_memory_belongs_to_a_call():
+    """Whoever asks within a call gets other memory; only what was given back is lent again."""
+    first = launch.borrow(1000)
+    second = launch.borrow(1000)
+    assert first[0] != second[0]
+    launch.give_back(*first)
+    assert launch.borrow(500)[0] == first[0]
+    large = launch.borrow(launch.SPARE_BYTES + 1)
+    launch.give_back(*large)
+    assert launch.borrow(launch.SPARE_BYTES + 1)[0] != large[0] or not any(
+        memory is large[1] for _, memory in launch._spare
+    )

@@ -1,79 +1,148 @@
-"""Sharing out the work: every piece has one worker, whatever their number."""
+"""Claiming the work: every piece is done once, whatever the number of workers, after what it needs."""
 
-import numba
 import numpy as np
 import pytest
 
-from fastclstm.engines.cpu.compilation import inline
+from fastclstm import functional
+from fastclstm.engines.cpu import plans, threads
 from fastclstm.engines.cpu.kernels import schedule
+from fastclstm.engines.cpu.kernels.entry import kernel
+from fastclstm.engines.cpu.kernels.schedule import first_piece, next_piece, piece_done, place, wait_for_neighbours
+from fastclstm.engines.cpu.kernels.team import add, claim, done, grain, next_item, wait_for_all
+from fastclstm.spec import ConvSpec
 
 
-@inline
-def _done(flows, worker, counts):
-    first, last = schedule.share(flows[0], worker)
-    for n in range(first, last):
-        unit, t, task = schedule.place(flows[0], n)
-        counts[unit, t, task] += 1 + 1000 * worker
+@kernel
+def _count(job, worker, flows, sources, neighbours, counts, order, clock):
+    """Count in counts[unit, t, block, part] how often a piece is done, and note when."""
+    flow = flows[0]
+    unit, piece, helped = first_piece()
+    while True:
+        unit, piece, helped = next_piece(flow, job, unit, piece, helped)
+        if unit < 0:
+            break
+        t, block, part = place(flow, piece)
+        wait_for_neighbours(flow, job, sources, neighbours, unit, block, t)
+        counts[unit, t, block, part] += 1
+        order[unit, t, block, part] = add(clock[0], 1)
+        piece_done(flow, job, sources, unit, block)
 
 
-@numba.njit
-def pieces(flows, counts):
-    """Count in counts[unit, t, task] how often a piece between two waits is done, plus 1000 times the worker."""
-    for worker in range(flows[0].workers):
-        _done(flows, worker, counts)
+def claimed(workers, units, steps, blocks, parts, reach=1):
+    """Counts and order of the pieces of steps 2, 3, …, each of which reads the blocks up to `reach` away."""
+    flow = np.zeros(1, schedule.FLOW)
+    progress, clock = np.zeros(units * (1 + blocks) * 8, np.int64), np.zeros(1, np.int64)
+    flow["units"], flow["first_step"], flow["steps"], flow["blocks"], flow["parts"] = units, 2, steps, blocks, parts
+    flow["progress"] = progress.ctypes.data
+    n = np.arange(blocks)
+    neighbours = np.stack([np.maximum(n - reach, 0), np.minimum(n + reach + 1, blocks)], 1)
+    counts, order = np.zeros((2, units, 2 + steps, blocks, parts), np.int64)
+    threads.run(_count, workers, (), flow, np.zeros(2, np.int64), neighbours, counts, order,
+                np.array([clock.ctypes.data]))  # fmt: skip
+    return counts[:, 2:], order[:, 2:]
 
 
-def shared_out(workers, units, T, tasks, by_unit):
-    record = np.zeros(1, schedule.FLOW)
-    record["workers"], record["units"], record["T"], record["tasks"] = workers, units, T, tasks
-    record["length"], record["grain"] = (T, T * tasks) if by_unit else (1, 1)
-    counts = np.zeros((units, T if by_unit else 1, tasks), np.int64)
-    pieces(record, counts)
-    return counts
+@pytest.mark.parametrize("workers", [1, 2, 3, 5])
+def test_every_piece_is_done_once_and_after_its_neighbours(workers):
+    for units, steps, blocks, parts in ((1, 4, 5, 2), (3, 2, 1, 1), (7, 3, 4, 3), (2, 50, 3, 1)):
+        for _ in range(20):
+            counts, order = claimed(workers, units, steps, blocks, parts)
+            np.testing.assert_array_equal(counts, 1)
+            for block in range(blocks):
+                around = order[:, :-1, max(block - 1, 0) : block + 2].max((2, 3))
+                assert (order[:, 1:, block].min(2) > around).all()
 
 
-@pytest.mark.parametrize("by_unit", [True, False])
-def test_every_piece_is_done_once(by_unit):
-    for workers in (1, 2, 3, 7, 64):
-        for units in (1, 2, 5, 64, 100):
-            for tasks in (1, 3, 10):
-                counts = shared_out(workers, units, 3, tasks, by_unit)
-                np.testing.assert_array_equal(counts % 1000, 1)
-                assert (counts // 1000).max() < workers
+def test_one_worker_takes_unit_after_unit():
+    _, order = claimed(1, 3, 4, 5, 2)
+    np.testing.assert_array_equal(order.ravel(), np.arange(order.size))
 
 
-def test_a_unit_stays_with_its_worker():
-    counts = shared_out(workers=3, units=7, T=4, tasks=5, by_unit=True)
-    worker = counts // 1000
-    np.testing.assert_array_equal(worker, worker[:, :1, :1] + np.zeros_like(worker))
-    assert np.bincount(worker[:, 0, 0]).tolist() == [2, 2, 3]
+@kernel
+def _two_phases(job, worker, values, sums):
+    """Fill values, then sums of all of them, twice."""
+    piece, begun = claim(job), 0
+    for turn in range(2):
+        while piece < begun + len(values):
+            wait_for_all(job, begun)
+            values[piece - begun] = (turn + 1) * (piece - begun)
+            done(job)
+            piece = claim(job)
+        begun += len(values)
+        while piece < begun + len(sums):
+            wait_for_all(job, begun)
+            sums[piece - begun] += values.sum()
+            done(job)
+            piece = claim(job)
+        begun += len(sums)
 
 
-def test_tasks_of_a_step_are_shared_evenly():
-    for T in (1, 5):
-        counts = shared_out(workers=4, units=2, T=T, tasks=7, by_unit=False)
-        assert sorted(np.bincount((counts // 1000).ravel())) == [3, 3, 4, 4]
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_phases_wait_for_each_other(workers):
+    for _ in range(50):
+        sums = np.zeros(7, np.int64)
+        threads.run(_two_phases, workers, (), np.zeros(13, np.int64), sums)
+        np.testing.assert_array_equal(sums, 3 * sum(range(13)))
 
 
-def test_steps_come_in_order_within_a_unit():
-    """Each step needs the one before: a worker's pieces of a unit are ordered by step."""
+@kernel
+def _each(job, worker, counts):
+    size = grain(job, len(counts))
+    n = next_item(job, -1, size)
+    while n < len(counts):
+        counts[n] += 1
+        n = next_item(job, n, size)
 
-    @numba.njit
-    def order(flows, worker, steps):
-        first, last = schedule.share(flows[0], worker)
-        for n in range(first, last):
-            unit, t, _ = schedule.place(flows[0], n)
-            steps[n - first] = unit * 1000 + t
-        return last - first
 
-    record = np.zeros(1, schedule.FLOW)
-    record["workers"], record["units"], record["T"], record["tasks"], record["length"] = 2, 4, 6, 3, 6
-    record["grain"] = 6 * 3
-    steps = np.zeros(100, np.int64)
-    for worker in range(2):
-        count = order(record, worker, steps)
-        assert count == 2 * 6 * 3
-        assert (np.diff(steps[:count]) >= 0).all()
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_every_item_comes_once(workers):
+    for count in (1, 2, 15, 16, 17, 1000):
+        counts = np.zeros(count, np.int64)
+        threads.run(_each, workers, (), counts)
+        np.testing.assert_array_equal(counts, 1)
+
+
+def reads(spec, y, x):
+    """The pixels that output (y, x) of a convolution reads."""
+    rows = [y - spec.padding[0][0] + k * spec.dilation[0] for k in range(spec.KH)]
+    columns = [x - spec.padding[1][0] + k * spec.dilation[1] for k in range(spec.KW)]
+    if spec.padding_mode == "circular":
+        rows, columns = [row % spec.H for row in rows], [column % spec.W for column in columns]
+    return {(i, j) for i in rows for j in columns if 0 <= i < spec.H and 0 <= j < spec.W}
+
+
+def owners(plan, spec, m):
+    """The block of each output (image, y, x), for plans of a single unit or of one image a unit."""
+    work = plan.work[0]
+    result = {}
+    for b in range(spec.B if plan.units == 1 else 1):
+        for y, x in np.ndindex(spec.HO, spec.WO):
+            if m:
+                tile = b * work["tiles"] + y // m * work["tiles_x"] + x // m
+                result[b, y, x] = tile // work["block_tiles"]
+            else:
+                result[b, y, x] = y // work["block_height"] * work["blocks_x"] + x // work["block_width"]
+    return result
+
+
+@pytest.mark.parametrize("m", [0, 2, 4])
+@pytest.mark.parametrize("options", [{}, {"padding_mode": "circular"}, {"dilation": 3}], ids=str)
+@pytest.mark.parametrize(("B", "H", "W", "k"), [(1, 70, 100, 3), (3, 13, 9, 5), (2, 50, 31, 3), (1, 200, 3, 5)])
+def test_neighbours_are_all_that_a_block_reads(m, options, B, H, W, k):
+    if m and "dilation" in options:
+        pytest.skip("Winograd knows no dilation")
+    spec = ConvSpec.infer((B, H, W, 4), (k, k, 4, 16), **options)
+    plan = plans.plan((spec, spec), m, (1, 0), 1, 4, 2)
+    neighbours, owner = plan.tables.arrays[2], owners(plan, spec, m)
+    assert len(neighbours) == plan.blocks
+    for (b, y, x), block in owner.items():
+        first, last = neighbours[block]
+        for pixel in reads(spec, y, x):
+            other = owner[(b, *pixel)]
+            assert first <= other < last
+            assert (
+                neighbours[other][0] <= block < neighbours[other][1]
+            )  # whoever is read must not be overwritten too soon
 
 
 def test_slots_of_arrays_with_and_without_time():
@@ -82,3 +151,18 @@ def test_slots_of_arrays_with_and_without_time():
     assert schedule.slots(a, backwards=True) == (a[:, 4:].ctypes.data, a.strides[0], -a.strides[1], 5)
     assert schedule.slots(a[0]) == (a.ctypes.data, a.strides[1], 0, 1)
     assert schedule.slots(None) == schedule.NOTHING
+
+
+@pytest.mark.parametrize("algorithm", ["direct", "winograd"])
+@pytest.mark.parametrize("B", [1, 3])
+def test_the_bits_of_long_sequences_do_not_depend_on_the_workers(algorithm, B, monkeypatch):
+    """Two slots for the hidden states in turn: whoever is ahead must not write over what others read."""
+    rng = np.random.default_rng(0)
+    x, kernel = rng.standard_normal((B, 60, 33, 35, 2), np.float32), rng.standard_normal((3, 3, 2, 32), np.float32)
+    recurrent_kernel = rng.standard_normal((3, 3, 8, 32), np.float32) / 8
+    results = []
+    for workers in (1, 2, 3, 5):
+        monkeypatch.setattr(threads, "usable_threads", lambda workers=workers: workers)
+        results.append(functional.convlstm2d(x, kernel, recurrent_kernel, algorithm=algorithm, return_sequences=False))
+    for other in results[1:]:
+        np.testing.assert_array_equal(results[0], other)

@@ -3,6 +3,7 @@
 What could kill or hang a process runs in one of its own.
 """
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -18,6 +19,8 @@ import pytest
 import fastclstm
 from fastclstm import functional
 from fastclstm.engines.cpu import threads
+from fastclstm.engines.cpu.kernels.entry import kernel
+from fastclstm.engines.cpu.kernels.team import HEADER, SLEEPS
 
 ROOT = Path(__file__).parents[1]
 
@@ -45,11 +48,12 @@ def alone(algorithm="direct"):
         fastclstm.set_num_threads(before)
 
 teams = []  # of every parallel run
-original = threads.team
-def team(count):
-    teams.append(count)
-    return original(count)
-threads.team = team
+original = threads.run_team
+def run_team(address, job, workers):
+    teams.append(workers)
+    original(address, job, workers)
+threads.run_team = run_team
+threads._LOSS = np.inf  # however busy the machine is
 """
 
 
@@ -66,6 +70,8 @@ def in_process(code, **environment):
 @pytest.fixture(autouse=True)
 def settings(monkeypatch):
     """Each test starts from the default and leaves it behind."""
+    monkeypatch.delenv(threads.GENERAL_VARIABLE, raising=False)
+    monkeypatch.setattr(threads, "_alone_until", 0.0)
     monkeypatch.setattr(threads, "_chosen", None)
     monkeypatch.delenv(threads.VARIABLE, raising=False)
     monkeypatch.setattr(numba.config, "NUMBA_NUM_THREADS", 8)
@@ -157,6 +163,17 @@ def test_processors_are_limited_by_the_quota(monkeypatch, quota, count):
     assert threads.available_processors() == count
 
 
+@pytest.mark.parametrize(
+    ("text", "count"), [("1", 1), ("3,2", 3), (" 2 ", 2), ("", 5), ("0", 5), ("-1", 5), ("many", 5)]
+)
+def test_the_variable_of_all_libraries_is_honoured_but_is_no_error(monkeypatch, text, count):
+    monkeypatch.setattr(threads, "available_processors", lambda: 5)
+    monkeypatch.setenv(threads.GENERAL_VARIABLE, text)
+    assert fastclstm.get_num_threads() == count
+    monkeypatch.setenv(threads.VARIABLE, "4")
+    assert fastclstm.get_num_threads() == 4
+
+
 # When one thread must do it all.
 
 
@@ -173,23 +190,69 @@ def test_unsafe_layer_serves_only_the_main_thread(monkeypatch, layer, count):
     assert usable_off_the_main_thread() == count
 
 
-def test_alone_beside_a_team_at_work(monkeypatch):
+def test_python_threads_that_compute_share_the_processors(monkeypatch):
     monkeypatch.setattr(threads, "threading_layer", lambda: "omp")
     fastclstm.set_num_threads(4)
-    with threads.team(1):
-        assert usable_off_the_main_thread() == 1
-        with threads.team(1):
-            pass
-        assert usable_off_the_main_thread() == 1
-    assert usable_off_the_main_thread() == 4
+    for others, count in ((0, 4), (1, 2), (2, 1), (5, 1)):
+        monkeypatch.setattr(threads, "_at_work", dict.fromkeys(range(-others, 0)))
+        assert threads.usable_threads() == usable_off_the_main_thread() == count
+    monkeypatch.setattr(threads, "_at_work", {threading.get_ident(): None})  # a call within a call of the same thread
+    assert threads.usable_threads() == 4
 
 
-def test_team_ends_with_an_error_too():
-    before = numba.get_num_threads()
-    with pytest.raises(ZeroDivisionError), threads.team(1):
+def test_nobody_is_at_work_after_an_error(monkeypatch):
+    def fail(*_):
         raise ZeroDivisionError
-    assert not threads._team_at_work.locked()
-    assert numba.get_num_threads() == before
+
+    monkeypatch.setattr(threads, "run_team", fail)
+    with pytest.raises(ZeroDivisionError):
+        threads.run(_nothing, 2, (), np.zeros(1))
+    assert threads._at_work == {}
+
+
+@kernel
+def _nothing(job, worker, values):
+    pass
+
+
+def test_alone_where_threads_cannot_be_created(monkeypatch):
+    """As under a container's limit on processes."""
+
+    def fail(self):
+        raise RuntimeError("can't start new thread")
+
+    threads._can_start.cache_clear()
+    monkeypatch.setattr(threading.Thread, "start", fail)
+    fastclstm.set_num_threads(4)
+    try:
+        assert threads.usable_threads() == 1
+    finally:
+        threads._can_start.cache_clear()
+
+
+def test_a_team_that_waited_in_vain_is_not_asked_again_for_a_while(monkeypatch):
+    """Its threads had no processors: the first worker slept for most of the call."""
+    now = 1000.0
+
+    def sleepy(address, place, workers):
+        nonlocal now
+        words = (ctypes.c_int64 * HEADER).from_address(place)
+        words[SLEEPS], now = sleeps, now + 0.010
+
+    monkeypatch.setattr(threads.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(threads, "_alone_until", 0.0)
+    monkeypatch.setattr(threads, "run_team", sleepy)
+    fastclstm.set_num_threads(2)
+    sleeps = 5  # of 10 ms some 0.5
+    threads.run(_nothing, 2, (), np.zeros(1))
+    assert threads.usable_threads() == 2
+    sleeps = 50
+    threads.run(_nothing, 2, (), np.zeros(1))
+    assert threads.usable_threads() == 1
+    now += 0.050
+    assert threads.usable_threads() == 1
+    now += 0.051
+    assert threads.usable_threads() == 2
 
 
 # In processes of their own.
@@ -226,7 +289,7 @@ def test_use_after_fork(layer):
         if child == 0:
             teams.clear()
             same = np.array_equal(compute(), expected) and np.array_equal(compute("winograd"), alone("winograd"))
-            os._exit(0 if same and not teams and threads.usable_threads() == 1 else 3)
+            os._exit(0 if same and not teams and threads.usable_threads() == fastclstm.get_num_threads() == 1 else 3)
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
         np.testing.assert_array_equal(compute(), expected)
         print(teams)
@@ -236,16 +299,47 @@ def test_use_after_fork(layer):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_fork_while_a_team_works():
-    """A child born between another thread's start and end of a parallel run computes, and the parent goes on."""
+    """A child born while another Python thread runs kernels computes, and the parent goes on."""
     in_process("""
-        expected = compute()
-        with original(4):
+        expected, stop = compute(), threading.Event()
+
+        def work():
+            while not stop.is_set():
+                np.testing.assert_array_equal(compute(), expected)
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        for _ in range(20):
             child = os.fork()
             if child == 0:
                 os._exit(0 if np.array_equal(compute(), expected) else 3)
-        assert os.waitpid(child, 0)[1] == 0
+            assert os.waitpid(child, 0)[1] == 0
+        stop.set()
+        thread.join()
         np.testing.assert_array_equal(compute(), expected)
     """)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_fork_while_another_thread_compiles(tmp_path):
+    """The child must not wait for a compiler that only its parent has."""
+    in_process("""
+        import signal, time
+        from numba.core.compiler_lock import global_compiler_lock
+
+        thread = threading.Thread(target=compute)
+        thread.start()
+        while global_compiler_lock._lock.acquire(blocking=False):  # nobody compiles yet
+            global_compiler_lock._lock.release()
+            time.sleep(0.001)
+        child = os.fork()
+        if child == 0:
+            signal.alarm(100)
+            functional.max_pool3d(x, 2)
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        thread.join()
+    """, FASTCLSTM_CACHE_DIR=str(tmp_path))  # fmt: skip
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
@@ -295,44 +389,114 @@ def test_many_python_threads(layer):
             futures = [pool.submit(work, n) for n in range(4)]
             work(4)
             assert [future.result() for future in futures] == [0, 1, 2, 3]
+        teams.clear()
         compute()
-        assert teams[-1] == 4
+        assert teams == [4]
         print(threads.threading_layer())
     """, NUMBA_THREADING_LAYER=layer)  # fmt: skip
     assert printed.strip() == layer
 
 
+INTERRUPTIBLE = """
+    import _thread, signal
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs begin with Ctrl-C ignored
+    from fastclstm.engines.cpu import launch
+"""
+
+
 def test_interrupt_during_a_run_leaves_everything_in_order():
-    """Ctrl-C is answered when the kernel returns."""
-    in_process("""
-        import _thread, signal
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs begin with Ctrl-C ignored
-        expected = compute()
-        inner = original
+    """Wherever it comes: after any of the instructions around a parallel run."""
+    in_process(
+        INTERRUPTIBLE
+        + """
+    expected, interrupted = compute(), 0
+    before = numba.get_num_threads()
 
-        from contextlib import contextmanager
+    def watch(frame, event, argument):
+        global countdown
+        if frame.f_code.co_name in ("run", "borrow", "give_back", "usable_threads") and "engines" in frame.f_code.co_filename:
+            countdown -= 1
+            if countdown == 0:
+                raise KeyboardInterrupt
+        return watch
 
-        @contextmanager
-        def interrupted(count):
-            with inner(count):
-                yield
-                _thread.interrupt_main()
-                for _ in range(1000):
-                    pass
-
-        threads.team = interrupted
-        before = numba.get_num_threads()
+    for first in range(1, 200):
+        countdown = first
+        sys.settrace(watch)
         try:
             compute()
         except KeyboardInterrupt:
-            pass
-        else:
-            sys.exit("no KeyboardInterrupt")
-        threads.team = team
-        assert numba.get_num_threads() == before
+            interrupted += 1
+        finally:
+            sys.settrace(None)
+        teams.clear()
         np.testing.assert_array_equal(compute(), expected)
-        assert teams[-1] == 4
-    """)
+        assert teams == [4] and numba.get_num_threads() == before, (first, teams)
+    assert interrupted > 20, interrupted
+    """
+    )
+
+
+def test_interrupt_is_heard_between_the_pieces_of_a_long_sequence():
+    in_process(
+        INTERRUPTIBLE
+        + """
+    x = np.concatenate([x] * 400, axis=1)
+    launch.PIECE_FLOPS = 1
+    launch.PIECE_SECONDS = 0.01
+    pieces, run = [], threads.run
+
+    def counted(*arguments):
+        run(*arguments)
+        pieces.append(arguments)
+        if len(pieces) == 3:
+            _thread.interrupt_main()
+
+    threads.run = counted
+    try:
+        compute()
+    except KeyboardInterrupt:
+        assert len(pieces) == 3
+    else:
+        sys.exit("no KeyboardInterrupt")
+    """
+    )
+
+
+@pytest.mark.skipif(not hasattr(__import__("signal"), "setitimer"), reason="no such timer here")
+def test_a_call_in_a_signal_handler_spoils_nothing():
+    in_process(
+        INTERRUPTIBLE
+        + """
+    from fastclstm import ConvLSTM2DCell
+
+    cells = [ConvLSTM2DCell(3, 16, 3, algorithm="winograd", seed=n) for n in range(2)]
+    frame = np.ascontiguousarray(x[:, 0])
+
+    def chain(cell, steps=30):
+        h, c = np.zeros((2, 2, 24, 24, 16), np.float32)
+        for _ in range(steps):
+            spare = np.empty_like(h)
+            h, c = cell.step(frame, h, c, out=(spare, c))
+        return h, c
+
+    expected, calls = [chain(cell, 30 if cell is cells[0] else 2) for cell in cells], 0
+
+    def handler(*_):
+        global calls
+        calls += 1
+        for a, b in zip(chain(cells[1], 2), expected[1]):
+            np.testing.assert_array_equal(a, b)
+
+    signal.signal(signal.SIGALRM, handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.002, 0.002)
+    for _ in range(40):
+        for a, b in zip(chain(cells[0]), expected[0]):
+            np.testing.assert_array_equal(a, b)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    assert calls > 3
+    """
+    )
 
 
 def test_python_threads_here_get_the_same_bits():

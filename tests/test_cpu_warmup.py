@@ -5,27 +5,27 @@ import pkgutil
 
 import numpy as np
 import pytest
-from numba.core.dispatcher import Dispatcher
 
 import fastclstm
 from fastclstm import functional
-from fastclstm.engines import cpu
-from fastclstm.engines.cpu import compilation, warmup
+from fastclstm.engines.cpu import compilation, kernels, warmup
+from fastclstm.engines.cpu.kernels.entry import Kernel
+from fastclstm.engines.cpu.kernels.team import run_team
 
-MODULES = [importlib.import_module(info.name) for info in pkgutil.iter_modules(cpu.__path__, f"{cpu.__name__}.")]
+MODULES = [
+    importlib.import_module(f"{kernels.__name__}.{info.name}") for info in pkgutil.iter_modules(kernels.__path__)
+]
 
 
-def signatures():
-    """What each kernel has been compiled for; the measurement of the machine's peak is no part of an operation."""
-    return {
-        f"{module.__name__}.{name}": set(map(str, value.signatures))
+def compiled():
+    """What each kernel has been compiled for."""
+    known = {
+        f"{module.__name__}.{name}": set(value._compiled)
         for module in MODULES
-        if not module.__name__.endswith(".peak")
         for name, value in vars(module).items()
-        if isinstance(value, Dispatcher)
-        and value.py_func.__module__ == module.__name__
-        and isinstance(value._cache, compilation._KernelCache)
+        if isinstance(value, Kernel)
     }
+    return known | {"team": set(map(str, run_team.signatures))}
 
 
 @pytest.fixture
@@ -70,10 +70,25 @@ def calls(dtype):
 @pytest.mark.parametrize("dtype", warmup.DTYPES)
 def test_calls_compile_nothing_more(dtype, two_threads):
     steps = list(warmup.steps(dtype))
-    assert len({name for name, _ in steps}) == len(steps) == len(signatures())
+    assert len({name for name, _ in steps}) == len(steps)
     for _, compile_kernel in steps:
         compile_kernel()
-    before = signatures()
-    assert all(any(dtype in signature for signature in known) for known in before.values()), before
+    before = compiled()
+    assert all(before.values()), before
     calls(dtype)
-    assert signatures() == before
+    assert compiled() == before
+
+
+def test_for_inference_less_is_compiled_and_calls_without_gradients_compile_nothing_more(two_threads):
+    """In a process of its own, as this one has compiled whatever other tests needed."""
+    names = [name for name, _ in warmup.steps("float32", forward_only=True)]
+    assert set(names) < {name for name, _ in warmup.steps("float32")}
+    assert not any("gradient" in name or "training" in name for name in names)
+
+
+def test_processes_side_by_side_do_every_step(tmp_path, monkeypatch):
+    """The kernels are on disk by now, so that this takes no time."""
+    done = list(warmup.compile_all("float32", forward_only=True, processes=2))
+    assert done == [name for name, _ in warmup.steps("float32", forward_only=True)]
+    ours, _ = compilation.kernels_on_disk()
+    assert compilation.cache_folder() is None or ours >= len(done)

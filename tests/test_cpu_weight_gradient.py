@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from fastclstm.engines.cpu.kernels import weight_gradient, winograd
+from fastclstm.engines.cpu import plans, weight_gradient
 from fastclstm.engines.cpu.kernels.schedule import slots
-from fastclstm.engines.cpu.kernels.weight_gradient import WeightGradient
+from fastclstm.engines.cpu.weight_gradient import WeightGradient
 from fastclstm.spec import ConvSpec
 
 
@@ -44,7 +44,7 @@ def test_definition(k, options, algorithm):
     rng = np.random.default_rng(0)
     for B, T, H, W, C, F in ((1, 2, 9, 10, 3, 12), (2, 3, 17, 8, 20, 40), (1, 1, 9, 12, 1, 4)):
         spec = ConvSpec.infer((B, H, W, C), (*k, C, F), **({"padding": "same"} | options))
-        if algorithm == "winograd" and not winograd.fits((spec,)):
+        if algorithm == "winograd" and not plans.fits((spec,)):
             continue
         x, dz = rng.standard_normal((B, T, H, W, C)), rng.standard_normal((B, T, spec.HO, spec.WO, F))
         (result,) = gradient((spec,), (x,), dz, algorithm)
@@ -55,7 +55,7 @@ def test_definition(k, options, algorithm):
 @pytest.mark.parametrize("k", [3, 5])
 def test_two_inputs_of_one_gradient(monkeypatch, m, k):
     """Each tile size; channels that fill no vector, side by side."""
-    monkeypatch.setattr(winograd, "TILES", (m,))
+    monkeypatch.setattr(plans, "TILES", (m,))
     rng = np.random.default_rng(1)
     for C, F in ((1, 5), (7, 16), (16, 20)):
         specs = tuple(ConvSpec.infer((2, 11, 9, c), (k, k, c, 4 * F)) for c in (F, C))
@@ -77,8 +77,7 @@ def test_long_sums_are_accurate(algorithm, roundings):
 
 
 @pytest.mark.parametrize("algorithm", ["direct", "winograd"])
-def test_bits_do_not_depend_on_the_team(algorithm, monkeypatch):
-    monkeypatch.setattr(weight_gradient.threads, "team", _nothing)  # more workers than threads: they take turns
+def test_bits_do_not_depend_on_the_team(algorithm):
     rng = np.random.default_rng(3)
     specs = tuple(ConvSpec.infer((3, 30, 21, c), (3, 3, c, 80)) for c in (20, 2))
     xs = [rng.standard_normal((3, 4, 30, 21, c), np.float32) for c in (20, 2)]
@@ -87,17 +86,6 @@ def test_bits_do_not_depend_on_the_team(algorithm, monkeypatch):
     for team in (2, 3, 4):
         for result, value in zip(gradient(specs, xs, dz, algorithm, team), expected, strict=True):
             np.testing.assert_array_equal(result, value)
-
-
-class _nothing:
-    def __init__(self, count):
-        pass
-
-    def __enter__(self):
-        pass
-
-    def __exit__(self, *_):
-        pass
 
 
 def test_auto_takes_tiles_where_they_pay():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from fastclstm import functional
+from fastclstm.engines.cpu import plans
 from fastclstm.engines.cpu.kernels import winograd
 from fastclstm.spec import ConvSpec
 
@@ -19,7 +20,7 @@ TIMES_DIRECT = {(2, 3): 2, (4, 3): 6, (2, 5): 3, (4, 5): 8}
 @pytest.fixture
 def tile_of(monkeypatch):
     """Function that makes the engine take tiles of m×m outputs."""
-    return lambda m: monkeypatch.setattr(winograd, "TILES", (m,))
+    return lambda m: monkeypatch.setattr(plans, "TILES", (m,))
 
 
 def correlate(x, w):
@@ -66,15 +67,15 @@ def spec(kernel=(3, 3), **options):
 
 def test_fits_square_kernels_of_3_and_5_alike():
     for k in (3, 5):
-        assert winograd.fits((spec((k, k)),))
-        assert winograd.fits((spec((k, k)), spec((k, k), padding_mode="circular")))
-        assert winograd.fits((spec((k, k), padding="valid"),))
+        assert plans.fits((spec((k, k)),))
+        assert plans.fits((spec((k, k)), spec((k, k), padding_mode="circular")))
+        assert plans.fits((spec((k, k), padding="valid"),))
     for kernel in ((1, 1), (2, 2), (4, 4), (7, 7), (3, 5), (5, 3), (1, 3)):
-        assert not winograd.fits((spec(kernel),))
+        assert not plans.fits((spec(kernel),))
     for options in ({"strides": (1, 2)}, {"strides": (2, 1)}, {"dilation": (2, 1)}, {"dilation": (1, 2)}):
-        assert not winograd.fits((spec(**options),))
-    assert not winograd.fits((spec(), spec((5, 5))))
-    assert not winograd.fits((spec(), spec(dilation=(2, 2))))
+        assert not plans.fits((spec(**options),))
+    assert not plans.fits((spec(), spec((5, 5))))
+    assert not plans.fits((spec(), spec(dilation=(2, 2))))
 
 
 @pytest.mark.parametrize("kernel", [(1, 1), (4, 4), (3, 5)])

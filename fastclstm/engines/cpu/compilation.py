@@ -12,7 +12,13 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import re
 import sys
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,6 +28,7 @@ import numba
 from numba.core.caching import NullCache
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import Compiler, CompileResult
+from numba.core.registry import cpu_target
 from numba.core.serialize import dumps
 
 from fastclstm.engines import disk_cache
@@ -46,6 +53,70 @@ def cache_folder() -> Path | None:
     return disk_cache.folder("kernels", source_digest())
 
 
+def _digest(*values: Any) -> str:
+    return hashlib.sha256(repr(values).encode()).hexdigest()[:24]
+
+
+def processor(codegen: Any = None) -> str:
+    """Name of the processor that is compiled for, as names of files tell it."""
+    if codegen is None:
+        codegen = cpu_target.target_context.codegen()
+    _, name, _ = codegen.magic_tuple()
+    return f"{re.sub('[^0-9a-z]', '', name.lower())}.{_digest(codegen.magic_tuple())[:8]}"
+
+
+def kernels_on_disk() -> tuple[int, int]:
+    """Count the kernels that the cache folder holds for this processor, and for others."""
+    folder = cache_folder()
+    names = [] if folder is None else [path.stem for path in folder.glob("*.pickle")]
+    ours = sum(name.endswith(processor()) for name in names)
+    return ours, len(names) - ours
+
+
+@cache
+def _warn_of_other_processor(folder: Path) -> None:
+    """Say it once: machines of several kinds that share a folder, or an image built on another kind."""
+    warnings.warn(
+        f"the kernels in {folder} were compiled for another type of processor than this one ({processor()}); they are "
+        f"compiled again and kept beside them. `python -m fastclstm warmup` does it beforehand",
+        RuntimeWarning, stacklevel=2,
+    )  # fmt: skip
+
+
+SILENT_SECONDS = 2.0
+"""Compiling for longer than that, a process says so."""
+
+
+class _Notice:
+    """Says on a terminal, once, that kernels are being compiled, when that has taken some time."""
+
+    def __init__(self) -> None:
+        self._seconds, self._said = 0.0, False
+
+    @contextmanager
+    def compiling(self) -> Iterator[None]:
+        """Count the time inside."""
+        timer = threading.Timer(max(0.0, SILENT_SECONDS - self._seconds), self._say)
+        timer.daemon = True
+        start = time.perf_counter()
+        if not self._said and sys.stderr is not None and sys.stderr.isatty():
+            timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+            self._seconds += time.perf_counter() - start
+
+    def _say(self) -> None:
+        self._said = True
+        with suppress(OSError, ValueError):  # a terminal that is gone is no reason to stop
+            print("fastclstm: compiling kernels for this processor; later runs find them on disk. "
+                  "`python -m fastclstm warmup` does it beforehand.", file=sys.stderr, flush=True)  # fmt: skip
+
+
+notice = _Notice()
+
+
 class _KernelCache(NullCache):
     """Numba's cache interface for one kernel: a file a signature and processor."""
 
@@ -57,15 +128,18 @@ class _KernelCache(NullCache):
         return str(self._folder)
 
     def _path(self, sig: Any, codegen: Any) -> Path:
-        key = hashlib.sha256(repr((self._variant, sig, codegen.magic_tuple())).encode()).hexdigest()[:32]
-        return self._folder / f"{self._name}-{key}.pickle"
+        return self._folder / f"{self._name}-{_digest(self._variant, sig)}-{processor(codegen)}.pickle"
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         target_context.refresh()
-        content = disk_cache.read(self._path(sig, target_context.codegen()))
-        if content is None:
-            return None
-        return CompileResult._rebuild(target_context, *pickle.loads(content))
+        path = self._path(sig, target_context.codegen())
+        content = disk_cache.read(path)
+        if content is not None:
+            return CompileResult._rebuild(target_context, *pickle.loads(content))
+        others = self._folder.glob(f"{self._name}-{_digest(self._variant, sig)}-*.pickle")
+        if (other := next(others, None)) is not None and other != path:
+            _warn_of_other_processor(self._folder)
+        return None
 
     def save_overload(self, sig: Any, cres: Any) -> None:
         if cres.library.has_dynamic_globals:  # addresses of this process
@@ -118,12 +192,32 @@ class _NoEnvironments:
         pass
 
 
-class _InlinedCompiler(Compiler):
-    def compile_extra(self, func: Any) -> Any:
-        self.state.library = _InlinedLibrary(self.state.targetctx.codegen(), func.__qualname__)
-        return super().compile_extra(func)
+class _KernelLibrary(JITCodeLibrary):
+    """A kernel's code: optimized once, where Numba has a pass before for reference counts, of which there are none."""
+
+    def _optimize_functions(self, ll_module: Any) -> None:
+        ll_module.data_layout = self._codegen._data_layout
+
+    def _optimize_final_module(self) -> None:
+        passes, options = self._codegen._module_pass_manager()
+        passes.run(self._final_module, options)
+
+
+def _compiler(library_class: type[JITCodeLibrary]) -> type[Compiler]:
+    """Return Numba's compiler, with another kind of library."""
+
+    class _Compiler(Compiler):
+        def compile_extra(self, func: Any) -> Any:
+            self.state.library = library_class(self.state.targetctx.codegen(), func.__qualname__)
+            self.state.library.enable_object_caching()
+            return super().compile_extra(func)
+
+    return _Compiler
 
 
 inline = numba.njit(nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True,
-                    pipeline_class=_InlinedCompiler)  # fmt: skip
+                    pipeline_class=_compiler(_InlinedLibrary))  # fmt: skip
 """Decorate a function that kernels call: compiled into them, never kept by itself."""
+
+KernelCompiler = _compiler(_KernelLibrary)
+"""What compiles kernels."""

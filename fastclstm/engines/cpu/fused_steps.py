@@ -30,7 +30,7 @@ class Steps:
         """Run T steps of B images from the first states on; mask (B, T) in the order of processing, kept: gates."""
         spec = self._spec.with_batch(B)
         team = launch.team_size(spec.flops // spec.T)
-        variant = self._kind, int(kept is not NOTHING)
+        variant = self._kind, int(kept is not NOTHING and self._kind == gates.STANDARD)
         plan = plans.plan(
             (spec.recurrent, spec.input), self._m, variant, len(self._columns.groups), self._itemsize, team
         )

@@ -47,13 +47,15 @@ class InputGradient:
         at_once = max(1, min(T, FOLDED_BYTES // step))
         shape = (spec.B, at_once, spec.HO, spec.WO, spec.KH * spec.KW * spec.C)
         work = np.zeros(1, col2im.WORK)
-        with launch.scratch(math.prod(shape) * self._dtype.itemsize) as memory:
-            taps = slots(memory.view(self._dtype).reshape(shape))
-            for t in range(0, T, at_once):
-                count = min(at_once, T - t)
-                self._run(dy.after(0, t), taps, count)
-                work[0] = (spec.B, count, spec.HO, spec.WO, *taps[:3], *dx.after(0, t)[:3])
-                threads.run(col2im.fold, self.team, (), np.empty(0, self._dtype), work, self._source)
+        size = math.prod(shape) * self._dtype.itemsize
+        address, memory = launch.borrow(size)
+        taps = slots(memory[:size].view(self._dtype).reshape(shape))
+        for t in range(0, T, at_once):
+            count = min(at_once, T - t)
+            self._run(dy.after(0, t), taps, count)
+            work[0] = (spec.B, count, spec.HO, spec.WO, *taps[:3], *dx.after(0, t)[:3])
+            threads.run(col2im.fold, self.team, (), np.empty(0, self._dtype), work, self._source)
+        launch.give_back(address, memory)
 
     def _run(self, dy: Slots, dx: Slots, T: int) -> None:
         launch.run(self._plan, self._columns, self._cell, self._spec.B, T, self.team, x=dy, h=dx)

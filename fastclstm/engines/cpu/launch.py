@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import time
+from array import array
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 
 import numpy as np
 
 from fastclstm.engines import remembered
 from fastclstm.engines.cpu import packing, plans, threads, transforms
+from fastclstm.engines.cpu.kernels.entry import table
 from fastclstm.engines.cpu.kernels.schedule import FLOW, LINE, NOTHING, Plan, Slots
 
-NO_MASK = np.ones((0, 0), np.bool_)
+NO_MASK = table(np.ones((0, 0), np.bool_))
+
+NO_FLOWS = table(np.zeros(0, FLOW))
+_BYTE = np.dtype(np.uint8)
 
 SERIAL_FLOPS = 2_000_000
 """Below this much work a second thread costs more than it saves."""
@@ -25,25 +28,31 @@ PIECE_SECONDS = 0.15
 SPARE_BYTES = 64 << 20
 """Size of the memory that is left to the next call, at most."""
 
-_spare: deque[np.ndarray] = deque(maxlen=8)
-"""Memory that no call uses."""
+_spare: deque[tuple[int, np.ndarray]] = deque(maxlen=8)
+"""Memory that no call uses, and where it is."""
 
 
-@contextmanager
-def scratch(size: int) -> Iterator[np.ndarray]:
-    """Lend a call memory of so many bytes, which nobody else has until it is given back; its contents are anything.
+def borrow(size: int) -> tuple[int, np.ndarray]:
+    """Address of memory of at least so many bytes, and the memory; nobody else has it until it is given back.
 
     A call that is interrupted does not give it back, and a call within a call (in a signal handler, or in another
     Python thread) gets other memory.
     """
-    memory = None
-    with suppress(IndexError):
-        memory = _spare.pop()
-    if memory is None or memory.nbytes < size:
-        memory = packing.aligned_empty(size, np.dtype(np.uint8))
-    yield memory[:size]
+    try:
+        address, memory = _spare.pop()
+    except IndexError:
+        pass
+    else:
+        if memory.nbytes >= size:
+            return address, memory
+    memory = packing.aligned_empty(size, _BYTE)
+    return memory.ctypes.data, memory
+
+
+def give_back(address: int, memory: np.ndarray) -> None:
+    """Leave borrowed memory to the next call."""
     if memory.nbytes <= SPARE_BYTES:
-        _spare.append(memory)
+        _spare.append((address, memory))
 
 
 def team_size(flops: int) -> int:
@@ -93,26 +102,25 @@ def run(
     trouble = np.zeros(B, np.int64)
     team = max(1, min(team, plan.pieces))
     share = -(-plan.scratch_bytes // 4096) * 4096 + LINE * 5  # workers at different cache sets
-    lines = plan.units * (1 + plan.blocks) if team > 1 else 0
-    flow = np.empty(1, FLOW)
-    with scratch(share * team) as memory:
-        progress = packing.aligned_empty(lines * LINE // 8, np.dtype(np.int64))
-        flow[0] = (
-            B, 0, T, plan.units, plan.blocks, plan.parts, mask is not None, fresh,
-            *x[:3], *h_first[:3], *h[:3], *c_first[:3], *c[:3], *y_first[:3], *y[:3], *gates[:3], h.kept, c.kept,
-            trouble.ctypes.data, memory.ctypes.data, share, progress.ctypes.data,
-        )  # fmt: skip
-        tables = (*plan.tables, *columns.tables, cell, NO_MASK if mask is None else np.ascontiguousarray(mask))
-        t, count, seconds = 0, T, 0.0
-        if step_flops * T > PIECE_FLOPS:
-            count = max(1, PIECE_FLOPS // step_flops)
-        while t < T:
-            start = time.perf_counter()
+    progress = packing.aligned_empty(plan.units * (1 + plan.blocks) * LINE if team > 1 else 0, _BYTE)
+    tables = plan.tables, columns.tables, table(cell), NO_MASK if mask is None else table(np.ascontiguousarray(mask))
+    t, count = 0, T if step_flops * T <= PIECE_FLOPS else max(1, PIECE_FLOPS // step_flops)
+    address, memory = borrow(share * team)
+    rest = (
+        plan.units, plan.blocks, plan.parts, mask is not None, fresh,
+        *x[:3], *h_first[:3], *h[:3], *c_first[:3], *c[:3], *y_first[:3], *y[:3], *gates[:3], h.kept, c.kept,
+        trouble.ctypes.data, address, share, progress.ctypes.data if team > 1 else 0,
+    )  # fmt: skip
+    while t < T:
+        start = time.perf_counter()
+        if team > 1:
             progress.fill(0)
-            flow["first_step"], flow["steps"] = t, min(count, T - t)
-            threads.run(plan.kernel, min(team, threads.usable_threads()), plan.variant, flow, *tables)
-            t += count
-            if t < T:
-                seconds = time.perf_counter() - start
-                count = max(1, min(4 * count, int(count * PIECE_SECONDS / seconds)))
+        flow = array("q", (B, t, min(count, T - t), *rest))
+        flows = NO_FLOWS._replace(place=(flow.buffer_info()[0], 1))
+        threads.run(plan.kernel, team, plan.variant, flows, *tables)
+        t += count
+        if t < T:
+            team = min(team, threads.usable_threads())
+            count = max(1, min(4 * count, int(count * PIECE_SECONDS / (time.perf_counter() - start))))
+    give_back(address, memory)
     return trouble != 0

@@ -19,7 +19,7 @@ class Columns(NamedTuple):
     groups: np.ndarray
     weights: np.ndarray
     bias: np.ndarray
-    tables: tuple[Table, ...]
+    tables: Table
     """The three, as kernels get them."""
 
 
@@ -66,7 +66,7 @@ def lay_out(
                 column = start + gate * width
                 biases[column : column + count] = bias[gate, first : first + count]
     columns = np.array(groups, np.int64).reshape(-1, 6), weights, biases
-    return Columns(*columns, tuple(map(table, columns)))
+    return Columns(*columns, table(*columns))
 
 
 def pack(matrix: np.ndarray, scales: np.ndarray, bias: np.ndarray | None) -> Columns:

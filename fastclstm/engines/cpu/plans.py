@@ -13,6 +13,9 @@ from fastclstm.engines.cpu.kernels.padding import SOURCE, source
 from fastclstm.engines.cpu.kernels.schedule import Plan
 from fastclstm.spec import ConvSpec
 
+SIZES = (3, 5)
+"""Sizes of kernels that have Winograd's transforms."""
+
 TILES = (2, 4)
 """Outputs of a Winograd tile on each axis: the choices of m."""
 
@@ -20,7 +23,7 @@ TILES = (2, 4)
 def fits(specs: tuple[ConvSpec, ...]) -> bool:
     """Whether the convolutions can be computed together: square kernels of one size, 3 or 5, stride and dilation 1."""
     size = specs[0].KH
-    return size in (3, 5) and all(
+    return size in SIZES and all(
         (size, size) == (spec.KH, spec.KW) and max(*spec.strides, *spec.dilation) == 1 for spec in specs
     )
 
@@ -123,10 +126,8 @@ def direct_plan(
     if specs[0].padding_mode == "circular":
         reach = blocks_y
     neighbours = np.stack([np.maximum(rows_of_blocks - reach, 0), np.minimum(rows_of_blocks + reach + 1, blocks_y)], 1)
-    tables = (work, sources, neighbours * blocks_x, panels, passes, segments)
-    return Plan(
-        direct.run, variant, work, tuple(map(table, tables)), pixels + 3 * indices, B, blocks_x * blocks_y, parts
-    )
+    tables = table(work, sources, neighbours * blocks_x, panels, passes, segments)
+    return Plan(direct.run, variant, work, tables, pixels + 3 * indices, B, blocks_x * blocks_y, parts)
 
 
 def _aligned(size: int) -> int:
@@ -216,8 +217,8 @@ def winograd_plan(
     work = np.zeros(1, winograd.WORK)
     work[0] = (HO, WO, tiles_x, tiles, unit_tiles, block_tiles, chunk, *places[:5])
     neighbours = _neighbours_of_tiles(specs[0], m, tiles_x, tiles, unit_tiles, block_tiles)
-    tables = (work, sources, neighbours, np.array(channels, np.int64))
-    return Plan(winograd.run, (m, k, *variant), work, tuple(map(table, tables)), int(places[5]), units, len(neighbours),
+    tables = table(work, sources, neighbours, np.array(channels, np.int64))
+    return Plan(winograd.run, (m, k, *variant), work, tables, int(places[5]), units, len(neighbours),
                 parts)  # fmt: skip
 
 

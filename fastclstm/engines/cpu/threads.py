@@ -13,6 +13,7 @@ import threading
 import time
 from array import array
 from functools import cache
+from itertools import chain
 from pathlib import Path
 
 import numba
@@ -184,9 +185,7 @@ def run(kernel: Kernel, team: int, variant: tuple[int, ...], *arguments: np.ndar
     global _alone_until
     tables = [argument if type(argument) is Table else table(argument) for argument in arguments]
     address, function = kernel.function(variant, tables)
-    job = array("q", _HEADER)
-    for entry in tables:
-        job.extend(entry.place)
+    job = array("q", [*_HEADER, *chain.from_iterable([table.place for table in tables])])
     job[WORKERS] = team
     place, _ = job.buffer_info()
     me = threading.get_ident()

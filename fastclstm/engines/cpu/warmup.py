@@ -1,74 +1,113 @@
-"""Compile every kernel before it is needed, so that its machine code waits on disk."""
+"""Compile kernels before they are needed, so that their machine code waits on disk."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
+from numba import types
 
-from fastclstm.engines.cpu.conv2d import conv2d, conv2d_backward
+from fastclstm.engines.cpu import launch, packing, plans
+from fastclstm.engines.cpu.conv2d import conv2d_backward
 from fastclstm.engines.cpu.convlstm2d import convlstm2d, convlstm2d_backward
-from fastclstm.engines.cpu.kernels import col2im, direct, gates_backward, kernel_transform, weight_gradient, winograd
-from fastclstm.engines.cpu.kernels.max_pool3d import INDICES, SCATTER, SHARE, VALUES, max_pool3d, max_pool3d_backward
+from fastclstm.engines.cpu.kernels import gates
+from fastclstm.engines.cpu.kernels.entry import table
+from fastclstm.engines.cpu.kernels.team import run_team
+from fastclstm.engines.cpu.max_pool3d import max_pool3d, max_pool3d_backward
 from fastclstm.nn import activations
 from fastclstm.spec import ConvLSTMSpec, ConvSpec, PoolSpec
 
 DTYPES = ("float32", "float64")
 
+_FORWARD = {
+    "convolution": (gates.STORE, 0),
+    "ConvLSTM": (gates.STANDARD, 0),
+    "ConvLSTM of any kind": (gates.GENERAL, 0),
+}
+_ALGORITHMS = ((0, 3), *((m, k) for k in plans.SIZES for m in plans.TILES))
+"""Winograd's m and k; m = 0: direct, of any size."""
 
-def steps(*dtypes: str) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """What there is to do: the name of a kernel, and a function that compiles it or finds it on disk."""
+
+def steps(*dtypes: str, forward_only: bool = False) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """What there is to do: the name of one or several kernels, and a function that compiles them or finds them on disk.
+
+    forward_only: what inference needs.
+    """
+    yield "threads", partial(run_team.compile, (types.int64, types.int64, types.int64))
     for dtype in dtypes:
-        for name, (serial, parallel), run in _operations(dtype):
+        for name, run in (*_forward(dtype), *(() if forward_only else _backward(dtype))):
             yield f"{name}, {dtype}", run
-            yield f"{name}, {dtype}, parallel", partial(_compile_alike, serial, parallel)
 
 
-def _operations(dtype: str) -> Iterator[tuple[str, tuple[Any, Any], Callable[[], Any]]]:
-    """Name of each operation, its kernels, and a call so small that the serial one does it."""
-    image, kernel = np.ones((1, 3, 3, 1), dtype), np.ones((3, 3, 1, 1), dtype)
-    convolution = ConvSpec.infer(image.shape, kernel.shape)
-    for algorithm, module in (("direct", direct), ("winograd", winograd)):
-        call = partial(conv2d, convolution, image, kernel, None, algorithm=algorithm)
-        kernels = module.run_serial, module.run_parallel
-        yield f"{algorithm} convolution", kernels, partial(_both, call, partial(_train, dtype, algorithm))
-    call = partial(conv2d, convolution, image, kernel, None, algorithm="winograd")
-    yield "transform of kernels", kernel_transform.KERNELS, call
-    strided = ConvSpec.infer(image.shape, kernel.shape, strides=2)
-    pull_back = partial(conv2d_backward, strided, image, kernel, np.ones((1, 2, 2, 1), dtype))
-    yield "gradient of strided convolution", col2im.KERNELS, pull_back
-    yield "direct gradient of kernels", weight_gradient.DIRECT, pull_back
-    yield "gradient of gates", gates_backward.KERNELS, partial(_train, dtype, "winograd")
-    yield "winograd gradient of kernels", weight_gradient.WINOGRAD, partial(_train, dtype, "winograd")
-    yield "gradient of transformed kernels", kernel_transform.BACK_KERNELS, partial(_train, dtype, "winograd")
-    volume, indices = np.ones((1, 1, 1, 1, 1), dtype), np.zeros((1, 1, 1, 1, 1), np.int64)
+def compile_all(*dtypes: str, forward_only: bool = False, processes: int = 1) -> Iterator[str]:
+    """Do it, in so many processes side by side; yield the name of each step that is done."""
+    if processes == 1:
+        for name, run in steps(*dtypes, forward_only=forward_only):
+            run()
+            yield name
+        return
+    count = sum(1 for _ in steps(*dtypes, forward_only=forward_only))
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+        yield from pool.map(partial(_compile_one, dtypes, forward_only), range(count))
+
+
+def _compile_one(dtypes: tuple[str, ...], forward_only: bool, index: int) -> str:
+    name, run = list(steps(*dtypes, forward_only=forward_only))[index]
+    run()
+    return name
+
+
+def _forward(dtype: str) -> Iterator[tuple[str, Callable[[], Any]]]:
+    for m, k in _ALGORITHMS:
+        how = f"Winograd F({m}×{m}, {k}×{k})" if m else "direct"
+        for name, variant in _FORWARD.items():
+            yield f"{name}, {how}", partial(_compile_sequence, dtype, m, k, variant)
+    yield (
+        "transform of kernels",
+        partial(launch.pack, (np.ones((3, 3, 1, 1), dtype),), None, np.ones(1), 2, remember=False),
+    )
+    volume = np.ones((1, 1, 1, 1, 1), dtype)
     pool = PoolSpec.infer(volume.shape, 1)
-    yield "pooling", VALUES, partial(max_pool3d, pool, volume, False)
-    yield "pooling with indices", INDICES, partial(max_pool3d, pool, volume, True)
-    yield "gradient of pooling", SHARE, partial(max_pool3d_backward, pool, indices, volume)
+    yield "pooling", partial(max_pool3d, pool, volume, False)
+    yield "pooling with indices", partial(max_pool3d, pool, volume, True)
+
+
+def _backward(dtype: str) -> Iterator[tuple[str, Callable[[], Any]]]:
+    for m, k in _ALGORITHMS:
+        how = f"Winograd F({m}×{m}, {k}×{k})" if m else "direct"
+        yield f"ConvLSTM in training, {how}", partial(_compile_sequence, dtype, m, k, (gates.STANDARD, 1))
+        yield f"gradient of kernels, {how}", partial(_train, dtype, m, k, None)
+    yield "gradient of gates of any kind", partial(_train, dtype, 0, 3, 1.0)
+    image = np.ones((1, 3, 3, 1), dtype)
+    strided = ConvSpec.infer(image.shape, (3, 3, 1, 1), strides=2)
+    pulled = image, np.ones((3, 3, 1, 1), dtype), np.ones((1, 2, 2, 1), dtype)
+    yield "gradient of strided convolution", partial(conv2d_backward, strided, *pulled)
+    volume, indices = np.ones((1, 1, 1, 1, 1), dtype), np.zeros((1, 1, 1, 1, 1), np.int64)
+    yield "gradient of pooling", partial(max_pool3d_backward, PoolSpec.infer(volume.shape, 1), indices, volume)
     overlapping = PoolSpec.infer(volume.shape, 2, 1, padding="same")
-    yield "gradient of overlapping pooling", SCATTER, partial(max_pool3d_backward, overlapping, indices, volume)
+    yield "gradient of overlapping pooling", partial(max_pool3d_backward, overlapping, indices, volume)
 
 
-def _both(*calls: Callable[[], Any]) -> None:
-    for call in calls:
-        call()
+def _compile_sequence(dtype: str, m: int, k: int, variant: tuple[int, int]) -> None:
+    spec = ConvSpec.infer((1, 8, 8, 1), (k, k, 1, 1))
+    columns = packing.lay_out(1, 1, 1, 1, None, np.dtype(dtype))
+    plan = plans.plan((spec,), m, variant, 1, np.dtype(dtype).itemsize, 1)
+    tables = launch.NO_FLOWS, plan.tables, columns.tables, table(np.zeros(1, gates.CELL)), launch.NO_MASK
+    plan.kernel.function(plan.variant, tables)
 
 
-def _train(dtype: str, algorithm: str) -> None:
-    """Take one small step forward and backward."""
-    x, kernel = np.ones((1, 1, 3, 3, 1), dtype), np.ones((3, 3, 1, 4), dtype)
+def _train(dtype: str, m: int, k: int, cell_clip: float | None) -> None:
+    """Take one small step forward and backward, on a frame for which tiles of m×m are chosen."""
+    size = {0: 3, 2: 4, 4: 32}[m]
+    x, kernel = np.ones((1, 1, size, size, 1), dtype), np.ones((k, k, 1, 4), dtype)
     sigmoid, tanh = activations.get("sigmoid"), activations.get("tanh")
     spec = ConvLSTMSpec.infer(x.shape, kernel.shape, kernel.shape, activation=tanh, recurrent_activation=sigmoid,
-                              output_activation=tanh)  # fmt: skip
+                              output_activation=tanh, cell_clip=cell_clip)  # fmt: skip
+    algorithm = "winograd" if m else "direct"
     *_, saved = convlstm2d(spec, x, kernel, kernel, None, None, None, None, None, algorithm=algorithm, save=True)
     assert saved is not None
     convlstm2d_backward(spec, saved, x, None, None)
-
-
-def _compile_alike(serial: Any, parallel: Any) -> None:
-    """Compile a kernel for the types that its serial twin, which takes the same arguments, has met."""
-    for signature in serial.signatures:
-        parallel.compile(signature)

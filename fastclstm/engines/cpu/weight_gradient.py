@@ -29,7 +29,7 @@ SCRATCH_BYTES = 12 << 20
 class _Plan(NamedTuple):
     kernel: Kernel
     variant: tuple[int, ...]
-    tables: tuple[Table, ...]
+    tables: Table
     """`WORK`, the sources and the runs."""
     runs: np.ndarray
     sums_shape: tuple[int, ...]
@@ -54,9 +54,10 @@ class WeightGradient:
         frames = np.zeros(1, FRAMES)
         itemsize = self._dtype.itemsize
         places = (*dz[:3], *(field for slot in (*inputs, *inputs)[:2] for field in slot[:3]))
-        with launch.scratch((plan.scratch_scalars + team * plan.patch_scalars) * itemsize) as scratch:
-            frames[0] = (T, B * T, *places, scratch.ctypes.data)
-            threads.run(plan.kernel, team, plan.variant, frames, *plan.tables, self._sums.reshape(-1))
+        address, memory = launch.borrow((plan.scratch_scalars + team * plan.patch_scalars) * itemsize)
+        frames[0] = (T, B * T, *places, address)
+        threads.run(plan.kernel, team, plan.variant, frames, plan.tables, self._sums.reshape(-1))
+        launch.give_back(address, memory)
 
     def result(self) -> list[np.ndarray]:
         """Return the gradients (KH, KW, C, F) of the kernels."""
@@ -139,7 +140,7 @@ def _direct_plan(specs: tuple[ConvSpec, ...], frames: int, itemsize: int) -> _Pl
     work = _record(HO=spec.HO, WO=spec.WO, columns=spec.F, height=height, parts=parts, count=count, rows=row,
                    pairs=pairs, item=item, gradients=at)  # fmt: skip
     listed = np.array(runs, np.int64)
-    tables = tuple(map(table, (work, sources, listed)))
+    tables = table(work, sources, listed)
     return _Plan(add_direct, (), tables, listed, (pairs, row, width), item * count, 0)
 
 
@@ -164,5 +165,5 @@ def _winograd_plan(specs: tuple[ConvSpec, ...], m: int, frames: int, itemsize: i
                    count=count, rows=rows, pairs=pairs, point=point, pitch=pitch, gradients=gradients,
                    patches=points * point, patch_size=points * lanes)  # fmt: skip
     runs = np.array([(0, 0, channels, chunk, 0)], np.int64)
-    tables = tuple(map(table, (work, sources, runs)))
+    tables = table(work, sources, runs)
     return _Plan(add_winograd, (m, k), tables, runs, (points, pairs, rows, width), points * point, points * lanes)

@@ -19,21 +19,24 @@ from numba.extending import intrinsic
 from numba.np import numpy_support
 from numba.np.arrayobj import populate_array
 
-from fastclstm.engines.cpu.compilation import inline, kept
+from fastclstm.engines.cpu.compilation import KernelCompiler, inline, kept, notice
 from fastclstm.engines.cpu.kernels.team import HEADER, leave
 
 
 class Table(NamedTuple):
-    """A C-contiguous array, its kind and where it is, said once for many calls."""
+    """C-contiguous arrays as a kernel gets them, described once for many calls."""
 
-    kind: tuple[int, int]
+    kinds: tuple[int, ...]
+    """The number of the dtype and the dimensions of each."""
     place: tuple[int, ...]
-    array: np.ndarray
+    """The address and the shape of each."""
+    arrays: tuple[np.ndarray, ...]
 
 
-def table(array: np.ndarray) -> Table:
-    """Describe an array that stays."""
-    return Table((array.dtype.num, array.ndim), (array.ctypes.data, *array.shape), array)
+def table(*arrays: np.ndarray) -> Table:
+    """Describe arrays."""
+    kinds = tuple(number for array in arrays for number in (array.dtype.num, array.ndim))
+    return Table(kinds, tuple(n for array in arrays for n in (array.ctypes.data, *array.shape)), arrays)
 
 
 PROTOTYPE = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64)
@@ -49,19 +52,21 @@ class Kernel:
 
     def function(self, variant: tuple[int, ...], tables: Sequence[Table]) -> tuple[int, Any]:
         """Address of the machine code for some arrays, and the same as something to call with a job and a worker."""
-        key = (variant, *[table.kind for table in tables])
+        key = (variant, *[table.kinds for table in tables])
         try:
             return self._compiled[key]
         except KeyError:
-            return self._compiled.setdefault(key, self._compile(variant, [table.array for table in tables]))
+            arrays = [array for table in tables for array in table.arrays]
+            return self._compiled.setdefault(key, self._compile(variant, arrays))
 
     def _compile(self, variant: tuple[int, ...], arrays: Sequence[np.ndarray]) -> tuple[int, Any]:
         kinds = [types.Array(numpy_support.from_dtype(array.dtype), array.ndim, "C") for array in arrays]
         entry = _entry(self._function, _arguments(variant, kinds))
         entry.__module__, entry.__qualname__ = self.py_func.__module__, self.py_func.__qualname__
         name = repr((variant, [(array.dtype.descr, array.ndim) for array in arrays]))
-        dispatcher = kept(entry, name, no_cpython_wrapper=True)
-        dispatcher.compile((types.int64, types.int64))
+        dispatcher = kept(entry, name, no_cpython_wrapper=True, pipeline_class=KernelCompiler)
+        with notice.compiling():
+            dispatcher.compile((types.int64, types.int64))
         (result,) = dispatcher.overloads.values()
         address = result.library.get_pointer_to_function(result.fndesc.llvm_cfunc_wrapper_name)
         return address, PROTOTYPE(address)

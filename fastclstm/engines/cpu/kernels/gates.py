@@ -35,11 +35,9 @@ _NAMES = {TABLE[name]: code for name, code in vmath.ACTIVATION_CODES.items()}
 
 def activation_codes(spec: ConvLSTMSpec) -> tuple[int, int, int] | None:
     """Numbers of the three activations, or None where NumPy must compute one of them."""
-    functions = (spec.recurrent_activation, spec.activation, spec.output_activation)
-    if not all(function in _NAMES for function in functions):
-        return None
-    recurrent, candidate, output = (_NAMES[function] for function in functions)
-    return recurrent, candidate, output
+    names = _NAMES
+    codes = names.get(spec.recurrent_activation), names.get(spec.activation), names.get(spec.output_activation)
+    return None if None in codes else codes  # type: ignore[return-value]
 
 
 def cell(spec: ConvLSTMSpec, peephole: dict[str, np.ndarray] | None) -> np.ndarray:
@@ -115,10 +113,10 @@ def _peep(like, address, index, c, count):
 
 
 @inline
-def _general_gates(like, cell, keeps, kept, kept_index, index, count, z_i, z_f, z_g, z_o, c):
+def _general_gates(like, cell, kept, kept_index, index, count, z_i, z_f, z_g, z_o, c):
     """New c and h with any activations, peepholes and clipping; `index` finds this pixel's peephole weights.
 
-    keeps: the gates go to the address `kept`.
+    The gates go to the address `kept` unless it is 0.
     """
     if cell.peephole_i != 0:
         z_i = z_i + _peep(like, cell.peephole_i, index, c, count)
@@ -131,7 +129,7 @@ def _general_gates(like, cell, keeps, kept, kept_index, index, count, z_i, z_f, 
     if cell.peephole_o != 0:
         z_o = z_o + _peep(like, cell.peephole_o, index, c, count)
     o = vmath.activate(cell.recurrent_activation, z_o)
-    if keeps == 1:
+    if kept != 0:
         _keep(like, kept, cell.F, kept_index, count, i, f, g, o)
     return c, o * vmath.activate(cell.output_activation, c)
 
@@ -186,7 +184,7 @@ def _update(kind, keeps, like, flow, cell, group, z, pixels, count, b, t):
             c, h = _standard_gates(like, keeps, gates, cell.F, kept_index, filters, z_i, z_f, z_g, z_o, c)
         else:
             weights = pixel * cell.peephole_pixel + first
-            c, h = _general_gates(like, cell, keeps, gates, kept_index, weights, filters, z_i, z_f, z_g, z_o, c)
+            c, h = _general_gates(like, cell, gates, kept_index, weights, filters, z_i, z_f, z_g, z_o, c)
         put(simd.shift(simd.at(like, c_new), index), c, filters)
         put(simd.shift(simd.at(like, h_new), index), h, filters)
         if y != 0:

@@ -41,7 +41,7 @@ class Plan(NamedTuple):
     kernel: Any
     variant: tuple[int, ...]
     work: np.ndarray
-    tables: tuple[Table, ...]
+    tables: Table
     """`work`, the sources, of each block of a unit the first and last block, plus 1, that may read it or be read by it,
     and the kernel's own."""
     scratch_bytes: int
