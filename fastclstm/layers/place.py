@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 
 from fastclstm import dispatch
-
-if TYPE_CHECKING:
-    from fastclstm.layers.base import Layer
+from fastclstm.layers.base import Layer
 
 
 class Place:
