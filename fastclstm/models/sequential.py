@@ -11,8 +11,9 @@ import numpy as np
 from fastclstm import dispatch
 from fastclstm.layers.base import Layer
 from fastclstm.layers.container import Container, Walk, parts, told_of
-from fastclstm.layers.convlstm2d import ConvLSTM2D, _steps_mask
+from fastclstm.layers.convlstm2d import ConvLSTM2D
 from fastclstm.layers.convlstm2d_cell import ConvLSTM2DCell
+from fastclstm.layers.masks import steps_mask
 from fastclstm.layers.place import GPUPlace, Place, place_of, refuse
 from fastclstm.spec import Shape
 from fastclstm.training.batches import Batch
@@ -289,7 +290,7 @@ class Sequential(Trainable):
             raise ValueError(f"Sequential: lengths need an x (batch, time, …) of frames, got {len(shape)}D {shape}")
         batched = len(shape) == 5
         time = _time_axis(lstm, batched)
-        valid = _steps_mask(None, lengths, (shape[1 - time] if batched else 1, shape[time]))
+        valid = steps_mask(None, lengths, (shape[1 - time] if batched else 1, shape[time]))
         assert valid is not None
         return valid if time else valid.T if batched else valid[0]
 
