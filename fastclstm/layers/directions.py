@@ -36,12 +36,8 @@ class Directions:
 
     def __init__(self, cells: Sequence[ConvLSTM2DCell], merge_mode: str | None):
         self.cells, self.merge_mode = tuple(cells), merge_mode
-
-    @property
-    def channels(self) -> int:
+        self.channels: int = cells[0].out_channels * (len(cells) if merge_mode == "concat" else 1)
         """How many the merged output has."""
-        F: int = self.cells[0].out_channels
-        return F * len(self.cells) if self.merge_mode == "concat" else F
 
     def run(
         self, sequence: np.ndarray, states: Sequence[State], mask: np.ndarray | None, *, return_sequences: bool,

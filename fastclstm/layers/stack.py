@@ -9,7 +9,6 @@ import numpy as np
 
 from fastclstm import dispatch
 from fastclstm.layers.activation import leaky
-from fastclstm.layers.convlstm2d_cell import ConvLSTM2DCell
 from fastclstm.layers.directions import Directions, Merged
 from fastclstm.layers.states import LastStates, State
 from fastclstm.layers.tape import Tape
@@ -24,16 +23,8 @@ class Stack:
 
     def __init__(self, layers: Sequence[Directions], slope: float | None):
         self.layers, self.slope = tuple(layers), slope
-
-    @property
-    def cells(self) -> tuple[ConvLSTM2DCell, ...]:
-        """The cells, layer by layer, the forward one first."""
-        return tuple(cell for layer in self.layers for cell in layer.cells)
-
-    @property
-    def channels(self) -> int:
-        """How many the output has."""
-        return self.layers[-1].channels
+        self.cells = tuple(cell for layer in layers for cell in layer.cells)
+        self.channels = self.layers[-1].channels
 
     def state_shapes(self, frames: Shape, op: str) -> list[Shape]:
         """Return the shape (B, HO, WO, F) of each cell's states for frames (B, H, W, C)."""
