@@ -7,10 +7,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import typer
 
 import fastclstm
 from fastclstm import dispatch
+from fastclstm.commands.options import SETTINGS
 from fastclstm.engines.cuda import compilation, device, gpu
+
+app = typer.Typer(**SETTINGS)
+
+
+@app.command("info")
+def command() -> None:
+    """Tell what this machine and installation offer."""
+    for name, value in facts():
+        print(f"{name:<16}{value}")
 
 
 def facts() -> Iterator[tuple[str, str]]:
