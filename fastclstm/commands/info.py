@@ -10,7 +10,7 @@ import numpy as np
 
 import fastclstm
 from fastclstm import dispatch
-from fastclstm.engines.cuda import compilation, device, gpu
+from fastclstm.engines.cuda import compilation, devices, gpu
 
 
 def facts() -> Iterator[tuple[str, str]]:
@@ -56,7 +56,7 @@ def _verdict(engine: str) -> str:
         dispatch.get_engine(engine)
     except ImportError as error:
         return str(error)
-    if engine == "cuda" and device.missing() is not None:
+    if engine == "cuda" and devices.missing() is not None:
         return "not here"
     return "default" if engine == dispatch.DEFAULT_ENGINE else "ready"
 
