@@ -205,7 +205,7 @@ def test_run_where_there_is_no_gpu(job, monkeypatch):
     def missing():
         raise ImportError("engine 'cuda' finds no NVIDIA driver")
 
-    monkeypatch.setattr("fastclstm.engines.cuda.device.current", missing)
+    monkeypatch.setattr("fastclstm.engines.cuda.devices.current", missing)
     assert_user_error(job.run("--engine", "cuda"), "engine 'cuda' finds no NVIDIA driver")
     assert not job.out.exists()
 

@@ -12,7 +12,7 @@ import typer
 import fastclstm
 from fastclstm import dispatch
 from fastclstm.commands.options import SETTINGS
-from fastclstm.engines.cuda import compilation, device, gpu
+from fastclstm.engines.cuda import compilation, devices, gpu
 
 app = typer.Typer(**SETTINGS)
 
@@ -67,7 +67,7 @@ def _verdict(engine: str) -> str:
         dispatch.get_engine(engine)
     except ImportError as error:
         return str(error)
-    if engine == "cuda" and device.missing() is not None:
+    if engine == "cuda" and devices.missing() is not None:
         return "not here"
     return "default" if engine == dispatch.DEFAULT_ENGINE else "ready"
 
