@@ -29,7 +29,7 @@ from typing import Any
 import fastclstm
 from bench import cases, peers
 from fastclstm import functional
-from fastclstm.engines.cuda import device, recorded
+from fastclstm.engines.cuda import devices, recorded
 
 CASES = {
     case.name: case
@@ -72,7 +72,7 @@ def ours(inputs: list[Any], weights: dict[str, Any], precision: str) -> Implemen
     def call(n: int) -> Any:
         return functional.convlstm2d(inputs[n], **weights, algorithm=precision)
 
-    gpu: Any = device.current()
+    gpu: Any = devices.current()
     keep: list[Any] = []
     replays = []
     for n in range(len(inputs)):
@@ -403,7 +403,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
     parser.add_argument("--out", type=Path, help="the JSON file (bench/results/DATE-GPU.json)")
     options = parser.parse_args(arguments)
-    if (missing := device.missing()) is not None:
+    if (missing := devices.missing()) is not None:
         sys.exit(f"bench.gpu: {missing}")
     import torch
 
@@ -421,7 +421,7 @@ def main(arguments: list[str] | None = None) -> None:
     ):
         runs.append(bench(case, options, measured))
         _print(runs[-1])
-        report = {"date": today, "device": str(device.current()), "driver": _driver(), "versions": _versions(),
+        report = {"date": today, "device": str(devices.current()), "driver": _driver(), "versions": _versions(),
                   "rates": measured, "rounds": options.rounds, "runs": runs}  # fmt: skip
         out.write_text(json.dumps(report, indent=1) + "\n")  # after each case: a lease may end
         torch.cuda.empty_cache()

@@ -5,8 +5,9 @@ Public names are imported when first used, so ``import fastclstm`` costs NumPy a
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from fastclstm.lazy import on_first_use, submodules
 
 __version__ = "0.1.0"
 
@@ -45,9 +46,21 @@ _HOME = {
     "set_num_threads": "fastclstm.engines.cpu.threads",
     "to_torch": "fastclstm.convert.torch",
 }
+_HOME |= submodules(
+    __name__, "adapters", "convert", "datasets", "functional", "io", "layers", "models", "nn", "training"
+)
 __all__ = ["__version__", *_HOME]
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # what follows is all that type checkers know, so that they find a name that is not there
+    from fastclstm import adapters as adapters
+    from fastclstm import convert as convert
+    from fastclstm import datasets as datasets
+    from fastclstm import functional as functional
+    from fastclstm import io as io
+    from fastclstm import layers as layers
+    from fastclstm import models as models
+    from fastclstm import nn as nn
+    from fastclstm import training as training
     from fastclstm.convert.keras import from_keras as from_keras
     from fastclstm.convert.torch import from_torch as from_torch
     from fastclstm.convert.torch import to_torch as to_torch
@@ -81,15 +94,5 @@ if TYPE_CHECKING:
     from fastclstm.models import EncoderForecaster as EncoderForecaster
     from fastclstm.models import Sequential as Sequential
     from fastclstm.training import EarlyStopping as EarlyStopping
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'fastclstm' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOME[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+else:
+    __getattr__, __dir__ = on_first_use(__name__, _HOME)

@@ -9,7 +9,8 @@ os.environ.setdefault(
 import pytest
 from hypothesis import settings
 
-from fastclstm.engines.cuda import device
+from fastclstm.engines.cuda import devices
+from fastclstm.engines.cuda.device import Device
 
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
@@ -23,16 +24,16 @@ def pytest_addoption(parser):
 @pytest.fixture(scope="session")
 def cuda_device(request):
     """The GPU, else what runs its kernels on the processor; the test is skipped without a C++ compiler for that."""
-    missing = device.missing()
+    missing = devices.missing()
     if missing is None:
-        return device.current()
+        return devices.current()
     if "cuda" in request.config.getoption("--engine"):
         pytest.fail(missing)
     import cuda_emulator
 
     if cuda_emulator.compiler() is None:
         pytest.skip(f"{missing}; and there is no C++ compiler for the emulator")
-    return type("Emulated", (cuda_emulator.EmulatedDevice, device.Device), {})()
+    return type("Emulated", (cuda_emulator.EmulatedDevice, Device), {})()
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +42,7 @@ def on_cuda_device(request):
     if getattr(getattr(request.node, "callspec", None), "params", {}).get("engine") != "cuda":
         yield
         return
-    with device.using(request.getfixturevalue("cuda_device")):
+    with devices.using(request.getfixturevalue("cuda_device")):
         yield
 
 

@@ -6,8 +6,9 @@ from types import ModuleType
 import numpy as np
 from hypothesis import strategies as st
 
-from fastclstm.engines.cuda import product, weight_gradient
-from fastclstm.engines.cuda.device import CUDA, DeviceArray
+from fastclstm.engines.cuda import choice, product, weight_gradient
+from fastclstm.engines.cuda.device import DeviceArray
+from fastclstm.engines.cuda.dlpack import CUDA
 from fastclstm.spec import ConvSpec
 
 
@@ -122,6 +123,6 @@ def tiling(monkeypatch, number):
         return candidates[number % len(candidates)]
 
     with monkeypatch.context() as patch:
-        patch.setattr(product, "choose", lambda kind, dtype, *_: product.tilings(kind, dtype.itemsize)[number])
+        patch.setattr(choice, "choose", lambda kind, dtype, *_: product.tilings(kind, dtype.itemsize)[number])
         patch.setattr(weight_gradient, "gradient_tiling", of_gradient)
         yield

@@ -1,5 +1,6 @@
 """The command line: what it prints, what it writes, and how it ends."""
 
+import ast
 import importlib.util
 import os
 import re
@@ -17,10 +18,11 @@ from typer.testing import CliRunner
 
 import fastclstm
 from fastclstm import ConvLSTM2D, MaxPooling3D, dispatch
-from fastclstm.commands import app, main
+from fastclstm.commands import COMMANDS, app, main
 from fastclstm.engines.cpu import compilation
 
 ROOT = Path(fastclstm.__file__).parents[1]
+HEAVY = {"numpy", "matplotlib", "numba", "safetensors", "sklearn", "tqdm"}
 
 
 def fastclstm_cli(*args, traceback=False):
@@ -203,7 +205,7 @@ def test_run_where_there_is_no_gpu(job, monkeypatch):
     def missing():
         raise ImportError("engine 'cuda' finds no NVIDIA driver")
 
-    monkeypatch.setattr("fastclstm.engines.cuda.device.current", missing)
+    monkeypatch.setattr("fastclstm.engines.cuda.devices.current", missing)
     assert_user_error(job.run("--engine", "cuda"), "engine 'cuda' finds no NVIDIA driver")
     assert not job.out.exists()
 
@@ -384,16 +386,33 @@ def test_a_terminal_sees_a_progress_bar(job, quiet):
     assert shown == b"" if quiet else b"7/7" in shown
 
 
-def test_help_imports_nothing_heavy():
-    code = """
+def imported_by_help(*arguments):
+    """The help that a fresh process shows, and which of the packages that take their time it has imported for it."""
+    code = f"""
 import atexit, sys
-from fastclstm.commands import app
-atexit.register(lambda: print({"matplotlib", "numba", "safetensors", "sklearn", "tqdm"} & set(sys.modules)))
-app(["run", "--help"])
+from fastclstm.commands import main
+atexit.register(lambda: print({HEAVY!r} & set(sys.modules)))
+sys.argv[1:] = [*{arguments!r}, "--help"]
+main()
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "INPUT.npy" in done.stdout
-    assert done.stdout.endswith("\nset()\n")
+    text, _, found = done.stdout.rstrip().rpartition("\n")
+    return text, set() if found == "set()" else ast.literal_eval(found)
+
+
+def test_the_list_of_commands_imports_none_of_them():
+    text, found = imported_by_help()
+    assert found == set()
+    listed = text.partition("\nCommands:\n")[2].partition("\n\n")[0]
+    assert dict(line.split(None, 1) for line in listed.splitlines()) == COMMANDS
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_imports_nothing_heavy(name):
+    text, found = imported_by_help(name)
+    assert found <= {"numpy", "tqdm"}
+    assert text.startswith(f"Usage: fastclstm {name} [OPTIONS]")
+    assert text.split("\n\n")[1].strip() == COMMANDS[name]
 
 
 # --- the rest ---

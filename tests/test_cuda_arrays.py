@@ -15,7 +15,7 @@ from cuda_cases import Exchanged, Interfaced
 
 from fastclstm import dispatch, functional
 from fastclstm.engines import reference
-from fastclstm.engines.cuda import arrays, device
+from fastclstm.engines.cuda import arrays, devices, dlpack
 from fastclstm.engines.cuda.device import Device, DeviceArray
 from fastclstm.engines.cuda.views import View
 from fastclstm.functional import volumes
@@ -71,8 +71,8 @@ BOTH = pytest.mark.parametrize("kind", [Exchanged, Interfaced])
 
 @pytest.fixture
 def host():
-    with device.using(Host()):
-        yield device.current()
+    with devices.using(Host()):
+        yield devices.current()
 
 
 @pytest.fixture
@@ -268,7 +268,7 @@ def test_numpy_reads_a_device_array(host):
     np.testing.assert_array_equal(taken, x)
     del taken
     gc.collect()
-    assert arrays._exported == {}
+    assert dlpack._exported == {}
 
 
 @pytest.mark.torch
@@ -285,7 +285,7 @@ def test_torch_reads_a_device_array(host, dtype):
     taken += 1 if dtype != "?" else False
     del taken
     gc.collect()
-    assert arrays._exported == {}
+    assert dlpack._exported == {}
 
 
 @pytest.mark.torch
@@ -305,10 +305,10 @@ def test_what_is_still_taken_at_the_end_does_no_harm():
 
 def test_what_nobody_takes_is_freed(host):
     exported = host.put(normal(3)).__dlpack__()
-    assert len(arrays._exported) == 1
+    assert len(dlpack._exported) == 1
     del exported
     gc.collect()
-    assert arrays._exported == {}
+    assert dlpack._exported == {}
 
 
 @pytest.mark.parametrize(("stream", "expected"), [(43, [("order", 43, 42)]), (None, [("order", 1, 42)]), (-1, [])])
@@ -482,7 +482,7 @@ def emulated():
     class Emulated(cuda_emulator.EmulatedDevice, Device):
         pass
 
-    with device.using(Emulated()):
+    with devices.using(Emulated()):
         yield
 
 
@@ -527,7 +527,7 @@ def test_views_of_other_libraries_arrays(emulated, monkeypatch, case):
     op = case.partition(" ")[0]
     monkeypatch.setattr(volumes, "GATHERED_BYTES", 1000)  # a few frames at a time
     expected, pull = getattr(functional, f"{op}_vjp")(**given, engine="reference")
-    there = device.current()
+    there = devices.current()
     for change, back in ((Exchanged, taken), (there.put, lambda value: nested(value, there.get))):
         for weights in (change, lambda array: array):
             changed = {name: (change if name == "x" else weights)(value) if isinstance(value, np.ndarray) else value
@@ -542,7 +542,7 @@ def test_views_of_other_libraries_arrays(emulated, monkeypatch, case):
 
 
 def test_every_array_may_be_a_view(emulated):
-    given, there = CASES["convlstm2d"][0], device.current()
+    given, there = CASES["convlstm2d"][0], devices.current()
     outputs = functional.convlstm2d(**nested(given, lambda array: View.of(there.put(array))))
     same(tuple(view.get() for view in outputs), functional.convlstm2d(**given, engine="reference"), atol=1e-5)
 

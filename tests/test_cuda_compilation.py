@@ -12,7 +12,7 @@ import pytest
 
 from fastclstm import functional
 from fastclstm.engines import disk_cache
-from fastclstm.engines.cuda import ALGORITHMS, compilation, device
+from fastclstm.engines.cuda import ALGORITHMS, compilation, device, devices
 from fastclstm.engines.cuda.device import DeviceArray
 from fastclstm.engines.cuda.views import View
 
@@ -182,10 +182,10 @@ def use_everything():
                 pullback(y)
         y, pullback = functional.max_pool3d_vjp(x, engine="cuda")
         pullback(y)
-        view = View.of(device.current().put(x))
+        view = View.of(devices.current().put(x))
         np.where(view != 0, view[:, ::-1], view.activate_backward("tanh", view.activate("relu")))
     for dtype in (np.int64, np.bool_):
-        View.of(device.current().put(x.astype(dtype)))[::-1].copy()
+        View.of(devices.current().put(x.astype(dtype)))[::-1].copy()
 
 
 @pytest.mark.parametrize("architecture", [80, 90])
@@ -194,7 +194,7 @@ def test_every_kernel_compiles(nvrtc, architecture, monkeypatch, tmp_path):
     monkeypatch.setitem(compilation.OPTIONS, "ofast_compile", "max")
     monkeypatch.setattr(compilation, "cache_folder", lambda: None)
     compiling = Compiling(architecture)
-    with device.using(compiling):
+    with devices.using(compiling):
         use_everything()
     assert compiling.kernels == names_of_kernels()
 
@@ -202,7 +202,7 @@ def test_every_kernel_compiles(nvrtc, architecture, monkeypatch, tmp_path):
 def test_an_old_card_needs_no_tensor_cores(nvrtc):
     """As optimised as it will run."""
     compiling = Compiling(75)
-    with device.using(compiling):
+    with devices.using(compiling):
         functional.convlstm2d(*(np.ones(shape, np.float32) for shape in ((1, 2, 4, 4, 1), *[(3, 3, 1, 4)] * 2)),
                               engine="cuda")  # fmt: skip
         functional.conv2d(np.ones((1, 4, 4, 1), np.float32), np.ones((3, 3, 1, 1), np.float32), engine="cuda")

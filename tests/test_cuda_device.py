@@ -19,7 +19,7 @@ import pytest
 from bench import gpu as bench_gpu
 from fastclstm import functional
 from fastclstm.commands import info
-from fastclstm.engines.cuda import compilation, device, gpu, persistent, recorded
+from fastclstm.engines.cuda import compilation, devices, gpu, persistent, recorded
 from fastclstm.engines.cuda.device import DeviceArray, Launch
 
 NO_DEVICE, MISMATCH = 100, 803
@@ -245,17 +245,17 @@ def driver(monkeypatch, log):
 
 @pytest.fixture
 def card(driver):
-    return device.current()
+    return devices.current()
 
 
 # --- Which device ---
 
 
 def test_the_first_gpu_unless_the_process_has_chosen(driver):
-    assert device.current().dlpack_device == (2, 0)
+    assert devices.current().dlpack_device == (2, 0)
     driver.context = 1
-    assert device.current().dlpack_device == (2, 1)
-    assert device.current() is gpu.at(1)
+    assert devices.current().dlpack_device == (2, 1)
+    assert devices.current() is gpu.at(1)
     assert driver.context == 1
 
 
@@ -267,16 +267,16 @@ def test_what_a_gpu_is(card):
 
 def test_using_another(driver):
     other = SimpleNamespace(dlpack_device=(1, 0))
-    with device.using(other):
-        assert device.current() is other
-        assert device.holding(1) is other
-        assert device.ordinal_of(123) == 0
-        with device.using(gpu.at(1)):
-            assert device.current() is gpu.at(1)
-            assert device.holding(0) is gpu.at(0)  # an array's own GPU, whatever is in use
-    assert device.current() is gpu.at(0)
-    assert device.ordinal_of(123) == 1
-    assert device.ordinal_of(0) == 0  # an empty array's memory
+    with devices.using(other):
+        assert devices.current() is other
+        assert devices.holding(1) is other
+        assert devices.ordinal_of(123) == 0
+        with devices.using(gpu.at(1)):
+            assert devices.current() is gpu.at(1)
+            assert devices.holding(0) is gpu.at(0)  # an array's own GPU, whatever is in use
+    assert devices.current() is gpu.at(0)
+    assert devices.ordinal_of(123) == 1
+    assert devices.ordinal_of(0) == 0  # an empty array's memory
 
 
 # --- What is missing ---
@@ -288,14 +288,14 @@ def test_without_the_extra(monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
     message = r"^engine 'cuda' needs cuda-core with NVRTC \(.*\); pip install 'fastclstm\[cuda\]'$"
     with pytest.raises(ImportError, match=message):
-        device.current()
-    assert device.missing().endswith("pip install 'fastclstm[cuda]'")
+        devices.current()
+    assert devices.missing().endswith("pip install 'fastclstm[cuda]'")
 
 
 def test_with_an_extra_that_is_too_old(driver):
     sys.modules["cuda.core"].__version__ = "0.7.0"
     with pytest.raises(ImportError, match=r"with NVRTC \(version 1 or newer, not 0\.7\.0\); pip install"):
-        device.current()
+        devices.current()
 
 
 @pytest.mark.parametrize("error", [RuntimeError("Failed to dlopen libcuda.so.1"), OSError("libcuda.so.1: none")])
@@ -303,7 +303,7 @@ def test_without_a_driver(driver, error):
     driver.status = error
     message = f"^engine 'cuda' finds no NVIDIA driver \\({error}\\); install it, or pass engine='cpu'$"
     with pytest.raises(ImportError, match=message):
-        device.current()
+        devices.current()
 
 
 @pytest.mark.parametrize(("status", "gpus"), [(NO_DEVICE, 0), (0, 0)])
@@ -311,21 +311,21 @@ def test_without_a_gpu(driver, status, gpus):
     driver.status, driver.gpus = status, gpus
     with pytest.raises(ImportError, match=r"^engine 'cuda' finds an NVIDIA driver but no GPU \(see nvidia-smi and "
                                       r"CUDA_VISIBLE_DEVICES\); pass engine='cpu'$"):  # fmt: skip
-        device.current()
+        devices.current()
 
 
 def test_with_a_driver_that_does_not_start(driver):
     driver.status = MISMATCH
     with pytest.raises(ImportError, match=r"^engine 'cuda': the NVIDIA driver does not start \(803\); see nvidia-smi$"):
-        device.current()
+        devices.current()
 
 
 def test_with_an_old_gpu(driver, log):
     sys.modules["cuda.core"].Device = core_of(driver, log, (6, 1)).Device
     message = r"^engine 'cuda' needs a GPU of sm_70 \(Volta\) or newer, but Fake 0 is sm_61; pass engine='cpu'$"
     with pytest.raises(ImportError, match=message):
-        device.current()
-    assert "sm_61" in device.missing()
+        devices.current()
+    assert "sm_61" in devices.missing()
 
 
 def test_with_a_driver_that_is_older_than_nvrtc(driver):
@@ -333,11 +333,11 @@ def test_with_a_driver_that_is_older_than_nvrtc(driver):
     message = (r"^engine 'cuda': the driver is for CUDA 12\.4, older than NVRTC 13; update it, or pip install "
                r"'cuda-core\[cu12\]'$")  # fmt: skip
     with pytest.raises(ImportError, match=message):
-        device.current()
+        devices.current()
 
 
 def test_nothing_is_missing(card):
-    assert device.missing() is None
+    assert devices.missing() is None
 
 
 def test_a_call_that_fails(card, driver, monkeypatch):

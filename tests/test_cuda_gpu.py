@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fastclstm import functional
-from fastclstm.engines.cuda import compilation, device, persistent, recorded
+from fastclstm.engines.cuda import compilation, devices, persistent, recorded
 
 SOURCE = """
 #include "common.cuh"
@@ -28,10 +28,10 @@ add(float* y, const float* x, int n, float times)
 @pytest.fixture
 def real(request):
     """The GPU of this machine; the test is skipped, or with --engine=cuda fails, without one."""
-    missing = device.missing()
+    missing = devices.missing()
     if missing is not None:
         (pytest.fail if "cuda" in request.config.getoption("--engine") else pytest.skip)(missing)
-    return device.current()
+    return devices.current()
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastclstm.engines import reference
-from fastclstm.engines.cuda import packing, product, weight_gradient
+from fastclstm.engines.cuda import choice, packing, product, weight_gradient
 from fastclstm.nn import activations
 from fastclstm.spec import ConvLSTMSpec, ConvSpec
 
@@ -125,12 +125,12 @@ def test_tilings_cover_everything_and_fit(kind, dtype):
 def test_large_tiles_only_where_they_fill_the_gpu():
     single, gpu = np.dtype(np.float32), EmulatedDevice()
     gpu.multiprocessors = 132
-    assert product.choose(3, single, gpu, 8 * 64 * 64, 256).rows == 128
-    assert product.choose(3, single, gpu, 4 * 32 * 32, 256).rows == 64
-    assert product.choose(3, single, gpu, 32 * 32, 128).rows == 32
-    assert product.choose(3, single, gpu, 8 * 64 * 64, 4).columns == 32
-    assert product.choose(0, single, gpu, 8 * 64 * 64, 4).columns == 16
-    assert product.choose(0, np.dtype(np.float64), gpu, 8 * 64 * 64, 256).rows == 64
+    assert choice.choose(3, single, gpu, 8 * 64 * 64, 256).rows == 128
+    assert choice.choose(3, single, gpu, 4 * 32 * 32, 256).rows == 64
+    assert choice.choose(3, single, gpu, 32 * 32, 128).rows == 32
+    assert choice.choose(3, single, gpu, 8 * 64 * 64, 4).columns == 32
+    assert choice.choose(0, single, gpu, 8 * 64 * 64, 4).columns == 16
+    assert choice.choose(0, np.dtype(np.float64), gpu, 8 * 64 * 64, 256).rows == 64
 
 
 @pytest.mark.parametrize("pixels", [1, 300, 5000, 655360])

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_cuda_convlstm2d import oracle, problem, problems
 
-from fastclstm.engines.cuda import persistent, product, wgmma
+from fastclstm.engines.cuda import choice, persistent, product, wgmma
 
 cuda = importlib.import_module("fastclstm.engines.cuda.convlstm2d")
 pytestmark = needs_compiler
@@ -141,7 +141,7 @@ def chosen(shape, kernel, F, multiprocessors=132, resident=528, algorithm="auto"
     dtype = np.dtype(np.float32)
     spec = problem((1, *shape[1:]), (kernel, kernel), F)[0].with_batch(shape[0])
     pixels = spec.B * spec.HO * spec.WO
-    chosen = product.choose(product.kind(device, dtype, algorithm), dtype, device, pixels, 4 * F)
+    chosen = choice.choose(product.kind(device, dtype, algorithm), dtype, device, pixels, 4 * F)
     device.kernel = lambda *_: None
     short = chosen.kind >= product.KINDS["bfloat16"]
     data = device.empty((1,), np.uint16 if short else dtype)

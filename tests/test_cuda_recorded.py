@@ -14,8 +14,7 @@ from test_cuda_convlstm2d import oracle, problem, run
 import fastclstm
 from fastclstm import functional
 from fastclstm.engines import reference
-from fastclstm.engines.cuda import backward, product, recorded
-from fastclstm.engines.cuda import device as devices
+from fastclstm.engines.cuda import backward, devices, product, recorded
 
 cuda = importlib.import_module("fastclstm.engines.cuda.convlstm2d")
 pytestmark = needs_compiler

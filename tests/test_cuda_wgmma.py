@@ -19,7 +19,7 @@ from cuda_emulator import EmulatedDevice, needs_compiler
 from hypothesis import given, settings
 
 from fastclstm.engines import reference
-from fastclstm.engines.cuda import compilation, device, product, wgmma
+from fastclstm.engines.cuda import choice, compilation, devices, product, wgmma
 from fastclstm.engines.cuda.product import KINDS
 from fastclstm.spec import ConvSpec
 
@@ -42,7 +42,7 @@ def forced(monkeypatch):
             return candidates[min(number, len(candidates) - 1)]
 
         with monkeypatch.context() as patch:
-            patch.setattr(product, "choose", choose)
+            patch.setattr(choice, "choose", choose)
             yield
 
     return force
@@ -74,7 +74,7 @@ def error_of_products(gpu, algorithm, number):
     """Against products of the rounded operands, in units of the largest; several blocks of pixels, columns, depth."""
     tiling = product.warpgroup_tilings(KINDS[algorithm])[number]
     spec, x, kernel = random_case((2, 9, 15, 56), (3, 3), tiling.columns + 20)
-    y = gpu.get(cuda.convolve(spec, tiling, gpu.put(x), gpu.put(kernel), None))
+    y = gpu.get(product.convolve(spec, tiling, gpu.put(x), gpu.put(kernel), None))
     expected = reference.conv2d(spec, rounded(algorithm, x), rounded(algorithm, kernel), None)
     return abs(y - expected).max() / abs(expected).max()
 
@@ -89,12 +89,12 @@ def test_products_are_those_of_the_rounded_operands(algorithm, number):
 
 @every_tiling
 def test_a_gpu_has_the_same_products(algorithm, number, request):
-    missing = device.missing()
+    missing = devices.missing()
     if missing is not None:
         (pytest.fail if "cuda" in request.config.getoption("--engine") else pytest.skip)(missing)
-    if device.current().architecture != product.WARPGROUPS:
+    if devices.current().architecture != product.WARPGROUPS:
         pytest.skip("this GPU has no wgmma")
-    errors = {error_of_products(device.current(), algorithm, number) for _ in range(20)}
+    errors = {error_of_products(devices.current(), algorithm, number) for _ in range(20)}
     assert len(errors) == 1
     assert errors.pop() < 5e-5
 
@@ -174,7 +174,7 @@ def test_every_run_and_every_tiling_have_the_same_bits(algorithm):
     device = EmulatedDevice(90)
     spec, x, kernel = random_case((1, 7, 20, 24), (3, 3), 70)
     runs = [
-        device.get(cuda.convolve(spec, tiling, device.put(x), device.put(kernel), None))
+        device.get(product.convolve(spec, tiling, device.put(x), device.put(kernel), None))
         for tiling in product.warpgroup_tilings(KINDS[algorithm]) * 2
     ]
     for y in runs[1:]:
@@ -214,7 +214,7 @@ def test_the_conformance_suite(op, algorithm, forced):
             used.append("WARPGROUPS" in macros)
             return super().kernel(source, name, macros)
 
-    with device.using(Counting(90)), forced(-1):
+    with devices.using(Counting(90)), forced(-1):
         getattr(test_engines, f"test_{op}")("cuda", np.float32, algorithm)
     assert any(used)
 
@@ -268,7 +268,7 @@ def test_the_emulator_notices(algorithm, file, old, new, message, tmp_path):
     device, tiling = edited(tmp_path, file, old, new), product.warpgroup_tilings(KINDS[algorithm])[-1]
     spec, x, kernel = random_case((1, 9, 15, 64), (3, 3), 40)
     with pytest.raises(AssertionError, match=message):
-        cuda.convolve(spec, tiling, device.put(x), device.put(kernel), None)
+        product.convolve(spec, tiling, device.put(x), device.put(kernel), None)
 
 
 # --- The choice ---
@@ -279,7 +279,7 @@ def gpu(architecture, multiprocessors=132):
 
 
 def chosen(device, kind, pixels, columns):
-    tiling = product.choose(kind, np.dtype(np.float32), device, pixels, columns)
+    tiling = choice.choose(kind, np.dtype(np.float32), device, pixels, columns)
     return tiling.on_warpgroups, tiling.columns
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fastclstm import dispatch
-from fastclstm.engines.cuda import device
+from fastclstm.engines.cuda import devices
 
 
 @pytest.mark.parametrize("name", dispatch.ENGINES)
@@ -144,7 +144,7 @@ def test_the_engine_is_that_of_x():
     assert dispatch.choose("op", None, np.ones(3))[0] is dispatch.get_engine("cpu")
     assert dispatch.choose("op", "cuda", np.ones(3))[0] is dispatch.get_engine("cuda")
     stand_in = SimpleNamespace(dlpack_device=(1, 0))
-    with device.using(stand_in):
+    with devices.using(stand_in):
         for name in (None, "cuda"):
             assert dispatch.choose("op", name, Exporter((2, 0)))[0] is dispatch.get_engine("cuda")
 

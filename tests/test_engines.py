@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import fastclstm
 from fastclstm import dispatch, functional
-from fastclstm.engines.cuda import device
+from fastclstm.engines.cuda import devices, dlpack
 from fastclstm.functional.convlstm import ConvLSTMCall
 from fastclstm.nn.normalization import Normalization
 from fastclstm.spec import NORMALIZED_PARTS
@@ -42,7 +42,7 @@ every_algorithm = pytest.mark.parametrize(
 
 def is_emulated(engine):
     """Whether the processor plays the GPU, slowly."""
-    return engine == "cuda" and device.current().dlpack_device[0] != device.CUDA
+    return engine == "cuda" and devices.current().dlpack_device[0] != dlpack.CUDA
 
 
 def examples(engine, count, algorithm="auto"):

@@ -9,8 +9,9 @@ from cuda_cases import Exchanged, Interfaced
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastclstm.engines.cuda import device
-from fastclstm.engines.cuda.device import CUDA, DeviceArray
+from fastclstm.engines.cuda import devices
+from fastclstm.engines.cuda.device import DeviceArray
+from fastclstm.engines.cuda.dlpack import CUDA
 from fastclstm.layers import (
     Activation,
     Conv2D,
@@ -32,7 +33,7 @@ from fastclstm.models import EncoderForecaster, Sequential
 
 @pytest.fixture(scope="module", autouse=True)
 def gpu(cuda_device):
-    with device.using(cuda_device):
+    with devices.using(cuda_device):
         yield cuda_device
 
 
@@ -48,7 +49,7 @@ def mapped(change, value):
 
 def put(value):
     """Nested arrays on the device."""
-    return mapped(device.current().put, value)
+    return mapped(devices.current().put, value)
 
 
 def got(value):

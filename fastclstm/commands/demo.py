@@ -8,10 +8,13 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
+from typing import Annotated
 
 import numpy as np
+import typer
 
 import fastclstm
+from fastclstm.commands.options import SETTINGS, Threads, set_threads
 from fastclstm.datasets import moving_digits
 from fastclstm.dispatch import ENGINES
 from fastclstm.io.files import replacing
@@ -23,6 +26,29 @@ REPEATS = 5
 FORMATS = (".png", ".gif")
 Net = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 """From frames to (hidden maps, pooled maps)."""
+
+app = typer.Typer(**SETTINGS)
+
+
+@app.command("demo")
+def command(
+    batch: Annotated[int, typer.Option(min=1, help="Films at once.")] = 4,
+    steps: Annotated[int, typer.Option(min=2, help="Frames of each film.")] = 10,
+    filters: Annotated[int, typer.Option(min=1, help="Hidden channels.")] = 32,
+    engine: Annotated[str, typer.Option(help="cpu, cuda, reference or both: cpu and reference.")] = "both",
+    threads: Threads = None,
+    seed: Annotated[int, typer.Option(help="Of the films and the weights.")] = 0,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw frames and hidden maps: .png or .gif.", show_default=False)
+    ] = None,
+) -> None:
+    """Check and time the layers on a film of digits.
+
+    Handwritten digits glide and bounce over frames of 64×64 pixels and run through ConvLSTM2D and MaxPooling3D, on the
+    reference engine (plain NumPy) and on the cpu engine, compared with the reference in float64.
+    """
+    set_threads(threads)
+    run(batch, steps, filters, engine, seed, plot)
 
 
 def run(batch: int, steps: int, filters: int, engine: str, seed: int, plot: Path | None) -> None:

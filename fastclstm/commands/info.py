@@ -7,10 +7,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import typer
 
 import fastclstm
 from fastclstm import dispatch
-from fastclstm.engines.cuda import compilation, device, gpu
+from fastclstm.commands.options import SETTINGS
+from fastclstm.engines.cuda import compilation, devices, gpu
+
+app = typer.Typer(**SETTINGS)
+
+
+@app.command("info")
+def command() -> None:
+    """Tell what this machine and installation offer."""
+    for name, value in facts():
+        print(f"{name:<16}{value}")
 
 
 def facts() -> Iterator[tuple[str, str]]:
@@ -56,7 +67,7 @@ def _verdict(engine: str) -> str:
         dispatch.get_engine(engine)
     except ImportError as error:
         return str(error)
-    if engine == "cuda" and device.missing() is not None:
+    if engine == "cuda" and devices.missing() is not None:
         return "not here"
     return "default" if engine == dispatch.DEFAULT_ENGINE else "ready"
 

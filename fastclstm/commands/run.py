@@ -5,15 +5,47 @@ from __future__ import annotations
 import zipfile
 from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Annotated, Any
 
 import numpy as np
+import typer
 
+from fastclstm.commands.options import SETTINGS, Engine, Threads, set_threads
 from fastclstm.io.files import replacing
 from fastclstm.layers import ConvLSTM2D
 
 States = list[tuple[Any, Any]]
 """One pair (h, c) a stacked layer."""
+
+app = typer.Typer(**SETTINGS)
+
+
+@app.command("run")
+def command(
+    source: Annotated[Path, typer.Argument(metavar="INPUT.npy", help="(T, H, W[, C]) or (B, T, H, W, C).")],
+    weights: Annotated[Path, typer.Option(metavar="W.safetensors", help="What ConvLSTM2D.save wrote.")],
+    out: Annotated[Path, typer.Option(metavar="OUT.npy", help="Where the hidden sequence goes.")],
+    chunk: Annotated[int, typer.Option(min=1, help="Time steps in memory at once.")] = 16,
+    state_in: Annotated[
+        Path | None, typer.Option(metavar="S.npz", help="States to start from (h0, c0, h1, …).", show_default=False)
+    ] = None,
+    state_out: Annotated[
+        Path | None, typer.Option(metavar="S.npz", help="Where the last states go.", show_default=False)
+    ] = None,
+    engine: Engine = None,
+    threads: Threads = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no summary.")] = False,
+) -> None:
+    """Run a saved layer over a file of sequences.
+
+    However long they are, only --chunk steps are in memory. The output file appears complete or not at all.
+    """
+    set_threads(threads)
+    shape = run_file(
+        source, weights, out, chunk=chunk, state_source=state_in, state_target=state_out, engine=engine, quiet=quiet
+    )
+    if not quiet:
+        print(f"{out}: {shape}")
 
 
 def run_file(

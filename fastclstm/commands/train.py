@@ -8,11 +8,13 @@ import math
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+import typer
 
 from fastclstm import dispatch
+from fastclstm.commands.options import SETTINGS, Engine, Threads, set_threads
 from fastclstm.datasets import moving_digits
 from fastclstm.io.files import replacing
 from fastclstm.layers import Conv2D, ConvLSTM2D, TimeDistributed
@@ -36,6 +38,43 @@ HELD_SHARE = 0.1
 
 Scores = dict[str, dict[str, float]]
 """By method, then by figure."""
+
+app = typer.Typer(**SETTINGS)
+
+
+@app.command("train")
+def command(
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Films (N, T, H, W[, C]): .npy, or .npz with x, or x and y.", show_default=False
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the results.")] = Path("fastclstm-train"),
+    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the films.  [default: 10]")] = None,
+    minutes: Annotated[float | None, typer.Option(min=0.01, help="Train so long instead.", show_default=False)] = None,
+    steps_in: Annotated[int, typer.Option(min=2, help="Frames that the network is given.")] = 10,
+    steps_out: Annotated[int, typer.Option(min=1, help="Frames to forecast in the end, one from the other.")] = 10,
+    filters: Annotated[int, typer.Option(min=1, help="Hidden channels.")] = 16,
+    batch: Annotated[int, typer.Option(min=1, help="Films a step.")] = 8,
+    seed: Annotated[int, typer.Option(min=0, help="Of films, weights and order.")] = 0,
+    restart: Annotated[bool, typer.Option("--restart", help="Forget the training that DIR holds.")] = False,
+    engine: Engine = None,
+    threads: Threads = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+) -> None:
+    """Train a network to foretell the next frame of films.
+
+    Of moving digits, or of your own; and compare it with what needs no training: to repeat the last frame, or to shift
+    it by what lies between the last two. Interrupted, the same command goes on where it was.
+    """
+    if epochs is not None and minutes is not None:
+        raise typer.BadParameter("give --epochs or --minutes, not both")
+    set_threads(threads)
+    run(
+        data, out, epochs=epochs or EPOCHS, minutes=minutes, steps_in=steps_in, steps_out=steps_out,
+        filters=filters, batch=batch, seed=seed, restart=restart, engine=engine, quiet=quiet,
+    )  # fmt: skip
 
 
 @dataclass

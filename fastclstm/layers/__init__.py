@@ -1,5 +1,7 @@
 """Layers: what a user holds. Parameters, options and state; all numbers come from `fastclstm.functional`."""
 
+from typing import TYPE_CHECKING
+
 from fastclstm.layers.activation import Activation, LeakyReLU, Softmax
 from fastclstm.layers.base import Layer
 from fastclstm.layers.convlstm2d import ConvLSTM2D
@@ -13,6 +15,7 @@ from fastclstm.layers.pooling import AveragePooling2D, GlobalAveragePooling, Glo
 from fastclstm.layers.resampling import UpSampling, ZeroPadding2D
 from fastclstm.layers.time_distributed import TimeDistributed
 from fastclstm.layers.time_distribution import TimeDistributionCalculator
+from fastclstm.lazy import moved
 
 __all__ = [
     "Activation", "AveragePooling2D", "BatchNormalization", "Conv2D", "Conv3D", "ConvLSTM2D", "ConvLSTM2DCell",
@@ -20,3 +23,9 @@ __all__ = [
     "Layer", "LayerNormalization", "LeakyReLU", "MaxPooling2D", "MaxPooling3D", "Softmax",
     "TimeDistributed", "TimeDistributionCalculator", "UpSampling", "ZeroPadding2D",
 ]  # fmt: skip
+
+if not TYPE_CHECKING:
+    __getattr__ = moved(__name__, {
+        "EarlyStopping": "fastclstm.training", "EncoderForecaster": "fastclstm.models", "History": "fastclstm.training",
+        "Sequential": "fastclstm.models",
+    })  # fmt: skip

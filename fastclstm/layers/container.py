@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from fastclstm.layers.base import Layer
+from fastclstm.layers.convlstm2d import ConvLSTM2D
 from fastclstm.layers.layout import Layout
 from fastclstm.spec import Shape, expect_shape
-
-if TYPE_CHECKING:
-    from fastclstm.layers.convlstm2d import ConvLSTM2D
 
 
 @dataclass(eq=False, repr=False)

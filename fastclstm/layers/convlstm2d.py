@@ -9,28 +9,24 @@ from typing import Any, ClassVar
 import numpy as np
 
 from fastclstm import dispatch
-from fastclstm.layers.activation import leaky
 from fastclstm.layers.base import Parameter
-from fastclstm.layers.convlstm2d_cell import ConvLSTM2DCell, ConvLSTMLayer, State, own_generator
+from fastclstm.layers.convlstm2d_cell import ConvLSTM2DCell
+from fastclstm.layers.convlstm_gates import own_generator
+from fastclstm.layers.convlstm_options import ConvLSTMLayer
+from fastclstm.layers.directions import MERGE_MODES, Directions, Merged, several
 from fastclstm.layers.gate_weights import GateWeights
 from fastclstm.layers.layout import Layout
+from fastclstm.layers.masks import steps_mask
 from fastclstm.layers.place import HOST, Place
-from fastclstm.layers.time_distribution import TimeDistributionCalculator
+from fastclstm.layers.stack import Stack
+from fastclstm.layers.states import LastStates, State, read_states
+from fastclstm.layers.tape import Tape
 from fastclstm.nn import regularizers
-from fastclstm.spec import Pair, Shape, choice, expect_shape, flag, integers, rate
-
-MERGE_MODES = ("concat", "sum", "mul", "ave", None)
-CHUNK_STEPS = 16
-"""Time steps that stacked layers work on at once where only the last output is wanted."""
+from fastclstm.spec import Pair, Shape, choice, flag, integers, rate
 
 _DIRECTIONS = ("forward", "backward")
 _FLAGS = ("return_sequences", "return_state", "go_backwards", "stateful", "bidirectional", "zero_output_for_mask",
           "time_major", "recompute")  # fmt: skip
-
-Merged = Any
-"""An array, or with merge_mode=None the pair of the directions' arrays."""
-
-LastStates = list[tuple[np.ndarray, np.ndarray]]
 
 
 @dataclass(eq=False, repr=False)
@@ -207,7 +203,12 @@ engine='reference')
         given = self.activity_regularizer
         self._activity_regularizer = None if given is None else regularizers.get(given)
         self._activity_penalty = 0.0
-        self._build_cells(filters, kernel_sizes, recurrent_sizes)
+        self._stack = self._built(filters, kernel_sizes, recurrent_sizes)
+        self._sublayers = {
+            f"layers.{index}" + (f".{direction}" if self.bidirectional else ""): cell
+            for index, layer in enumerate(self._stack.layers)
+            for direction, cell in zip(_DIRECTIONS, layer.cells, strict=False)
+        }
         self.state_gradients: list[tuple[Any, ...]] | None = None
         self._states: LastStates | None = None
         self._made = True
@@ -217,30 +218,26 @@ engine='reference')
             raise AttributeError(f"ConvLSTM2D: {name} is a parameter of a cell; assign to layer.cells[0].{name}")
         super().__setattr__(name, value)
 
-    def _build_cells(
-        self, filters: Sequence[int], kernel_sizes: Sequence[Pair], recurrent_sizes: Sequence[Pair]
-    ) -> None:
+    def _built(self, filters: Sequence[int], kernel_sizes: Sequence[Pair], recurrent_sizes: Sequence[Pair]) -> Stack:
         rng = np.random.default_rng(self.seed)
         self._time_dropout_rng = own_generator(rng)
         options = {name: value for name, value in self.options.items() if name in ConvLSTM2DCell.__dataclass_fields__}
-        self._sublayers = {}
-        self._layers: list[tuple[ConvLSTM2DCell, ...]] = []
+        layers: list[Directions] = []
         C, frame = self.in_channels, self.frame_size
-        for index, F in enumerate(filters):
-            options |= {"in_channels": C, "out_channels": F, "kernel_size": kernel_sizes[index], "seed": rng,
-                        "recurrent_kernel_size": recurrent_sizes[index], "frame_size": frame}  # fmt: skip
-            cells = tuple(ConvLSTM2DCell(**options) for _ in range(2 if self.bidirectional else 1))
-            for direction, cell in zip(_DIRECTIONS, cells, strict=False):
-                self._sublayers[f"layers.{index}" + (f".{direction}" if self.bidirectional else "")] = cell
-            self._layers.append(cells)
+        for F, size, recurrent_size in zip(filters, kernel_sizes, recurrent_sizes, strict=True):
+            options |= {"in_channels": C, "out_channels": F, "kernel_size": size, "seed": rng,
+                        "recurrent_kernel_size": recurrent_size, "frame_size": frame}  # fmt: skip
+            cells = [ConvLSTM2DCell(**options) for _ in range(2 if self.bidirectional else 1)]
             if frame is not None:
-                frame = cells[0]._state_shape((1, *frame, C))[1:3]
-            C = 2 * F if self.bidirectional and self.merge_mode == "concat" else F
+                frame = cells[0]._state_shape((1, *frame, C), "ConvLSTM2D")[1:3]
+            layers.append(Directions(cells, self.merge_mode))
+            C = layers[-1].channels
+        return Stack(layers, self.leaky_relu_slope)
 
     @property
     def cells(self) -> tuple[ConvLSTM2DCell, ...]:
         """The cells, layer by layer; with bidirectional the forward and the backward one of each."""
-        return tuple(cell for cells in self._layers for cell in cells)
+        return self._stack.cells
 
     @property
     def weights(self) -> GateWeights:
@@ -316,16 +313,21 @@ engine='reference')
             raise ValueError(f"ConvLSTM2D: x has no time steps {array.shape}; at least one is needed")
         shapes = self._state_shapes((sequence.shape[0], *sequence.shape[2:]))
         states = self._initial_states(layout, initial_state, shapes)
-        steps_mask = _steps_mask(layout.read_steps("mask", mask, sequence.shape[:2]), lengths, sequence.shape[:2])
-        steps_mask = place.bring(steps_mask)
+        steps = steps_mask(layout.read_steps("mask", mask, sequence.shape[:2]), lengths, sequence.shape[:2])
         self._pullback = None
-        tape = _Tape(layout, shapes, initial_state is not None) if training else None
+        tape = Tape(layout, shapes, initial_state is not None) if training else None
         if tape is not None and self.time_dropout > 0:
             sequence = tape.drop_steps(self.time_dropout, sequence, self._time_dropout_rng)
-        output, last_states = self._run(sequence, states, steps_mask, tape)
+        for cell in self.cells:
+            cell.engine, cell.algorithm = self.engine, self.algorithm
+        output, last_states = self._stack.run(
+            sequence, states, place.bring(steps), tape, return_sequences=self.return_sequences,
+            go_backwards=self.go_backwards, zero_output_for_mask=self.zero_output_for_mask,
+            frozen=not self.trainable, recompute=self.recompute,
+        )  # fmt: skip
         if self.stateful:
             self._states = [(h.copy(), c.copy()) for h, c in last_states]
-        written = [layout.write(part) for part in _several(output)]
+        written = [layout.write(part) for part in several(output)]
         if tape is not None:
             self._finish(tape, output, written)
         result = tuple(map(place.restore, written)) if isinstance(output, tuple) else place.restore(written[0])
@@ -333,42 +335,11 @@ engine='reference')
             return result
         return result, [tuple(place.restore(layout.write(s)) for s in pair) for pair in last_states]
 
-    def _run(
-        self, sequence: np.ndarray, states: list[State], mask: np.ndarray | None, tape: _Tape | None
-    ) -> tuple[Merged, LastStates]:
-        """Run all layers over x (B, T, H, W, C): the output and the last states."""
-        steps = sequence.shape[1]
-        in_parts = tape is None and mask is None and not (self.return_sequences or self.bidirectional)
-        if not in_parts or self.num_layers == 1 or steps <= CHUNK_STEPS:
-            return self._run_part(sequence, states, mask, tape)
-        for start in range(0, steps, CHUNK_STEPS):  # the sequences between layers would be as long as x
-            stop = min(start + CHUNK_STEPS, steps)
-            part = sequence[:, steps - stop : steps - start] if self.go_backwards else sequence[:, start:stop]
-            output, last_states = self._run_part(dispatch.contiguous(part), states, mask, tape)
-            states = list(last_states)
-        return output, last_states
-
-    def _run_part(
-        self, sequence: np.ndarray, states: list[State], mask: np.ndarray | None, tape: _Tape | None
-    ) -> tuple[Merged, LastStates]:
-        last_states: LastStates = []
-        output: Merged = sequence
-        for index in range(self.num_layers):
-            if index > 0 and self.leaky_relu_slope is not None:
-                output = _leaky_relu(output, self.leaky_relu_slope, tape)
-            if index == 1 and self.go_backwards and mask is not None:
-                mask = mask[:, ::-1]  # what layer 0 hands on is in processing order
-            outputs = self._run_layer(index, output, states, mask, last_states, tape)
-            output = _merge(self.merge_mode, outputs) if self.bidirectional else outputs[0]
-            if tape is not None:
-                tape.outputs.append(outputs if self.bidirectional and self.merge_mode == "mul" else ())
-        return output, last_states
-
-    def _finish(self, tape: _Tape, output: Merged, written: list[np.ndarray]) -> None:
+    def _finish(self, tape: Tape, output: Merged, written: list[np.ndarray]) -> None:
         """Take from a training call what lasts: moving statistics, the penalty on the output, the way back."""
         for cell, pullback in zip(self.cells, tape.pullbacks, strict=True):
             cell._learn(pullback)
-        tape.output_shapes = [part.shape for part in _several(output)]
+        tape.output_shapes = [part.shape for part in several(output)]
         self._activity_penalty, count = 0.0, tape.output_shapes[0][0]
         if self._activity_regularizer is not None and count:
             self._activity_penalty = sum(map(self._activity_regularizer, written)) / count
@@ -402,9 +373,8 @@ engine='reference')
         B, T, *frame = layout.read_shape("x", shape, sequence=True)
         if T == 0:
             raise ValueError(f"ConvLSTM2D: x has no time steps {input_shape}; at least one is needed")
-        B, HO, WO, F = self._state_shapes((B, *frame))[-1]
-        F = 2 * F if self.bidirectional and self.merge_mode == "concat" else F
-        whole = layout.shape((B, T, HO, WO, F))
+        B, HO, WO, _ = self._state_shapes((B, *frame))[-1]
+        whole = layout.shape((B, T, HO, WO, self._stack.channels))
         known = tuple(None if axis in unknown else n for axis, n in enumerate(whole))
         if not self.return_sequences:
             time = (0 if self.time_major else 1) if layout.batched else 0
@@ -419,13 +389,7 @@ engine='reference')
 
     def _state_shapes(self, frames: Shape) -> list[Shape]:
         """Return the shape (B, HO, WO, F) of each cell's states for frames (B, H, W, C)."""
-        shapes: list[Shape] = []
-        for index, cells in enumerate(self._layers):
-            op = f"ConvLSTM2D layer {index}" if self.num_layers > 1 else "ConvLSTM2D"
-            state = cells[0]._state_shape(frames, op)
-            shapes += [state] * len(cells)
-            frames = *state[:3], self._layers[min(index + 1, self.num_layers - 1)][0].in_channels
-        return shapes
+        return self._stack.state_shapes(frames, "ConvLSTM2D")
 
     def _several_outputs(self) -> str | None:
         if self.return_state:
@@ -439,7 +403,7 @@ engine='reference')
 
     def _initial_states(self, layout: Layout, value: Any, shapes: list[Shape]) -> list[State]:
         if value is not None or not self.stateful or self._states is None:
-            return self._read_states(layout, "initial_state", value, shapes)
+            return read_states(layout, "initial_state", value, shapes, self._each)
         held = [h.shape for h, _ in self._states]
         if held != shapes:
             raise ValueError(
@@ -448,188 +412,17 @@ engine='reference')
             )
         return [(layout.place.bring(h), layout.place.bring(c)) for h, c in self._states]
 
-    def _read_states(self, layout: Layout, name: str, value: Any, shapes: list[Shape]) -> list[State]:
-        """Return one pair of channels-last states a cell."""
-        count = len(shapes)
-        if value is None:
-            return [(None, None)] * count
-        pairs = [value] if count == 1 and _is_pair(value) else value
-        fits = isinstance(pairs, list | tuple) and len(pairs) == count
-        if not fits or not all(pair is None or _is_pair(pair) for pair in pairs):
-            each = "one a layer and direction, forward first" if self.bidirectional else "one a layer"
-            came = f"{len(pairs)} items" if isinstance(pairs, list | tuple) else type(pairs).__name__
-            pair = "pairs" if count > 1 else "pair"
-            raise ValueError(f"ConvLSTM2D: {name} must be a list of {count} {pair} (h, c), {each}; got {came}")
-        return [
-            ConvLSTM2DCell._read_state(layout, f"ConvLSTM2D: {name} {index}", pair or (None, None), shape)
-            for index, (pair, shape) in enumerate(zip(pairs, shapes, strict=True))
-        ]
+    @property
+    def _each(self) -> str:
+        return "one a layer and direction, forward first" if self.bidirectional else "one a layer"
 
-    def _run_layer(
-        self, index: int, sequence: np.ndarray, states: list[State], mask: np.ndarray | None, last_states: LastStates,
-        tape: _Tape | None,
-    ) -> tuple[np.ndarray, ...]:  # fmt: skip
-        """Run a layer's cells: their outputs in processing order. Layer 0 gets x, which may be processed backwards."""
-        last = index == self.num_layers - 1
-        many = self.return_sequences or not last
-        turned = self.go_backwards and index == 0
-        outputs = []
-        for backwards, cell in enumerate(self._layers[index]):
-            cell.engine, cell.algorithm = self.engine, self.algorithm
-            (output, h, c), pullback = cell._run(
-                sequence, states[len(last_states)], mask=mask, go_backwards=bool(backwards) != turned,
-                return_sequences=many, training=tape is not None, frozen=not self.trainable, recompute=self.recompute,
-            )  # fmt: skip
-            last_states.append((h, c))
-            if many and backwards:
-                output = output[:, ::-1]
-            kept = None
-            if last and mask is not None and self.zero_output_for_mask:
-                processed = mask[:, ::-1] if turned else mask
-                kept = processed if many else processed[:, 0 if backwards else -1]
-                kept = kept.reshape(*kept.shape, 1, 1, 1)
-                output = np.where(kept, output, np.zeros((), output.dtype))
-            if tape is not None:
-                tape.pullbacks.append(pullback)
-                tape.kept.append(kept)
-            outputs.append(output)
-        return tuple(outputs)
-
-    def _pull(self, tape: _Tape, dy: Any, dstates: Any) -> Any:
-        layout = tape.layout
-        dlast = self._read_states(layout, "dstates", dstates, tape.shapes)
-        merged = self._read_cotangent(tape, dy)
-        gradients: dict[str, np.ndarray] = {}
-        pulled_states: list[tuple[Any, Any]] = []
-        names, number = list(self._sublayers), len(tape.pullbacks)
-        dx: Any = None
-        for index in reversed(range(self.num_layers)):
-            cells, last = self._layers[index], index == self.num_layers - 1
-            many = self.return_sequences or not last
-            each = _unmerge(self.merge_mode, merged, tape.outputs[index]) if self.bidirectional else (merged,)
-            dx = None
-            for backwards in reversed(range(len(cells))):
-                number -= 1
-                d, kept = each[backwards], tape.kept[number]
-                if d is not None and kept is not None:
-                    d = np.where(kept, d, np.zeros((), d.dtype))
-                if d is not None and many and backwards:
-                    d = d[:, ::-1]
-                pulled = tape.pullbacks[number]((d, *dlast[number]))
-                named = cells[backwards]._named_gradients(pulled)
-                gradients |= {f"{names[number]}.{name}": array for name, array in named.items()}
-                pulled_states.insert(0, pulled.get("initial_state", (None, None)))
-                dx = pulled["x"] if dx is None else dx + pulled["x"]
-            merged = dx
-            if index and self.leaky_relu_slope is not None:
-                merged = leaky(tape.positive[index - 1], dx, self.leaky_relu_slope)
-        if tape.kept_steps is not None:
-            dx = np.where(tape.kept_steps, dx, np.zeros((), dx.dtype))
-        restore = layout.place.restore
-        self.state_gradients = None
-        if tape.with_state:
-            self.state_gradients = [
-                tuple(None if d is None else restore(layout.write(d)) for d in pair) for pair in pulled_states
-            ]
-        self._keep_gradients(gradients)
-        return restore(layout.write(dx))
-
-    def _read_cotangent(self, tape: _Tape, dy: Any) -> Merged:
-        """Return the gradient of the output channels-last, with that of its penalty."""
-        shapes, layout = tape.output_shapes, tape.layout
-        if len(shapes) == 2 and dy is not None and not _is_pair(dy):
-            raise ValueError(
-                f"ConvLSTM2D: with merge_mode=None dy must be a pair (forward, backward), got {type(dy).__name__}"
-            )
-        read = []
-        for index, shape in enumerate(shapes):
-            part = dy[index] if len(shapes) == 2 and dy is not None else dy
-            array = layout.read_like("ConvLSTM2D", "dy", part, shape, "the shape of the output")
-            if tape.penalties:
-                penalty = layout.read("dy", tape.penalties[index], sequence=len(shape) == 5)
-                array = penalty if array is None else array + penalty
-            read.append(array)
-        return tuple(read) if len(shapes) == 2 else read[0]
-
-
-class _Tape:
-    """What a training call of `ConvLSTM2D` keeps for its backward pass."""
-
-    def __init__(self, layout: Layout, shapes: list[Shape], with_state: bool):
-        self.layout, self.shapes, self.with_state = layout, shapes, with_state
-        self.pullbacks: list[Any] = []
-        self.positive: list[np.ndarray] = []
-        self.outputs: list[tuple[np.ndarray, ...]] = []
-        self.kept: list[np.ndarray | None] = []
-        self.kept_steps: np.ndarray | None = None
-        self.output_shapes: list[Shape] = []
-        self.penalties: list[np.ndarray] = []
-
-    def drop_steps(self, rate: float, sequence: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Draw which frames are kept, and return the sequence with zeros in place of the others."""
-        drawn = TimeDistributionCalculator(rate, sequence.shape[1], seed=rng).calculate_time_distribution()
-        self.kept_steps = self.layout.place.bring(drawn.reshape(-1, 1, 1, 1) != 0)
-        return np.where(self.kept_steps, sequence, np.zeros((), sequence.dtype))
-
-
-def _leaky_relu(sequence: np.ndarray, slope: float, tape: _Tape | None) -> np.ndarray:
-    """Return the LeakyReLU of what one layer hands to the next."""
-    positive = sequence > 0
-    if tape is not None:
-        tape.positive.append(positive)
-    return leaky(positive, sequence, slope)
-
-
-def _merge(mode: str | None, outputs: tuple[np.ndarray, ...]) -> Merged:
-    """Make one output of those of the two directions."""
-    forward, backward = outputs
-    if mode is None:
-        return forward, dispatch.contiguous(backward)
-    if mode == "concat":
-        return np.concatenate(outputs, axis=-1)
-    if mode == "mul":
-        return forward * backward
-    return (forward + backward) / forward.dtype.type(2 if mode == "ave" else 1)
-
-
-def _unmerge(mode: str | None, dy: Merged, outputs: tuple[np.ndarray, ...]) -> Sequence[np.ndarray | None]:
-    """Pull dy back through `_merge`; `outputs` are the directions' where the mode is "mul"."""
-    if dy is None:
-        return None, None
-    if mode is None:
-        return dy
-    if mode == "concat":
-        return np.split(dy, 2, axis=-1)
-    if mode == "mul":
-        return dy * outputs[1], dy * outputs[0]
-    half = dy / dy.dtype.type(2 if mode == "ave" else 1)
-    return half, half
-
-
-def _steps_mask(mask: Any, lengths: Any, shape: Shape) -> np.ndarray | None:
-    """Return the mask (B, T) that mask or lengths describe."""
-    if mask is not None and lengths is not None:
-        raise ValueError("ConvLSTM2D: give mask or lengths, not both")
-    if mask is not None:
-        expect_shape("ConvLSTM2D", "mask", mask.shape, shape, "(batch, time)")
-        return mask != 0
-    if lengths is None:
-        return None
-    counts = np.atleast_1d(dispatch.as_numpy("ConvLSTM2D", "lengths", lengths))
-    expect_shape("ConvLSTM2D", "lengths", counts.shape, shape[:1], "(batch,)")
-    if counts.dtype.kind not in "iu" and counts.size:
-        raise TypeError(f"ConvLSTM2D: lengths must be integers, got dtype {counts.dtype}")
-    if counts.size and (counts.min() < 0 or counts.max() > shape[1]):
-        raise ValueError(f"ConvLSTM2D: lengths must lie between 0 and the {shape[1]} steps of x, got {counts.tolist()}")
-    return np.arange(shape[1]) < counts[:, np.newaxis]
-
-
-def _several(output: Merged) -> tuple[np.ndarray, ...]:
-    return output if isinstance(output, tuple) else (output,)
-
-
-def _is_pair(value: Any) -> bool:
-    return isinstance(value, list | tuple) and len(value) == 2
+    def _pull(self, tape: Tape, dy: Any, dstates: Any) -> Any:
+        dlast = read_states(tape.layout, "dstates", dstates, tape.shapes, self._each)
+        dx, gradients, before = self._stack.backward(tape, tape.read_cotangent(dy), dlast)
+        self.state_gradients = tape.write_states(before)
+        named = zip(self._sublayers, gradients, strict=True)
+        self._keep_gradients({f"{cell}.{name}": array for cell, arrays in named for name, array in arrays.items()})
+        return tape.write_input(dx)
 
 
 def _is_per_layer(kernel_size: Any) -> bool:

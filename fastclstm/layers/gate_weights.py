@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, MutableMapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from fastclstm import dispatch
+from fastclstm.layers.base import Layer
 from fastclstm.spec import expect_shape
-
-if TYPE_CHECKING:
-    from fastclstm.layers.convlstm2d_cell import ConvLSTM2DCell
 
 _GATES = "ifco"
 """The gates' names in the keys, where g is called c, in their order on the 4F axis."""
@@ -32,12 +30,13 @@ class GateWeights(MutableMapping[str, np.ndarray]):
         An assigned value of another shape, or not a real array.
     """
 
-    def __init__(self, cells: Mapping[str, ConvLSTM2DCell]):
+    def __init__(self, cells: Mapping[str, Layer]):
         self._places = {
-            f"{prefix}{kind}{gate}": (cell, parameter, slice(n * cell.out_channels, (n + 1) * cell.out_channels))
+            f"{prefix}{kind}{gate}": (cell, parameter, slice(n * F, (n + 1) * F))
             for prefix, cell in cells.items()
             for kind, parameter in (("W_x", "kernel"), ("W_h", "recurrent_kernel"), ("b_", "bias"))
             if parameter in cell.parameters
+            for F in (cell.parameters[parameter].shape[-1] // len(_GATES),)
             for n, gate in enumerate(_GATES)
         }
 
@@ -66,7 +65,7 @@ class GateWeights(MutableMapping[str, np.ndarray]):
     def __repr__(self) -> str:
         return f"GateWeights({{{', '.join(f'{key!r}: {array.shape}' for key, array in self.items())}}})"
 
-    def _place(self, key: str) -> tuple[ConvLSTM2DCell, str, slice]:
+    def _place(self, key: str) -> tuple[Layer, str, slice]:
         if key not in self._places:
             raise KeyError(f"no weight {key!r}; the keys are {', '.join(self._places)}")
         return self._places[key]

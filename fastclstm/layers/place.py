@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 
 from fastclstm import dispatch
-
-if TYPE_CHECKING:
-    from fastclstm.layers.base import Layer
+from fastclstm.layers.base import Layer
 
 
 class Place:
@@ -44,11 +42,11 @@ class GPUPlace(Place):
     on_gpu = True
 
     def __init__(self, op: str, x: Any):
-        from fastclstm.engines.cuda import arrays, device
+        from fastclstm.engines.cuda import arrays, devices
 
         super().__init__(op, x)
         self._reader = arrays.Reader(op, x) if dispatch.on_gpu(x) else None
-        self._device = device.current() if self._reader is None else self._reader.device
+        self._device = devices.current() if self._reader is None else self._reader.device
 
     def read(self, name: str, value: Any, dtype: Any = None) -> Any:
         """Return a caller's array there, of `dtype` unless that is None: NumPy's are converted, others must be."""

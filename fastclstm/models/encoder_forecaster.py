@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from fastclstm.layers.base import layer_dtype
 from fastclstm.layers.convlstm2d import ConvLSTM2D
 from fastclstm.layers.convolution import Conv2D
 from fastclstm.layers.place import Place, place_of
+from fastclstm.models.forecaster import Forecaster, Pull, States
 from fastclstm.spec import DATA_FORMATS, Shape, choice, expect_shape, flag, integers
 from fastclstm.training.batches import Batch
 from fastclstm.training.history import History
@@ -22,13 +22,6 @@ from fastclstm.training.trainable import Trainable
 
 ENCODED_STEPS = 16
 """Time steps read at once where nothing is kept for backward."""
-
-States = list[tuple[Any, Any]]
-"""One pair (h, c) a layer."""
-
-_Pull = Callable[[np.ndarray, "States | None", dict[str, np.ndarray]], tuple[np.ndarray, States]]
-"""Takes dy of some steps, the gradients of the states after them, and the sum of the parameters' gradients so far, to
-which it adds; returns the gradients of the steps' input and of the states before them."""
 
 
 @dataclass(eq=False, repr=False)
@@ -143,8 +136,8 @@ bias_initializer, activation, recurrent_activation, output_activation, padding_m
         self.head = Conv2D(sum(self.hidden_channels), self.in_channels, 1, activation=self.head_activation,
                            kernel_initializer=self.kernel_initializer, dtype=self.dtype, seed=rng, engine=self.engine,
                            algorithm=self.algorithm)  # fmt: skip
-        layers = {f"forecaster.{index}": layer for index, layer in enumerate(self.forecaster)}
-        self._sublayers = {"encoder": self.encoder, **layers, "head": self.head}
+        self._forecaster = Forecaster(self.forecaster, self.head)
+        self._sublayers = {"encoder": self.encoder, **self._forecaster.named}
         self._teacher_forcing = False
 
     def forecast(self, frames: Any, steps: int, states: States | None = None) -> Any:
@@ -175,7 +168,7 @@ bias_initializer, activation, recurrent_activation, output_activation, padding_m
         states, made = self._encode(x, states), np.empty_like(x, shape=(len(x), steps, *x.shape[2:]))
         frame = x[:, -1:]
         for step in range(steps):
-            frame, states, _ = self._decode(frame, states, training=False)
+            frame, states, _ = self._forecaster.run(frame, states, training=False)
             made[:, step] = frame[:, 0]
         return place.restore(self._write(made))
 
@@ -251,7 +244,7 @@ bias_initializer, activation, recurrent_activation, output_activation, padding_m
         made, pulls = [], []
         inputs = x[:, -1:] if truth is None else np.concatenate([x[:, -1:], truth[:, :-1]], 1)
         for _ in range(steps if truth is None else 1):
-            inputs, states, pull = self._decode(inputs, states, training=True)
+            inputs, states, pull = self._forecaster.run(inputs, states, training=True)
             made.append(inputs)
             pulls.append(pull)
         y = self._write(np.concatenate(made, 1))
@@ -323,47 +316,12 @@ bias_initializer, activation, recurrent_activation, output_activation, padding_m
             _, states = self.encoder(x[:, start : start + ENCODED_STEPS], initial_state=states)
         return states or []
 
-    def _decode(self, x: np.ndarray, states: States, training: bool) -> tuple[np.ndarray, States, _Pull]:
-        """Run the forecaster over inputs x: the frames made, the states after them, and their pullback."""
-        hidden, after, recorded = [], [], []
-        for layer, state in zip(self.forecaster, states, strict=True):
-            x, (state,) = layer(x, initial_state=[state], training=training)
-            hidden.append(x)
-            after.append(state)
-            recorded.append(layer._pullback)
-        y = self.head(np.concatenate(hidden, -1), training=training)
-        recorded.append(self.head._pullback)
-
-        def pull(dy: np.ndarray, dstates: States | None, gradients: dict[str, np.ndarray]) -> tuple[np.ndarray, States]:
-            for layer, pullback in zip((*self.forecaster, self.head), recorded, strict=True):
-                layer._pullback = pullback  # of this call, of the many that a roll-out makes
-            dhidden = np.split(self.head.backward(dy), list(accumulate(self.hidden_channels))[:-1], -1)
-            before: States = []
-            dx = np.zeros_like(dhidden[-1])
-            for index in reversed(range(len(self.forecaster))):
-                layer = self.forecaster[index]
-                dx = layer.backward(dhidden[index] + dx, None if dstates is None else [dstates[index]])
-                before.insert(0, (layer.state_gradients or [])[0])
-            for prefix, layer in self._sublayers.items():
-                if layer is not self.encoder:
-                    for name, gradient in layer._kept_gradients().items():
-                        full = f"{prefix}.{name}"
-                        gradients[full] = gradients[full] + gradient if full in gradients else gradient
-            return dx, before
-
-        return y, after, pull
-
-    def _pull(self, dy: np.ndarray, pulls: list[_Pull], encoded: Callable[..., Any] | None) -> np.ndarray:
+    def _pull(self, dy: np.ndarray, pulls: list[Pull], encoded: Callable[..., Any] | None) -> np.ndarray:
         """Pull dy (B, steps, H, W, C) back to the frames that the encoder read."""
-        gradients: dict[str, np.ndarray] = {}
-        dstates: States | None = None
-        dinput: np.ndarray | None = None
-        for step in reversed(range(len(pulls))):
-            part = dy if len(pulls) == 1 else dy[:, step : step + 1]
-            dinput, dstates = pulls[step](part if dinput is None else part + dinput, dstates, gradients)
+        dinput, dstates, gradients = self._forecaster.backward(dy, pulls)
         self.encoder._pullback = encoded  # of this call, which `encode` may have followed
         dx = self.encoder.backward(None, dstates)
-        dx[:, -1] += dinput[:, 0]  # type: ignore[index]  # there is at least one step
+        dx[:, -1] += dinput[:, 0]
         encoder = {f"encoder.{name}": gradient for name, gradient in self.encoder._kept_gradients().items()}
         self._keep_gradients(encoder | gradients)
         return dx

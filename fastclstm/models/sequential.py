@@ -11,9 +11,11 @@ import numpy as np
 from fastclstm import dispatch
 from fastclstm.layers.base import Layer
 from fastclstm.layers.container import Container, Walk, parts, told_of
-from fastclstm.layers.convlstm2d import ConvLSTM2D, _steps_mask
-from fastclstm.layers.convlstm2d_cell import ConvLSTM2DCell
-from fastclstm.layers.place import GPUPlace, Place, place_of, refuse
+from fastclstm.layers.convlstm2d import ConvLSTM2D
+from fastclstm.layers.masks import steps_mask
+from fastclstm.layers.place import Place, place_of, refuse
+from fastclstm.models.moving import engines, moved
+from fastclstm.models.summary import table
 from fastclstm.spec import Shape
 from fastclstm.training.batches import Batch
 from fastclstm.training.trainable import Trainable
@@ -109,7 +111,7 @@ class Sequential(Trainable):
         steps = self._steps(place, mask, lengths, array.shape)
         if place.on_gpu:
             self._check_gpu()
-        moves = place.on_gpu or "cuda" in _engines(self)
+        moves = place.on_gpu or "cuda" in engines(self)
         taken: list[tuple[bool, np.dtype]] = []
         walk, checked = Walk(mask=None if steps is None else steps.shape), 0
         self._pullback = None
@@ -118,8 +120,8 @@ class Sequential(Trainable):
                 checked = self._check(index, y.shape, walk)
             with told_of(_name(index, layer)):
                 if moves:
-                    given, y = y, self._moved(index, y, place.on_gpu, training)
-                    taken.append((dispatch.on_gpu(y), given.dtype))
+                    dtype, y = y.dtype, moved(layer, y, stays=place.on_gpu, first=index == 0, training=training)
+                    taken.append((dispatch.on_gpu(y), dtype))
                 if steps is None or not any(_masked(layer)):
                     y = layer(y, training=training)
                     continue
@@ -167,23 +169,7 @@ class Sequential(Trainable):
         -  --------------------  ------------  ----------
         80 parameters, 80 trainable, 0.0 MB
         """
-        shapes = [None] * len(self) if input_shape is None else self._shapes(input_shape)
-        rows = [("#", "layer", "output shape", "parameters"), ("", "", "", "")]
-        for index, (layer, shape) in enumerate(zip(self.layers, shapes, strict=True)):
-            rows.append((str(index), type(layer).__name__, str(shape or ""), f"{layer.num_parameters:,}"))
-        rows.append(("", "", "", ""))
-        if input_shape is None:
-            rows = [(index, layer, count) for index, layer, _, count in rows]  # type: ignore[misc]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(cell.rjust(w) if column == len(widths) - 1 else cell.ljust(w)
-                      for column, (cell, w) in enumerate(zip(row, widths, strict=True)))
-            if row[1] else "  ".join("-" * w for w in widths)
-            for row in rows
-        ]  # fmt: skip
-        trainable = sum(array.size for array in self.trainable_parameters.values())
-        megabytes = sum(array.nbytes for array in self.parameters.values()) / 1e6
-        return "\n".join([*lines, f"{self.num_parameters:,} parameters, {trainable:,} trainable, {megabytes:.1f} MB"])
+        return table(self, self._sublayers, None if input_shape is None else self._shapes(input_shape))
 
     def _several_outputs(self) -> str | None:
         return self.layers[-1]._several_outputs()
@@ -257,23 +243,6 @@ class Sequential(Trainable):
                 if type(layer)._knows_gpu is Layer._knows_gpu:
                     refuse(layer)
 
-    def _moved(self, index: int, y: Any, stays: bool, training: bool) -> Any:
-        """Return what a layer is to take where that computes best: on a GPU, where y `stays` if x was there.
-
-        Arrays of NumPy go there with the first layer whose engine is "cuda", and come back with the first that does not
-        compute there.
-        """
-        layer = self.layers[index]
-        engines = _engines(layer)
-        if not stays and not (
-            layer._knows_gpu(training) and engines <= {None, "cuda"} and all(map(_is_ours, parts(layer)))
-        ):
-            return dispatch.to_numpy(y)
-        dtype = next((part.dtype for part in parts(layer) if hasattr(part, "dtype")), None)
-        if dispatch.on_gpu(y):
-            return y if dtype in (None, y.dtype) or index == 0 else y.astype(dtype)
-        return GPUPlace(type(layer).__name__, y).read("x", y, dtype) if "cuda" in engines else y
-
     def _steps(self, place: Place, mask: Any, lengths: Any, shape: Shape) -> np.ndarray | None:
         """Return the mask that mask or lengths describe for an x of `shape`."""
         if mask is None and lengths is None:
@@ -289,7 +258,7 @@ class Sequential(Trainable):
             raise ValueError(f"Sequential: lengths need an x (batch, time, …) of frames, got {len(shape)}D {shape}")
         batched = len(shape) == 5
         time = _time_axis(lstm, batched)
-        valid = _steps_mask(None, lengths, (shape[1 - time] if batched else 1, shape[time]))
+        valid = steps_mask(None, lengths, (shape[1 - time] if batched else 1, shape[time]))
         assert valid is not None
         return valid if time else valid.T if batched else valid[0]
 
@@ -307,19 +276,6 @@ class Sequential(Trainable):
 
 def _name(index: int, layer: Layer) -> str:
     return f"layer {index}, {type(layer).__name__}"
-
-
-def _engines(layer: Layer) -> set[str | None]:
-    """Return the engines that a layer and those within it are to compute with; None: where x is.
-
-    The cells of a ConvLSTM2D are told when it runs.
-    """
-    return {getattr(part, "engine", None) for part in parts(layer) if not isinstance(part, ConvLSTM2DCell)}
-
-
-def _is_ours(layer: Layer) -> bool:
-    """Whether a layer is of this package; those of others may expect arrays of NumPy."""
-    return type(layer).__module__.partition(".")[0] == "fastclstm"
 
 
 def _masked(layer: Layer) -> Iterator[ConvLSTM2D]:

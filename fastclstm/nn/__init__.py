@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import numpy as np
 
+from fastclstm.lazy import on_first_use, submodules
 from fastclstm.nn.described import Described, plain
 
 T = TypeVar("T")
+
+if not TYPE_CHECKING:
+    __getattr__, __dir__ = on_first_use(__name__, submodules(
+        __name__, "activations", "constraints", "initializers", "losses", "metrics", "normalization", "optimizers",
+        "regularizers", "schedules",
+    ))  # fmt: skip
 
 
 class Options(Described):

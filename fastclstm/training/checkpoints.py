@@ -6,19 +6,15 @@ import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from fastclstm.io import weights
-from fastclstm.layers.base import Layer
-from fastclstm.layers.container import walk
 from fastclstm.nn import is_number
 from fastclstm.nn.described import Described, describe, restore
-from fastclstm.training.history import History
-
-if TYPE_CHECKING:
-    from fastclstm.training.fitting import Fitting
+from fastclstm.nn.optimizers import Optimizer
+from fastclstm.training.model import Model
 
 CHECKPOINT = "Training checkpoint"
 """The class that a checkpoint's metadata names."""
@@ -42,86 +38,79 @@ class Progress:
     stopped: bool = False
 
 
-def plan(fitting: Fitting) -> dict[str, Any]:
-    """Return all that a resumed training must share with the one before, as JSON holds it."""
-    return {
-        "data": fitting.data.told(),
-        "model": describe(fitting.model),
-        "parameters": {name: [*a.shape, a.dtype.name] for name, a in fitting.model.parameters.items()},
-        "trainable": list(fitting.model.trainable_parameters),
-        "generators": sorted(generators(fitting.model)),
-        "optimizer": describe(fitting.optimizer),
-        "loss": describe(fitting.loss) if isinstance(fitting.loss, Described) else "functions",
-        "metrics": list(fitting.metrics),
-        "validation": None if fitting.validation is None else fitting.validation.told(),
-        "shuffle": fitting.shuffle,
-        "seed": fitting.seed,
-        "early_stopping": None if fitting.early_stopping is None else describe(fitting.early_stopping),
-        "options": fitting.model._fit_options(),
-    }
+@dataclass
+class Checkpoint:
+    """The file of a training, and what of it goes into the file."""
 
+    path: str | os.PathLike[str] | None
+    """None: there is to be no file."""
+    model: Model
+    optimizer: Optimizer
+    plan: dict[str, Any]
+    """All that a resumed training must share with the one before, as JSON holds it."""
 
-def save(fitting: Fitting) -> None:
-    """Write the checkpoint, where there is to be one."""
-    if fitting.checkpoint is None:
-        return
-    fitting.progress.history = dict(fitting.history)
-    parts = {
-        "model": fitting.model.parameters,
-        "optimizer": fitting.optimizer.get_state(),
-        "best": fitting.best_parameters,
-    }
-    rate = fitting.optimizer.learning_rate
-    metadata = {
-        "class": CHECKPOINT,
-        "plan": fitting.plan,
-        "progress": dataclasses.asdict(fitting.progress),
-        "learning_rate": describe(rate) if isinstance(rate, Described) else rate if is_number(rate) else None,
-        "frozen": fitting.model._frozen(),
-        "generators": _plain_state(generator_states(fitting.model)),
-    }
-    arrays = {f"{part}/{name}": array for part, named in parts.items() for name, array in named.items()}
-    weights.save(fitting.checkpoint, arrays, metadata)
+    def exists(self) -> bool:
+        """Whether there is a file to go on from."""
+        return self.path is not None and os.path.exists(self.path)
 
+    def save(self, progress: Progress, best: Mapping[str, np.ndarray]) -> None:
+        """Write the file, where there is to be one; `best` are the parameters of the best epoch."""
+        if self.path is None:
+            return
+        parts = {"model": self.model.parameters, "optimizer": self.optimizer.get_state(), "best": best}
+        rate = self.optimizer.learning_rate
+        metadata = {
+            "class": CHECKPOINT,
+            "plan": self.plan,
+            "progress": dataclasses.asdict(progress),
+            "learning_rate": describe(rate) if isinstance(rate, Described) else rate if is_number(rate) else None,
+            "frozen": self.model._frozen(),
+            "generators": _plain_state(generator_states(self.model)),
+        }
+        arrays = {f"{part}/{name}": array for part, named in parts.items() for name, array in named.items()}
+        weights.save(self.path, arrays, metadata)
 
-def resume(fitting: Fitting, path: str | os.PathLike[str]) -> None:
-    """Put everything back to where a checkpoint has it; after an error nothing has changed."""
-    arrays, metadata = weights.load(path)
-    name = os.fspath(path)
-    if metadata.get("class") != CHECKPOINT:
-        raise ValueError(f"{name} is no checkpoint of a training but holds a {metadata.get('class')}; "
-                         f"give another name, or resume=False to replace it")  # fmt: skip
-    if difference := _difference(metadata.get("plan"), fitting.plan):
-        raise ValueError(f"{name} is of another training: {difference}; give the same model, data and options, "
-                         f"or resume=False to start anew")  # fmt: skip
-    parts: dict[str, dict[str, np.ndarray]] = {"model": {}, "optimizer": {}, "best": {}}
-    model, optimizer = fitting.model, fitting.optimizer
-    parameters, state, states = model.parameters, optimizer.get_state(), generator_states(model)
-    frozen = model._frozen()
-    try:
-        for key, array in arrays.items():
-            part, _, key = key.partition("/")
-            parts[part][key] = array
-        progress = Progress(**metadata["progress"])
-        if parts["best"]:
-            model.set_parameters(parts["best"])
-            fitting.best_parameters = model.parameters
-        model.set_parameters(parts["model"])
-        optimizer.set_state(parts["optimizer"])
-        set_generator_states(model, _bit_state(metadata["generators"]))
-        _freeze(model, metadata["frozen"])
-        rate = metadata["learning_rate"]
-        rate = restore(rate) if isinstance(rate, Mapping) else rate
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        model.set_parameters(parameters)
-        optimizer.set_state(state)
-        set_generator_states(model, states)
-        _freeze(model, frozen)
-        raise ValueError(f"{name} is damaged, or the optimizer's options are no longer those it was written with: "
-                         f"{error}; give them back, or resume=False replaces it") from error  # fmt: skip
-    if rate is not None:  # it may have been assigned to
-        optimizer.learning_rate = rate
-    fitting.progress, fitting.history = progress, History(progress.history)
+    def resume(self) -> tuple[Progress, dict[str, np.ndarray]]:
+        """Put model and optimizer back to where the file has them, and return what `save` was given.
+
+        After an error nothing has changed.
+        """
+        name = os.fspath(self.path or "")
+        arrays, metadata = weights.load(name)
+        if metadata.get("class") != CHECKPOINT:
+            raise ValueError(f"{name} is no checkpoint of a training but holds a {metadata.get('class')}; "
+                             f"give another name, or resume=False to replace it")  # fmt: skip
+        if difference := _difference(metadata.get("plan"), self.plan):
+            raise ValueError(f"{name} is of another training: {difference}; give the same model, data and options, "
+                             f"or resume=False to start anew")  # fmt: skip
+        model, optimizer = self.model, self.optimizer
+        parameters, state, states = model.parameters, optimizer.get_state(), generator_states(model)
+        frozen = model._frozen()
+        parts: dict[str, dict[str, np.ndarray]] = {"model": {}, "optimizer": {}, "best": {}}
+        try:
+            for key, array in arrays.items():
+                part, _, key = key.partition("/")
+                parts[part][key] = array
+            progress, best = Progress(**metadata["progress"]), {}
+            if parts["best"]:
+                model.set_parameters(parts["best"])
+                best = model.parameters
+            model.set_parameters(parts["model"])
+            optimizer.set_state(parts["optimizer"])
+            set_generator_states(model, _bit_state(metadata["generators"]))
+            _freeze(model, metadata["frozen"])
+            rate = metadata["learning_rate"]
+            rate = restore(rate) if isinstance(rate, Mapping) else rate
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            model.set_parameters(parameters)
+            optimizer.set_state(state)
+            set_generator_states(model, states)
+            _freeze(model, frozen)
+            raise ValueError(f"{name} is damaged, or the optimizer's options are no longer those it was written with: "
+                             f"{error}; give them back, or resume=False replaces it") from error  # fmt: skip
+        if rate is not None:  # it may have been assigned to
+            optimizer.learning_rate = rate
+        return progress, best
 
 
 def _difference(old: Any, new: Any, path: str = "") -> str:
@@ -139,26 +128,26 @@ def _difference(old: Any, new: Any, path: str = "") -> str:
     return "" if old == new else f"{path} was {old!r} and is {new!r}"
 
 
-def generators(model: Layer) -> dict[str, np.random.Generator]:
+def generators(model: Model) -> dict[str, np.random.Generator]:
     """Return the generators that the layers draw from, by the path of layer and attribute."""
-    return {f"{path}.{name}".removeprefix("."): value for path, layer in walk(model)
+    return {f"{path}.{name}".removeprefix("."): value for path, layer in model._walk()
             for name, value in vars(layer).items() if isinstance(value, np.random.Generator)}  # fmt: skip
 
 
-def generator_states(model: Layer) -> dict[str, Any]:
+def generator_states(model: Model) -> dict[str, Any]:
     """Return the states of `generators`."""
     return {name: rng.bit_generator.state for name, rng in generators(model).items()}
 
 
-def set_generator_states(model: Layer, states: Mapping[str, Any]) -> None:
+def set_generator_states(model: Model, states: Mapping[str, Any]) -> None:
     """Put `generators` back to states that `generator_states` returned."""
     for name, rng in generators(model).items():
         rng.bit_generator.state = states[name]
 
 
-def _freeze(model: Layer, places: Sequence[str]) -> None:
+def _freeze(model: Model, places: Sequence[str]) -> None:
     """Freeze the layers at the places that `Layer._frozen` returned, and no others."""
-    for _, layer in walk(model):
+    for _, layer in model._walk():
         layer.trainable = True
     for place in places:
         model._part(place).trainable = False

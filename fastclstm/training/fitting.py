@@ -9,21 +9,18 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from fastclstm.layers.base import Layer
-from fastclstm.layers.container import told_of, walk
+from fastclstm.layers.container import told_of
 from fastclstm.nn import losses, metrics, optimizers, schedules
-from fastclstm.training import checkpoints
+from fastclstm.nn.described import Described, describe
 from fastclstm.training.batches import Arrays, Batch, Data
-from fastclstm.training.checkpoints import Progress, generator_states, set_generator_states
+from fastclstm.training.checkpoints import Checkpoint, Progress, generator_states, generators, set_generator_states
 from fastclstm.training.history import EarlyStopping, History
+from fastclstm.training.model import Model
 from fastclstm.training.watching import finite, watched_layers
-
-if TYPE_CHECKING:
-    from fastclstm.training.trainable import Trainable
 
 Metric = Callable[[Any, Any], Any]
 Metrics = Mapping[str, Metric]
@@ -33,7 +30,7 @@ Metrics = Mapping[str, Metric]
 class Fitting:
     """One call of `fit`."""
 
-    model: Trainable
+    model: Model
     loss: losses.Loss
     optimizer: optimizers.Optimizer
     metrics: Metrics
@@ -69,11 +66,13 @@ class Fitting:
         if isinstance(self.validation, Arrays):  # not after an epoch, should it not fit
             with told_of("the validation data"):
                 evaluate(self.model, self.loss, {}, islice(drawn(self.model, self.validation), 1))
-        self.plan = json.loads(json.dumps(checkpoints.plan(self)))
-        if resume and self.checkpoint is not None and os.path.exists(self.checkpoint):
-            checkpoints.resume(self, self.checkpoint)
+        plan = json.loads(json.dumps(self._plan()))
+        self.file = Checkpoint(self.checkpoint, self.model, self.optimizer, plan)
+        if resume and self.file.exists():
+            self.progress, self.best_parameters = self.file.resume()
+            self.history = History(self.progress.history)
         else:
-            checkpoints.save(self)
+            self._save()
         progress, steps = self.progress, self.data.steps or 0
         total = steps * epochs if steps and time_limit is None else None
         with tqdm(total=total, initial=steps * progress.epoch + progress.step, unit="step", disable=quiet) as bar:
@@ -82,7 +81,7 @@ class Fitting:
                 if self._run_epoch(bar, time_limit):
                     break
                 answers = [callback(self.history) for callback in callbacks]
-                checkpoints.save(self)
+                self._save()
                 if any(isinstance(answer, bool | np.bool_) and answer for answer in answers):
                     break
         if self.best_parameters:
@@ -109,7 +108,7 @@ class Fitting:
             if progress.seconds >= limit:
                 break
             if self.checkpoint_every is not None and progress.step % self.checkpoint_every == 0:
-                checkpoints.save(self)
+                self._save()
         row = sums.values()
         if self.validation is not None:
             measured = evaluate(self.model, self.loss, self.metrics, drawn(self.model, self.validation))
@@ -180,6 +179,29 @@ class Fitting:
             set_generator_states(model, states)
         return f"it began in {found[0]}" if found else "all outputs and gradients are finite"
 
+    def _plan(self) -> dict[str, Any]:
+        """Return all that a resumed training must share with the one before, as JSON holds it."""
+        model = self.model
+        return {
+            "data": self.data.told(),
+            "model": model._described(),
+            "parameters": {name: [*a.shape, a.dtype.name] for name, a in model.parameters.items()},
+            "trainable": list(model.trainable_parameters),
+            "generators": sorted(generators(model)),
+            "optimizer": describe(self.optimizer),
+            "loss": describe(self.loss) if isinstance(self.loss, Described) else "functions",
+            "metrics": list(self.metrics),
+            "validation": None if self.validation is None else self.validation.told(),
+            "shuffle": self.shuffle,
+            "seed": self.seed,
+            "early_stopping": None if self.early_stopping is None else describe(self.early_stopping),
+            "options": model._fit_options(),
+        }
+
+    def _save(self) -> None:
+        self.progress.history = dict(self.history)
+        self.file.save(self.progress, self.best_parameters)
+
     def _watch(self, stopping: EarlyStopping, value: float) -> None:
         progress = self.progress
         if stopping.improves(value, progress.best):
@@ -232,7 +254,7 @@ def _one_number(name: str, value: Any) -> float:
     return float(number.reshape(()))
 
 
-def evaluate(model: Trainable, loss: losses.Loss, named: Metrics, given: Iterable[Batch]) -> dict[str, float]:
+def evaluate(model: Model, loss: losses.Loss, named: Metrics, given: Iterable[Batch]) -> dict[str, float]:
     """Return the loss and the metrics of batches."""
     sums = Sums(named)
     for batch in given:
@@ -241,7 +263,7 @@ def evaluate(model: Trainable, loss: losses.Loss, named: Metrics, given: Iterabl
     return sums.values()
 
 
-def drawn(model: Trainable, data: Data, epoch: int = 0, start: int = 0, seed: int | None = None) -> Iterator[Batch]:
+def drawn(model: Model, data: Data, epoch: int = 0, start: int = 0, seed: int | None = None) -> Iterator[Batch]:
     """Yield the batches of an epoch, each kind of them checked."""
     kinds = set()
     for batch in data.batches(epoch, start, seed):
@@ -252,7 +274,7 @@ def drawn(model: Trainable, data: Data, epoch: int = 0, start: int = 0, seed: in
         yield batch
 
 
-def one_array(model: Layer, output: Any) -> np.ndarray:
+def one_array(model: Model, output: Any) -> np.ndarray:
     """Return a model's output; raise TypeError where it is more than one array."""
     if not isinstance(output, np.ndarray):
         raise TypeError(f"{type(model).__name__} returns more than one array ({type(output).__name__}), but fit, "
@@ -260,7 +282,7 @@ def one_array(model: Layer, output: Any) -> np.ndarray:
     return output
 
 
-def forget(model: Layer) -> None:
+def forget(model: Model) -> None:
     """Free what the layers keep for backward."""
-    for _, layer in walk(model):
+    for _, layer in model._walk():
         layer._pullback = None

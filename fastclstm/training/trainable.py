@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 
 from fastclstm import dispatch
+from fastclstm.layers.base import Layer
 from fastclstm.layers.container import Container, told, walk
 from fastclstm.layers.convlstm2d import ConvLSTM2D
 from fastclstm.nn import is_number, losses, metrics, optimizers
+from fastclstm.nn.described import Description, describe
 from fastclstm.training import batches
 from fastclstm.training.batches import Arrays, Batch, Data, by_name, check_count
 from fastclstm.training.fitting import Fitting, Metrics, drawn, evaluate, forget, one_array
@@ -107,7 +109,7 @@ class Trainable(Container):
         Examples
         --------
         >>> from fastclstm.layers import Dense
-        from fastclstm.models import Sequential
+        >>> from fastclstm.models import Sequential
         >>> from fastclstm.nn.optimizers import SGD
         >>> x = np.linspace(-1, 1, 64)[:, None]
         >>> model = Sequential([Dense(1, 1, seed=0)])
@@ -172,7 +174,7 @@ class Trainable(Container):
         Examples
         --------
         >>> from fastclstm.layers import Activation
-        from fastclstm.models import Sequential
+        >>> from fastclstm.models import Sequential
         >>> x = np.linspace(0, 1, 5)[:, None]
         >>> Sequential([Activation("linear")]).evaluate(x, x + 1, metrics="mae")
         {'loss': 1.0, 'mae': 1.0}
@@ -214,6 +216,12 @@ class Trainable(Container):
     def _fit_options(self) -> dict[str, Any]:
         """Return what a checkpoint should know of `_predict_batch`, as JSON holds it."""
         return {}
+
+    def _described(self) -> Description:
+        return describe(self)
+
+    def _walk(self) -> Iterator[tuple[str, Layer]]:
+        return walk(self)
 
 
 def _read(model: Trainable, op: str, given: Mapping[str, Any], batch_size: int, steps: int | None = None) -> Data:

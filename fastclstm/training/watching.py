@@ -10,7 +10,8 @@ import numpy as np
 
 from fastclstm import dispatch
 from fastclstm.layers.base import Layer
-from fastclstm.layers.container import told, walk
+from fastclstm.layers.container import told
+from fastclstm.training.model import Model
 
 
 def finite(*values: Any) -> bool:
@@ -28,7 +29,7 @@ def finite(*values: Any) -> bool:
 
 
 @contextmanager
-def watched_layers(model: Layer) -> Iterator[list[str]]:
+def watched_layers(model: Model) -> Iterator[list[str]]:
     """Give a list that gets the first output or gradient of a layer that is not finite, by name."""
     found: list[str] = []
 
@@ -43,7 +44,7 @@ def watched_layers(model: Layer) -> Iterator[list[str]]:
 
         setattr(layer, method, watched)
 
-    layers = list(walk(model))
+    layers = list(model._walk())
     for path, layer in layers:
         watch(path, layer, "forward", "the output")
         watch(path, layer, "backward", "the gradients")

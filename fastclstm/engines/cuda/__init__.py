@@ -19,7 +19,8 @@ from fastclstm.engines.cuda import backward as _backward
 from fastclstm.engines.cuda import conv2d as _conv2d
 from fastclstm.engines.cuda import convlstm2d as _convlstm2d
 from fastclstm.engines.cuda import max_pool3d as _max_pool3d
-from fastclstm.engines.cuda.device import Device, DeviceArray, current
+from fastclstm.engines.cuda.device import Device, DeviceArray
+from fastclstm.engines.cuda.devices import current
 from fastclstm.engines.cuda.product import ALGORITHMS
 from fastclstm.engines.cuda.views import View, plain
 from fastclstm.spec import ConvLSTMSpec, ConvSpec, PoolSpec

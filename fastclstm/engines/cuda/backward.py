@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fastclstm.engines.cuda import packing, product, recorded
+from fastclstm.engines.cuda import choice, packing, product, recorded
 from fastclstm.engines.cuda.conv2d import input_gradient
 from fastclstm.engines.cuda.convlstm2d import (
     Kept,
@@ -27,10 +27,10 @@ from fastclstm.engines.cuda.convlstm2d import (
     step_macros,
     strided,
 )  # fmt: skip
-from fastclstm.engines.cuda.device import DeviceArray, Shape
+from fastclstm.engines.cuda.device import DeviceArray
 from fastclstm.engines.cuda.product import int32, offset, over
 from fastclstm.engines.cuda.weight_gradient import column_sums, weight_gradient
-from fastclstm.spec import PEEPHOLE_GATES, ConvLSTMSpec
+from fastclstm.spec import PEEPHOLE_GATES, ConvLSTMSpec, Shape
 
 
 @dataclass
@@ -137,7 +137,7 @@ def _launch(spec: ConvLSTMSpec, saved: Saved, kept: Kept, gradients: _Gradients)
     pixels, frame = spec.B * spec.HO * spec.WO, spec.HO * spec.WO * spec.F
     frame_z, last = dz.size // (spec.B * spec.T), spec.T - 1
     h = kept.h or (kept.c if saved.peephole is None else empty_states(device, spec, spec.F, dtype))
-    tiling = product.choose(kind, dtype, device, pixels, spec.F)
+    tiling = choice.choose(kind, dtype, device, pixels, spec.F)
     frames = product.transposed_frames(device, spec.recurrent, dz, tiling.depth, stride=spec.T * frame_z,
                                        channels=dz.shape[-1])  # fmt: skip
     weights = product.pack(device, tiling, (saved.recurrent_kernel,), [frames], spec.F, transposed=True)

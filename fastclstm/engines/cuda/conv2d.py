@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from fastclstm.engines.cuda import product, recorded
-from fastclstm.engines.cuda.device import Device, DeviceArray
-from fastclstm.engines.cuda.product import Frames, int32, on_device
+from fastclstm.engines.cuda import choice, product, recorded
+from fastclstm.engines.cuda.device import DeviceArray
+from fastclstm.engines.cuda.product import on_device
 from fastclstm.engines.cuda.weight_gradient import column_sums, weight_gradient
 from fastclstm.spec import ConvSpec
 
@@ -23,25 +23,11 @@ def conv2d(
     kind = product.kind(device, dtype, algorithm)
 
     def compute(x: DeviceArray, kernel: DeviceArray, bias: DeviceArray | None) -> DeviceArray:
-        tiling = product.choose(kind, dtype, x.device, spec.B * spec.HO * spec.WO, spec.F)
-        return convolve(spec, tiling, x, kernel, bias)
+        tiling = choice.choose(kind, dtype, x.device, spec.B * spec.HO * spec.WO, spec.F)
+        return product.convolve(spec, tiling, x, kernel, bias)
 
     arrays = x, on_device(device, kernel), None if bias is None else on_device(device, bias)
     y: DeviceArray = recorded.call(device, ("conv2d", spec, kind, dtype), arrays, compute)
-    return y
-
-
-def convolve(
-    spec: ConvSpec, tiling: product.Tiling, x: DeviceArray, kernel: DeviceArray, bias: DeviceArray | None
-) -> DeviceArray:
-    """Convolve as `conv2d` does, with products cut in a given way."""
-    device = x.device
-    y = device.empty((spec.B, spec.HO, spec.WO, spec.F), x.dtype)
-    data, channels = product.operands(device, tiling.kind, x)
-    frames = product.frames(device, spec, data, tiling.depth, channels=channels)
-    weights = product.pack(device, tiling, (kernel,), [frames], spec.F)
-    grid = spec.B * spec.HO * spec.WO, spec.HO, spec.WO
-    _multiply(device, tiling, frames, weights, grid, spec.F, y, bias=bias)
     return y
 
 
@@ -73,18 +59,9 @@ def input_gradient(
     device, dtype = kernel.device, kernel.dtype
     pixels = spec.B * spec.H * spec.W
     dx = device.empty((spec.B, spec.H, spec.W, spec.C), dtype)
-    tiling = product.choose(kind, dtype, device, pixels, spec.C)
+    tiling = choice.choose(kind, dtype, device, pixels, spec.C)
     frames = product.transposed_frames(device, spec, dy, tiling.depth, stride=stride,
                                        channels=product.operand_channels(kind, spec.F))  # fmt: skip
     weights = product.pack(device, tiling, (kernel,), [frames], spec.C, transposed=True)
-    _multiply(device, tiling, frames, weights, (pixels, spec.H, spec.W), spec.C, dx, residual=residual)
+    product.launch_conv2d(device, tiling, frames, weights, (pixels, spec.H, spec.W), spec.C, dx, residual=residual)
     return dx
-
-
-def _multiply(
-    device: Device, tiling: product.Tiling, frames: Frames, weights: DeviceArray, grid: tuple[int, int, int],
-    filters: int, y: DeviceArray, *, bias: DeviceArray | None = None, residual: DeviceArray | None = None,
-) -> None:  # fmt: skip
-    product.multiply(device, "conv2d", tiling, {"REAL": product.real(y.dtype), "STANDARD": 1}, grid[0], filters,
-                     *frames.arguments(), weights, *int32(tiling.padded(filters), *grid), bias, residual, y,
-                     np.int32(filters))  # fmt: skip

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from fastclstm.engines import remembered
-from fastclstm.engines.cuda import packing, persistent, product, recorded
+from fastclstm.engines.cuda import choice, packing, persistent, product, recorded
 from fastclstm.engines.cuda.conv2d import Weights
 from fastclstm.engines.cuda.device import Device, DeviceArray
 from fastclstm.engines.cuda.product import KINDS, int32, offset, on_device, over
@@ -179,7 +179,7 @@ def _packed(spec: ConvLSTMSpec, kind: int, kernel: DeviceArray, recurrent_kernel
 
 
 def _tiling(spec: ConvLSTMSpec, kind: int, device: Device, dtype: np.dtype) -> product.Tiling:
-    return product.choose(kind, dtype, device, spec.B * spec.HO * spec.WO, 4 * spec.F)
+    return choice.choose(kind, dtype, device, spec.B * spec.HO * spec.WO, 4 * spec.F)
 
 
 def piece_length(spec: ConvLSTMSpec, kind: int, dtype: np.dtype) -> int:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 
-Shape = tuple[int, ...]
-
-CUDA, CUDA_MANAGED = 2, 13
-"""Types of devices in DLPack whose memory kernels read: kDLCUDA and kDLCUDAManaged."""
+from fastclstm.engines.cuda import dlpack
+from fastclstm.spec import Shape
 
 
 class OnDevice:
@@ -73,13 +71,11 @@ class DeviceArray(OnDevice):
         copy: bool | None = None,
     ) -> Any:
         """Export the array; the reader's `stream` (None: the legacy default one, -1: none) waits for its values."""
-        from fastclstm.engines.cuda import arrays
-
         if copy or (dl_device is not None and tuple(dl_device) != self.__dlpack_device__()):
             raise BufferError(f"a device array on {self.__dlpack_device__()} is exported where it is, without a copy")
         if stream != -1:
             self.device.order(1 if stream is None else stream, self.stream)
-        return arrays.capsule(self)
+        return dlpack.capsule(self.pointer, self.shape, self.dtype, self.device.dlpack_device, self)
 
 
 @dataclass(frozen=True)
@@ -169,58 +165,3 @@ class Device(Protocol):
 
     def finish(self) -> None:
         """Wait until the stream's work is done."""
-
-
-_devices: list[Device] = []
-
-
-@contextmanager
-def using(device: Device) -> Iterator[None]:
-    """Compute on `device` inside: how tests run the engine without a GPU."""
-    _devices.append(device)
-    try:
-        yield
-    finally:
-        _devices.pop()
-
-
-def current() -> Device:
-    """Return the device of the innermost `using`, else the process's current GPU (the first one unless it chose).
-
-    Raises
-    ------
-    ImportError
-        The extra "cuda" is not installed, there is no NVIDIA driver, no GPU, or the GPU is older than sm_70.
-    """
-    if _devices:
-        return _devices[-1]
-    from fastclstm.engines.cuda import gpu
-
-    return gpu.current()
-
-
-def holding(ordinal: int) -> Device:
-    """Return GPU number `ordinal`, or what stands in for all of them. Raises as `current`."""
-    if _devices and _devices[-1].dlpack_device[0] not in (CUDA, CUDA_MANAGED):
-        return _devices[-1]
-    from fastclstm.engines.cuda import gpu
-
-    return gpu.at(ordinal)
-
-
-def ordinal_of(pointer: int) -> int:
-    """Return the number of the GPU that holds the memory at `pointer`. Raises as `current`."""
-    if _devices and _devices[-1].dlpack_device[0] not in (CUDA, CUDA_MANAGED):
-        return _devices[-1].dlpack_device[1]
-    from fastclstm.engines.cuda import gpu
-
-    return gpu.ordinal_of(pointer)
-
-
-def missing() -> str | None:
-    """Say what `current` lacks; None: nothing."""
-    try:
-        current()
-    except ImportError as error:
-        return str(error)
-    return None

@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 
 from fastclstm.engines.cuda import compilation
-from fastclstm.engines.cuda.device import CUDA, DeviceArray, Launch, Shape
+from fastclstm.engines.cuda.device import DeviceArray, Launch
+from fastclstm.engines.cuda.dlpack import CUDA
+from fastclstm.spec import Shape
 
 OLDEST = 70
 """The oldest architecture whose cards the kernels are written for."""

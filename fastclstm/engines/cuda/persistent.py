@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -14,9 +14,6 @@ from fastclstm.engines.cuda import product
 from fastclstm.engines.cuda.device import Device, DeviceArray
 from fastclstm.engines.cuda.product import Frames, Tiling, int32, offset
 from fastclstm.spec import ConvLSTMSpec
-
-if TYPE_CHECKING:
-    from fastclstm.engines.cuda.convlstm2d import _Forward
 
 FEWEST_STEPS = 2
 
@@ -31,6 +28,22 @@ MOST_LATE = 2
 divide. A guess too."""
 
 _allowed: ContextVar[bool] = ContextVar("_allowed", default=True)
+
+
+class Call(Protocol):
+    """What a forward pass computes, where, and the memory for its results."""
+
+    spec: ConvLSTMSpec
+    device: Device
+    kind: int
+    mask: DeviceArray | None
+    frame: int
+    """Elements of a state of one image."""
+    pixels: int
+    """Of the states of all images."""
+    output: DeviceArray
+    h_last: DeviceArray
+    c_last: DeviceArray
 
 
 @contextmanager
@@ -68,7 +81,7 @@ def blocks(
 
 
 def run(
-    call: _Forward, tiling: Tiling, macros: Mapping[str, int | str], count: int, h_frames: Frames, x_frames: Frames,
+    call: Call, tiling: Tiling, macros: Mapping[str, int | str], count: int, h_frames: Frames, x_frames: Frames,
     weights: DeviceArray, bias: DeviceArray | None, h: DeviceArray | None, c: DeviceArray | None,
     peepholes: tuple[Any, ...], cell: tuple[Any, ...],
 ) -> None:  # fmt: skip

@@ -10,8 +10,8 @@ import numpy as np
 
 from fastclstm.engines import remembered
 from fastclstm.engines.cuda import packing
-from fastclstm.engines.cuda.device import Device, DeviceArray, Shape
-from fastclstm.spec import ConvSpec, Pair
+from fastclstm.engines.cuda.device import Device, DeviceArray
+from fastclstm.spec import ConvSpec, Pair, Shape
 
 ALGORITHMS = ("simt", "float32", "tf32", "bfloat16", "float16")
 """What the products are computed with: ordinary float32 (or float64) units; or tensor cores on float32 operands split
@@ -33,12 +33,8 @@ LARGEST_FRAME = 2**31 - 1
 MOST_PIXELS = 2**30
 """Of all images of one launch, for the same reason."""
 
-
 WASTE = 1.25
 """How much more a larger tiling may compute beside the edges than the smallest does."""
-
-FILLED = 0.75
-"""The share of the multiprocessors that blocks of wgmma must fill: each of them computes more than with mma.sync."""
 
 
 def kind(device: Device, dtype: np.dtype, algorithm: str) -> int:
@@ -172,27 +168,6 @@ def tilings(kind: int, itemsize: int) -> list[Tiling]:
     return [simt(itemsize, *form) for form in forms]
 
 
-def choose(kind: int, dtype: np.dtype, device: Device, pixels: int, columns: int) -> Tiling:
-    """Return the largest tiling that fills the GPU, of those that compute least in vain beside the columns.
-
-    Those of wgmma come first, on the architecture that has it, where they fill three quarters of the GPU and work.
-    """
-    from fastclstm.engines.cuda import wgmma  # it computes with what is here
-
-    candidates = tilings(kind, dtype.itemsize)
-    most = WASTE * min(tiling.padded(columns) for tiling in candidates)
-    if device.architecture == WARPGROUPS:
-        candidates = warpgroup_tilings(kind) + candidates
-    fitting = [tiling for tiling in candidates if tiling.padded(columns) <= most]
-    for tiling in fitting:
-        down, across = tiling.grid(pixels, columns)
-        share = FILLED if tiling.on_warpgroups else 1
-        fills = down * across >= share * device.multiprocessors
-        if fills and (not tiling.on_warpgroups or wgmma.works(device, tiling)):
-            return tiling
-    return fitting[-1]
-
-
 @dataclass(frozen=True)
 class Frames:
     """Channels-last frames as one operand of a product (csrc/frames.cuh)."""
@@ -315,6 +290,29 @@ def multiply(
     check_pixels(pixels)
     kernel = device.kernel("gemm.cu", name, {**macros, **dict(tiling.macros)})
     device.launch(kernel, tiling.grid(pixels, columns), (tiling.threads,), tiling.shared_bytes, *arguments)
+
+
+def convolve(
+    spec: ConvSpec, tiling: Tiling, x: DeviceArray, kernel: DeviceArray, bias: DeviceArray | None
+) -> DeviceArray:
+    """Convolve x (B, H, W, C) with kernel (KH, KW, C, F), by a tiling: y (B, HO, WO, F)."""
+    device = x.device
+    y = device.empty((spec.B, spec.HO, spec.WO, spec.F), x.dtype)
+    data, channels = operands(device, tiling.kind, x)
+    operand = frames(device, spec, data, tiling.depth, channels=channels)
+    weights = pack(device, tiling, (kernel,), [operand], spec.F)
+    grid = spec.B * spec.HO * spec.WO, spec.HO, spec.WO
+    launch_conv2d(device, tiling, operand, weights, grid, spec.F, y, bias=bias)
+    return y
+
+
+def launch_conv2d(
+    device: Device, tiling: Tiling, frames: Frames, weights: DeviceArray, grid: tuple[int, int, int],
+    filters: int, y: DeviceArray, *, bias: DeviceArray | None = None, residual: DeviceArray | None = None,
+) -> None:  # fmt: skip
+    """Write frames times packed weights, plus `bias` and `residual`, to y; `grid`: its pixels, rows, columns."""
+    multiply(device, "conv2d", tiling, {"REAL": real(y.dtype), "STANDARD": 1}, grid[0], filters, *frames.arguments(),
+             weights, *int32(tiling.padded(filters), *grid), bias, residual, y, np.int32(filters))  # fmt: skip
 
 
 def check_pixels(count: int) -> None:

@@ -22,7 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from fastclstm.engines.cuda.device import Device, DeviceArray, Launch, Shape
+from fastclstm.engines.cuda.device import Device, DeviceArray, Launch
+from fastclstm.spec import Shape
 
 IN_TABLE = 1 << 62
 """The bit of an address that says that it stands for another, as in csrc/common.cuh."""

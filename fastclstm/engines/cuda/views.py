@@ -17,7 +17,8 @@ import numpy as np
 from numpy.lib.mixins import NDArrayOperatorsMixin
 
 from fastclstm.engines.cuda import packing, product
-from fastclstm.engines.cuda.device import Device, DeviceArray, OnDevice, Shape
+from fastclstm.engines.cuda.device import Device, DeviceArray, OnDevice
+from fastclstm.spec import Shape
 
 AXES = 5
 """That the kernel counts along."""
