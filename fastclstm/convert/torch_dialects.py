@@ -118,6 +118,10 @@ class Dialect:
                 raise ValueError(
                     f"Dialect: norms must name {expected} module(s) of the normalization, got {self.norms!r}"
                 )
+            groups = self.normalization.groups or 4
+            if self.normalization.kind == "group" and groups != 1 and groups % 4 and self.gates != GATES:
+                raise ValueError(f"Dialect: groups={groups} mixes gates, which another order than {GATES!r} would mix "
+                                 f"otherwise: no ConvLSTM2D can compute that with gates={self.gates!r}")  # fmt: skip
 
     # Names
 
@@ -155,7 +159,7 @@ class Dialect:
 
     @cached_property
     def _pattern(self) -> re.Pattern[str]:
-        place = re.escape(self.cells).replace(r"\{layer\}", "(?P<layer>[0-9]{1,6})")
+        place = re.escape(self.cells).replace(r"\{layer\}", "(?P<layer>[0-9]{1,3})")
         place = place.replace(r"\{direction\}", f"(?P<direction>{'|'.join(map(re.escape, self.directions))})")
         return re.compile(rf"(?P<prefix>(?:.*\.)?){place}\.(?P<name>.+)")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import struct
@@ -77,6 +78,7 @@ def read(path: Path, key: str | None = None) -> dict[str, np.ndarray]:
     with open(name, "rb") as file:
         start = file.read(64)
     if start[8:9] == b"{":
+        _refuse_own(name)
         if key is not None:
             raise ValueError(f"{name} is a safetensors file, which has no entry {key!r}; leave key out")
         return _plain_names(_read_safetensors(name))
@@ -392,6 +394,21 @@ def _numbers(data: bytes | memoryview, kind: str, big_endian: bool = False) -> n
     if kind == "bf16":
         return (numbers.astype(np.uint32) << 16).view(np.float32)
     return numbers != 0 if kind == "bool" else numbers
+
+
+def _refuse_own(name: str) -> None:
+    """Raise ValueError where a safetensors file is one of ours."""
+    import safetensors
+
+    try:
+        with safetensors.safe_open(name, framework="numpy") as file:
+            text = (file.metadata() or {}).get("fastclstm")
+        described = None if text is None else json.loads(text)
+    except (safetensors.SafetensorError, ValueError, RecursionError):  # a damaged file, whose reader will say so
+        return
+    if isinstance(described, dict):
+        own = str(described.get("class", "layer"))[:80]
+        raise ValueError(f"{name} holds a {own} of fastclstm; load it with {own}.load(path)")
 
 
 def _read_safetensors(name: str) -> dict[str, np.ndarray]:
