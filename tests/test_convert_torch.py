@@ -340,7 +340,7 @@ def test_a_submodule_is_found_by_its_prefix():
 
 def test_what_is_known_is_said():
     with pytest.raises(
-        ValueError, match=r"no ConvLSTM is recognized by its names: got 'conv\.weight'; known are"
+        ValueError, match=r"no ConvLSTM is recognized by its names: got conv\.weight; known are"
     ) as caught:
         from_torch({"conv.weight": np.zeros(3)})
     assert all(name in str(caught.value) for name in DIALECTS)
@@ -357,12 +357,12 @@ def without(state, *endings):
 @pytest.mark.parametrize(
     ("state", "dialect", "miss"),
     [
-        (joint() | {"cell_list.0.Wci": np.zeros(3)}, None, "cell_list.0 also has 'Wci', which 'ndrplz' has not;"),
-        (joint(prefix="a.b.") | {"a.b.cell_list.0.c": np.zeros(3)}, None, "a.b.cell_list.0 also has 'c', which"),
-        (joint(), "kl4805", "cell_list.0 has no 'conv_c.weight', 'conv_cnext.weight', which 'kl4805' has;"),
+        (joint() | {"cell_list.0.Wci": np.zeros(3)}, None, "cell_list.0 also has Wci, which 'ndrplz' has not;"),
+        (joint(prefix="a.b.") | {"a.b.cell_list.0.c": np.zeros(3)}, None, "a.b.cell_list.0 also has c, which"),
+        (joint(), "kl4805", "cell_list.0 has no conv_c.weight, conv_cnext.weight, which 'kl4805' has;"),
         ({f"m.cell_bw.{n}.weight": 0 for n in ("input_conv", "rnn")}, None,
-         "m.cell_bw has no 'rnn_conv.weight', which 'kimuyen' has and also has 'rnn.weight', which 'kimuyen' has not;"),
-        (joint() | {f"cell_list.0.{n}{'x' * 99}": 0 for n in range(99)}, None, ", …, which 'ndrplz' has not"),
+         "m.cell_bw has no rnn_conv.weight, which 'kimuyen' has and also has rnn.weight, which 'kimuyen' has not;"),
+        (joint() | {f"cell_list.0.{n}{'x' * 99}": 0 for n in range(99)}, None, " and 96 more, which 'ndrplz' has not"),
     ],
 )  # fmt: skip
 def test_near_misses_are_said_in_short(state, dialect, miss):
@@ -390,7 +390,7 @@ def test_what_is_left_over_is_told():
     state = joint(prefix="encoder.") | rest | {"scale": np.zeros(1)}
     message = (
         r"only the ConvLSTM at 'encoder\.' was taken, and 4 other tensors were left: "
-        r"'encoder\.head\.', 'encoder\.bn\.', 'decoder\.out\.', 'scale'; prefix="
+        r"encoder\.head\., encoder\.bn\., decoder\.out\., scale; prefix="
     )
     with pytest.warns(UserWarning, match=message) as told:
         from_torch(state)
@@ -404,10 +404,10 @@ def test_what_is_left_over_is_told():
             "conv_lstm_cells.0.gates.0.bn2d.num_batches_tracked": np.zeros(()),
         }
         from_torch(to_torch(ConvLSTM2D(1, 2, 3, normalization="batch"), "seyongk") | beside)
-    with pytest.warns(UserWarning, match=r"was taken, and 1 other tensors were left: 'head\.'$"):
+    with pytest.warns(UserWarning, match=r"was taken, and 1 other tensors were left: head\.$"):
         from_torch(joint() | {"head.weight": np.zeros(3)})
     state = joint(prefix="a.encoder.") | {"a.head.weight": np.zeros(3), "head.weight": np.zeros(3)}
-    with pytest.warns(UserWarning, match=r"1 other tensors were left: 'a\.head\.'; prefix='a\.encoder\.' says"):
+    with pytest.warns(UserWarning, match=r"1 other tensors were left: a\.head\.; prefix='a\.encoder\.' says"):
         from_torch(state, prefix="a")
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from fastclstm.convert.torch_dialects import Dialect, Index
-from fastclstm.io.torch_files import shortened
+from fastclstm.io.bounds import shown
 
 Cells = dict[Index, dict[str, Any]]
 """The weights of each cell, by their names in it."""
@@ -77,8 +77,8 @@ def _nearest(state: Mapping[str, Any], rows: list[Dialect], candidates: list[Rec
                 )
     if near:
         _, where, row, missing, unknown = min(near, key=lambda miss: miss[0])
-        misses = [f"has no {shortened(missing, 3)}, which {row.name!r} has"] if missing else []
-        misses += [f"also has {shortened(unknown, 3)}, which {row.name!r} has not"] if unknown else []
+        misses = [f"has no {shown(missing, 3)}, which {row.name!r} has"] if missing else []
+        misses += [f"also has {shown(unknown, 3)}, which {row.name!r} has not"] if unknown else []
         return (
             f"{where[:60] or 'the cell'} {' and '.join(misses)}; describe it yourself with cells=…, joint=… or split=…"
         )
@@ -86,7 +86,7 @@ def _nearest(state: Mapping[str, Any], rows: list[Dialect], candidates: list[Rec
     if any(name.endswith("recurrent_kernel") for name in names):
         return "these are the parameters of a layer of fastclstm; hand them to its set_parameters"
     known = ", ".join(row.name for row in rows)
-    return f"got {shortened(names, 3)}; known are {known}; describe others yourself with cells=…, joint=… or split=…"
+    return f"got {shown(names, 3)}; known are {known}; describe others yourself with cells=…, joint=… or split=…"
 
 
 def _warn_of_the_rest(state: Mapping[str, Any], found: Recognized, start: str) -> None:
@@ -102,4 +102,4 @@ def _warn_of_the_rest(state: Mapping[str, Any], found: Recognized, start: str) -
         advice = f"; prefix={place!r} says that this is meant" if place else ""
         at = f" at {place!r}" if place else ""
         warnings.warn(f"from_torch: only the ConvLSTM{at} was taken, and {len(rest)} other tensors were left: "
-                      f"{shortened([*groups], 6)}{advice}", UserWarning, stacklevel=4)  # fmt: skip
+                      f"{shown(groups)}{advice}", UserWarning, stacklevel=4)  # fmt: skip

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
+from fastclstm.io.bounds import Bounds, Refused
+
 LONGEST_NAME = 1000
 """Of dictionary keys and of globals, in characters."""
 
@@ -22,24 +24,6 @@ _EACH, _ITEM, _OBJECT = 10, 100, 120
 
 class Damaged(Exception):
     """What a file says of itself does not hold."""
-
-
-class Costly(Exception):
-    """Reading a file would cost far more than its size."""
-
-
-class Budget:
-    """What reading a file of `size` bytes may cost: ten times its size, and 16 MiB for small ones."""
-
-    def __init__(self, size: int) -> None:
-        self.limit = 10 * size + (16 << 20)
-        self._left = self.limit
-
-    def spend(self, cost: int) -> None:
-        """Raise Costly where `cost` bytes more are too many."""
-        self._left -= cost
-        if self._left < 0:
-            raise Costly(f"reading it would take more than {self.limit} bytes of memory, far beyond its size")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +52,7 @@ def inert(function: Global, arguments: tuple[Any, ...]) -> Any:
 
 
 def load(
-    file: BinaryIO, budget: Budget, call: Call = inert, refer: Callable[[Any], Any] | None = None
+    file: BinaryIO, bounds: Bounds, call: Call = inert, refer: Callable[[Any], Any] | None = None
 ) -> Any:  # fmt: skip
     """Read one pickle from `file`, to its end and no further.
 
@@ -77,8 +61,8 @@ def load(
     Parameters
     ----------
     file : binary file
-    budget : Budget
-        What it may cost.
+    bounds : Bounds
+        What its file may cost.
     call : function
         See `Call`.
     refer : function, optional
@@ -88,20 +72,24 @@ def load(
     ------
     Damaged
         It is no pickle.
-    Costly
-        The budget is spent.
+    Refused
+        It would cost more than its file may.
 
     Examples
     --------
-    >>> import io, pickle
-    >>> load(io.BytesIO(pickle.dumps({"a": (1, {2.5}), "b": print})), Budget(100))
+    >>> import pickle, tempfile
+    >>> with tempfile.NamedTemporaryFile() as file:
+    ...     _ = file.write(pickle.dumps({"a": (1, {2.5}), "b": print})), file.seek(0)
+    ...     load(file, Bounds(file.name))
     {'a': (1, [2.5]), 'b': Global(name='builtins.print')}
     """
-    machine = _Machine(budget, call, refer)
+    machine = _Machine(bounds, call, refer)
     try:
         for opcode, argument, _ in pickletools.genops(file):
             machine.step(opcode.name, argument)
         return machine.pop()
+    except Refused:
+        raise
     except (ArithmeticError, LookupError, ValueError) as error:  # of pickletools, of a stack that is empty
         raise Damaged(str(error)[:80]) from error
 
@@ -109,31 +97,34 @@ def load(
 class _Machine:
     """The stack, the marks in it and the memo of a pickle that is being read."""
 
-    def __init__(self, budget: Budget, call: Call, refer: Callable[[Any], Any] | None) -> None:
-        self._budget, self._call, self._refer = budget, call, refer
+    def __init__(self, bounds: Bounds, call: Call, refer: Callable[[Any], Any] | None) -> None:
+        self._bounds, self._call, self._refer = bounds, call, refer
         self._stack: list[Any] = []
         self._marks: list[int] = []
         self._memo: dict[int, Any] = {}
 
     def step(self, name: str, argument: Any) -> None:
         """Carry out the opcode `name`, whose argument stands in the pickle."""
-        self._budget.spend(_EACH)
+        self._spend(_EACH)
         if name in _CONSTANTS:
             self._stack.append(_CONSTANTS[name])
         elif name in _LITERALS:
             if not (type(argument) is int and -5 <= argument <= 256):  # those are there already
-                self._budget.spend(sys.getsizeof(argument))
+                self._spend(sys.getsizeof(argument))
             self._stack.append(argument)
         elif name in _STEPS:
             _STEPS[name](self, argument)
         elif name not in ("PROTO", "FRAME", "STOP"):
             raise Damaged(f"it has the opcode {name}")
 
+    def _spend(self, cost: int) -> None:
+        self._bounds.spend("what it pickles", cost)
+
     def pop(self) -> Any:
         return self._stack.pop()
 
     def _push(self, value: Any, cost: int) -> None:
-        self._budget.spend(cost)
+        self._spend(cost)
         self._stack.append(value)
 
     def _marked(self) -> list[Any]:
@@ -162,7 +153,7 @@ class _Machine:
         index = len(self._memo) if index is None else index
         if not 0 <= index < 1 << 32:
             raise Damaged("it numbers its parts beyond reason")
-        self._budget.spend(_ITEM)
+        self._spend(_ITEM)
         self._memo[index] = self._stack[-1]
 
     def recall(self, index: int) -> None:
@@ -227,7 +218,7 @@ class _Machine:
 
     def _fill(self, target: dict[str, Any], pairs: Iterable[tuple[Any, Any]]) -> None:
         for key, value in pairs:
-            self._budget.spend(_ITEM)
+            self._spend(_ITEM)
             if type(key) is str and len(key) <= LONGEST_NAME:
                 target[key] = value
 
@@ -256,7 +247,7 @@ class _Machine:
         self._make(Global(argument.replace(" ", ".", 1)), tuple(self._marked()))
 
     def _make(self, function: Any, arguments: Any) -> None:
-        self._budget.spend(_OBJECT)
+        self._spend(_OBJECT)
         if not (isinstance(function, Global | Inert) and type(arguments) is tuple):
             raise Damaged("it calls what is no function")
         if isinstance(function, Inert):
@@ -275,7 +266,7 @@ class _Machine:
         """Return the dictionary of a list of pairs, as Python 2 wrote an OrderedDict."""
         made: dict[str, Any] = {}
         if type(items) is list:
-            self._budget.spend(_ITEM * len(items))
+            self._spend(_ITEM * len(items))
             self._fill(made, ((p[0], p[1]) for p in items if type(p) in (list, tuple) and len(p) == 2))
         return made
 

@@ -16,7 +16,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from fastclstm.io import pickles
-from fastclstm.io.pickles import Budget, Costly, Damaged, Global, Inert
+from fastclstm.io.bounds import Bounds, Refused, shown
+from fastclstm.io.pickles import Damaged, Global, Inert
 
 Path = str | os.PathLike[str]
 
@@ -107,7 +108,7 @@ def find_state_dict(name: str, content: Any, key: str | None, tensors: Callable[
     ValueError
         There is none, or several.
     """
-    entries = shortened(content) if isinstance(content, Mapping) else "none"
+    entries = shown(map(repr, content)) if isinstance(content, Mapping) else "none"
     if key is not None:
         found = tensors(_entry(content, key))
         if not found:
@@ -123,12 +124,6 @@ def find_state_dict(name: str, content: Any, key: str | None, tensors: Callable[
         raise ValueError(f"{name} has no state_dict at the top nor under {', '.join(STATE_DICT_KEYS)}; "
                          f"its entries are {entries}: say which with key=…")  # fmt: skip
     return found
-
-
-def shortened(names: Any, most: int = 8) -> str:
-    """Return names as an error lists them: the first `most`, none of them long."""
-    shown = [repr(n if len(n) <= 40 else f"{n[:40]}…") for n in map(str, [*names][:most])]
-    return ", ".join(shown + ["…"] * (len(names) > most)) or "none"
 
 
 def _entry(content: Any, key: str) -> Any:
@@ -214,9 +209,9 @@ def _rebuilt(storage: Any = None, offset: Any = None, shape: Any = None, strides
     return _Tensor(storage, offset, shape, strides)
 
 
-def _unpickle(file: BinaryIO, budget: Budget, refer: Callable[[Any], Any] = _refer) -> Any:
+def _unpickle(file: BinaryIO, bounds: Bounds, refer: Callable[[Any], Any] = _refer) -> Any:
     try:
-        return pickles.load(file, budget, _call, refer)
+        return pickles.load(file, bounds, _call, refer)
     except Damaged as error:
         raise Damaged(f"its list of tensors cannot be read ({error})") from error
 
@@ -236,7 +231,7 @@ def _tensors(content: Any) -> dict[str, Any]:
         passing = state.get("_non_persistent_buffers_set")
         visited += 1 + sum(map(len, groups))
         if visited > _MOST_PARTS or depth > _DEEPEST or len(prefix) > pickles.LONGEST_NAME:
-            raise Costly(f"its modules have more than {_MOST_PARTS} parts or {_DEEPEST} floors")
+            raise Damaged(f"its modules have more than {_MOST_PARTS} parts, or stand {_DEEPEST} deep in each other")
         left_out = {name for name in passing if type(name) is str} if isinstance(passing, list) else set()
         inner = []
         for name, value in ((name, value) for group in groups for name, value in group.items()):
@@ -265,30 +260,27 @@ def _chosen(name: str, content: Any, key: str | None) -> dict[str, _Tensor]:
 
 
 @contextmanager
-def _reading(name: str) -> Iterator[Budget]:
-    """Give the file's budget; turn what damage can raise into ValueError."""
+def _reading(name: str) -> Iterator[Bounds]:
+    """Give what the file may cost; turn what damage can raise into ValueError."""
     try:
-        yield Budget(os.path.getsize(name))
-    except Costly as error:
-        raise ValueError(f"{name} is refused: {error}; write its weights alone, with {_RESAVE}") from error
+        yield Bounds(name)
     except (Damaged, zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, struct.error) as error:
         raise ValueError(f"{name} is damaged or not a PyTorch file: {error}; copy or write it anew") from error
 
 
 def _read_zip(name: str, key: str | None) -> dict[str, np.ndarray]:
-    with _reading(name) as budget, _archive(name) as (archive, folder):
-        content = _unpickle(BytesIO(_record(archive, f"{folder}/data.pkl")), budget)
+    with _reading(name) as bounds, _archive(name) as (archive, folder):
+        content = _unpickle(BytesIO(_record(bounds, archive, f"{folder}/data.pkl")), bounds)
         tensors = _chosen(name, content, key)
         entry = f"{folder}/byteorder"
-        big_endian = entry in archive.NameToInfo and _record(archive, entry) == b"big"
+        big_endian = entry in archive.NameToInfo and _record(bounds, archive, entry) == b"big"
         storages = {}
         for storage in {tensor.storage for tensor in tensors.values()}:
-            budget.spend(storage.size * _stored(storage.kind).itemsize)
-            data = _record(archive, f"{folder}/data/{storage.record}")
+            data = _record(bounds, archive, f"{folder}/data/{storage.record}")
             numbers = storages[storage] = _numbers(data, storage.kind, big_endian)
             if numbers.size != storage.size:
                 raise Damaged(f"storage {storage.record} holds {numbers.size} numbers, not {storage.size}")
-        return {n: _view(n, storages[tensor.storage], tensor, budget) for n, tensor in tensors.items()}
+        return {n: _view(n, storages[tensor.storage], tensor, bounds) for n, tensor in tensors.items()}
 
 
 @contextmanager
@@ -307,7 +299,7 @@ def _archive(name: str) -> Iterator[tuple[zipfile.ZipFile, str]]:
         yield archive, folders[0]
 
 
-def _record(archive: zipfile.ZipFile, entry: str) -> bytes:
+def _record(bounds: Bounds, archive: zipfile.ZipFile, entry: str) -> bytes:
     """Return the bytes of an entry; PyTorch compresses none, so none can be larger than its file."""
     info = archive.NameToInfo.get(entry)
     if info is None:
@@ -315,14 +307,16 @@ def _record(archive: zipfile.ZipFile, entry: str) -> bytes:
     if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
         raise Damaged(f"its entry {entry[:80]} is compressed, as torch.save never does")
     try:
-        return archive.read(info)
+        return bounds.member(archive, entry)
+    except Refused:
+        raise
     except (LookupError, OverflowError, OSError, ValueError) as error:
         raise Damaged(str(error)) from error
 
 
 def _read_legacy(name: str, key: str | None) -> dict[str, np.ndarray]:
     """Read PyTorch's format from before version 1.6: five pickles, then the storages' numbers one after another."""
-    with _reading(name) as budget:
+    with _reading(name) as bounds:
         with open(name, "rb") as opened:
             data = opened.read()
         storages: dict[str, _Storage] = {}
@@ -334,7 +328,7 @@ def _read_legacy(name: str, key: str | None) -> dict[str, np.ndarray]:
             return storage
 
         file = BytesIO(data)
-        _, protocol, _, content, records = [_unpickle(file, budget, refer) for _ in range(5)]
+        _, protocol, _, content, records = [_unpickle(file, bounds, refer) for _ in range(5)]
         if protocol != _LEGACY_PROTOCOL or not (type(records) is list and all(type(r) is str for r in records)):
             raise Damaged("it has no list of storages")
         tensors = _chosen(name, content, key)
@@ -349,7 +343,7 @@ def _read_legacy(name: str, key: str | None) -> dict[str, np.ndarray]:
         for tensor in tensors.values():
             if storages[tensor.storage.record] != tensor.storage or tensor.storage.record not in numbers:
                 raise Damaged(f"a tensor's storage {tensor.storage.record[:80]!r} is missing")
-        return {n: _view(n, numbers[tensor.storage.record], tensor, budget) for n, tensor in tensors.items()}
+        return {n: _view(n, numbers[tensor.storage.record], tensor, bounds) for n, tensor in tensors.items()}
 
 
 def _stored_numbers(data: bytes, position: int, storage: _Storage) -> tuple[np.ndarray, int]:
@@ -361,7 +355,7 @@ def _stored_numbers(data: bytes, position: int, storage: _Storage) -> tuple[np.n
     return _numbers(memoryview(data)[start:end], storage.kind), end
 
 
-def _view(name: str, numbers: np.ndarray, tensor: _Tensor, budget: Budget) -> np.ndarray:
+def _view(name: str, numbers: np.ndarray, tensor: _Tensor, bounds: Bounds) -> np.ndarray:
     """Return the tensor as a view of its storage, checked to lie within it and to be no larger than the file allows."""
     offset, shape, strides = tensor.offset, tensor.shape, tensor.strides
     last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
@@ -371,10 +365,12 @@ def _view(name: str, numbers: np.ndarray, tensor: _Tensor, budget: Budget) -> np
         if last >= numbers.size:
             raise Damaged(f"tensor {name[:80]!r} reaches beyond its storage of {numbers.size} numbers")
         size = numbers.itemsize
-        budget.spend(math.prod(shape) * size)
+        bounds.spend(f"tensor {name[:80]!r}", math.prod(shape) * size)
         return np.lib.stride_tricks.as_strided(
             numbers[offset:], shape, [stride * size for stride in strides], writeable=False
         )
+    except Refused:
+        raise
     except (ValueError, OverflowError) as error:
         raise Damaged(f"tensor {name[:80]!r} of shape {shape} cannot be read ({error})") from error
 
