@@ -77,8 +77,8 @@ def _nearest(state: Mapping[str, Any], rows: list[Dialect], candidates: list[Rec
                 )
     if near:
         _, where, row, missing, unknown = min(near, key=lambda miss: miss[0])
-        misses = [f"has no {shown(missing, 3)}, which {row.name!r} has"] if missing else []
-        misses += [f"also has {shown(unknown, 3)}, which {row.name!r} has not"] if unknown else []
+        misses = [f"has no {_few(missing)}, which {row.name!r} has"] if missing else []
+        misses += [f"also has {_few(unknown)}, which {row.name!r} has not"] if unknown else []
         return (
             f"{where[:60] or 'the cell'} {' and '.join(misses)}; describe it yourself with cells=…, joint=… or split=…"
         )
@@ -86,7 +86,11 @@ def _nearest(state: Mapping[str, Any], rows: list[Dialect], candidates: list[Rec
     if any(name.endswith("recurrent_kernel") for name in names):
         return "these are the parameters of a layer of fastclstm; hand them to its set_parameters"
     known = ", ".join(row.name for row in rows)
-    return f"got {shown(names, 3)}; known are {known}; describe others yourself with cells=…, joint=… or split=…"
+    return f"got {_few(names)}; known are {known}; describe others yourself with cells=…, joint=… or split=…"
+
+
+def _few(names: list[str]) -> str:
+    return shown((name if len(name) <= 30 else f"{name[:29]}…" for name in names), 2)
 
 
 def _warn_of_the_rest(state: Mapping[str, Any], found: Recognized, start: str) -> None:

@@ -18,8 +18,11 @@ from fastclstm.io.bounds import Bounds, Refused
 LONGEST_NAME = 1000
 """Of dictionary keys and of globals, in characters."""
 
-_EACH, _ITEM, _OBJECT = 10, 100, 120
-"""Bytes that an opcode, an item of a dictionary or of the memo, and an object cost, rounded up."""
+_EACH, _ITEM, _TUPLE, _LIST, _DICT, _OBJECT = 8, 48, 56, 80, 200, 120
+"""Bytes that an opcode, an item of a dictionary and what is built cost, rounded up."""
+_LARGEST_GAP = 1000
+"""Of the numbers in the memo, which count on."""
+_NOTHING = object()
 
 
 class Damaged(Exception):
@@ -101,7 +104,7 @@ class _Machine:
         self._bounds, self._call, self._refer = bounds, call, refer
         self._stack: list[Any] = []
         self._marks: list[int] = []
-        self._memo: dict[int, Any] = {}
+        self._memo: list[Any] = []
 
     def step(self, name: str, argument: Any) -> None:
         """Carry out the opcode `name`, whose argument stands in the pickle."""
@@ -150,42 +153,47 @@ class _Machine:
         self._stack.append(self._stack[-1])
 
     def remember(self, index: int | None) -> None:
-        index = len(self._memo) if index is None else index
-        if not 0 <= index < 1 << 32:
+        gap = 0 if index is None else index - len(self._memo)
+        if gap > _LARGEST_GAP or (index is not None and index < 0):
             raise Damaged("it numbers its parts beyond reason")
-        self._spend(_ITEM)
-        self._memo[index] = self._stack[-1]
+        if index is None or gap >= 0:
+            self._spend(_EACH * gap)
+            self._memo += [_NOTHING] * gap
+            self._memo.append(self._stack[-1])
+        else:
+            self._memo[index] = self._stack[-1]
 
     def recall(self, index: int) -> None:
-        if index not in self._memo:
+        value = self._memo[index] if 0 <= index < len(self._memo) else _NOTHING
+        if value is _NOTHING:
             raise Damaged("it refers to a part that it has not")
-        self._stack.append(self._memo[index])
+        self._stack.append(value)
 
     def new_list(self, _: Any) -> None:
-        self._push([], _ITEM)
+        self._push([], _LIST)
 
     def new_dict(self, _: Any) -> None:
-        self._push({}, _ITEM)
+        self._push({}, _DICT)
 
     def marked_list(self, _: Any) -> None:
         items = self._marked()
-        self._push(items, _ITEM + 8 * len(items))
+        self._push(items, _LIST + 8 * len(items))
 
     def marked_dict(self, _: Any) -> None:
         items = self._marked()
-        self._push({}, _ITEM)
+        self._push({}, _DICT)
         self._set(items)
 
     def marked_tuple(self, _: Any) -> None:
         items = tuple(self._marked())
-        self._push(items, _ITEM + 8 * len(items))
+        self._push(items, _TUPLE + 8 * len(items))
 
     def short_tuple(self, count: int) -> None:
         if len(self._stack) < count:
             raise Damaged("it takes what is not there")
         items = tuple(self._stack[-count:])
         del self._stack[-count:]
-        self._push(items, _ITEM)
+        self._push(items, _TUPLE)
 
     def append(self, _: Any) -> None:
         self._append([self._stack.pop()])
@@ -210,7 +218,9 @@ class _Machine:
     def _set(self, items: list[Any]) -> None:
         target = self._stack[-1]
         if isinstance(target, Inert):
-            target.items = {} if target.items is None else target.items
+            if target.items is None:
+                self._spend(_DICT)
+                target.items = {}
             target = target.items
         if not isinstance(target, dict) or len(items) % 2:
             raise Damaged("it sets items of what is no dictionary")
@@ -265,6 +275,7 @@ class _Machine:
     def _dictionary(self, items: Any = ()) -> dict[str, Any]:
         """Return the dictionary of a list of pairs, as Python 2 wrote an OrderedDict."""
         made: dict[str, Any] = {}
+        self._spend(_DICT)
         if type(items) is list:
             self._spend(_ITEM * len(items))
             self._fill(made, ((p[0], p[1]) for p in items if type(p) in (list, tuple) and len(p) == 2))
