@@ -362,7 +362,7 @@ def without(state, *endings):
         (joint(), "kl4805", "cell_list.0 has no conv_c.weight, conv_cnext.weight, which 'kl4805' has;"),
         ({f"m.cell_bw.{n}.weight": 0 for n in ("input_conv", "rnn")}, None,
          "m.cell_bw has no rnn_conv.weight, which 'kimuyen' has and also has rnn.weight, which 'kimuyen' has not;"),
-        (joint() | {f"cell_list.0.{n}{'x' * 99}": 0 for n in range(99)}, None, " and 96 more, which 'ndrplz' has not"),
+        (joint() | {f"cell_list.0.{n}{'x' * 99}": 0 for n in range(99)}, None, " and 97 more, which 'ndrplz' has not"),
     ],
 )  # fmt: skip
 def test_near_misses_are_said_in_short(state, dialect, miss):
@@ -508,6 +508,8 @@ def test_a_dialect_of_one_s_own(torch, dialects, engine, kind, variant):
     own = {"cells": ["enc.first", "enc.second"], **row}
     layer = from_torch(state, return_state=True, engine=engine, **own)
     check(layer, stacked, x)
+    with pytest.raises(ValueError, match="differs from check's y"):
+        from_torch(state, engine=engine, check=(x, stacked(x)[0] + 1), **own)
     written = to_torch(layer, Dialect(**own))
     assert {name: array.shape for name, array in written.items()} == {n: tuple(t.shape) for n, t in state.items()}
     for name, array in written.items():
@@ -520,6 +522,8 @@ def test_rows_that_are_none():
     for fields, message in (
         ({}, "give either joint='name' of the one convolution or split="),
         ({"joint": "a", "split": ("b", "c")}, "give either joint="),
+        ({"cells": 3, "joint": "a"}, "cells must be the place of the cells or a sequence of places, got 3"),
+        ({"cells": [], "joint": "a"}, "cells must be the place"),
         ({"joint": "a", "gates": "ifg"}, "gates must be an order of the letters i, f, g"),
         ({"split": ("a",)}, "split must be two names"),
         ({"joint": "a", "peephole": ["b"]}, "peephole must be three names"),
@@ -530,7 +534,7 @@ def test_rows_that_are_none():
         ({"joint": "a", "normalization": "batch"}, r"norms must name 1 module\(s\)"),
     ):
         with pytest.raises(ValueError, match=message):
-            Dialect("cell", **fields)
+            Dialect(**{"cells": "cell"} | fields)
     with pytest.raises(ValueError, match=r"joint make a dialect of your own: give cells=… with them"):
         from_torch(joint(), joint="conv")
     with pytest.raises(ValueError, match=r"cells make a dialect of your own: .*and no dialect"):

@@ -134,6 +134,9 @@ PICKLES = {
         + put(1) + b"0" + 50_000 * (get(1) + get(0) + b"R0") + b"N",
     "one state many times": b"}(" + b"".join(text(f"{n}") + b"N" for n in range(20_000)) + b"u" + put(0)
         + b"0cx\nM\n)\x81" + 100_000 * (get(0) + b"b"),
+    "one long reference many times": b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + 50_000 * b"N"
+        + b"t" + put(0) + b"0" + 20_000 * (get(0) + b"Q0") + b"N",
+    "long names of many modules": CHILDREN.replace(text("a"), text("a" * 900)) + get(39),
     "one long shape many times": b"(" + 50_000 * b"K\x01" + b"t" + put(0) + b"0"
         + 2_000 * (tensor(get(0), get(0)) + b"0") + b"N",
     "a long that is long": b"\x8b" + struct.pack("<i", 2_000_000) + 2_000_000 * b"\x7f",

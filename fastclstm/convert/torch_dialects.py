@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import permutations
 from typing import Any
 
 import numpy as np
@@ -103,6 +104,11 @@ class Dialect:
             value = getattr(self, name)
             if isinstance(value, list):
                 object.__setattr__(self, name, tuple(value))
+        places = (self.cells,) if isinstance(self.cells, str) else self.cells
+        if not (isinstance(places, tuple) and places and all(isinstance(place, str) for place in places)):
+            raise ValueError(
+                f"Dialect: cells must be the place of the cells or a sequence of places, got {self.cells!r}"
+            )
         if (self.joint is None) == (self.split is None):
             raise ValueError("Dialect: give either joint='name' of the one convolution or split=('of x', 'of h')")
         if not isinstance(self.gates, str) or sorted(self.gates.replace("c", "g")) != sorted(GATES):
@@ -118,10 +124,21 @@ class Dialect:
                 raise ValueError(
                     f"Dialect: norms must name {expected} module(s) of the normalization, got {self.norms!r}"
                 )
-            groups = self.normalization.groups or 4
-            if self.normalization.kind == "group" and groups != 1 and groups % 4 and self.gates != GATES:
-                raise ValueError(f"Dialect: groups={groups} mixes gates, which another order than {GATES!r} would mix "
-                                 f"otherwise: no ConvLSTM2D can compute that with gates={self.gates!r}")  # fmt: skip
+            if self._mixing and self.gates != GATES:
+                raise ValueError(f"Dialect: groups={self.normalization.groups} mixes gates, which another order than "
+                                 f"{GATES!r} would mix otherwise: no ConvLSTM2D computes that")  # fmt: skip
+
+    @property
+    def _mixing(self) -> bool:
+        """Whether groups of channels are normalized that have a part of several gates."""
+        return self.normalization is not None and self.normalization.kind == "group" \
+            and (self.normalization.groups or 4) % 4 != 0 and self.normalization.groups != 1  # fmt: skip
+
+    def reordered(self) -> Iterator[Dialect]:
+        """Yield the dialects that differ in the order of the gates alone, where names do not tell it."""
+        named = any("{gate}" in convolution for convolution in (self.joint, *(self.split or ())) if convolution)
+        for order in permutations(GATES) if not (named or self._mixing) else ():
+            yield replace(self, gates="".join(order))
 
     # Names
 

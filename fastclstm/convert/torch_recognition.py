@@ -33,7 +33,7 @@ def recognize(state: Mapping[str, Any], rows: list[Dialect], prefix: str) -> Rec
     candidates = [Recognized(row, *cells) for row in rows for cells in _cells(state, row, start).items()]
     found = [one for one in candidates if all(not any(_misfits(one.row, cell)) for cell in one.cells.values())]
     if len(found) > 1:
-        places = ", ".join(f"{row.name!r} at prefix={place!r}" for row, place, _ in found)
+        places = shown((f"{row.name!r} at prefix={place!r}" for row, place, _ in found), 3)
         raise ValueError(f"from_torch: several ConvLSTMs fit: {places}; say which with prefix=… and dialect=…")
     if not found:
         raise ValueError(f"from_torch: no ConvLSTM is recognized by its names{f' under {start!r}' if start else ''}: "

@@ -157,7 +157,7 @@ class _Machine:
         if gap > _LARGEST_GAP or (index is not None and index < 0):
             raise Damaged("it numbers its parts beyond reason")
         if index is None or gap >= 0:
-            self._spend(_EACH * gap)
+            self._spend(3 * _EACH * gap)  # a list that grows is there twice
             self._memo += [_NOTHING] * gap
             self._memo.append(self._stack[-1])
         else:

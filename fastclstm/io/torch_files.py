@@ -36,6 +36,7 @@ _STORAGES = {
 _BYTES = {"QInt8Storage": "V1", "QUInt8Storage": "V1", "QInt32Storage": "V4", "QUInt4x2Storage": "V1",
           "QUInt2x4Storage": "V1", "storage.UntypedStorage": "V1"}  # fmt: skip
 """Storages of which no more is known than how long they are."""
+_KINDS = {f"torch.{name}": kind for name, kind in (_STORAGES | _BYTES).items()}
 _SAFETENSORS = {"F64": "f8", "F32": "f4", "F16": "f2", "BF16": "bf16", "I64": "i8", "I32": "i4", "I16": "i2",
                 "I8": "i1", "U8": "u1", "BOOL": "bool"}  # fmt: skip
 _DEEPEST, _MOST_PARTS = 100, 100_000
@@ -108,11 +109,10 @@ def find_state_dict(name: str, content: Any, key: str | None, tensors: Callable[
     ValueError
         There is none, or several.
     """
-    entries = shown(map(repr, content)) if isinstance(content, Mapping) else "none"
     if key is not None:
         found = tensors(_entry(content, key))
         if not found:
-            raise ValueError(f"{name} has no tensors under {key!r}; its entries are {entries}")
+            raise ValueError(f"{name} has no tensors under {key!r}; its entries are {_entries(content)}")
         return found
     nested = {}
     if isinstance(content, Mapping):
@@ -122,8 +122,12 @@ def find_state_dict(name: str, content: Any, key: str | None, tensors: Callable[
     found = next(iter(nested.values())) if nested else tensors(content)
     if not found:
         raise ValueError(f"{name} has no state_dict at the top nor under {', '.join(STATE_DICT_KEYS)}; "
-                         f"its entries are {entries}: say which with key=…")  # fmt: skip
+                         f"its entries are {_entries(content)}: say which with key=…")  # fmt: skip
     return found
+
+
+def _entries(content: Any) -> str:
+    return shown(map(repr, content)) if isinstance(content, Mapping) else "none"
 
 
 def _entry(content: Any, key: str) -> Any:
@@ -168,11 +172,11 @@ class _Unreadable:
 
 def _refer(pid: Any) -> Any:
     """Return what a persistent id stands for."""
-    match pid:
+    match pid if type(pid) is tuple and len(pid) <= 6 else None:
         case ("module", Global() as cls, _, _):  # of a module that was saved whole: its source, which is not wanted
             return cls
         case ("storage", Global(name), str(record), _, int(size), *view) if view in ([], [None]):
-            kind = (_STORAGES | _BYTES).get(name.removeprefix("torch."))
+            kind = _KINDS.get(name)
             if 0 <= size < 1 << 60 and len(record) <= pickles.LONGEST_NAME:
                 return _Unreadable(name) if kind is None else _Storage(kind, record, size)
     raise Damaged("it refers to what is no storage")
@@ -229,10 +233,11 @@ def _tensors(content: Any) -> dict[str, Any]:
         named = [state.get(f"_{group}") for group in ("parameters", "buffers", "modules")]
         groups = [group for group in named if isinstance(group, dict)] if isinstance(named[2], dict) else [state]
         passing = state.get("_non_persistent_buffers_set")
-        visited += 1 + sum(map(len, groups))
+        passing = passing if isinstance(passing, list) else []
+        visited += 1 + (sum(map(len, groups)) + len(passing)) * (1 + len(prefix) // 64)
         if visited > _MOST_PARTS or depth > _DEEPEST or len(prefix) > pickles.LONGEST_NAME:
             raise Damaged(f"its modules have more than {_MOST_PARTS} parts, or stand {_DEEPEST} deep in each other")
-        left_out = {name for name in passing if type(name) is str} if isinstance(passing, list) else set()
+        left_out = {name for name in passing if type(name) is str}
         inner = []
         for name, value in ((name, value) for group in groups for name, value in group.items()):
             if isinstance(value, Inert):
