@@ -532,6 +532,7 @@ def test_rows_that_are_none():
             "groups=2 mixes gates, which another order than 'ifgo' would mix otherwise",
         ),
         ({"joint": "a", "normalization": "batch"}, r"norms must name 1 module\(s\)"),
+        ({"joint": "a", "norms": ("b",)}, r"norms must name 0 module\(s\)"),
     ):
         with pytest.raises(ValueError, match=message):
             Dialect(**{"cells": "cell"} | fields)

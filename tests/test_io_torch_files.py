@@ -320,6 +320,17 @@ def test_booleans_are_booleans_whatever_the_byte(path):
     assert torch_files.read(path)["a"].tolist() == [False, True, True]
 
 
+def test_what_python_2_and_the_first_pytorch_wrote(path):
+    """Strings of bytes, an OrderedDict as a list of pairs, tensors without hooks, storages that might be views."""
+    numbers = [0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}]
+    storage = b"(U\x07storagectorch\nFloatStorage\nU\x0212U\x03cpuK\x06NtQ"
+    made = b"ctorch._utils\n_rebuild_tensor\n(" + storage + b"K\x00(K\x02K\x03t(K\x03K\x01ttR"
+    content = b"\x80\x02ccollections\nOrderedDict\nq\x01](](U\x01a" + made + b"e](U\x01bNee\x85R."
+    data = b"".join(pickle.dumps(n, 2) for n in numbers) + content + b"\x80\x02]U\x0212a."
+    path.write_bytes(data + struct.pack("<q", 6) + np.arange(6, dtype="<f4").tobytes())
+    assert torch_files.read(path)["a"].tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
 class Reduced:
     def __init__(self, function, *arguments):
         self.call = function, arguments

@@ -15,7 +15,8 @@ import numpy as np
 
 from fastclstm import dispatch
 from fastclstm.convert.legacy_order import LegacyOrder
-from fastclstm.convert.torch_dialects import DIALECTS, Arrays, Dialect, Index, Options
+from fastclstm.convert.torch_cells import Arrays, Options, expect_layer, read_cell, write_cell
+from fastclstm.convert.torch_dialects import DIALECTS, Dialect, Index
 from fastclstm.convert.torch_recognition import Recognized, recognize
 from fastclstm.io import torch_files
 from fastclstm.layers import ConvLSTM2D
@@ -137,7 +138,7 @@ def to_torch(layer: ConvLSTM2D, dialect: str | Dialect, gates: str | None = None
     row = _row("to_torch", dialect, gates)
     if not isinstance(layer, ConvLSTM2D):
         raise TypeError(f"to_torch: layer must be a ConvLSTM2D, got {type(layer).__name__}")
-    row.expect(layer)
+    expect_layer(row, layer)
     cells: dict[Index, Arrays] = {}
     for name, array in layer.parameters.items():
         match = re.fullmatch(r"layers\.(\d+)\.(?:(forward|backward)\.)?(\w+)", name)
@@ -146,7 +147,7 @@ def to_torch(layer: ConvLSTM2D, dialect: str | Dialect, gates: str | None = None
     return {
         f"{row.place(*index)}{name}": np.array(array, order="C")
         for index, cell in cells.items()
-        for name, array in row.write(cell).items()
+        for name, array in write_cell(row, cell).items()
     }
 
 
@@ -239,7 +240,7 @@ def _native(row: Dialect, place: str, cells: Mapping[Index, Arrays]) -> tuple[Ar
     told: list[tuple[int, int, tuple[int, int], Options]] = []
     for (layer, direction), cell in cells.items():
         where = f"{place}{row.place(layer, direction)}"
-        named, options = row.read(where, cell)
+        named, options = read_cell(row, where, cell)
         KH, KW, C, width = named["kernel"].shape
         told.append((C, width // 4, (KH, KW), options | {"use_bias": "bias" in named}))
         if told[-1][3] != told[0][3]:
