@@ -257,7 +257,7 @@ def _chosen(name: str, content: Any, key: str | None) -> dict[str, _Tensor]:
     for n, tensor in tensors.items():
         if isinstance(tensor, _Unreadable):
             raise ValueError(f"{name}: the tensor {n[:80]!r} is made by {tensor.made_by[:80]}; readable are dense "
-                             f"tensors of {', '.join(_STORAGES)}: convert it where PyTorch is installed")  # fmt: skip
+                             f"tensors of real or complex numbers: convert it where PyTorch is installed")  # fmt: skip
     return tensors
 
 
