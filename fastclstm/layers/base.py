@@ -26,7 +26,7 @@ _initializing: ContextVar[bool] = ContextVar("_initializing", default=True)
 
 
 @contextmanager
-def _uninitialized() -> Iterator[None]:
+def uninitialized() -> Iterator[None]:
     """Build layers whose parameters have their shapes but no memory, to be assigned at once."""
     token = _initializing.set(False)
     try:
@@ -227,7 +227,7 @@ class Layer(Described):
         if metadata.get("class") != own:
             raise ValueError(f"{name} holds a {metadata.get('class')}, not a {own}; load it with that class")
         try:
-            with _uninitialized():
+            with uninitialized():
                 layer: Self = restore(metadata, **options)
             layer.set_parameters(arrays)
             for place in metadata.get("frozen", ()):
