@@ -31,6 +31,8 @@ class Progress:
     sums: dict[str, Any] = field(default_factory=dict)
     samples: int = 0
     """Of the steps of this epoch so far, as are `sums` and `seconds`."""
+    left_out: float = 0.0
+    """How many of the samples weighed nothing, parts of them too."""
     seconds: float = 0.0
     history: dict[str, list[float]] = field(default_factory=dict)
     best: float | None = None
