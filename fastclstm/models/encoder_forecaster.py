@@ -47,7 +47,7 @@ bias_initializer, activation, recurrent_activation, output_activation, padding_m
         Of all ConvLSTM layers, as in `ConvLSTM2D`.
     data_format : "channels_last" or "channels_first"
         The latter: frames (B, T, C, H, W). Either way a single sequence without the batch axis will do; what is made,
-        targets and states then have none either.
+        targets and states then have none either. So a batch of frames whose time axis was forgotten is one sequence.
     dtype : "float32" or "float64"
         Of parameters and results; inputs are converted to it.
     seed : int or numpy.random.Generator, optional
