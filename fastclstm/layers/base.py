@@ -288,7 +288,7 @@ class Layer(Described):
     def _keep_gradients(self, gradients: Mapping[str, np.ndarray]) -> None:
         """Keep for `get_gradients` those of `gradients`, by full name, that are of trainable parameters."""
         owners, kept = self._owners(), self.trainable_parameters if self.store_gradients else ()
-        self._gradients = {name: _penalized(*owners[name], gradients[name]) for name in kept}
+        self._gradients = {name: penalized(*owners[name], gradients[name]) for name in kept}
 
     def _collect_gradients(self) -> None:
         """Keep for `get_gradients` what the inner layers' own `backward` left there."""
@@ -315,7 +315,7 @@ class Layer(Described):
         return scaled
 
 
-def _penalized(owner: Layer, key: str, gradient: Any) -> Any:
+def penalized(owner: Layer, key: str, gradient: Any) -> Any:
     """Return the gradient of a layer's parameter with that of its penalty."""
     regularizer = owner._regularizers.get(key)
     return gradient if regularizer is None else gradient + regularizer.gradient(owner._parameters[key])

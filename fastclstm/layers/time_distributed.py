@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from fastclstm.layers.base import Layer, _penalized
-from fastclstm.layers.container import Container, Walk, parts, told_of
+from fastclstm import dispatch
+from fastclstm.layers.base import Layer, penalized
+from fastclstm.layers.container import Container, Walk, add_gradients, parts, told_of
 from fastclstm.layers.convlstm2d import ConvLSTM2D
 from fastclstm.layers.place import Place, place_of
 from fastclstm.spec import Shape, expect_shape
@@ -106,7 +107,7 @@ class TimeDistributed(Container):
         recorded: list[list[Any]] = []
         for step in range(array.shape[1]):
             with told_of(self._where):
-                made.append(self.layer(np.ascontiguousarray(array[:, step]), training=True))
+                made.append(self.layer(dispatch.contiguous(array[:, step]), training=True))
             recorded.append([layer._pullback for layer in layers])
         y = np.stack(made, 1)
 
@@ -116,14 +117,12 @@ class TimeDistributed(Container):
             dx, sums = np.empty(array.shape, y.dtype), dict[str, Any]()
             with _without_penalties(layers), told_of(self._where):
                 for step in reversed(range(len(recorded))):
-                    for layer, pullback in zip(layers, recorded[step], strict=True):
-                        layer._pullback = pullback  # of this step, of the many that a call takes
-                    dx[:, step] = self.layer.backward(np.ascontiguousarray(cotangent[:, step]))
-                    for name, gradient in self.layer._kept_gradients().items():
-                        full = f"layer.{name}"
-                        sums[full] = sums[full] + gradient if full in sums else gradient
+                    for layer, call in zip(layers, recorded[step], strict=True):
+                        layer._pullback = call  # of this step, of the many that a training call takes
+                    dx[:, step] = self.layer.backward(dispatch.contiguous(cotangent[:, step]))
+                    add_gradients(sums, "layer", self.layer)
             owners, kept = self._owners(), self.trainable_parameters if self.store_gradients else ()
-            self._gradients = {name: _penalized(*owners[name], sums[name]) for name in kept if name in sums}
+            self._gradients = {name: penalized(*owners[name], sums[name]) for name in kept if name in sums}
             return place.restore(dx)
 
         self._pullback = pullback
