@@ -1,9 +1,10 @@
 import re
+import warnings
 
 import numpy as np
 import pytest
 
-from fastclstm.convert.torch import DIALECTS, LegacyOrder, from_torch, to_torch
+from fastclstm.convert.torch import DIALECTS, Dialect, LegacyOrder, from_torch, to_torch
 from fastclstm.layers import ConvLSTM2D, MaxPooling3D
 from fastclstm.nn.normalization import Normalization
 
@@ -337,25 +338,240 @@ def test_a_submodule_is_found_by_its_prefix():
         from_torch(state, prefix="enc")
 
 
-def test_what_is_expected_is_said():
-    with pytest.raises(ValueError, match=r"no ConvLSTM is recognized") as caught:
+def test_what_is_known_is_said():
+    with pytest.raises(
+        ValueError, match=r"no ConvLSTM is recognized by its names: got conv\.weight; known are"
+    ) as caught:
         from_torch({"conv.weight": np.zeros(3)})
-    for words in (
-        "'ndrplz': cell_list.{layer}.(conv.weight, [conv.bias])", "conv_cnext.weight", "bn2d.running_var",
-        "'seyongk': conv_lstm_cells.{0|1}.gates.0.(", "'kimuyen': cell_{fw|bw}.(", "got conv.weight",
-    ):  # fmt: skip
-        assert words in str(caught.value)
-    with pytest.raises(ValueError, match=r"Expected, after any prefix, are 'kl4805': cell_list") as caught:
-        from_torch(joint(), "kl4805")
-    assert "seyongk" not in str(caught.value)
+    assert all(name in str(caught.value) for name in DIALECTS)
+    assert "cells=" in str(caught.value)
     with pytest.raises(ValueError, match="dialect must be one of 'ndrplz', 'kl4805'"):
         from_torch(joint(), "keras")
     assert set(DIALECTS) == {"ndrplz", "kl4805", "seyongk", "openstl", "kimuyen"}
 
 
-def test_unknown_weights_in_a_cell_are_not_passed_over():
-    with pytest.raises(ValueError, match="no ConvLSTM is recognized"):
-        from_torch(joint() | {"cell_list.0.Wci": np.zeros(3)})
+def without(state, *endings):
+    return {name: array for name, array in state.items() if not name.endswith(endings)}
+
+
+@pytest.mark.parametrize(
+    ("state", "dialect", "miss"),
+    [
+        (joint() | {"cell_list.0.Wci": np.zeros(3)}, None, "cell_list.0 also has Wci, which 'ndrplz' has not;"),
+        (joint(prefix="a.b.") | {"a.b.cell_list.0.c": np.zeros(3)}, None, "a.b.cell_list.0 also has c, which"),
+        (joint(), "kl4805", "cell_list.0 has no conv_c.weight, conv_cnext.weight, which 'kl4805' has;"),
+        ({f"m.cell_bw.{n}.weight": 0 for n in ("input_conv", "rnn")}, None,
+         "m.cell_bw has no rnn_conv.weight, which 'kimuyen' has and also has rnn.weight, which 'kimuyen' has not;"),
+        (joint() | {f"cell_list.0.{n}{'x' * 99}": 0 for n in range(99)}, None, " and 97 more, which 'ndrplz' has not"),
+    ],
+)  # fmt: skip
+def test_near_misses_are_said_in_short(state, dialect, miss):
+    state = {name: np.zeros(3) if isinstance(array, int) else array for name, array in state.items()}
+    with pytest.raises(ValueError, match=re.escape(miss)) as caught:
+        from_torch(state, dialect)
+    assert len(str(caught.value)) <= 300
+
+
+def test_fastclstm_s_own_weights_are_told(tmp_path):
+    layer = ConvLSTM2D(1, 2, 3)
+    with pytest.raises(ValueError, match="the parameters of a layer of fastclstm; hand them to its set_parameters"):
+        from_torch(layer.parameters)
+    layer.save(tmp_path / "w.safetensors")
+    with pytest.raises(
+        ValueError, match=r"w\.safetensors holds a ConvLSTM2D of fastclstm; load it with ConvLSTM2D\.load"
+    ):
+        from_torch(tmp_path / "w.safetensors")
+    with pytest.raises(TypeError, match=r"source must be a path.* got ConvLSTM2D"):
+        from_torch(layer)
+
+
+def test_what_is_left_over_is_told():
+    rest = {f"{name}.weight": np.zeros(3) for name in ("encoder.head", "encoder.bn", "decoder.out")}
+    state = joint(prefix="encoder.") | rest | {"scale": np.zeros(1)}
+    message = (
+        r"only the ConvLSTM at 'encoder\.' was taken, and 4 other tensors were left: "
+        r"encoder\.head\., encoder\.bn\., decoder\.out\., scale; prefix="
+    )
+    with pytest.warns(UserWarning, match=message) as told:
+        from_torch(state)
+    assert told[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        from_torch(state, prefix="encoder")
+        from_torch(joint(prefix="encoder."))
+        beside = {
+            "hidden_state": np.zeros((1, 2, 4, 4)),
+            "conv_lstm_cells.0.gates.0.bn2d.num_batches_tracked": np.zeros(()),
+        }
+        from_torch(to_torch(ConvLSTM2D(1, 2, 3, normalization="batch"), "seyongk") | beside)
+    with pytest.warns(UserWarning, match=r"was taken, and 1 other tensors were left: head\.$"):
+        from_torch(joint() | {"head.weight": np.zeros(3)})
+    state = joint(prefix="a.encoder.") | {"a.head.weight": np.zeros(3), "head.weight": np.zeros(3)}
+    with pytest.warns(UserWarning, match=r"1 other tensors were left: a\.head\.; prefix='a\.encoder\.' says"):
+        from_torch(state, prefix="a")
+
+
+def test_no_weights_are_drawn_to_be_replaced():
+    def draw(shape, rng, dtype):
+        raise AssertionError("drawn")
+
+    layer = from_torch(joint(layers=2), kernel_initializer=draw, recurrent_initializer=draw, bias_initializer=draw)
+    assert layer.num_parameters == sum(array.size for array in joint(layers=2).values())
+
+
+# Orders of gates, and dialects of one's own
+
+
+@pytest.mark.parametrize("gates", ["ifgo", "fiog", "gofi", "ifog"])
+@pytest.mark.parametrize("dialect", [*DIALECTS])
+def test_every_order_of_gates_there_and_back(dialect, gates):
+    options = {"seyongk": {"normalization": "batch"}, "kl4805": {"peephole": "conv"}}.get(dialect, {})
+    if dialect == "openstl":
+        options = {"normalization": Normalization("layer", separate=True, elementwise=True), "frame_size": 4}
+    layer = ConvLSTM2D(2, 3, 3, use_bias=dialect != "openstl", seed=0, **options)
+    layer.set_parameters({n: np.random.default_rng(1).random(a.shape) for n, a in layer.parameters.items()})
+    written = to_torch(layer, dialect, gates)
+    again = from_torch(written, gates=gates, dialect=dialect)
+    for name, array in layer.parameters.items():
+        np.testing.assert_array_equal(array, again.parameters[name])
+    name = next(name for name in written if re.search(r"(conv|conv_x|conv_x\.0|input_conv)\.weight$", name))
+    for gate, block in zip(gates, np.split(written[name], 4), strict=True):
+        expected = layer.weights[f"W_x{gate.replace('g', 'c')}"]
+        np.testing.assert_array_equal(block[:, :2], expected)
+
+
+class OwnCell:
+    """Modules of other people, from their descriptions; none of them is in the table."""
+
+    @staticmethod
+    def per_gate(torch, dialects, C, F, peephole):
+        """A convolution a gate of x, with biases, and one of h, without; peepholes."""
+        from torch import nn
+
+        class Cell(nn.Module):
+            filters = F
+
+            def __init__(self):
+                super().__init__()
+                for g in "ifco":
+                    setattr(self, f"Wx{g}", nn.Conv2d(C, F, 3, padding=1))
+                    setattr(self, f"Wh{g}", nn.Conv2d(F, F, 3, padding=1, bias=False))
+                for g in "ifo":
+                    shape = (1, F, *FRAME) if peephole == "elementwise" else (1, F, 1, 1)
+                    self.register_parameter(f"Wc{g}", nn.Parameter(torch.randn(shape)))
+
+            def forward(self, x, h, c):
+                z = {g: getattr(self, f"Wx{g}")(x) + getattr(self, f"Wh{g}")(h) for g in "ifco"}
+                i, f = (torch.sigmoid(z[g] + getattr(self, f"Wc{g}") * c) for g in "if")
+                c = f * c + i * torch.tanh(z["c"])
+                return torch.sigmoid(z["o"] + self.Wco * c) * torch.tanh(c), c
+
+        row = {"split": ("Wx{gate}", "Wh{gate}"), "gates": "ifco", "biases": "x", "peephole": ("Wci", "Wcf", "Wco")}
+        return Cell(), row
+
+    @staticmethod
+    def group_norm(torch, dialects, C, F, gates):
+        """A joint convolution and group normalization of its result."""
+        from torch import nn
+
+        groups = 2 if gates == "ifgo" else 4
+
+        class Cell(nn.Module):
+            filters = F
+
+            def __init__(self):
+                super().__init__()
+                self.conv = nn.Sequential(nn.Conv2d(C + F, 4 * F, 5, padding=2), nn.GroupNorm(groups, 4 * F))
+
+            def forward(self, x, h, c):
+                return dialects.advance(self.conv(torch.cat([x, h], 1)), c, gates)
+
+        return Cell(), {"joint": "conv.0", "gates": gates, "norms": ["conv.1"],
+                        "normalization": Normalization("group", groups=groups)}  # fmt: skip
+
+
+OWN = [("per_gate", "elementwise"), ("per_gate", "channel"), ("group_norm", "ifgo"), ("group_norm", "fgio")]
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(("kind", "variant"), OWN)
+def test_a_dialect_of_one_s_own(torch, dialects, engine, kind, variant):
+    make = getattr(OwnCell, kind)
+    (first, row), (second, _) = make(torch, dialects, C, 4, variant), make(torch, dialects, 4, 2, variant)
+    stacked = dialects.Stack([first, second]).double()
+    with torch.no_grad():
+        for tensor in stacked.parameters():
+            tensor.copy_(torch.randn_like(tensor) / 2)
+    x = sequence(torch)
+    places = {"cell_list.0.": "enc.first.", "cell_list.1.": "enc.second."}
+    state = {places[name[:12]] + name[12:]: tensor for name, tensor in stacked.state_dict().items()}
+    own = {"cells": ["enc.first", "enc.second"], **row}
+    layer = from_torch(state, return_state=True, engine=engine, **own)
+    check(layer, stacked, x)
+    with pytest.raises(ValueError, match="differs from check's y"):
+        from_torch(state, engine=engine, check=(x, stacked(x)[0] + 1), **own)
+    written = to_torch(layer, Dialect(**own))
+    assert {name: array.shape for name, array in written.items()} == {n: tuple(t.shape) for n, t in state.items()}
+    for name, array in written.items():
+        np.testing.assert_array_equal(array, state[name].numpy())
+    found = from_torch(stacked, Dialect("cell_list.{layer}", **row), return_state=True, engine=engine)
+    check(found, stacked, x)
+
+
+def test_rows_that_are_none():
+    for fields, message in (
+        ({}, "give either joint='name' of the one convolution or split="),
+        ({"joint": "a", "split": ("b", "c")}, "give either joint="),
+        ({"cells": 3, "joint": "a"}, "cells must be the place of the cells or a sequence of places, got 3"),
+        ({"cells": [], "joint": "a"}, "cells must be the place"),
+        ({"joint": "a", "gates": "ifg"}, "gates must be an order of the letters i, f, g"),
+        ({"split": ("a",)}, "split must be two names"),
+        ({"joint": "a", "peephole": ["b"]}, "peephole must be three names"),
+        (
+            {"joint": "a", "normalization": Normalization("group", groups=2), "norms": ["b"], "gates": "fgio"},
+            "groups=2 mixes gates, which another order than 'ifgo' would mix otherwise",
+        ),
+        ({"joint": "a", "normalization": "batch"}, r"norms must name 1 module\(s\)"),
+        ({"joint": "a", "norms": ("b",)}, r"norms must name 0 module\(s\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Dialect(**{"cells": "cell"} | fields)
+    with pytest.raises(ValueError, match=r"joint make a dialect of your own: give cells=… with them"):
+        from_torch(joint(), joint="conv")
+    with pytest.raises(ValueError, match=r"cells make a dialect of your own: .*and no dialect"):
+        from_torch(joint(), "ndrplz", cells=["a"])
+
+
+@pytest.mark.torch
+def test_an_output_to_compare_with(torch, dialects, tmp_path):
+    class OtherCell(dialects.JointCell):
+        def forward(self, x, h, c):
+            return dialects.advance(self.conv(torch.cat([x, h], 1)), c, "fiog")
+
+    module = stack(dialects, OtherCell, [4, 2], [(3, 3)] * 2, True)
+    x = sequence(torch).float()
+    y, _ = module(x)
+    options = {"engine": "reference", "return_state": True}
+    with pytest.raises(ValueError, match=r"differs from check's y by up to 0\.\d+ .*gates='ifog'; gates='fiog' agrees"):
+        from_torch(module, check=(x, y), **options)
+    close(from_torch(module, check=(x, y), gates="fiog", **options)(x.numpy())[0], y.detach().numpy(), 1e-5)
+    with pytest.raises(ValueError, match=r"no order of the gates agrees; perhaps activation=.*padding="):
+        from_torch(module, check=(x, y.relu()), **options)
+    with pytest.raises(
+        ValueError, match=r"check's y has shape \(2, 2, 6, 5\), but the layer's output for its x \(2, 4, 2, 6"
+    ):
+        from_torch(module, check=(x, y[:, 0]), **options)
+    with pytest.raises(TypeError, match=r"check must be \(x, y\).*got Tensor"):
+        from_torch(module, check=x, **options)
+
+
+def test_activations_that_names_do_not_tell():
+    x = np.random.default_rng(0).normal(size=(1, 2, 3, 5, 5))
+    layer = from_torch(joint(), activation="relu", recurrent_activation="hard_sigmoid", engine="reference")
+    assert (layer.activation, layer.recurrent_activation) == ("relu", "hard_sigmoid")
+    assert from_torch(joint(), activation="relu", recurrent_activation="hard_sigmoid", check=(x, layer(x))) is not layer
+    with pytest.raises(ValueError, match="differs from check's y"):
+        from_torch(joint(), check=(x, layer(x)), engine="reference")
 
 
 def test_missing_cells():
@@ -418,12 +634,53 @@ def test_kimuyen_s_normalization_is_refused():
 def test_wrong_sources():
     with pytest.raises(TypeError, match="source must be a path, a mapping of names to tensors or arrays"):
         from_torch(3)
-    with pytest.raises(ValueError, match="key='model' is for files"):
+    with pytest.raises(ValueError, match="the source has no tensors under 'model'; its entries are 'cell_list"):
         from_torch(joint(), key="model")
     with pytest.raises(TypeError, match=r"cell_list\.0\.conv\.bias has dtype complex128"):
         from_torch(joint() | {"cell_list.0.conv.bias": np.zeros(16, complex)})
     with pytest.raises(FileNotFoundError):
         from_torch("nothing.pt")
+
+
+def test_checkpoints_in_memory():
+    weights = joint(seed=3)
+    for source, key in (
+        ({"epoch": 3, "state_dict": weights, "args": object()}, None),
+        ({"model": weights, "loss": 0.1}, None),
+        ({"a": {"b": weights}, "c": weights}, "a.b"),
+        ({"a.b": weights}, "a.b"),
+        (weights | {"epoch": 3}, None),
+    ):
+        np.testing.assert_array_equal(from_torch(source, key=key).cells[0].bias, from_torch(weights).cells[0].bias)
+    with pytest.raises(ValueError, match=r"has tensors under 'state_dict' and 'model'; say which with key="):
+        from_torch({"model": weights, "state_dict": weights})
+    with pytest.raises(ValueError, match=r"no state_dict at the top nor under .*its entries are 'net', 'epoch'"):
+        from_torch({"net": weights, "epoch": 1})
+
+
+@pytest.mark.torch
+def test_a_file_is_named_in_every_error(torch, tmp_path):
+    for state in (joint() | {"cell_list.0.x": np.zeros(3)}, joint() | {"cell_list.0.conv.bias": np.zeros(12)},
+                  joint() | {"cell_list.0.conv.weight": np.zeros((16, 7, 2, 3))}):  # fmt: skip
+        torch.save({name: torch.from_numpy(array) for name, array in state.items()}, tmp_path / "w.pt")
+        with pytest.raises(ValueError, match=r"\(in .*w\.pt\)$"):
+            from_torch(tmp_path / "w.pt")
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_bfloat16_in_files(torch, tmp_path, suffix):
+    state = {name: torch.from_numpy(array).bfloat16() for name, array in joint().items()}
+    if suffix == "pt":
+        torch.save(state, tmp_path / "w.pt")
+    else:
+        from safetensors.torch import save_file
+
+        save_file(state, tmp_path / "w.safetensors")
+    layer = from_torch(tmp_path / f"w.{suffix}")
+    assert layer.dtype == "float32"
+    np.testing.assert_array_equal(to_torch(layer, "ndrplz")["cell_list.0.conv.weight"],
+                                  state["cell_list.0.conv.weight"].float().numpy())  # fmt: skip
 
 
 # What a dialect can hold

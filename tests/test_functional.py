@@ -241,6 +241,15 @@ def test_recompute_is_yes_or_no():
         convlstm2d_vjp(**convlstm_arguments(), recompute="states")
 
 
+@pytest.mark.parametrize("engine", ["reference", "cpu"])
+def test_of_several_nan_in_a_window_the_first_is_the_index(engine):
+    x = np.arange(8.0).reshape(1, 2, 2, 2, 1)
+    x.ravel()[[3, 5]] = np.nan
+    y, index = functional.max_pool3d(x, return_indices=True, engine=engine)
+    assert np.isnan(y.item())
+    assert index.item() == 3
+
+
 @pytest.mark.parametrize("channels_first", [False, True])
 @pytest.mark.parametrize("return_indices", [False, True])
 def test_pullback_of_max_pool3d(return_indices, channels_first):

@@ -16,6 +16,7 @@ from fastclstm.layers import (
     TimeDistributed,
 )
 from fastclstm.models import EncoderForecaster, Sequential
+from fastclstm.nn import regularizers
 
 
 @pytest.mark.parametrize(
@@ -51,6 +52,46 @@ def test_dropout_is_drawn_for_every_frame():
     assert dropped.any()
     assert not dropped.all(1).any()
     assert not dropped.all(0).any()
+
+
+def test_batch_statistics_are_of_one_step():
+    x = normal(3, 4, 2, 2, 2)
+    for inner in (BatchNormalization(2, dtype="float64"), Sequential([BatchNormalization(2, dtype="float64")])):
+        alone = BatchNormalization(2, dtype="float64")
+        y = TimeDistributed(inner)(x, training=True)
+        for step in range(4):
+            close(y[:, step], alone(x[:, step], training=True))
+        close(list(inner.parameters.values())[2], alone.moving_mean)
+        close(list(inner.parameters.values())[3], alone.moving_variance)
+        inner.trainable = False
+        close(TimeDistributed(inner)(x, training=True), TimeDistributed(inner)(x))
+
+
+def test_gradients_and_penalties_through_batch_statistics():
+    def make(**options):
+        norm = BatchNormalization(3, dtype="float64", **options)
+        return Sequential([Conv2D(2, 3, 3, dtype="float64", seed=0, engine="reference"), norm, Activation("tanh")])
+
+    x = normal(2, 3, 4, 4, 2)
+    check_gradients(TimeDistributed(make()), x)
+    plain, layer = TimeDistributed(make()), TimeDistributed(make(gamma_regularizer="l2"))
+    for each in (plain, layer):
+        each.backward(np.ones_like(each(x, training=True)))
+    expected = plain.get_gradients()["layer.1.gamma"] + regularizers.get("l2").gradient(layer.layer[1].gamma)
+    equal(layer.get_gradients()["layer.1.gamma"], expected)
+    equal(layer.get_gradients()["layer.0.kernel"], plain.get_gradients()["layer.0.kernel"])
+
+
+@pytest.mark.keras
+def test_batch_normalization_against_keras(keras):
+    x = normal(3, 4, 5, 5, 2).astype(np.float32)
+    ours = TimeDistributed(BatchNormalization(2))
+    theirs = keras.layers.TimeDistributed(keras.layers.BatchNormalization())
+    for _ in range(2):
+        expected = theirs(x, training=True)
+        close(ours(x, training=True), expected.detach().cpu().numpy(), 1e-5)
+    for mine, weight in zip(ours.layer.parameters.values(), theirs.get_weights(), strict=True):
+        close(mine, weight, 1e-5)
 
 
 def test_parameters_gradients_and_freezing():

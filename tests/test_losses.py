@@ -190,7 +190,7 @@ def test_ssim_is_the_papers_formula():
             (2, 1),
             "prediction must have two or more classes on its last axis, got sh",
         ),
-        (SparseCategoricalCrossentropy(), (2, 3), (2, 1), "target has shape (2, 1) but must be (2,) (that of the pre"),
+        (SparseCategoricalCrossentropy(), (2, 3), (2, 2), "target has shape (2, 2) but must be (2,) (that of the pre"),
         (SparseCategoricalCrossentropy(), (), (), "prediction must have two or more classes on its last axis, got sh"),
         (SSIMLoss(), (2, 12, 10, 1), (2, 12, 10, 1), "prediction must be (…, H, W, C) with frames of at least 11×11"),
         (SSIMLoss(), (12, 12), (12, 12), "prediction must be (…, H, W, C) with frames of at least 11×11"),
@@ -233,6 +233,37 @@ def test_nan_in_the_target_is_nan_in_the_loss(loss, prediction, target, dtype):
     spoiled = np.isnan(gradient)
     assert spoiled.any()
     assert not spoiled[1:].any()
+
+
+@every_case
+def test_what_weighs_nothing_is_not_looked_at(loss, prediction, target):
+    weights = np.ones(prediction.shape[:2])
+    weights[1:, 0] = 0
+    spoiled = target.astype(float)
+    spoiled[1:, 0] = math.nan
+    value, gradient = loss.value_and_gradient(prediction, spoiled, weights)
+    expected = loss.value_and_gradient(prediction, target, weights)
+    assert value == loss(prediction, spoiled, weights) == expected[0]
+    np.testing.assert_array_equal(gradient, expected[1])
+    spoiled[1:, 0] = -9999
+    assert loss(prediction, spoiled, weights) == expected[0]
+
+
+def test_what_weighs_nothing_pixel_by_pixel():
+    weights = (RNG.random((2, 3, 4, 5)) < 0.5).astype(float)
+    p, t = RNG.random((2, 2, 3, 4, 5, 2))
+    holes = np.where(weights[..., None] == 0, math.nan, t)
+    assert MeanSquaredError()(p, holes, weights) == MeanSquaredError()(p, t, weights)
+    assert math.isnan(MeanSquaredError()(p, holes))
+
+
+def test_labels_of_classes_may_have_an_axis_of_one():
+    for p, t in ((CLASSES, LABELS), (CLASSES[0], LABELS[0])):
+        loss = SparseCategoricalCrossentropy()
+        assert loss(p, t[..., None]) == loss(p, t)
+        np.testing.assert_array_equal(loss.gradient(p, t[..., None]), loss.gradient(p, t))
+        weights = RNG.random(t.shape)
+        assert loss(p, t[..., None], weights) == loss(p, t, weights)
 
 
 def test_arrays_that_are_no_numbers():

@@ -8,6 +8,7 @@ import pytest
 from fastclstm.nn import metrics
 
 RNG = np.random.default_rng(0)
+CLASSES, LABELS = RNG.random((4, 3, 5)), RNG.integers(0, 5, (4, 3))
 
 
 def normal(*shape):
@@ -140,6 +141,52 @@ def test_metrics_that_are_means():
     for metric in (*(metrics.get(n) for n in ("mse", "ssim", "psnr", "accuracy")), Own(), partial(metrics.mse),
                    partial(metrics.csi, [1.0]), lambda p, t: metrics.csi(p, t)):  # fmt: skip
         assert metrics.counted(metric) is None
+
+
+def test_what_is_not_valid_is_left_out():
+    p, t = RNG.random((2, 4, 3, 12, 13, 2))
+    valid = np.ones((4, 3, 12, 13), bool)
+    valid[0], valid[1, 1], valid[2, :, 2, 3] = False, False, False
+    holes = np.where(valid[..., None], t, math.nan)
+    error = np.where(valid[..., None], p - t, 0)
+    assert metrics.mse(p, holes, valid=valid) == pytest.approx(np.square(error[valid]).mean())
+    assert metrics.mae(p, holes, valid=valid) == pytest.approx(np.abs(error[valid]).mean())
+    for name in ("csi", "pod", "far"):
+        assert metrics.get(name)(p, holes, valid=valid) == metrics.get(name)(p[valid], t[valid])
+        assert metrics.get(name)(p, t, valid=valid) == metrics.get(name)(p[valid], t[valid])
+    whole = np.array([[False] * 3, [True, False, True], [True] * 3, [False] * 3])
+    for name in ("psnr", "ssim", "mse"):
+        metric = metrics.get(name)
+        assert metric(p, t, valid=whole) == pytest.approx(metric(p[whole], t[whole]))
+        assert metric(p, t, valid=np.ones_like(whole)) == pytest.approx(metric(p, t))
+        assert math.isnan(metric(p, t, valid=0 * whole))
+    right, labels = CLASSES.argmax(-1), LABELS
+    kept = np.array([True, False, True, False])
+    assert metrics.accuracy(CLASSES, labels, valid=kept) == (right == labels)[kept].mean()
+    assert metrics.accuracy(CLASSES[..., :1], labels > 1, valid=kept[:, None, None]) == (
+        metrics.accuracy(CLASSES[kept][..., :1], labels[kept] > 1))  # fmt: skip
+    with pytest.raises(ValueError, match=r"csi: valid has shape \(3,\) but its axes must be the first ones of"):
+        metrics.csi(p, t, valid=np.ones(3))
+
+
+def test_ssim_leaves_out_windows_that_see_what_is_not_valid():
+    p, t = RNG.random((2, 1, 14, 16, 1))
+    valid = np.ones((1, 14, 16), bool)
+    valid[0, :, 15] = False  # the last column: all windows but the rightmost are left
+    holes = np.where(valid[..., None], t, math.nan)
+    assert metrics.ssim(p, holes, valid=valid) == pytest.approx(metrics.ssim(p[:, :, :15], t[:, :, :15]))
+    with pytest.raises(ValueError, match="SSIMLoss: prediction must be"):
+        metrics.ssim(p[:, :4], t[:, :4], valid=valid[:, :4])
+
+
+def test_labels_of_classes_may_have_an_axis_of_one():
+    assert metrics.accuracy(CLASSES, LABELS[..., None]) == metrics.accuracy(CLASSES, LABELS)
+
+
+def test_which_metrics_know_what_is_valid():
+    assert all(map(metrics.knows_valid, metrics.TABLE.values()))
+    assert metrics.knows_valid(partial(metrics.csi, thresholds=[1.0]))
+    assert not metrics.knows_valid(np.vdot)
 
 
 def test_a_value_at_the_threshold_is_an_event_in_either_dtype():

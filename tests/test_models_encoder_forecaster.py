@@ -172,7 +172,11 @@ def test_errors():
         EncoderForecaster(1, ())
     model = EncoderForecaster(2, (2,), 3)
     for frames, message in (
-        (np.zeros((2, 4, 4, 2)), r"frames must be \(batch, time, height, width, channels\), got 4D"),
+        (np.zeros((2, 4, 4)), r"frames must be \(batch, time, height, width, channels\), got 3D \(2, 4, 4\); add the"),
+        (
+            np.zeros((2, 2, 4, 4)),
+            r"got 4D .*; add the missing axis: x\[np.newaxis\] .*, x\[\.\.\., np.newaxis\]",
+        ),
         (np.zeros((1, 2, 4, 4, 3)), "frames must have 2 channels"),
         (np.zeros((1, 0, 4, 4, 2)), "at least one time step"),
     ):
@@ -247,6 +251,54 @@ def test_forecasts_between_a_training_call_and_backward_do_no_harm():
 def test_flags_are_true_or_false(name):
     with pytest.raises(ValueError, match=f"EncoderForecaster: {name} must be True or False, got 'no'"):
         EncoderForecaster(1, (2,), 3, **{name: "no"})
+
+
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+def test_a_single_sequence_is_a_batch_of_one(data_format):
+    model = EncoderForecaster(2, (3, 2), 3, **FIXED, data_format=data_format, engine="reference")
+    frames, targets = normal(4, 5, 6, 2), normal(3, 5, 6, 2, seed=2)
+    if data_format == "channels_first":
+        frames, targets = np.moveaxis(frames, -1, 1), np.moveaxis(targets, -1, 1)
+    assert model.output_shape(frames.shape, 3) == targets.shape
+    equal(model.forecast(frames, 3), model.forecast(frames[None], 3)[0])
+    equal(model(frames, targets=targets), model(frames[None], targets=targets[None])[0])
+    states = model.encode(frames[:2])
+    for pair, expected in zip(states, model.encode(frames[None, :2]), strict=True):
+        for array, whole in zip(pair, expected, strict=True):
+            equal(array, whole[0])
+    equal(model.forecast(frames[2:], 2, states), model.forecast(frames, 2))
+    equal(model(frames, targets=targets, training=True), model(frames[None], targets=targets[None], training=True)[0])
+    dx = model.backward(targets[None])
+    model(frames, targets=targets, training=True)
+    equal(model.backward(targets), dx[0])
+    with pytest.raises(ValueError, match=r"targets must be \(time, .*\), got 5D"):
+        model(frames, targets=targets[None])
+    for call in (lambda: model.predict(frames, steps=2), lambda: model.fit(frames, frames, quiet=True)):
+        with pytest.raises(ValueError, match=r"x .* is one sequence, but samples are on the first axis; give x\["):
+            call()
+
+
+def test_gradients_of_a_single_sequence():
+    model = EncoderForecaster(1, (2,), 3, **FIXED, engine="reference")
+    check_gradients(model, normal(3, 4, 4, 1), steps=2)
+
+
+def test_summary():
+    model = EncoderForecaster(1, (4, 2), 3)
+    table = model.summary((None, 5, 8, 8, 1), steps=3).splitlines()
+    assert [line.split() for line in table[:1] + table[2:6]] == [
+        ["part", "layer", "output", "shape", "parameters"],
+        ["encoder", "ConvLSTM2D", "(None,", "8,", "8,", "2)", "1,176"],
+        ["forecaster.0", "ConvLSTM2D", "(None,", "3,", "8,", "8,", "4)", "736"],
+        ["forecaster.1", "ConvLSTM2D", "(None,", "3,", "8,", "8,", "2)", "440"],
+        ["head", "Conv2D", "(None,", "3,", "8,", "8,", "1)", "7"],
+    ]
+    assert table[-1] == "2,359 parameters, 2,359 trainable, 0.0 MB"
+    assert "shape" not in model.summary()
+    first = EncoderForecaster(1, (4, 2), 3, data_format="channels_first")
+    assert "(2, 3, 4, 8, 8)" in first.summary((2, 5, 1, 8, 8), steps=3)
+    with pytest.raises(ValueError, match="EncoderForecaster: frames must have 1 channels"):
+        model.summary((2, 5, 8, 8, 3))
 
 
 def test_what_it_has_no_use_for_is_refused():

@@ -31,7 +31,7 @@ OPTIMIZERS = [
     (SGD(0.1), "SGD", {"lr": 0.1}),
     (SGD(0.1, 0.9, weight_decay=0.1), "SGD", {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}),
     (SGD(0.1, 0.9, True), "SGD", {"lr": 0.1, "momentum": 0.9, "nesterov": True}),
-    (RMSprop(), "RMSprop", {}),
+    (RMSprop(), "RMSprop", {"alpha": 0.9}),
     (RMSprop(0.02, 0.9, 0.8, 1e-3, True, weight_decay=0.1), "RMSprop",
      {"lr": 0.02, "alpha": 0.9, "momentum": 0.8, "eps": 1e-3, "centered": True, "weight_decay": 0.1}),
     (Adam(), "Adam", {}),

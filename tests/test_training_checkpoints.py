@@ -16,7 +16,7 @@ from fastclstm.io import weights
 from fastclstm.layers import Conv2D, Dense, Dropout, TimeDistributed
 from fastclstm.models import Sequential
 from fastclstm.nn.optimizers import SGD, Adam
-from fastclstm.nn.schedules import ExponentialDecay
+from fastclstm.nn.schedules import CosineDecay, ExponentialDecay
 from fastclstm.training.history import EarlyStopping
 
 ROOT = Path(fastclstm.__file__).parents[1]
@@ -189,6 +189,16 @@ def test_a_checkpoint_of_another_training_is_refused(tmp_path, options, words):
         train(path, model, **options)
     assert path.read_bytes() == before
     assert same(model, untouched)
+
+
+def test_a_schedule_for_other_epochs_is_told_as_such(tmp_path):
+    def run(epochs):
+        return train(tmp_path / "c", epochs=epochs, optimizer=Adam(CosineDecay(0.1, decay_steps=2 * epochs)))
+
+    run(2)
+    words = r"learning_rate\.decay_steps was 4 and is 6; its schedule was made for other epochs: give that the steps"
+    with pytest.raises(ValueError, match=words):
+        run(3)
 
 
 def test_files_that_are_no_checkpoints(tmp_path):

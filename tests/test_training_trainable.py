@@ -398,6 +398,120 @@ def test_data_that_is_not_finite_is_named():
         assert same(model, dense())
 
 
+def test_what_weighs_nothing_may_be_missing():
+    rng = np.random.default_rng(3)
+    weights = (rng.random((6, 4, 5, 5)) < 0.6).astype(np.float32)
+    weights[:2] = 0  # a whole batch
+    gaps = np.where(weights[..., None] == 0, np.nan, FILMS)
+    names = ["mse", "mae", "psnr", "csi"]
+
+    def model():
+        return Sequential([ConvLSTM2D(1, 1, 3, seed=0, engine="reference")])
+
+    filled, holed = model(), model()
+    expected, history = (fit(m, FILMS, y, sample_weight=weights, epochs=2, batch_size=2, metrics=names)
+                         for m, y in ((filled, FILMS), (holed, gaps)))  # fmt: skip
+    assert same(filled, holed)
+    assert {name: expected[name] for name in ("loss", *names)} == {name: history[name] for name in ("loss", *names)}
+    measured = holed.evaluate(FILMS, gaps, sample_weight=weights, batch_size=2, metrics=["mse", "mae"])
+    errors = (holed.predict(FILMS) - gaps)[weights > 0]
+    assert measured["mse"] == pytest.approx(np.square(errors).mean(), rel=1e-6)
+    assert measured["mae"] == pytest.approx(np.abs(errors).mean(), rel=1e-6)
+    assert measured["loss"] == pytest.approx(np.square(errors).sum() / FILMS.size, rel=1e-6)
+    nothing = holed.evaluate(FILMS, gaps, sample_weight=0 * weights, metrics=["mse", "csi"])
+    assert nothing["loss"] == 0
+    assert math.isnan(nothing["mse"])
+    assert math.isnan(nothing["csi"])
+
+
+def test_what_is_left_out_is_in_the_checkpoint(tmp_path):
+    weights = np.ones(10)
+    weights[[0, 3, 7]] = 0
+
+    def stopping(prediction, target):
+        calls.append(len(calls))
+        if calls == [0, 1]:
+            raise KeyboardInterrupt
+        return 0.0
+
+    options = {"sample_weight": weights, "metrics": ["mae", stopping], "shuffle": False}
+    calls = [9]
+    whole = fit(dense(), **options)
+    calls = []
+    with contextlib.suppress(KeyboardInterrupt):
+        fit(dense(), checkpoint=tmp_path / "c", checkpoint_every=1, **options)
+    assert weights_of_progress(tmp_path / "c") == 2
+    assert fit(dense(), checkpoint=tmp_path / "c", resume=True, **options)["mae"] == whole["mae"]
+
+
+def weights_of_progress(path):
+    return weights.load(path)[1]["progress"]["left_out"]
+
+
+def test_missing_data_is_told_with_what_to_do():
+    with pytest.raises(
+        FloatingPointError, match=r"y holds NaN or Inf\. .* sample_weight of 0, for each pixel"
+    ) as caught:
+        fit(dense(), y=Y + np.nan)
+    assert "learning rate" not in str(caught.value)
+    assert len(str(caught.value)) < 300
+    with pytest.raises(
+        FloatingPointError, match=r"x holds NaN or Inf\. .*mask= skip frames that are missing"
+    ) as caught:
+        fit(dense(), x=X + np.nan, sample_weight=np.r_[0, np.ones(9)])
+    assert len(str(caught.value)) < 300
+
+
+def test_a_mask_skips_frames_that_are_missing():
+    mask, x = np.ones((6, 4), bool), FILMS.copy()
+    mask[1, 2], x[1, 2] = False, np.nan
+    models = [Sequential([ConvLSTM2D(1, 1, 3, seed=0, engine="reference")]) for _ in range(2)]
+    for model, frames in zip(models, (FILMS, x), strict=True):
+        fit(model, frames, FILMS, mask=mask)
+    assert same(*models)
+
+
+def test_class_weight_is_a_sample_weight(tmp_path):
+    labels = np.arange(10) % 3
+    by_hand = np.array([2.0, 1.0, 0.5])[labels]
+    cases = (
+        ("sparse_categorical_crossentropy", labels, Dense(3, 3, "softmax", seed=0)),
+        ("sparse_categorical_crossentropy", labels[:, None], Dense(3, 3, "softmax", seed=0)),
+        ("categorical_crossentropy", np.eye(3)[labels], Dense(3, 3, "softmax", seed=0)),
+        ("binary_crossentropy", (labels[:, None] > 1).astype(int), Dense(3, 1, "sigmoid", seed=0)),
+    )
+    for loss, y, layer in cases:
+        binary = loss.startswith("binary")
+        classes = {0: 2.0, 2: 0.5} if not binary else {1: 3}
+        given = by_hand if not binary else np.where(labels > 1, 3.0, 1.0)
+        other = copy.deepcopy(layer)
+        weighed = fit(Sequential([layer]), X, y, loss=loss, class_weight=classes, metrics="accuracy")
+        expected = fit(Sequential([other]), X, y, loss=loss, sample_weight=given, metrics="accuracy")
+        assert same(layer, other)
+        assert weighed["loss"] == expected["loss"]
+        both = fit(Sequential([layer]), X, y, loss=loss, class_weight=classes, sample_weight=2 * given)
+        twice = fit(Sequential([other]), X, y, loss=loss, sample_weight=2 * given**2)
+        assert both["loss"] == pytest.approx(twice["loss"])
+    options = {"loss": "sparse_categorical_crossentropy", "checkpoint": tmp_path / "c", "resume": True}
+    model = Sequential([Dense(3, 3, "softmax", seed=0)])
+    fit(model, X, labels, class_weight={1: 2}, **options)
+    with pytest.raises(ValueError, match=r"another training: class_weight\.1 was 2\.0 and is 3\.0"):
+        fit(model, X, labels, class_weight={1: 3}, **options)
+
+
+@pytest.mark.keras
+def test_class_weight_against_keras(keras):
+    layer = Dense(3, 3, "softmax", seed=0)
+    theirs = keras.Sequential([keras.Input((3,)), keras.layers.Dense(3, "softmax")])
+    theirs.set_weights([layer.kernel, layer.bias])
+    theirs.compile("sgd", "sparse_categorical_crossentropy")
+    labels, classes = (np.arange(10) % 3)[:, None], {0: 2.0, 2: 0.5}
+    theirs.fit(X, labels, batch_size=4, shuffle=False, class_weight=classes, verbose=0)
+    Sequential([layer]).fit(X, labels, loss="sparse_categorical_crossentropy", optimizer=SGD(0.01), batch_size=4,
+                            shuffle=False, class_weight=classes, quiet=True)  # fmt: skip
+    np.testing.assert_allclose(layer.kernel, theirs.get_weights()[0], atol=1e-6)
+
+
 def test_an_error_in_a_step_leaves_the_parameters_before_it():
     model, metric_calls = lossy(), []
 
@@ -456,6 +570,9 @@ ERRORS = {
     "monitor": ({"early_stopping": EarlyStopping(1, "val_loss")}, ValueError, "one of 'loss', got 'val_loss'"),
     "resume": ({"resume": True}, ValueError, "need a checkpoint"),
     "every": ({"checkpoint": "c", "checkpoint_every": 0}, ValueError, "checkpoint_every must be"),
+    "classes": ({"class_weight": [1, 2]}, TypeError, "class_weight must be a dict from class numbers to factors, got"),
+    "negative class": ({"class_weight": {0: -1}}, ValueError, "must map class numbers to factors >= 0, got 0: -1"),
+    "no classes": ({"class_weight": {0: 2}}, ValueError, "class_weight is for the crossentropies, not for MeanSq"),
     "time": ({"time_limit": 0}, ValueError, "time_limit must be a number of seconds > 0, got 0"),
 }  # fmt: skip
 

@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
 
 from fastclstm import dispatch
 from fastclstm.convert.legacy_order import LegacyOrder
-from fastclstm.convert.torch_dialects import DIALECTS, Arrays, Dialect, Index, Options
+from fastclstm.convert.torch_cells import Arrays, Options, expect_layer, read_cell, write_cell
+from fastclstm.convert.torch_dialects import DIALECTS, Dialect, Index
+from fastclstm.convert.torch_recognition import Recognized, recognize
 from fastclstm.io import torch_files
 from fastclstm.layers import ConvLSTM2D
+from fastclstm.layers.base import uninitialized
 from fastclstm.spec import choice
 
 __all__ = ["DIALECTS", "Dialect", "LegacyOrder", "from_torch", "to_torch"]
@@ -24,18 +28,22 @@ __all__ = ["DIALECTS", "Dialect", "LegacyOrder", "from_torch", "to_torch"]
 
 def from_torch(
     source: Any, dialect: str | Dialect | None = None, *, prefix: str = "", key: str | None = None,
-    legacy_order: bool = False, data_format: str = "channels_first", **options: Any,
+    gates: str | None = None, check: tuple[Any, Any] | None = None, legacy_order: bool = False,
+    data_format: str = "channels_first", **options: Any,
 ) -> ConvLSTM2D | LegacyOrder:  # fmt: skip
     """Return the ConvLSTM2D that has the weights of a PyTorch module.
 
     Without other options it computes what the module computes in eval mode: x (B, T, C, H, W) to the last layer's
     outputs (B, T, F, H, W), or (B, T, 2F, H, W) where it is bidirectional.
 
+    Names tell neither the order of the gates nor activations nor padding: there are modules with the names of "ndrplz"
+    whose gates stand otherwise. Give `check` where a module is not one of those named here, as it was published.
+
     Parameters
     ----------
     source : path, mapping or module
-        A file that `fastclstm.io.torch_files.read` reads, a state_dict of tensors or arrays, or anything that has a
-        method state_dict.
+        A file that `fastclstm.io.torch_files.read` reads, a state_dict of tensors or arrays or a checkpoint that holds
+        one, or anything that has a method state_dict.
     dialect : str or Dialect, optional
         Whose module it is; None: told by the names. "ndrplz" (ndrplz/ConvLSTM_pytorch), "kl4805"
         (KL4805/ConvLSTM-Pytorch, with convolved peepholes), "seyongk" (seyongk/Bidirectional-Conv-LSTM-pytorch, with
@@ -43,15 +51,27 @@ def from_torch(
     prefix : str
         The submodule to read, as in "encoder.convlstm."; needed only where the source has several ConvLSTMs.
     key : str, optional
-        Where in a checkpoint file the state_dict is, as in `fastclstm.io.torch_files.read`.
+        Where in a checkpoint the state_dict is, as in `fastclstm.io.torch_files.read`.
+    gates : str, optional
+        The order of the gates in the module's weights, as in "ifgo" or "fiog"; None: the dialect's.
+    check : (x, y), optional
+        An input of the module and its output, in eval mode; the layer's output must agree to a thousandth of the
+        largest value.
     legacy_order : bool
         Of a bidirectional "seyongk": outputs and states in the order in which the published module has them, see
         `LegacyOrder`.
     data_format : "channels_first" or "channels_last"
         The former is PyTorch's.
     **options
-        Further options of `ConvLSTM2D`, such as return_state, engine or dtype; None of them may contradict the
-        weights. dtype is the weights' own (of half precision: float32), unless given.
+        Further options of `ConvLSTM2D`, such as return_state, engine or dtype; none of them may contradict the weights.
+        activation, recurrent_activation, output_activation, padding, stride and padding_mode are the module's, where
+        they are not those of the layer: tanh, sigmoid, "same". dtype is the weights' own (of half precision: float32),
+        unless given. Or the fields of a `Dialect` of your own: cells and joint or split, and what else it needs.
+
+    Warns
+    -----
+    UserWarning
+        The source has tensors beside the ConvLSTM, and no `prefix` names it.
 
     Raises
     ------
@@ -59,7 +79,7 @@ def from_torch(
         The file cannot be read.
     ValueError
         Names or shapes that fit no dialect, or several; options that the weights decide; weights that no ConvLSTM2D
-        can hold.
+        can hold; an output that differs from that of `check`.
     TypeError
         A source that is none, tensors that are not of real numbers.
 
@@ -70,30 +90,28 @@ def from_torch(
     >>> layer = from_torch(weights, engine="reference")
     >>> layer(np.zeros((1, 5, 3, 8, 8))).shape
     (1, 5, 4, 8, 8)
+    >>> weights = {f"enc.{name}": array for name, array in zip(("W.weight", "W.bias"), weights.values())}
+    >>> from_torch(weights, cells=["enc"], joint="W", gates="ifgo").out_channels
+    4
     """
-    rows = [*DIALECTS.values()] if dialect is None else [_row("from_torch", dialect)]
-    state = _state_dict(source, key)
-    row, place, cells = _recognize(state, rows, prefix)
-    if legacy_order and not (row.name == "seyongk" and len(cells) == 2):
-        raise ValueError(f"from_torch: legacy_order=True is for bidirectional weights of the dialect 'seyongk', "
-                         f"got {_told(len(cells), row)}; leave it out")  # fmt: skip
-    arrays = {
-        index: {n: _array(f"{place}{row.place(*index)}{n}", v) for n, v in cell.items()}
-        for index, cell in cells.items()
-    }
-    parameters, decided = _native(row, place, arrays)
-    if wrong := sorted(decided.keys() & options.keys()):
-        raise ValueError(f"from_torch: {', '.join(wrong)} follow from the weights; leave them out")
-    if "dtype" not in options:
-        decided["dtype"] = dispatch.working_dtype(*(v for cell in arrays.values() for v in cell.values())).name
-    if legacy_order:
-        options["merge_mode"] = None
-    layer = ConvLSTM2D(**decided, data_format=data_format, **options)
-    layer.set_parameters(parameters)
-    return LegacyOrder(layer) if legacy_order else layer
+    rows, options = _rows(dialect, gates, options)
+    path = os.fspath(source) if isinstance(source, str | os.PathLike) else None
+    try:
+        found = recognize(_state_dict(source, key), rows, prefix)
+
+        def make(row: Dialect) -> ConvLSTM2D | LegacyOrder:
+            return _layer(found._replace(row=row), legacy_order, options | {"data_format": data_format})
+
+        if check is not None:
+            _compare(check, found.row, make)
+        return make(found.row)
+    except ValueError as error:
+        if path is None or path in str(error):
+            raise
+        raise ValueError(f"{error} (in {path})") from error
 
 
-def to_torch(layer: ConvLSTM2D, dialect: str | Dialect) -> Arrays:
+def to_torch(layer: ConvLSTM2D, dialect: str | Dialect, gates: str | None = None) -> Arrays:
     """Return the state_dict with which a module of `dialect` computes what `layer` computes.
 
     ``module.load_state_dict({name: torch.from_numpy(a) for name, a in to_torch(layer, dialect).items()})`` takes it;
@@ -104,6 +122,7 @@ def to_torch(layer: ConvLSTM2D, dialect: str | Dialect) -> Arrays:
     ----------
     layer : ConvLSTM2D
     dialect : str or Dialect
+    gates : str, optional
         As in `from_torch`.
 
     Raises
@@ -116,10 +135,10 @@ def to_torch(layer: ConvLSTM2D, dialect: str | Dialect) -> Arrays:
     >>> {name: array.shape for name, array in to_torch(ConvLSTM2D(3, 4, 3), "ndrplz").items()}
     {'cell_list.0.conv.weight': (16, 7, 3, 3), 'cell_list.0.conv.bias': (16,)}
     """
-    row = _row("to_torch", dialect)
+    row = _row("to_torch", dialect, gates)
     if not isinstance(layer, ConvLSTM2D):
         raise TypeError(f"to_torch: layer must be a ConvLSTM2D, got {type(layer).__name__}")
-    row.expect(layer)
+    expect_layer(row, layer)
     cells: dict[Index, Arrays] = {}
     for name, array in layer.parameters.items():
         match = re.fullmatch(r"layers\.(\d+)\.(?:(forward|backward)\.)?(\w+)", name)
@@ -128,18 +147,36 @@ def to_torch(layer: ConvLSTM2D, dialect: str | Dialect) -> Arrays:
     return {
         f"{row.place(*index)}{name}": np.array(array, order="C")
         for index, cell in cells.items()
-        for name, array in row.write(cell).items()
+        for name, array in write_cell(row, cell).items()
     }
 
 
-def _row(op: str, dialect: str | Dialect) -> Dialect:
-    if isinstance(dialect, Dialect):
-        return dialect
-    choice(op, "dialect", dialect, tuple(DIALECTS))
-    return DIALECTS[dialect]
+def _row(op: str, dialect: str | Dialect, gates: str | None = None) -> Dialect:
+    if not isinstance(dialect, Dialect):
+        choice(op, "dialect", dialect, tuple(DIALECTS))
+        dialect = DIALECTS[dialect]
+    return dialect if gates is None else replace(dialect, gates=gates)
 
 
-# Sources and names
+_ROW = {field.name for field in fields(Dialect)} - {"name"}
+_SHARED = {"peephole", "normalization"}
+"""Fields of a row that options of `ConvLSTM2D` are called like."""
+
+
+def _rows(dialect: str | Dialect | None, gates: str | None, options: Options) -> tuple[list[Dialect], Options]:
+    """Return the dialects that may be meant, and the options that are the layer's."""
+    if not options.keys() & (_ROW - _SHARED):
+        names = [*DIALECTS.values()] if dialect is None else [dialect]
+        return [_row("from_torch", name, gates) for name in names], options
+    own = {name: value for name, value in options.items() if name in _ROW}
+    if dialect is not None or "cells" not in own:
+        raise ValueError(
+            f"from_torch: {', '.join(own)} make a dialect of your own: give cells=… with them, and no dialect"
+        )
+    return [_row("from_torch", Dialect(**own), gates)], {n: v for n, v in options.items() if n not in own}
+
+
+# Sources
 
 
 def _state_dict(source: Any, key: str | None) -> Mapping[str, Any]:
@@ -150,9 +187,16 @@ def _state_dict(source: Any, key: str | None) -> Mapping[str, Any]:
     if not isinstance(source, Mapping):
         raise TypeError(f"from_torch: source must be a path, a mapping of names to tensors or arrays, or a module, "
                         f"got {type(source).__name__}")  # fmt: skip
-    if key is not None:
-        raise ValueError(f"from_torch: key={key!r} is for files; give source[{key!r}] instead")
-    return source
+    state: Mapping[str, Any] = torch_files.find_state_dict("from_torch: the source", source, key, _tensors)
+    return state
+
+
+def _tensors(value: Any) -> dict[str, Any]:
+    """Return the tensors and arrays in a mapping or in what has a state_dict."""
+    value = value.state_dict() if hasattr(value, "state_dict") else value
+    if not isinstance(value, Mapping):
+        return {}
+    return {n: v for n, v in value.items() if isinstance(n, str) and (hasattr(v, "shape") or isinstance(v, list))}
 
 
 def _array(name: str, value: Any) -> np.ndarray:
@@ -162,57 +206,31 @@ def _array(name: str, value: Any) -> np.ndarray:
     return dispatch.as_numpy("from_torch", name, value)
 
 
-Cells = dict[Index, dict[str, Any]]
-"""The weights of each cell, by their names in it."""
+# The layer
 
 
-def _recognize(state: Mapping[str, Any], rows: list[Dialect], prefix: str) -> tuple[Dialect, str, Cells]:
-    """Return the dialect, the prefix and the cells."""
-    start = prefix if not prefix or prefix.endswith(".") else f"{prefix}."
-    found = [
-        (row, place, cells)
-        for row in rows
-        for place, cells in _cells(state, row, start).items()
-        if all(_fits(row, cell) for cell in cells.values())
-    ]
-    if len(found) > 1:
-        places = ", ".join(f"{row.name!r} at prefix={place!r}" for row, place, _ in found)
-        raise ValueError(f"from_torch: several ConvLSTMs fit: {places}; say which with prefix=… and dialect=…")
-    if not found:
-        expected = "; ".join(f"{row.name!r}: {_expected(row)}" for row in rows)
-        names = [name for name in state if name.startswith(start)]
-        shown = ", ".join(map(str, names[:12])) + (" …" if len(names) > 12 else "")
-        raise ValueError(
-            f"from_torch: no ConvLSTM is recognized by its names{f' under {start!r}' if start else ''}. Expected, "
-            f"after any prefix, are {expected}; got {shown or 'none'}"
-        )
-    ((row, place, cells),) = found
-    complete = {(0, d) for d in range(len(cells))} if row.directions else {(n, 0) for n in range(len(cells))}
-    if cells.keys() != complete:
-        raise ValueError(f"from_torch: {place or 'the source'} has the weights of some cells only, numbers "
-                         f"{', '.join(str(max(index)) for index in cells)}; they count from 0")  # fmt: skip
-    return row, place, cells
-
-
-def _expected(row: Dialect) -> str:
-    names = [*row.required, *(f"[{name}]" for name in row.optional)]
-    return f"{row.cells}.".replace("{direction}", f"{{{'|'.join(row.directions)}}}") + f"({', '.join(names)})"
-
-
-def _cells(state: Mapping[str, Any], row: Dialect, start: str) -> dict[str, Cells]:
-    """Return what looks like cells of a dialect, by the prefix before them."""
-    found: dict[str, Cells] = {}
-    for key, value in state.items():
-        at = row.find(key, start) if isinstance(key, str) and key.startswith(start) else None
-        if at is not None:
-            place, index, name = at
-            found.setdefault(place, {}).setdefault(index, {})[name] = value
-    return found
-
-
-def _fits(row: Dialect, cell: Mapping[str, Any]) -> bool:
-    """Whether a cell has all that the dialect needs and nothing that it does not know."""
-    return set(row.required) <= set(cell) <= {*row.required, *row.optional, *row.ignored}
+def _layer(found: Recognized, legacy_order: bool, options: Options) -> ConvLSTM2D | LegacyOrder:
+    """Return the layer with the weights that were found."""
+    row, place, cells = found
+    if legacy_order and not (row.name == "seyongk" and len(cells) == 2):
+        kind = ("direction" if row.directions else "layer") + ("s" if len(cells) > 1 else "")
+        raise ValueError(f"from_torch: legacy_order=True is for bidirectional weights of the dialect 'seyongk', "
+                         f"got {len(cells)} {kind} of {row.name!r}; leave it out")  # fmt: skip
+    arrays = {
+        index: {n: _array(f"{place}{row.place(*index)}{n}", v) for n, v in cell.items()}
+        for index, cell in cells.items()
+    }
+    parameters, decided = _native(row, place, arrays)
+    if wrong := sorted(decided.keys() & options.keys()):
+        raise ValueError(f"from_torch: {', '.join(wrong)} follow from the weights; leave them out")
+    if "dtype" not in options:
+        decided["dtype"] = dispatch.working_dtype(*(v for cell in arrays.values() for v in cell.values())).name
+    if legacy_order:
+        decided["merge_mode"] = None
+    with uninitialized():
+        layer = ConvLSTM2D(**options | decided)
+    layer.set_parameters(parameters)
+    return LegacyOrder(layer) if legacy_order else layer
 
 
 def _native(row: Dialect, place: str, cells: Mapping[Index, Arrays]) -> tuple[Arrays, Options]:
@@ -222,7 +240,7 @@ def _native(row: Dialect, place: str, cells: Mapping[Index, Arrays]) -> tuple[Ar
     told: list[tuple[int, int, tuple[int, int], Options]] = []
     for (layer, direction), cell in cells.items():
         where = f"{place}{row.place(layer, direction)}"
-        named, options = row.read(where, cell)
+        named, options = read_cell(row, where, cell)
         KH, KW, C, width = named["kernel"].shape
         told.append((C, width // 4, (KH, KW), options | {"use_bias": "bias" in named}))
         if told[-1][3] != told[0][3]:
@@ -245,5 +263,37 @@ def _native(row: Dialect, place: str, cells: Mapping[Index, Arrays]) -> tuple[Ar
     return parameters, decided
 
 
-def _told(count: int, row: Dialect) -> str:
-    return f"{count} {'direction' if row.directions else 'layer'}{'s' if count > 1 else ''} of {row.name!r}"
+_AGREEMENT = 1e-3
+"""How far an output may be from the one that is given, as a share of its largest value."""
+
+_NO_ORDER_AGREES = (
+    "no order of the gates agrees; perhaps activation=…, recurrent_activation=… or padding=… is another, "
+    "or y is not the last layer's output in eval mode"
+)
+
+
+def _compare(check: tuple[Any, Any], row: Dialect, make: Callable[[Dialect], ConvLSTM2D | LegacyOrder]) -> None:
+    """Raise ValueError where the layer that `make` makes of a row does not give the output that is given."""
+    if not (isinstance(check, tuple | list) and len(check) == 2):
+        raise TypeError(f"from_torch: check must be (x, y), an input of the module and its output, "
+                        f"got {type(check).__name__}")  # fmt: skip
+    x, y = (_array(f"check's {name}", value) for name, value in zip("xy", check, strict=True))
+    y = y.astype(np.float64)
+    difference = _difference(make(row), x, y)
+    if difference <= _AGREEMENT:
+        return
+    agree = [other.gates for other in row.reordered() if _difference(make(other), x, y) <= _AGREEMENT]
+    advice = f"gates={agree[0]!r} agrees" if agree else _NO_ORDER_AGREES
+    raise ValueError(f"from_torch: the layer's output differs from check's y by up to {difference:.2g} of its largest "
+                     f"value with gates={row.gates!r}; {advice}")  # fmt: skip
+
+
+def _difference(layer: ConvLSTM2D | LegacyOrder, x: np.ndarray, y: np.ndarray) -> float:
+    inner = layer.layer if isinstance(layer, LegacyOrder) else layer
+    output = layer(x)
+    output = output[0] if inner.return_state else output
+    if np.shape(output) != y.shape:
+        raise ValueError(
+            f"from_torch: check's y has shape {y.shape}, but the layer's output for its x {np.shape(output)}"
+        )
+    return float(np.max(np.abs(output - y), initial=0) / max(np.max(np.abs(y), initial=0), np.finfo(np.float64).tiny))

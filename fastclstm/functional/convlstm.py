@@ -66,7 +66,8 @@ def convlstm2d(
         Kernels on the hidden state; their convolution has stride 1 and "same" padding.
     bias : array (4F,), optional
     initial_state : (h, c), optional
-        Arrays (B, HO, WO, F); None, or None for either of them, means zeros.
+        Arrays (B, HO, WO, F); None, or None for either of them, means zeros. h comes first: Flax's carry is (c, h), of
+        the same shapes, and must be turned round.
     strides, padding, padding_mode, dilation
         Of the input convolution, as in `conv2d`.
     recurrent_dilation : int or (int, int)

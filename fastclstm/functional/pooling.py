@@ -44,7 +44,8 @@ def max_pool3d(
     Returns
     -------
     array (B, TO, HO, WO, C), or a tuple of it and an int64 array of the same shape
-        In the layout of x. NaN wins its window; of equal values the first in (t, h, w) order does.
+        In the layout of x. NaN wins its window; of equal values the first in (t, h, w) order does, and of several NaN
+        too (PyTorch's indices are those of the last NaN).
 
     Raises
     ------

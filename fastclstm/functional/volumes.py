@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -139,9 +140,10 @@ class Conv3DCall:
         frames = y.reshape(self.spec.B * self.spec.TO, *y.shape[2:])
         for part in self._chunks():
             gathered = self._gather(part)
-            frames[part.start : part.stop] = self.engine.conv2d(
-                self.spec.frame.with_batch(len(part)), gathered, self.kernel, self.bias, algorithm=self.algorithm
-            )
+            with _told_as_conv3d():
+                frames[part.start : part.stop] = self.engine.conv2d(
+                    self.spec.frame.with_batch(len(part)), gathered, self.kernel, self.bias, algorithm=self.algorithm
+                )
         return y
 
     def backward(self, dy: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -202,3 +204,12 @@ class Conv3DCall:
         for rows, tap, b, steps in self._runs(part):
             gathered[rows, :, :, tap] = self.x[b, steps]
         return gathered.reshape(len(part), frame.H, frame.W, frame.C)
+
+
+@contextmanager
+def _told_as_conv3d() -> Iterator[None]:
+    """Let an engine's error about the frames' convolution name the operation that the caller knows."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(str(error).replace("conv2d:", "conv3d: of its frames,", 1)) from None

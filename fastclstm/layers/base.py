@@ -26,7 +26,7 @@ _initializing: ContextVar[bool] = ContextVar("_initializing", default=True)
 
 
 @contextmanager
-def _uninitialized() -> Iterator[None]:
+def uninitialized() -> Iterator[None]:
     """Build layers whose parameters have their shapes but no memory, to be assigned at once."""
     token = _initializing.set(False)
     try:
@@ -227,7 +227,7 @@ class Layer(Described):
         if metadata.get("class") != own:
             raise ValueError(f"{name} holds a {metadata.get('class')}, not a {own}; load it with that class")
         try:
-            with _uninitialized():
+            with uninitialized():
                 layer: Self = restore(metadata, **options)
             layer.set_parameters(arrays)
             for place in metadata.get("frozen", ()):
@@ -287,15 +287,8 @@ class Layer(Described):
 
     def _keep_gradients(self, gradients: Mapping[str, np.ndarray]) -> None:
         """Keep for `get_gradients` those of `gradients`, by full name, that are of trainable parameters."""
-        owners = self._owners()
-        self._gradients = {}
-        for name in self.trainable_parameters if self.store_gradients else ():
-            owner, key = owners[name]
-            regularizer = owner._regularizers.get(key)
-            gradient = gradients[name]
-            self._gradients[name] = (
-                gradient if regularizer is None else gradient + regularizer.gradient(owner._parameters[key])
-            )
+        owners, kept = self._owners(), self.trainable_parameters if self.store_gradients else ()
+        self._gradients = {name: penalized(*owners[name], gradients[name]) for name in kept}
 
     def _collect_gradients(self) -> None:
         """Keep for `get_gradients` what the inner layers' own `backward` left there."""
@@ -320,6 +313,12 @@ class Layer(Described):
             return dispatch.scaled(before, self.gradient_scale)
 
         return scaled
+
+
+def penalized(owner: Layer, key: str, gradient: Any) -> Any:
+    """Return the gradient of a layer's parameter with that of its penalty."""
+    regularizer = owner._regularizers.get(key)
+    return gradient if regularizer is None else gradient + regularizer.gradient(owner._parameters[key])
 
 
 def _immutable(array: np.ndarray) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from fastclstm.layers.base import Layer
 from fastclstm.layers.convlstm2d import ConvLSTM2D
@@ -57,6 +58,13 @@ def told(path: str, layer: Layer) -> str:
 def parts(layer: Layer) -> Iterator[Layer]:
     """Yield a layer and all within it."""
     return (part for _, part in walk(layer))
+
+
+def add_gradients(sums: dict[str, Any], prefix: str, layer: Layer) -> None:
+    """Add those that the layer's `backward` left to `sums`, under its prefix, of other calls of the same layer."""
+    for name, gradient in layer._kept_gradients().items():
+        full = f"{prefix}.{name}"
+        sums[full] = sums[full] + gradient if full in sums else gradient
 
 
 @contextmanager

@@ -283,9 +283,11 @@ engine='reference')
         ----------
         x : array (B, T, H, W, C), or (B, T, C, H, W) with data_format="channels_first"
             Any real dtype; converted to the layer's. With time_major T stands before B. A single sequence without the
-            batch axis will do: outputs, states and mask then have none either.
+            batch axis will do: outputs, states and mask then have none either. So a batch of frames (B, H, W, C) whose
+            time axis was forgotten is computed as one sequence of B steps: give x[:, np.newaxis].
         initial_state : list of (h, c), optional
             One pair of arrays (B, HO, WO, F) a cell, where None is zeros; for a single cell the pair itself will do.
+            h comes first: Flax's carry is (c, h), of the same shapes, and must be turned round.
         mask : array of bool (B, T), optional
             Where False, the step is skipped: states are carried on and the previous output is repeated (zeros before
             the first valid step).

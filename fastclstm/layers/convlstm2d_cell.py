@@ -81,7 +81,7 @@ dtype, seed, engine, algorithm
         x_t : array (B, H, W, C), or (B, C, H, W) with data_format="channels_first"
             Converted to the layer's dtype. A single frame without the batch axis will do, with states of its kind.
         h, c : array (B, HO, WO, F), or (B, F, HO, WO), optional
-            The states so far; None is zeros.
+            The states so far; None is zeros. Flax's carry is (c, h), the other way round.
         training : bool
             Keep what `backward` needs, and apply dropout.
 

@@ -44,7 +44,7 @@ class Layout:
         if array.ndim != rank:
             raise ValueError(
                 f"{self.op}: {name} must be {rank}D ({self.axes(sequence)}), got {array.ndim}D {array.shape}"
-                + self._hint(rank - array.ndim)
+                + self.hint(rank - array.ndim)
             )
         if not self.batched:
             array = np.expand_dims(array, 1 if self.time_major and sequence else 0)
@@ -91,7 +91,8 @@ class Layout:
             array = array.squeeze(1 if self.time_major and sequence else 0)
         return array
 
-    def _hint(self, missing: int) -> str:
+    def hint(self, missing: int) -> str:
+        """Say how to add axes that are missing from a caller's sequence; nothing where none are."""
         if missing < 1:
             return ""
         batch = "x[:, np.newaxis]" if self.time_major else "x[np.newaxis]"

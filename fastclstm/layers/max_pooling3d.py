@@ -16,7 +16,8 @@ class MaxPooling3D(Layer):
 
     ``layer(x)`` takes x (B, T, H, W, C) and returns (B, TO, HO, WO, C), or with data_format="channels_first"
     (B, C, T, H, W) and (B, C, TO, HO, WO), in x's dtype and as x's kind of array. Valid: ``TO = (T - p) // s + 1``;
-    same: ``TO = ceil(T / s)``. NaN wins its window; of equal values the first in (t, h, w) order takes the gradient.
+    same: ``TO = ceil(T / s)``. NaN wins its window; of equal values, or several NaN, the first in (t, h, w) order takes
+    the gradient (of several NaN in PyTorch the last).
 
     Parameters
     ----------

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from fastclstm.layers.base import Layer
-from fastclstm.layers.container import Container, Walk, parts, told_of
+import numpy as np
+
+from fastclstm import dispatch
+from fastclstm.layers.base import Layer, penalized
+from fastclstm.layers.container import Container, Walk, add_gradients, parts, told_of
 from fastclstm.layers.convlstm2d import ConvLSTM2D
-from fastclstm.layers.place import place_of
+from fastclstm.layers.place import Place, place_of
 from fastclstm.spec import Shape, expect_shape
 
 
@@ -18,8 +21,11 @@ from fastclstm.spec import Shape, expect_shape
 class TimeDistributed(Container):
     """Applies a layer to every time step: ``layer(x)`` takes x (B, T, …) and returns (B, T, …).
 
-    The inner layer sees the frames of all sequences as one batch (B·T, …); dropout is thus drawn for every frame. A
-    ConvLSTM2D takes whole sequences, so for it x is (B, N, T, H, W, C): N sequences a sample.
+    The inner layer sees the frames of all sequences as one batch (B·T, …); dropout is thus drawn for every frame. Where
+    batch normalization is within, a training call takes one step after the other instead, as Keras 3: each is
+    normalized by its own mean and variance, and the moving ones come nearer to those of each in turn. (Keras 2 took the
+    statistics of all steps together, as a BatchNormalization by itself does.) A ConvLSTM2D takes whole sequences, so
+    for it x is (B, N, T, H, W, C): N sequences a sample.
 
     Parameters
     ----------
@@ -74,8 +80,10 @@ class TimeDistributed(Container):
         array = place.read("x", x)
         with suppress(NotImplementedError):  # a layer of others may have no output_shape
             self.output_shape(array.shape)
-        frames = array.reshape(array.shape[0] * array.shape[1], *array.shape[2:])
         self._pullback = None
+        if training and array.shape[1] and any(part._statistics and part.trainable for part in parts(self.layer)):
+            return self._step_by_step(place, array)
+        frames = array.reshape(array.shape[0] * array.shape[1], *array.shape[2:])
         with told_of(self._where):
             y = self.layer(frames, training=training)
         shape = (*array.shape[:2], *y.shape[1:])
@@ -91,6 +99,34 @@ class TimeDistributed(Container):
         if training:
             self._pullback = pullback
         return place.restore(y.reshape(shape))
+
+    def _step_by_step(self, place: Place, array: Any) -> Any:
+        """Return the output of a training call for every time step in turn, as batch statistics are those of one."""
+        layers = list(parts(self.layer))
+        made: list[np.ndarray] = []
+        recorded: list[list[Any]] = []
+        for step in range(array.shape[1]):
+            with told_of(self._where):
+                made.append(self.layer(dispatch.contiguous(array[:, step]), training=True))
+            recorded.append([layer._pullback for layer in layers])
+        y = np.stack(made, 1)
+
+        def pullback(dy: Any) -> Any:
+            cotangent = place.read("dy", dy)
+            expect_shape("TimeDistributed", "dy", cotangent.shape, y.shape, "the shape of the output")
+            dx, sums = np.empty(array.shape, y.dtype), dict[str, Any]()
+            with _without_penalties(layers), told_of(self._where):
+                for step in reversed(range(len(recorded))):
+                    for layer, call in zip(layers, recorded[step], strict=True):
+                        layer._pullback = call  # of this step, of the many that a training call takes
+                    dx[:, step] = self.layer.backward(dispatch.contiguous(cotangent[:, step]))
+                    add_gradients(sums, "layer", self.layer)
+            owners, kept = self._owners(), self.trainable_parameters if self.store_gradients else ()
+            self._gradients = {name: penalized(*owners[name], sums[name]) for name in kept if name in sums}
+            return place.restore(dx)
+
+        self._pullback = pullback
+        return place.restore(y)
 
     def backward(self, dy: Any) -> Any:
         """Return dx of the last call, which was a training call, given dy of its output's shape.
@@ -125,3 +161,16 @@ class TimeDistributed(Container):
     @property
     def _where(self) -> str:
         return f"TimeDistributed({type(self.layer).__name__})"
+
+
+@contextmanager
+def _without_penalties(layers: Sequence[Layer]) -> Iterator[None]:
+    """Let `backward` keep the gradients of the outputs alone, as penalties count once and not with every step."""
+    regularizers = [layer._regularizers for layer in layers]
+    try:
+        for layer in layers:
+            layer._regularizers = {}
+        yield
+    finally:
+        for layer, own in zip(layers, regularizers, strict=True):
+            layer._regularizers = own

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from fastclstm import dispatch
-from fastclstm.layers.array_layer import FRAME_AXES
 from fastclstm.layers.base import layer_dtype
 from fastclstm.layers.convlstm2d import ConvLSTM2D
 from fastclstm.layers.convolution import Conv2D
-from fastclstm.layers.place import Place, place_of
+from fastclstm.layers.layout import Layout
+from fastclstm.layers.place import HOST, Place, place_of
 from fastclstm.models.forecaster import Forecaster, Pull, States
+from fastclstm.models.summary import table
 from fastclstm.spec import DATA_FORMATS, Shape, choice, expect_shape, flag, integers
 from fastclstm.training.batches import Batch
 from fastclstm.training.history import History
@@ -46,7 +46,8 @@ class EncoderForecaster(Trainable):
 bias_initializer, activation, recurrent_activation, output_activation, padding_mode, recompute, algorithm
         Of all ConvLSTM layers, as in `ConvLSTM2D`.
     data_format : "channels_last" or "channels_first"
-        The latter: frames (B, T, C, H, W).
+        The latter: frames (B, T, C, H, W). Either way a single sequence without the batch axis will do; what is made,
+        targets and states then have none either. So a batch of frames whose time axis was forgotten is one sequence.
     dtype : "float32" or "float64"
         Of parameters and results; inputs are converted to it.
     seed : int or numpy.random.Generator, optional
@@ -162,15 +163,14 @@ bias_initializer, activation, recurrent_activation, output_activation, padding_m
         TypeError
             Anything but real arrays; one on a GPU, where a layer does not compute there or is of another dtype.
         """
-        place = self._place(frames, training=False)
-        x = self._read(place, "frames", frames)
+        layout, x = self._read_frames(frames, training=False)
         (steps,) = integers("EncoderForecaster", "steps", steps, 1, 1)
-        states, made = self._encode(x, states), np.empty_like(x, shape=(len(x), steps, *x.shape[2:]))
+        states, made = self._encode(x, _batched(layout, states)), np.empty_like(x, shape=(len(x), steps, *x.shape[2:]))
         frame = x[:, -1:]
         for step in range(steps):
             frame, states, _ = self._forecaster.run(frame, states, training=False)
             made[:, step] = frame[:, 0]
-        return place.restore(self._write(made))
+        return layout.place.restore(layout.write(made))
 
     def encode(self, frames: Any, states: States | None = None) -> States:
         """Return the encoder's states (h, c) after `frames`, channels-last, one pair a layer.
@@ -199,8 +199,10 @@ bias_initializer, activation, recurrent_activation, output_activation, padding_m
         >>> np.array_equal(model.forecast(frames[:, 3:], 2, states), model.forecast(frames, 2))
         True
         """
-        place = self._place(frames, training=False)
-        encoded = self._encode(self._read(place, "frames", frames), states)
+        layout, x = self._read_frames(frames, training=False)
+        encoded, place = self._encode(x, _batched(layout, states)), layout.place
+        if not layout.batched:
+            encoded = [(h[0], c[0]) for h, c in encoded]
         return [(place.restore(h), place.restore(c)) for h, c in encoded] if place.on_gpu else encoded
 
     def forward(self, frames: Any, steps: int | None = None, training: bool = False, targets: Any = None) -> Any:
@@ -226,9 +228,8 @@ bias_initializer, activation, recurrent_activation, output_activation, padding_m
         TypeError
             Anything but real arrays; one on a GPU, where a layer does not compute there or is of another dtype.
         """
-        op, place = "EncoderForecaster", self._place(frames, training)
-        x = self._read(place, "frames", frames)
-        truth = None if targets is None else self._read(place, "targets", targets)
+        op, (layout, x) = "EncoderForecaster", self._read_frames(frames, training)
+        truth = None if targets is None else self._read(layout, "targets", targets)
         if steps is None:
             if truth is None:
                 raise ValueError(f"{op}: give steps, the number of frames to make, or targets")
@@ -247,12 +248,13 @@ bias_initializer, activation, recurrent_activation, output_activation, padding_m
             inputs, states, pull = self._forecaster.run(inputs, states, training=True)
             made.append(inputs)
             pulls.append(pull)
-        y = self._write(np.concatenate(made, 1))
+        y, place = layout.write(np.concatenate(made, 1)), layout.place
 
         def pullback(dy: Any) -> Any:
             cotangent = place.read("dy", dy, self.dtype)
             expect_shape(op, "dy", cotangent.shape, y.shape, "the shape of the output")
-            return place.restore(self._write(self._pull(self._read(place, "dy", cotangent), pulls, encoded)))
+            dx = self._pull(layout.read("dy", cotangent, sequence=True), pulls, encoded)
+            return place.restore(layout.write(dx))
 
         self._pullback = pullback
         return place.restore(y)
@@ -293,14 +295,47 @@ bias_initializer, activation, recurrent_activation, output_activation, padding_m
 
     def output_shape(self, input_shape: Sequence[int], steps: int = 1) -> Shape:
         """Return the shape of `steps` frames made from frames of `input_shape`."""
-        self._check(tuple(input_shape), "frames")
-        return (input_shape[0], steps, *input_shape[2:])
+        shape = tuple(input_shape)
+        time = int(self._checked_layout(shape, "frames").batched)
+        return (*shape[:time], steps, *shape[time + 1 :])
+
+    def summary(self, input_shape: Sequence[int] | None = None, steps: int = 1) -> str:
+        """Return a table of the layers: output shapes, if the frames' is given, and numbers of parameters.
+
+        The batch of `input_shape` may be None. The encoder's is that of its last layer's last hidden state.
+
+        Examples
+        --------
+        >>> print(EncoderForecaster(1, (4, 2), 3).summary((None, 5, 8, 8, 1), steps=3))
+        part          layer       output shape        parameters
+        ------------  ----------  ------------------  ----------
+        encoder       ConvLSTM2D  (None, 8, 8, 2)          1,176
+        forecaster.0  ConvLSTM2D  (None, 3, 8, 8, 4)         736
+        forecaster.1  ConvLSTM2D  (None, 3, 8, 8, 2)         440
+        head          Conv2D      (None, 3, 8, 8, 1)           7
+        ------------  ----------  ------------------  ----------
+        2,359 parameters, 2,359 trainable, 0.0 MB
+        """
+        if input_shape is None:
+            return table(self, self._sublayers, None, "part")
+        shape = tuple(input_shape)
+        known = (1, *shape[1:]) if shape and shape[0] is None else shape
+        layout = self._checked_layout(known, "frames")
+        B, _, *frame, C = layout.read_shape("frames", known, sequence=True)
+        made = [(B, *frame, self.hidden_channels[-1])]
+        made += [(B, steps, *frame, F) for F in (*self.hidden_channels, C)]
+        shapes = [layout.shape(each) for each in made]
+        return table(self, self._sublayers, [(*shape[:1], *each[1:]) if layout.batched else each for each in shapes],
+                     "part")  # fmt: skip
 
     def _check_batch(self, op: str, batch: Batch) -> None:
         if extra := [name for name in ("mask", "lengths") if name in batch]:
             raise ValueError(f"{op}: EncoderForecaster takes no {' and no '.join(extra)}; sample_weight weighs frames")
+        shape = batch["x"].shape
+        if not self._layout(shape).batched:
+            raise ValueError(f"{op}: x {shape} is one sequence, but samples are on the first axis; give x[np.newaxis]")
         if "y" in batch:
-            self._check(batch["y"].shape, "y")
+            self._checked_layout(batch["y"].shape, "y", batched=True)
 
     def _predict_batch(self, batch: Batch, training: bool) -> Any:
         if training and self._teacher_forcing:
@@ -326,32 +361,48 @@ bias_initializer, activation, recurrent_activation, output_activation, padding_m
         self._keep_gradients(encoder | gradients)
         return dx
 
-    def _place(self, frames: Any, training: bool) -> Place:
-        """Return where a call computes; of frames on a GPU the layers within say what they do not know."""
-        return place_of(self, frames, training, refuses=False)
+    def _read_frames(self, frames: Any, training: bool) -> tuple[Layout, np.ndarray]:
+        """Return how a call's arrays lie, and its frames as a channels-last array of the model's dtype.
 
-    def _read(self, place: Place, name: str, value: Any) -> np.ndarray:
-        """Return frames in the layer's data format as a channels-last array of its dtype."""
-        array = place.read(name, value, self.dtype)
-        self._check(array.shape, name)
-        if self.data_format == "channels_first":
-            array = np.moveaxis(array, 2, -1)
-        return dispatch.native(array, np.dtype(self.dtype))
+        It computes where the frames are; of those on a GPU the layers within say what they do not know.
+        """
+        place = place_of(self, frames, training, refuses=False)
+        array = place.read("frames", frames, self.dtype)
+        layout = self._layout(array.shape, place)
+        return layout, self._read(layout, "frames", array)
 
-    def _write(self, array: np.ndarray) -> np.ndarray:
-        """Return channels-last frames in the layer's data format."""
-        if self.data_format == "channels_last":
-            return array
-        return dispatch.contiguous(np.moveaxis(array, -1, 2))
+    def _read(self, layout: Layout, name: str, value: Any) -> np.ndarray:
+        """Return frames as a channels-last array of the model's dtype."""
+        array = layout.place.read(name, value, self.dtype)
+        self._checked_layout(array.shape, name, layout.batched)
+        return layout.read(name, array, sequence=True)
 
-    def _check(self, shape: Shape, name: str) -> None:
-        """Raise ValueError unless `shape` is one of frames that the model takes."""
-        op, axes = "EncoderForecaster", FRAME_AXES[self.data_format]
-        if len(shape) != 5:
-            raise ValueError(f"{op}: {name} must be (batch, time, {axes}), got {len(shape)}D {shape}")
-        channels = shape[-1] if self.data_format == "channels_last" else shape[2]
-        if channels != self.in_channels or shape[1] < 1:
+    def _layout(self, shape: Shape, place: Place = HOST) -> Layout:
+        """Return how arrays lie where the frames have `shape`."""
+        channel_axis = 1 if self.data_format == "channels_first" else -1
+        batched = len(shape) != 4 or shape[channel_axis] != self.in_channels
+        return Layout("EncoderForecaster", self.dtype, self.data_format, batched=batched, place=place)
+
+    def _checked_layout(self, shape: Shape, name: str, batched: bool | None = None) -> Layout:
+        """Return how frames of `shape` lie; raise ValueError unless the model takes them."""
+        op, layout = "EncoderForecaster", self._layout(shape)
+        if batched is not None:
+            layout = replace(layout, batched=batched)
+        rank = 4 + layout.batched
+        if len(shape) != rank:
+            raise ValueError(f"{op}: {name} must be ({layout.axes(True)}), got {len(shape)}D {shape}"
+                             + layout.hint(rank - len(shape)))  # fmt: skip
+        channels, steps = shape[-1 if self.data_format == "channels_last" else -3], shape[int(layout.batched)]
+        if channels != self.in_channels or steps < 1:
             raise ValueError(
                 f"{op}: {name} must have {self.in_channels} channels, as in_channels says, and at least one time step, "
                 f"got shape {shape}"
             )
+        return layout
+
+
+def _batched(layout: Layout, states: States | None) -> States | None:
+    """Return a caller's states with a batch axis."""
+    if states is None or layout.batched:
+        return states
+    return [tuple(None if array is None else array[None] for array in pair) for pair in states]  # type: ignore[misc]

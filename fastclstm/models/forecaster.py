@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from fastclstm.layers.container import add_gradients
 from fastclstm.layers.convlstm2d import ConvLSTM2D
 from fastclstm.layers.convolution import Conv2D
 
@@ -72,7 +73,5 @@ class Forecaster:
             dx = layer.backward(dhidden[index] + dx, None if dstates is None else [dstates[index]])
             before.insert(0, (layer.state_gradients or [])[0])
         for prefix, part in self.named.items():
-            for name, gradient in part._kept_gradients().items():
-                full = f"{prefix}.{name}"
-                gradients[full] = gradients[full] + gradient if full in gradients else gradient
+            add_gradients(gradients, prefix, part)
         return dx, before

@@ -27,7 +27,8 @@ class Sequential(Trainable):
 
     Whether the layers fit x, and each other, is checked before anything is computed, as far as their `output_shape`
     tells. Where the first ConvLSTM2D gets a batch of sequences (B, T, H, W, C), all of them must; where it gets a
-    single sequence (T, H, W, C), likewise. An error in a layer carries a note that says which one it was.
+    single sequence (T, H, W, C), likewise; so frames (B, H, W, C) whose time axis was forgotten are one sequence of B
+    steps. An error in a layer carries a note that says which one it was.
 
     ``model[i]``, ``len(model)`` and iteration give the layers; their parameters appear as ``{index}.NAME``.
 

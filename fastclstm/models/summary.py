@@ -8,9 +8,9 @@ from fastclstm.layers.base import Layer
 from fastclstm.spec import Shape
 
 
-def table(model: Layer, layers: Mapping[str, Layer], shapes: Sequence[Shape] | None) -> str:
+def table(model: Layer, layers: Mapping[str, Layer], shapes: Sequence[Shape] | None, heading: str = "#") -> str:
     """Return a table of a model's layers by name: output shapes, where these are known, and numbers of parameters."""
-    rows = [["#", "layer", "parameters"]]
+    rows = [[heading, "layer", "parameters"]]
     rows += [[name, type(layer).__name__, f"{layer.num_parameters:,}"] for name, layer in layers.items()]
     if shapes is not None:
         for row, shape in zip(rows, ("output shape", *shapes), strict=True):

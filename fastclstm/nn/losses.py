@@ -6,7 +6,7 @@ means are taken in float64.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -37,7 +37,8 @@ class Loss:
             Of the same shape (of `SparseCategoricalCrossentropy`: without the last axis). Nothing is broadcast.
         sample_weight : array, optional
             Factors of the values before their mean, which still divides by how many there are. Its axes are the
-            first of the values': (B,) weighs samples, (B, T) frames; an axis of length 1 is repeated.
+            first of the values': (B,) weighs samples, (B, T) frames, (B, T, H, W) pixels; an axis of length 1 is
+            repeated. Where it is 0 the target is not looked at: it may be NaN there, or a label out of range.
 
         Raises
         ------
@@ -46,7 +47,7 @@ class Loss:
         TypeError
             Arrays that are not of real numbers.
         """
-        values, _ = self._evaluate(*self._checked(prediction, target))
+        values, _ = self._evaluate(*self._checked(prediction, self._looked_at(target, sample_weight)))
         return _mean(values * self._weights(sample_weight, values))
 
     def gradient(self, prediction: Any, target: Any, sample_weight: Any = None) -> np.ndarray:
@@ -55,7 +56,7 @@ class Loss:
 
     def value_and_gradient(self, prediction: Any, target: Any, sample_weight: Any = None) -> tuple[float, np.ndarray]:
         """Return the loss and its gradient, whose work they share; parameters are those of the loss."""
-        values, pullback = self._evaluate(*self._checked(prediction, target))
+        values, pullback = self._evaluate(*self._checked(prediction, self._looked_at(target, sample_weight)))
         weights = self._weights(sample_weight, values)
         scale = (weights / max(1, values.size)).astype(values.dtype)
         return _mean(values * weights), pullback(np.broadcast_to(scale, values.shape))
@@ -70,6 +71,13 @@ class Loss:
         p, t = real_array(op, "prediction", prediction), real_array(op, "target", target)
         expect_shape(op, "target", t.shape, p.shape, "that of the prediction; nothing is broadcast")
         return p, t.astype(p.dtype, copy=False)
+
+    def _looked_at(self, target: Any, sample_weight: Any) -> Any:
+        """Return the target with 0 in place of what weighs nothing."""
+        if sample_weight is None:
+            return target
+        op = type(self).__name__
+        return without(real_array(op, "target", target), real_array(op, "sample_weight", sample_weight))
 
     def _weights(self, sample_weight: Any, values: np.ndarray) -> np.ndarray:
         """Return the weights with as many axes as the values."""
@@ -195,6 +203,8 @@ class CategoricalCrossentropy(Options, Loss):
 class SparseCategoricalCrossentropy(Options, Loss):
     """`CategoricalCrossentropy` for targets that are the classes' numbers, from 0: (B,) for predictions (B, classes).
 
+    Or, as Keras takes them too, (B, 1).
+
     Examples
     --------
     >>> round(SparseCategoricalCrossentropy()([[0.5, 0.25, 0.25]], [1]), 4)
@@ -211,6 +221,8 @@ class SparseCategoricalCrossentropy(Options, Loss):
         op = "SparseCategoricalCrossentropy"
         p, labels = real_array(op, "prediction", prediction), real_array(op, "target", target)
         classes = _count_classes(self, p)
+        if labels.shape == (*p.shape[:-1], 1):
+            labels = labels[..., 0]
         expect_shape(op, "target", labels.shape, p.shape[:-1], "that of the prediction without the axis of the classes")
         wrong = labels[(labels < 0) | (labels >= classes) | (np.floor(labels) < labels)]
         if wrong.size:
@@ -359,6 +371,50 @@ def real_array(op: str, name: str, value: Any) -> np.ndarray:
         raise TypeError(f"{op}: {name} must be an array of real numbers, got dtype {array.dtype}")
     double = array.dtype.kind == "f" and array.dtype.itemsize >= 8
     return array.astype(np.float64 if double else np.float32, copy=False)
+
+
+def without(target: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Return `target` with 0 wherever `weights`, whose axes are its first ones, are 0; itself where they are of others.
+
+    Examples
+    --------
+    >>> without(np.array([[1.0, np.nan], [3.0, 4.0]]), np.array([0, 1]))
+    array([[0., 0.],
+           [3., 4.]])
+    """
+    fits = weights.ndim <= target.ndim and all(n in (1, m) for n, m in zip(weights.shape, target.shape, strict=False))
+    if not fits or weights.all():
+        return target
+    kept = weights.reshape(weights.shape + (1,) * (target.ndim - weights.ndim)) != 0
+    return np.where(kept, target, target.dtype.type(0))
+
+
+def class_weights(loss: Loss, target: Any, weights: Mapping[int, float]) -> np.ndarray:
+    """Return the factor of each of the loss's values by the class of its target; that of a class not named is 1.
+
+    Raises
+    ------
+    ValueError
+        A loss that is not one of classes.
+
+    Examples
+    --------
+    >>> class_weights(SparseCategoricalCrossentropy(), [2, 0, 1], {2: 5.0, 1: 0.5})
+    array([5. , 1. , 0.5])
+    """
+    labels = real_array("class_weight", "target", target)
+    if isinstance(loss, CategoricalCrossentropy):
+        labels = labels.argmax(-1)
+    elif isinstance(loss, SparseCategoricalCrossentropy):
+        labels = labels[..., 0] if labels.ndim > 1 and labels.shape[-1] == 1 else labels
+    elif isinstance(loss, BinaryCrossentropy):
+        labels = np.round(labels)
+    else:
+        raise ValueError(f"class_weight is for the crossentropies, not for {type(loss).__name__}; give sample_weight")
+    factors = np.ones(labels.shape)
+    for label, factor in weights.items():
+        factors[labels == label] = factor
+    return factors
 
 
 def _mean(values: np.ndarray) -> float:

@@ -1,4 +1,8 @@
-"""Metrics: how good a prediction is, as numbers for people, by name."""
+"""Metrics: how good a prediction is, as numbers for people, by name.
+
+All take `valid`, an array of bool whose axes are the first ones of the target: where it is False, the target is not
+looked at, and nothing is counted. Where nothing is left, a mean is NaN.
+"""
 
 from __future__ import annotations
 
@@ -9,28 +13,37 @@ from typing import Any
 import numpy as np
 
 from fastclstm.nn import look_up
-from fastclstm.nn.losses import MeanAbsoluteError, MeanSquaredError, SSIMLoss, real_array
+from fastclstm.nn.losses import Loss, MeanAbsoluteError, MeanSquaredError, SSIMLoss, real_array
 from fastclstm.spec import expect_shape
 
 Metric = Callable[[Any, Any], Any]
 
 
-def mse(prediction: Any, target: Any) -> float:
+def mse(prediction: Any, target: Any, *, valid: Any = None) -> float:
     """Return the mean squared error of two arrays of one shape."""
-    return MeanSquaredError()(prediction, target)
+    return _of_loss(MeanSquaredError(), prediction, target, valid)
 
 
-def mae(prediction: Any, target: Any) -> float:
+def mae(prediction: Any, target: Any, *, valid: Any = None) -> float:
     """Return the mean absolute error of two arrays of one shape."""
-    return MeanAbsoluteError()(prediction, target)
+    return _of_loss(MeanAbsoluteError(), prediction, target, valid)
 
 
-def ssim(prediction: Any, target: Any, max_value: float = 1) -> float:
-    """Return the mean structural similarity of frames (…, H, W, C), 1 for equal ones; see `SSIMLoss`."""
-    return 1 - SSIMLoss(max_value)(prediction, target)
+def ssim(prediction: Any, target: Any, max_value: float = 1, *, valid: Any = None) -> float:
+    """Return the mean structural similarity of frames (…, H, W, C), 1 for equal ones; see `SSIMLoss`.
+
+    Windows that see what is not valid are left out.
+    """
+    loss = SSIMLoss(max_value)
+    if valid is None or min(np.shape(prediction)[-3:-1], default=0) < loss.window:  # which is an error
+        return 1 - loss(prediction, target)
+    p, t = _pair("ssim", prediction, target)
+    seen = _seen("ssim", valid, t.shape)
+    windows = np.lib.stride_tricks.sliding_window_view(seen, (loss.window, loss.window), (-3, -2)).all((-2, -1))
+    return 1 - _of_loss(loss, p, np.where(seen, t, t.dtype.type(0)), windows)
 
 
-def psnr(prediction: Any, target: Any, max_value: float = 1) -> float:
+def psnr(prediction: Any, target: Any, max_value: float = 1, *, valid: Any = None) -> float:
     """Return the peak signal-to-noise ratio in dB, the mean over all frames (…, H, W, C); Inf where two are equal.
 
     Examples
@@ -41,12 +54,14 @@ def psnr(prediction: Any, target: Any, max_value: float = 1) -> float:
     p, t = _pair("psnr", prediction, target)
     if p.ndim < 3:
         raise ValueError(f"psnr: prediction must be frames (…, H, W, C), got shape {p.shape}")
-    errors = np.square(p - t).mean((-3, -2, -1), dtype=np.float64)
+    seen = _seen("psnr", valid, t.shape)
+    counts = np.count_nonzero(seen, (-3, -2, -1))
+    errors = np.square(p - t).sum((-3, -2, -1), np.float64, where=seen)[counts > 0] / counts[counts > 0]
     with np.errstate(divide="ignore"):
         return _mean(10 * np.log10(max_value**2 / errors))
 
 
-def accuracy(prediction: Any, target: Any, threshold: float = 0.5) -> float:
+def accuracy(prediction: Any, target: Any, threshold: float = 0.5, *, valid: Any = None) -> float:
     """Return the share of right answers; which are right is told by the shapes.
 
     Parameters
@@ -56,8 +71,8 @@ def accuracy(prediction: Any, target: Any, threshold: float = 0.5) -> float:
         binary accuracy of Keras.
     target : array
         With C = 1, (…, 1) or (…): the event happened where above 0.5, and is foretold where the prediction is above
-        `threshold` (0 for logits). With C > 1, (…): the numbers of the classes; or (…, C): one-hot vectors; foretold
-        is the class with the largest prediction.
+        `threshold` (0 for logits). With C > 1, (…) or (…, 1): the numbers of the classes; or (…, C): one-hot vectors;
+        foretold is the class with the largest prediction.
 
     Returns
     -------
@@ -74,6 +89,8 @@ def accuracy(prediction: Any, target: Any, threshold: float = 0.5) -> float:
     0.5
     """
     p, t = real_array("accuracy", "prediction", prediction), real_array("accuracy", "target", target)
+    if t.ndim == p.ndim > 1 and t.shape[-1] == 1:
+        t = t[..., 0]
     if p.ndim == 0 or t.shape not in (p.shape, p.shape[:-1]):
         raise ValueError(
             f"accuracy: target has shape {t.shape} but must be that of the prediction {p.shape}, or that without the "
@@ -82,11 +99,13 @@ def accuracy(prediction: Any, target: Any, threshold: float = 0.5) -> float:
     if p.ndim == t.ndim == 1:
         p = p[:, np.newaxis]
     if p.shape[-1] == 1:
-        return _mean((p > threshold) == (t.reshape(p.shape) > 0.5))
-    return _mean(p.argmax(-1) == (t.argmax(-1) if t.ndim == p.ndim else t))
+        right = (p[..., 0] > threshold) == (t.reshape(p.shape[:-1]) > 0.5)
+    else:
+        right = p.argmax(-1) == (t.argmax(-1) if t.ndim == p.ndim else t)
+    return _mean(right if valid is None else right[_seen("accuracy", valid, right.shape)])
 
 
-def csi(prediction: Any, target: Any, thresholds: Any = 0.5) -> Any:
+def csi(prediction: Any, target: Any, thresholds: Any = 0.5, *, valid: Any = None) -> Any:
     """Return the critical success index: hits / (hits + misses + false alarms).
 
     Parameters
@@ -110,20 +129,20 @@ def csi(prediction: Any, target: Any, thresholds: Any = 0.5) -> Any:
     >>> csi([0.0, 1.0, 5.0, 9.0], [0.0, 2.0, 0.0, 9.0], thresholds=[1, 5, 10])
     array([0.66666667, 0.5       ,        nan])
     """
-    return _csi(_contingencies("csi", prediction, target, thresholds))
+    return _csi(_contingencies("csi", prediction, target, thresholds, valid=valid))
 
 
-def pod(prediction: Any, target: Any, thresholds: Any = 0.5) -> Any:
+def pod(prediction: Any, target: Any, thresholds: Any = 0.5, *, valid: Any = None) -> Any:
     """Return the probability of detection, hits / (hits + misses), NaN without an event seen; else as `csi`."""
-    return _pod(_contingencies("pod", prediction, target, thresholds))
+    return _pod(_contingencies("pod", prediction, target, thresholds, valid=valid))
 
 
-def far(prediction: Any, target: Any, thresholds: Any = 0.5) -> Any:
+def far(prediction: Any, target: Any, thresholds: Any = 0.5, *, valid: Any = None) -> Any:
     """Return the false alarm ratio, false alarms / (hits + false alarms), NaN without an event foretold; else as `csi`.
 
     The less, the better.
     """
-    return _far(_contingencies("far", prediction, target, thresholds))
+    return _far(_contingencies("far", prediction, target, thresholds, valid=valid))
 
 
 def counted(metric: Metric) -> tuple[Metric, Callable[[Any], Any]] | None:
@@ -153,20 +172,47 @@ def counted(metric: Metric) -> tuple[Metric, Callable[[Any], Any]] | None:
     return None
 
 
+def knows_valid(metric: Metric) -> bool:
+    """Whether a metric is one of this module, which all take `valid`, also in a `functools.partial`."""
+    whole = metric.func if isinstance(metric, partial) else metric
+    return any(whole is known for known in TABLE.values())
+
+
+def _of_loss(loss: Loss, prediction: Any, target: Any, valid: Any) -> float:
+    """Return the mean of a loss's values where they are valid; its own mean divides by the number of all."""
+    if valid is None:
+        return loss(prediction, target)
+    weights = np.asarray(valid, bool)
+    return loss(prediction, target, weights) / weights.mean() if weights.any() else float("nan")
+
+
+def _seen(op: str, valid: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """Return `valid` in the shape of the values that it is of."""
+    if valid is None:
+        return np.ones(shape, bool)
+    seen = np.asarray(valid, bool)
+    if seen.ndim > len(shape) and seen.shape[len(shape) :] == (1,) * (seen.ndim - len(shape)):
+        seen = seen.reshape(seen.shape[: len(shape)])
+    if seen.ndim > len(shape) or any(n not in (1, m) for n, m in zip(seen.shape, shape, strict=False)):
+        raise ValueError(f"{op}: valid has shape {seen.shape} but its axes must be the first ones of {shape}, or of "
+                         f"length 1")  # fmt: skip
+    return np.broadcast_to(seen.reshape(seen.shape + (1,) * (len(shape) - seen.ndim)), shape)
+
+
 def _pair(op: str, prediction: Any, target: Any) -> tuple[np.ndarray, np.ndarray]:
     p, t = real_array(op, "prediction", prediction), real_array(op, "target", target)
     expect_shape(op, "target", t.shape, p.shape, "that of the prediction; nothing is broadcast")
     return p, t
 
 
-def _contingencies(op: str, prediction: Any, target: Any, thresholds: Any = 0.5) -> np.ndarray:
+def _contingencies(op: str, prediction: Any, target: Any, thresholds: Any = 0.5, *, valid: Any = None) -> np.ndarray:
     """Count hits, misses and false alarms: (3, *the thresholds' shape)."""
     p, t = _pair(op, prediction, target)
     levels = np.asarray(thresholds, float)
-    seen = ~np.isnan(t)
+    seen = _seen(op, valid, t.shape) & ~np.isnan(t)
     counts = np.empty((3, levels.size), np.int64)
     for count, level in zip(counts.T, levels.ravel().tolist(), strict=True):
-        foretold, happened = (p >= level) & seen, t >= level
+        foretold, happened = (p >= level) & seen, (t >= level) & seen
         count[0] = np.count_nonzero(foretold & happened)
         count[1] = np.count_nonzero(happened) - count[0]
         count[2] = np.count_nonzero(foretold) - count[0]

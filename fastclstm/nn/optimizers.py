@@ -228,7 +228,7 @@ class RMSprop(Optimizer):
     Parameters
     ----------
     rho : float
-        The share that means of the past keep at each step.
+        The share that means of the past keep at each step: 0.9 as in Keras and in the lecture; PyTorch's has 0.99.
     momentum : float
         The share that the velocity keeps at each step.
     epsilon : float
@@ -237,7 +237,7 @@ class RMSprop(Optimizer):
         Divide by the root of the variance instead: Graves, "Generating sequences with recurrent neural networks", 2013.
     """
 
-    rho: float = 0.99
+    rho: float = 0.9
     momentum: float = 0
     epsilon: float = 1e-8
     centered: bool = False

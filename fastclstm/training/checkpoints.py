@@ -31,6 +31,8 @@ class Progress:
     sums: dict[str, Any] = field(default_factory=dict)
     samples: int = 0
     """Of the steps of this epoch so far, as are `sums` and `seconds`."""
+    left_out: float = 0.0
+    """How many of the samples weighed nothing, parts of them too."""
     seconds: float = 0.0
     history: dict[str, list[float]] = field(default_factory=dict)
     best: float | None = None
@@ -81,8 +83,10 @@ class Checkpoint:
             raise ValueError(f"{name} is no checkpoint of a training but holds a {metadata.get('class')}; "
                              f"give another name, or resume=False to replace it")  # fmt: skip
         if difference := _difference(metadata.get("plan"), self.plan):
-            raise ValueError(f"{name} is of another training: {difference}; give the same model, data and options, "
-                             f"or resume=False to start anew")  # fmt: skip
+            remedy = "give the same model, data and options"
+            if "_steps was" in difference:
+                remedy = "its schedule was made for other epochs: give that the steps, or the run the epochs, it had"
+            raise ValueError(f"{name} is of another training: {difference}; {remedy}, or resume=False to start anew")
         model, optimizer = self.model, self.optimizer
         parameters, state, states = model.parameters, optimizer.get_state(), generator_states(model)
         frozen = model._frozen()

@@ -25,6 +25,13 @@ from fastclstm.training.watching import finite, watched_layers
 Metric = Callable[[Any, Any], Any]
 Metrics = Mapping[str, Metric]
 
+REMEDIES = {
+    "x": "fill the gaps, or let mask= skip frames that are missing; a sample_weight of 0 leaves out what y lacks",
+    "y": "leave out what is missing with a sample_weight of 0, for each pixel if need be: (N, T, H, W); mask= is for x",
+    "loss": "lower the learning rate, give the optimizer a clip_norm, or look at the data",
+}
+"""What to do where that holds what is not finite."""
+
 
 @dataclass
 class Fitting:
@@ -41,6 +48,7 @@ class Fitting:
     early_stopping: EarlyStopping | None
     checkpoint: str | os.PathLike[str] | None
     checkpoint_every: int | None
+    class_weight: Mapping[int, float] | None = None
 
     def __post_init__(self) -> None:
         entropy: Any = np.random.SeedSequence().entropy if self.seed is None else self.seed
@@ -95,12 +103,12 @@ class Fitting:
         if before >= limit:
             return True
         start = time.perf_counter() - before
-        sums = Sums(self.metrics, progress.sums, progress.samples)
+        sums = Sums(self.metrics, progress.sums, progress.samples, progress.left_out)
         seed = progress.seed if self.shuffle else None
         for batch in drawn(self.model, self.data, progress.epoch, progress.step, seed):
             self._step(batch, sums)
             progress.step += 1
-            progress.sums, progress.samples = sums.sums, sums.samples
+            progress.sums, progress.samples, progress.left_out = sums.sums, sums.samples, sums.left_out
             progress.seconds = time.perf_counter() - start
             left = {} if time_limit is None else {"left": f"{max(0, limit - progress.seconds):.0f} s"}
             bar.set_postfix(loss=f"{sums.sums['loss'] / max(1, sums.samples):.4g}", **left, refresh=False)
@@ -118,7 +126,8 @@ class Fitting:
         for name, value in row.items():
             self.history.setdefault(name, []).append(value)
         progress.epoch += 1
-        progress.step, progress.sums, progress.samples, progress.seconds = 0, {}, 0, 0.0
+        progress.step, progress.sums, progress.samples = 0, {}, 0
+        progress.left_out = progress.seconds = 0.0
         if self.early_stopping is not None:
             self._watch(self.early_stopping, row[self.monitor])
         return False
@@ -129,7 +138,8 @@ class Fitting:
         moments = self.optimizer.steps, self.optimizer.state  # which a step replaces
         try:
             y = one_array(model, model._predict_batch(batch, training=True))
-            value, dy = self.loss.value_and_gradient(y, batch["y"], batch.get("sample_weight"))
+            weights = self._weights(batch)
+            value, dy = self.loss.value_and_gradient(y, batch["y"], weights)
             value += model.penalty
             if not math.isfinite(value):
                 raise FloatingPointError(f"the loss is {value}")
@@ -145,32 +155,49 @@ class Fitting:
             for name, array in model.parameters.items():  # moving statistics too
                 if array is not parameters[name] and not finite(array):
                     raise FloatingPointError(f"the new {name} holds NaN or Inf")
-            sums.add(value, y, batch["y"], len(batch["x"]))
+            sums.add(value, y, batch["y"], len(batch["x"]), weights)
         except BaseException as error:
             model.set_parameters(parameters)
             set_generator_states(model, states)
             self.optimizer.steps, self.optimizer.state = moments
             where = f"epoch {self.progress.epoch + 1}, step {self.progress.step + 1}"
             if isinstance(error, FloatingPointError):
+                origin, remedy = self._origin(batch)
                 raise FloatingPointError(
-                    f"fit: at {where}, {error}; {self._origin(batch)}. The parameters are those before this step; "
-                    f"lower the learning rate, give the optimizer a clip_norm, or look at the data"
+                    f"fit: at {where}, {error}; {origin}. The parameters are those before this step; {remedy}"
                 ) from error
             error.add_note(f"in {where} of fit")
             raise
 
-    def _origin(self, batch: Batch) -> str:
-        """Compute a step again, layer by layer, to say where what is not finite began."""
-        for name, array in batch.items():
+    def _weights(self, batch: Batch) -> np.ndarray | None:
+        """Return the factors of the loss's values: those of the samples times those of the classes."""
+        weights = batch.get("sample_weight")
+        if self.class_weight is None:
+            return weights
+        factors = losses.class_weights(self.loss, batch["y"], self.class_weight)
+        if weights is None:
+            return factors
+        axes = max(weights.ndim, factors.ndim)
+        return np.multiply(*(a.reshape(a.shape + (1,) * (axes - a.ndim)) for a in (weights, factors)))
+
+    def _origin(self, batch: Batch) -> tuple[str, str]:
+        """Say where what is not finite began, and what to do; unless that is the data, a step is computed again."""
+        weights = self._weights(batch)
+        seen = batch if weights is None else batch | {"y": losses.without(batch["y"], weights)}
+        for name, array in seen.items():
             if not finite(array):
-                return f"it began in the batch: {name} holds NaN or Inf"
+                return f"it began in the batch: {name} holds NaN or Inf", REMEDIES.get(name, "mend the data")
+        return self._layer_of_origin(batch, weights), REMEDIES["loss"]
+
+    def _layer_of_origin(self, batch: Batch, weights: np.ndarray | None) -> str:
+        """Compute a step again, layer by layer, to say where what is not finite began."""
         model, states = self.model, generator_states(self.model)
         parameters = model.parameters
         try:
             with np.errstate(all="ignore"), watched_layers(model) as found:
                 y = model._predict_batch(batch, training=True)
                 if not found:
-                    value, dy = self.loss.value_and_gradient(y, batch["y"], batch.get("sample_weight"))
+                    value, dy = self.loss.value_and_gradient(y, batch["y"], weights)
                     if not (math.isfinite(value + model.penalty) and finite(dy)):
                         return "it began in the loss or the penalty, as all outputs are finite"
                     model.backward(dy)
@@ -194,6 +221,7 @@ class Fitting:
             "validation": None if self.validation is None else self.validation.told(),
             "shuffle": self.shuffle,
             "seed": self.seed,
+            "class_weight": self.class_weight and {str(label): float(n) for label, n in self.class_weight.items()},
             "early_stopping": None if self.early_stopping is None else describe(self.early_stopping),
             "options": model._fit_options(),
         }
@@ -217,15 +245,24 @@ class Fitting:
 
 
 class Sums:
-    """What batches give, summed up: numbers times their samples, and the counts of metrics that are quotients."""
+    """What batches give, summed up: numbers times their samples, and the counts of metrics that are quotients.
 
-    def __init__(self, metrics: Metrics, sums: Mapping[str, Any] | None = None, samples: int = 0):
-        self.metrics, self.sums, self.samples = metrics, dict(sums or {}), samples
+    What weighs nothing is not among the samples of the metrics of `nn.metrics`; own functions get all of the target.
+    """
 
-    def add(self, loss: float, y: np.ndarray, target: np.ndarray, samples: int) -> None:
+    def __init__(
+        self, metrics: Metrics, sums: Mapping[str, Any] | None = None, samples: int = 0, left_out: float = 0.0
+    ):
+        self.metrics, self.sums, self.samples, self.left_out = metrics, dict(sums or {}), samples, left_out
+
+    def add(
+        self, loss: float, y: np.ndarray, target: np.ndarray, samples: int, weights: np.ndarray | None = None
+    ) -> None:
         """Add the loss and the metrics of a batch of so many samples; nothing where a metric fails."""
-        parts = {name: self._part(name, metric, y, target, samples) for name, metric in self.metrics.items()}
+        valid = None if weights is None or np.all(weights) else weights != 0
+        parts = {name: self._part(name, metric, y, target, samples, valid) for name, metric in self.metrics.items()}
         self.samples += samples
+        self.left_out += 0.0 if valid is None else samples * (1 - float(valid.mean()))
         for name, part in ({"loss": samples * loss} | parts).items():
             self.sums[name] = np.add(self.sums.get(name, 0.0), part).tolist()
 
@@ -233,17 +270,29 @@ class Sums:
         """Return the loss and the metrics of all batches together."""
         return {name: self._value(name, total) for name, total in self.sums.items()}
 
-    def _part(self, name: str, metric: Metric, y: np.ndarray, target: np.ndarray, samples: int) -> Any:
+    def _part(
+        self, name: str, metric: Metric, y: np.ndarray, target: np.ndarray, samples: int, valid: np.ndarray | None
+    ) -> Any:
+        options = {"valid": valid} if valid is not None and metrics.knows_valid(metric) else {}
         counted = metrics.counted(metric)
         if counted is not None:
-            part = counted[0](y, target)
+            part = counted[0](y, target, **options)
             _one_number(name, counted[1](part))
             return part
-        return samples * _one_number(name, metric(y, target))
+        if options and not np.any(valid):
+            return 0.0
+        share = float(np.mean(valid)) if options else 1  # type: ignore[arg-type]
+        return samples * share * _one_number(name, metric(y, target, **options))
 
     def _value(self, name: str, total: Any) -> float:
-        counted = metrics.counted(self.metrics[name]) if name in self.metrics else None
-        return total / max(1, self.samples) if counted is None else float(counted[1](np.asarray(total)))
+        metric = self.metrics.get(name)
+        counted = None if metric is None else metrics.counted(metric)
+        if counted is not None:
+            return float(counted[1](np.asarray(total)))
+        if metric is None or not self.left_out or not metrics.knows_valid(metric):
+            return total / max(1, self.samples)
+        seen = self.samples - self.left_out
+        return total / seen if seen > 1e-9 * self.samples else math.nan
 
 
 def _one_number(name: str, value: Any) -> float:
@@ -259,7 +308,8 @@ def evaluate(model: Model, loss: losses.Loss, named: Metrics, given: Iterable[Ba
     sums = Sums(named)
     for batch in given:
         y = one_array(model, model._predict_batch(batch, training=False))
-        sums.add(loss(y, batch["y"], batch.get("sample_weight")), y, batch["y"], len(batch["x"]))
+        weights = batch.get("sample_weight")
+        sums.add(loss(y, batch["y"], weights), y, batch["y"], len(batch["x"]), weights)
     return sums.values()
 
 

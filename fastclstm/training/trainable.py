@@ -31,6 +31,7 @@ class Trainable(Container):
         seed: int | None = None, steps_per_epoch: int | None = None, time_limit: float | None = None,
         early_stopping: int | EarlyStopping | None = None, checkpoint: str | os.PathLike[str] | None = None,
         checkpoint_every: int | None = None, resume: bool = False,
+        class_weight: Mapping[int, float] | None = None,
         callbacks: Callable[[History], Any] | Sequence[Callable[[History], Any]] | None = (), quiet: bool | None = None,
     ) -> History:  # fmt: skip
         """Fit the trainable parameters to data, batch by batch, and return the curves.
@@ -54,11 +55,13 @@ class Trainable(Container):
         epochs : int
             How often to go through the data, those of a resumed training included.
         batch_size : int
-        sample_weight : array (N,) or (N, T), optional
-            Factors of the samples', or the frames', loss.
+        sample_weight : array (N,), (N, T) or (N, T, H, W), optional
+            Factors of the samples', the frames' or the pixels' loss: its axes are the first ones of the loss's values.
+            What weighs 0 is left out: y may be NaN there, and the metrics of `fastclstm.nn.metrics` do not count it.
         mask, lengths : array (N, T) or (N,), optional
             As `Sequential` takes them. They decide what the layers do, not what the loss counts: that is
-            ``sample_weight=mask``, though it still divides by the number of all frames.
+            ``sample_weight=mask``, though it still divides by the number of all frames. A ConvLSTM2D skips with a mask
+            what is missing in x, even where that is NaN.
         validation_split : float
             Share of the samples, the last ones, that are not trained on but are validation data.
         validation_data : tuple (x, y), tuple (x, y, sample_weight), dict of arrays, or batches, optional
@@ -87,6 +90,9 @@ class Trainable(Container):
             data and the options must be the same, except for `epochs`, `time_limit`, `callbacks`, `quiet` and
             `checkpoint_every`. Of what callbacks change, the file knows the optimizer's learning_rate and which layers
             are frozen.
+        class_weight : dict, optional
+            Factor of each class in the loss, by its number, as in Keras; 1 for classes not named. For the
+            crossentropies; it multiplies `sample_weight`, and does not count in the validation.
         callbacks : function or sequence of functions, optional
             Called with the `History` after each epoch; where one returns True, the training ends, to be resumed or not.
         quiet : bool, optional
@@ -150,13 +156,14 @@ class Trainable(Container):
             raise ValueError(f"fit: seed must be an integer >= 0 or None, got {seed!r}")
         if not self.trainable_parameters:
             raise ValueError("fit: the model has no trainable parameters; set trainable=True on what should learn")
+        _check_class_weight(class_weight)
         calls = _listed("callbacks", callbacks)
         if not all(map(callable, calls)):
             raise TypeError(f"fit: callbacks must be functions of the History, got {callbacks!r}")
         training = Fitting(
             self, losses.get(loss), optimizers.get(optimizer), _metrics(metrics), data, validation, bool(shuffle),
             None if seed is None else int(seed),
-            early_stopping, checkpoint, checkpoint_every,
+            early_stopping, checkpoint, checkpoint_every, class_weight,
         )  # fmt: skip
         try:
             return training.run(epochs, time_limit, resume, calls, quiet)
@@ -240,6 +247,17 @@ def _check_layers(model: Trainable, op: str) -> None:
             option = "time_major" if layer.time_major else "stateful"
             raise ValueError(f"{op}: {told(path, layer)} has {option}=True, but batches are samples that are drawn "
                              f"anew, on the first axis; build it with {option}=False")  # fmt: skip
+
+
+def _check_class_weight(given: Any) -> None:
+    """Raise TypeError or ValueError unless `given` is None or a dict of factors."""
+    if given is None:
+        return
+    if not isinstance(given, Mapping):
+        raise TypeError(f"fit: class_weight must be a dict from class numbers to factors, got {type(given).__name__}")
+    for label, factor in given.items():
+        if not (isinstance(label, int | np.integer) and is_number(factor) and factor >= 0):
+            raise ValueError(f"fit: class_weight must map class numbers to factors >= 0, got {label!r}: {factor!r}")
 
 
 def _listed(name: str, given: Any) -> tuple[Any, ...]:

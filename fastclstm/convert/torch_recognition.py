@@ -1,0 +1,109 @@
+"""Which ConvLSTM the names of a state_dict tell, and what is wrong where they tell none."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from fastclstm.convert.torch_dialects import Dialect, Index
+from fastclstm.io.bounds import shown
+
+Cells = dict[Index, dict[str, Any]]
+"""The weights of each cell, by their names in it."""
+
+
+class Recognized(NamedTuple):
+    """A ConvLSTM in a state_dict: its dialect, what stands before its cells' places, and its cells."""
+
+    row: Dialect
+    place: str
+    cells: Cells
+
+
+def recognize(state: Mapping[str, Any], rows: list[Dialect], prefix: str) -> Recognized:
+    """Return the one ConvLSTM under `prefix` that is of the dialect of one of the rows; warn of what is left over.
+
+    Raises
+    ------
+    ValueError
+        There is none, there are several, or some of its cells are missing.
+    """
+    start = prefix if not prefix or prefix.endswith(".") else f"{prefix}."
+    candidates = [Recognized(row, *cells) for row in rows for cells in _cells(state, row, start).items()]
+    found = [one for one in candidates if all(not any(_misfits(one.row, cell)) for cell in one.cells.values())]
+    if len(found) > 1:
+        places = shown((f"{row.name!r} at prefix={place!r}" for row, place, _ in found), 3)
+        raise ValueError(f"from_torch: several ConvLSTMs fit: {places}; say which with prefix=… and dialect=…")
+    if not found:
+        raise ValueError(f"from_torch: no ConvLSTM is recognized by its names{f' under {start!r}' if start else ''}: "
+                         f"{_nearest(state, rows, candidates, start)}")  # fmt: skip
+    row, place, cells = found[0]
+    complete = {(0, d) for d in range(len(cells))} if row.directions else {(n, 0) for n in range(len(cells))}
+    if cells.keys() != complete:
+        numbers = ", ".join(str(max(index)) for index in [*cells][:8]) + (", …" if len(cells) > 8 else "")
+        raise ValueError(f"from_torch: {place or 'the source'} has the weights of some cells only, numbers "
+                         f"{numbers}; they count from 0")  # fmt: skip
+    _warn_of_the_rest(state, found[0], start)
+    return found[0]
+
+
+def _cells(state: Mapping[str, Any], row: Dialect, start: str) -> dict[str, Cells]:
+    """Return what looks like cells of a dialect, by the prefix before them."""
+    found: dict[str, Cells] = {}
+    for key, value in state.items():
+        at = row.find(key, start) if isinstance(key, str) and key.startswith(start) else None
+        if at is not None:
+            place, index, name = at
+            found.setdefault(place, {}).setdefault(index, {})[name] = value
+    return found
+
+
+def _misfits(row: Dialect, cell: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Return what a cell has not but needs, and what it has and the dialect does not know."""
+    known = {*row.required, *row.optional, *row.ignored}
+    return [name for name in row.required if name not in cell], [name for name in cell if name not in known]
+
+
+def _nearest(state: Mapping[str, Any], rows: list[Dialect], candidates: list[Recognized], start: str) -> str:
+    """Say what the dialect that fits best lacks, or else what the names are."""
+    near = []
+    for row, place, cells in candidates:
+        for index, cell in cells.items():
+            missing, unknown = _misfits(row, cell)
+            if len(missing) < len(row.required) and (missing or unknown):
+                near.append(
+                    (len(missing) + len(unknown), f"{place}{row.place(*index)}".rstrip("."), row, missing, unknown)
+                )
+    if near:
+        _, where, row, missing, unknown = min(near, key=lambda miss: miss[0])
+        misses = [f"has no {_few(missing)}, which {row.name!r} has"] if missing else []
+        misses += [f"also has {_few(unknown)}, which {row.name!r} has not"] if unknown else []
+        return (
+            f"{where[:60] or 'the cell'} {' and '.join(misses)}; describe it yourself with cells=…, joint=… or split=…"
+        )
+    names = [name for name in state if isinstance(name, str) and name.startswith(start)]
+    if any(name.endswith("recurrent_kernel") for name in names):
+        return "these are the parameters of a layer of fastclstm; hand them to its set_parameters"
+    known = ", ".join(row.name for row in rows)
+    return f"got {_few(names)}; known are {known}; describe others yourself with cells=…, joint=… or split=…"
+
+
+def _few(names: list[str]) -> str:
+    return shown((name if len(name) <= 30 else f"{name[:29]}…" for name in names), 2)
+
+
+def _warn_of_the_rest(state: Mapping[str, Any], found: Recognized, start: str) -> None:
+    """Warn of what stands beside the ConvLSTM, unless its own prefix was given."""
+    row, place, _ = found
+    if start and start == place:
+        return
+    beside = {f"{place}{name}" for name in row.beside}
+    rest = [name for name in state if isinstance(name, str) and name.startswith(start) and name not in beside
+            and ((here := row.find(name, start)) is None or here[0] != place)]  # fmt: skip
+    if rest:
+        groups = dict.fromkeys(f"{name.rpartition('.')[0]}.".removeprefix(".") or name for name in rest)
+        advice = f"; prefix={place!r} says that this is meant" if place else ""
+        at = f" at {place!r}" if place else ""
+        warnings.warn(f"from_torch: only the ConvLSTM{at} was taken, and {len(rest)} other tensors were left: "
+                      f"{shown(groups)}{advice}", UserWarning, stacklevel=4)  # fmt: skip
