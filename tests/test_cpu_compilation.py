@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -107,7 +108,10 @@ def test_second_process_reads_what_the_first_wrote(filled):
 def test_edit_of_any_source_changes_the_digest(monkeypatch, tmp_path):
     originals = compilation._sources()
     assert {"simd.py", "winograd.py", "activations.py", "compilation.py"} <= {path.name for path in originals}
-    copies = [Path(shutil.copy(path, tmp_path / path.name)) for path in originals]
+    copies = []
+    for number, path in enumerate(originals):  # a name may stand in several folders
+        (tmp_path / str(number)).mkdir()
+        copies.append(Path(shutil.copy(path, tmp_path / str(number) / path.name)))
     monkeypatch.setattr(compilation, "_sources", lambda: copies)
     digest = compilation.source_digest.__wrapped__
     assert digest() == compilation.source_digest()  # wherever the package is
@@ -130,7 +134,7 @@ def test_edit_of_an_intrinsic_is_seen(tmp_path):
     shutil.copytree(ROOT / "fastclstm", root / "fastclstm", ignore=shutil.ignore_patterns("__pycache__"))
     for _ in range(2):
         assert run(code, tmp_path / "cache", root) == 6
-    simd = root / "fastclstm" / "engines" / "cpu" / "simd.py"
+    simd = root / "fastclstm" / "engines" / "cpu" / "kernels" / "simd.py"
     text = simd.read_text()
     edited = text.replace(
         '    return call(builder, "fma", a, b, c) if', "    return builder.fsub(c, builder.fmul(a, b)) if"
@@ -214,16 +218,19 @@ def test_home_may_be_unset(tmp_path):
 # What tells one kernel's code from another's.
 
 
-def test_signature_and_processor_are_in_the_name(tmp_path):
-    cached = compilation._KernelCache(test_signature_and_processor_are_in_the_name, tmp_path)
-
-    def path(sig, *magic):
+def test_name_variant_signature_and_processor_are_in_the_path(tmp_path):
+    def path(name, variant, sig, *magic):
+        cached = compilation._KernelCache(name, variant, tmp_path)
         return cached._path(sig, SimpleNamespace(magic_tuple=lambda: magic))
 
-    paths = {path("a", "x86", "rocketlake", "+avx2"), path("a", "x86", "rocketlake", "+avx2,+avx512f"),
-             path("a", "x86", "haswell", "+avx2"), path("b", "x86", "rocketlake", "+avx2")}  # fmt: skip
-    assert len(paths) == 4
-    assert path("a", "x86", "haswell", "+avx2") in paths
+    given = [
+        ("run", "", "a", "x86", "rocketlake", "+avx2"), ("run", "", "a", "x86", "rocketlake", "+avx2,+avx512f"),
+        ("run", "", "a", "x86", "haswell", "+avx2"), ("run", "", "b", "x86", "rocketlake", "+avx2"),
+        ("run", "(4, 3)", "a", "x86", "rocketlake", "+avx2"), ("share", "", "a", "x86", "rocketlake", "+avx2"),
+    ]  # fmt: skip
+    assert len({path(*values) for values in given}) == len(given)
+    assert path(*given[0]) == path(*given[0])
+    assert "rocketlake" in path(*given[0]).name
 
 
 @pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="names features of x86")
@@ -237,7 +244,31 @@ def test_other_processors_share_no_code(copied):
     assert run(POOL, copied) == 0
 
 
+def test_kernels_of_another_processor_are_told_of(copied, monkeypatch):
+    """A machine of another kind that shares the folder, or an image that was built on one: it compiles again."""
+    (path,) = files(copied)
+    path.rename(path.with_name(path.name.replace(compilation.processor(), "other.12345678")))
+    process = start(POOL, copied)
+    out, error = process.communicate(timeout=200)
+    assert process.returncode == 0
+    assert json.loads(out) > 0
+    assert error.count("were compiled for another type of processor than this one") == 1
+    monkeypatch.setattr(compilation, "cache_folder", lambda: path.parent)
+    assert compilation.kernels_on_disk() == (1, 1)
+
+
+def test_compiling_says_so_once_on_a_terminal_after_some_silence(monkeypatch, capsys):
+    monkeypatch.setattr(compilation, "SILENT_SECONDS", 0.05)
+    for terminal in (False, True):
+        notice = compilation._Notice()
+        monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal, raising=False)
+        for _ in range(3):
+            with notice.compiling():
+                threading.Event().wait(0.04 if not terminal else 0.2)
+        assert capsys.readouterr().err.count("compiling kernels") == terminal
+
+
 def test_code_with_addresses_of_this_process_is_not_kept(tmp_path):
-    cached = compilation._KernelCache(test_code_with_addresses_of_this_process_is_not_kept, tmp_path)
+    cached = compilation._KernelCache("run", "", tmp_path)
     cached.save_overload("signature", SimpleNamespace(library=SimpleNamespace(has_dynamic_globals=True)))
     assert list(tmp_path.iterdir()) == []

@@ -1,12 +1,10 @@
 """Packed weights: every column is where the kernels look for it."""
 
-from contextlib import nullcontext
-
 import numpy as np
 import pytest
 
-from fastclstm.engines.cpu import packing
-from fastclstm.engines.cpu.kernels import kernel_transform, simd, winograd
+from fastclstm.engines.cpu import packing, threads, transforms
+from fastclstm.engines.cpu.kernels import simd, winograd
 
 
 def unpack(columns, P, K, gates, F, paired):
@@ -66,8 +64,7 @@ def test_round_trip(dtype, gates):
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_transformed_kernels(dtype, gates, m, k, monkeypatch):
     """Of two inputs side by side, as they are or flipped and transposed; whatever the number of workers."""
-    monkeypatch.setattr(kernel_transform.threads, "team", lambda count: nullcontext())
-    monkeypatch.setattr(kernel_transform, "PARALLEL_SCALARS", 1)
+    monkeypatch.setattr(transforms, "PARALLEL_SCALARS", 1)
     G = winograd.transforms(m, k).G
     for F in sizes(dtype):
         rng = np.random.default_rng(F)
@@ -78,9 +75,9 @@ def test_transformed_kernels(dtype, gates, m, k, monkeypatch):
         expected = np.einsum("ai,bj,ijcgf->abcgf", G, G, both).reshape(-1, *both.shape[2:])
         packed = []
         for workers in (1, 3):
-            monkeypatch.setattr(kernel_transform.threads, "usable_threads", lambda workers=workers: workers)
+            monkeypatch.setattr(threads, "usable_threads", lambda workers=workers: workers)
             columns = packing.lay_out(len(expected), 8, gates, F, bias, np.dtype(dtype), paired=True)
-            kernel_transform.transform(kernels, scales, G, columns)
+            transforms.transform(kernels, scales, m, columns)
             packed.append(columns)
         np.testing.assert_array_equal(packed[0].weights, packed[1].weights)
         result, _ = unpack(packed[0], *expected.shape, paired=True)

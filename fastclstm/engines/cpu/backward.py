@@ -228,7 +228,7 @@ class _WayBack:
             self._doutput += dy
         peephole = None if saved.peephole is None else np.stack([saved.peephole[gate] for gate in PEEPHOLE_GATES])
         self._gates = GateGradients(
-            gates.kind(spec), gates.cell(spec, saved.peephole), spec.HO * spec.WO, dtype, peephole
+            gates.is_standard(spec), gates.cell(spec, saved.peephole), spec.HO * spec.WO, dtype, peephole
         )
         self._kernels = _kernel_gradients(spec, saved.algorithm, spec.B * spec.T, dtype)
         self._recurrent, self._inputs = (  # at most two sizes of groups each

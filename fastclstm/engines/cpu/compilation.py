@@ -147,18 +147,13 @@ class _KernelCache(NullCache):
         disk_cache.write(self._path(sig, cres.codegen), dumps(cres._reduce()))
 
 
-def kept(py_func: Any = None, variant: str = "", **options: Any) -> Any:
-    """Decorate a function: compiled by Numba without the GIL, its machine code kept on disk between runs."""
-
-    def decorate(py_func: Any) -> Any:
-        dispatcher = numba.njit(nogil=True, error_model="numpy", **options)(py_func)
-        folder = cache_folder()
-        if folder is not None:
-            name = f"{py_func.__module__.rpartition('.')[2]}.{py_func.__qualname__.rpartition('.')[2]}"
-            dispatcher._cache = _KernelCache(name, variant, folder)
-        return dispatcher
-
-    return decorate if py_func is None else decorate(py_func)
+def kept(py_func: Any, name: str, variant: str = "", **options: Any) -> Any:
+    """Have Numba compile a function, without the GIL, and keep its machine code on disk between runs."""
+    dispatcher = numba.njit(nogil=True, error_model="numpy", **options)(py_func)
+    folder = cache_folder()
+    if folder is not None:
+        dispatcher._cache = _KernelCache(name, variant, folder)
+    return dispatcher
 
 
 # ------------------------------------------------------------------------------- what kernels are made of

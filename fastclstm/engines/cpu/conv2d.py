@@ -7,7 +7,7 @@ import numpy as np
 from fastclstm.engines import recurrence
 from fastclstm.engines.cpu import launch, plans
 from fastclstm.engines.cpu.input_gradient import InputGradient
-from fastclstm.engines.cpu.kernels.gates import CELL, STORE
+from fastclstm.engines.cpu.kernels.gates import CELL
 from fastclstm.engines.cpu.kernels.schedule import slots
 from fastclstm.engines.cpu.launch import team_size
 from fastclstm.engines.cpu.weight_gradient import WeightGradient
@@ -25,7 +25,7 @@ def conv2d(
         cell["F"] = spec.F
         team = team_size(spec.flops)
         columns = launch.pack((kernel,), bias, np.ones(1), m)
-        plan = plans.plan((spec,), m, (STORE, 0), len(columns.groups), x.itemsize, team)
+        plan = plans.plan((spec,), m, "store", len(columns.groups), x.itemsize, team)
         trouble = launch.run(plan, columns, cell, spec.B, 1, team, x=slots(x), h=slots(y))
         if m and trouble.any():  # a tile spreads what is not finite beyond its receptive field
             y[trouble] = conv2d(spec.with_batch(trouble.sum()), x[trouble], kernel, bias, algorithm="direct")

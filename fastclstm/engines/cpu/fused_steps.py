@@ -19,8 +19,8 @@ class Steps:
     ):  # fmt: skip
         """Pack the recurrent and the input kernel; remember them where the same ones will come again."""
         self._spec, self._m, self._itemsize, self._peephole = spec, m, kernels[0].itemsize, peephole
-        self._cell, self._kind = gates.cell(spec, peephole), gates.kind(spec)
-        scales = gates.SCALES if self._kind == gates.STANDARD else np.ones(4)
+        self._cell, self._standard = gates.cell(spec, peephole), gates.is_standard(spec)
+        scales = gates.SCALES if self._standard else np.ones(4)
         self._columns = launch.pack(kernels, bias, scales, m, remember=remember)
 
     def run(
@@ -30,9 +30,9 @@ class Steps:
         """Run T steps of B images from the first states on; mask (B, T) in the order of processing, kept: gates."""
         spec = self._spec.with_batch(B)
         team = launch.team_size(spec.flops // spec.T)
-        variant = self._kind, int(kept is not NOTHING and self._kind == gates.STANDARD)
+        finish = "update_any" if not self._standard else "update" if kept is NOTHING else "update_and_keep"
         plan = plans.plan(
-            (spec.recurrent, spec.input), self._m, variant, len(self._columns.groups), self._itemsize, team
+            (spec.recurrent, spec.input), self._m, finish, len(self._columns.groups), self._itemsize, team
         )
         launch.run(plan, self._columns, self._cell, B, T, team, x=x, h=h, h_first=h_first, c=c, c_first=c_first, y=y,
                      y_first=y_first, gates=kept, fresh=fresh, mask=mask, step_flops=spec.flops // spec.T)  # fmt: skip

@@ -10,7 +10,7 @@ import numpy as np
 from fastclstm.engines.cpu import launch, plans, threads
 from fastclstm.engines.cpu.kernels import col2im, simd
 from fastclstm.engines.cpu.kernels.entry import table
-from fastclstm.engines.cpu.kernels.gates import CELL, STORE
+from fastclstm.engines.cpu.kernels.gates import CELL
 from fastclstm.engines.cpu.kernels.padding import SOURCE, source
 from fastclstm.engines.cpu.kernels.schedule import Slots, slots
 from fastclstm.spec import ConvSpec
@@ -35,7 +35,7 @@ class InputGradient:
         self._cell = np.zeros(1, CELL)
         self._cell["F"] = inner.F
         self._columns = launch.pack((kernel,), None, np.ones(1), m, transposed=True, remember=False)
-        self._plan = plans.plan((inner,), m, (STORE, 0), len(self._columns.groups), kernel.itemsize, team)
+        self._plan = plans.plan((inner,), m, "store", len(self._columns.groups), kernel.itemsize, team)
 
     def pull_back(self, dy: Slots, dx: Slots, T: int) -> None:
         """Compute T steps of B images: dx (B, T, H, W, C) of dy (B, T, HO, WO, F)."""

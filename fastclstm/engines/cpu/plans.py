@@ -53,13 +53,11 @@ def cost(specs: tuple[ConvSpec, ...], m: int, itemsize: int) -> float:
     return winograd_cost(specs, m, images, itemsize) if m else direct_cost(specs, images, itemsize)
 
 
-def plan(
-    specs: tuple[ConvSpec, ...], m: int, variant: tuple[int, ...], groups: int, itemsize: int, threads: int
-) -> Plan:
+def plan(specs: tuple[ConvSpec, ...], m: int, finish: str, groups: int, itemsize: int, threads: int) -> Plan:
     """Plan the sum of convolutions, with Winograd tiles of m×m or directly (m = 0), for up to so many threads."""
     if m:
-        return winograd_plan(specs, m, variant, groups, itemsize, threads)
-    return direct_plan(specs, variant, groups, itemsize, threads)
+        return winograd_plan(specs, m, finish, groups, itemsize, threads)
+    return direct_plan(specs, finish, groups, itemsize, threads)
 
 
 # ---------------------------------------------------------------------------------------------------- what it costs
@@ -97,9 +95,7 @@ def winograd_cost(specs: tuple[ConvSpec, ...], m: int, images: int, itemsize: in
 
 
 @lru_cache(maxsize=256)
-def direct_plan(
-    specs: tuple[ConvSpec, ...], variant: tuple[int, ...], groups: int, itemsize: int, threads: int
-) -> Plan:
+def direct_plan(specs: tuple[ConvSpec, ...], finish: str, groups: int, itemsize: int, threads: int) -> Plan:
     """Plan the sum of the convolutions `specs` (same output grid, own inputs) for a number of groups and threads."""
     B, HO, WO = specs[0].B, specs[0].HO, specs[0].WO
     width = -(-WO // -(-WO // 96))
@@ -127,7 +123,7 @@ def direct_plan(
         reach = blocks_y
     neighbours = np.stack([np.maximum(rows_of_blocks - reach, 0), np.minimum(rows_of_blocks + reach + 1, blocks_y)], 1)
     tables = table(work, sources, neighbours * blocks_x, panels, passes, segments)
-    return Plan(direct.run, variant, work, tables, pixels + 3 * indices, B, blocks_x * blocks_y, parts)
+    return Plan(direct.RUN[finish], (), work, tables, pixels + 3 * indices, B, blocks_x * blocks_y, parts)
 
 
 def _aligned(size: int) -> int:
@@ -185,9 +181,7 @@ def points(m: int, k: int) -> int:
 
 
 @lru_cache(maxsize=256)
-def winograd_plan(
-    specs: tuple[ConvSpec, ...], m: int, variant: tuple[int, ...], groups: int, itemsize: int, threads: int
-) -> Plan:
+def winograd_plan(specs: tuple[ConvSpec, ...], m: int, finish: str, groups: int, itemsize: int, threads: int) -> Plan:
     """Plan the sum of the convolutions `specs` (same output grid, own inputs) in tiles of m×m outputs."""
     B, HO, WO, k = specs[0].B, specs[0].HO, specs[0].WO, specs[0].KH
     lanes = simd.lanes(itemsize)
@@ -218,7 +212,7 @@ def winograd_plan(
     work[0] = (HO, WO, tiles_x, tiles, unit_tiles, block_tiles, chunk, *places[:5])
     neighbours = _neighbours_of_tiles(specs[0], m, tiles_x, tiles, unit_tiles, block_tiles)
     tables = table(work, sources, neighbours, np.array(channels, np.int64))
-    return Plan(winograd.run, (m, k, *variant), work, tables, int(places[5]), units, len(neighbours),
+    return Plan(winograd.RUN[finish], (m, k), work, tables, int(places[5]), units, len(neighbours),
                 parts)  # fmt: skip
 
 

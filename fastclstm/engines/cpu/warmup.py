@@ -23,11 +23,7 @@ from fastclstm.spec import ConvLSTMSpec, ConvSpec, PoolSpec
 
 DTYPES = ("float32", "float64")
 
-_FORWARD = {
-    "convolution": (gates.STORE, 0),
-    "ConvLSTM": (gates.STANDARD, 0),
-    "ConvLSTM of any kind": (gates.GENERAL, 0),
-}
+_FORWARD = {"convolution": "store", "ConvLSTM": "update", "ConvLSTM of any kind": "update_any"}
 _ALGORITHMS = ((0, 3), *((m, k) for k in plans.SIZES for m in plans.TILES))
 """Winograd's m and k; m = 0: direct, of any size."""
 
@@ -64,8 +60,8 @@ def _compile_one(dtypes: tuple[str, ...], forward_only: bool, index: int) -> str
 def _forward(dtype: str) -> Iterator[tuple[str, Callable[[], Any]]]:
     for m, k in _ALGORITHMS:
         how = f"Winograd F({m}×{m}, {k}×{k})" if m else "direct"
-        for name, variant in _FORWARD.items():
-            yield f"{name}, {how}", partial(_compile_sequence, dtype, m, k, variant)
+        for name, finish in _FORWARD.items():
+            yield f"{name}, {how}", partial(_compile_sequence, dtype, m, k, finish)
     yield (
         "transform of kernels",
         partial(launch.pack, (np.ones((3, 3, 1, 1), dtype),), None, np.ones(1), 2, remember=False),
@@ -79,7 +75,7 @@ def _forward(dtype: str) -> Iterator[tuple[str, Callable[[], Any]]]:
 def _backward(dtype: str) -> Iterator[tuple[str, Callable[[], Any]]]:
     for m, k in _ALGORITHMS:
         how = f"Winograd F({m}×{m}, {k}×{k})" if m else "direct"
-        yield f"ConvLSTM in training, {how}", partial(_compile_sequence, dtype, m, k, (gates.STANDARD, 1))
+        yield f"ConvLSTM in training, {how}", partial(_compile_sequence, dtype, m, k, "update_and_keep")
         yield f"gradient of kernels, {how}", partial(_train, dtype, m, k, None)
     yield "gradient of gates of any kind", partial(_train, dtype, 0, 3, 1.0)
     image = np.ones((1, 3, 3, 1), dtype)
@@ -92,10 +88,10 @@ def _backward(dtype: str) -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "gradient of overlapping pooling", partial(max_pool3d_backward, overlapping, indices, volume)
 
 
-def _compile_sequence(dtype: str, m: int, k: int, variant: tuple[int, int]) -> None:
+def _compile_sequence(dtype: str, m: int, k: int, finish: str) -> None:
     spec = ConvSpec.infer((1, 8, 8, 1), (k, k, 1, 1))
     columns = packing.lay_out(1, 1, 1, 1, None, np.dtype(dtype))
-    plan = plans.plan((spec,), m, variant, 1, np.dtype(dtype).itemsize, 1)
+    plan = plans.plan((spec,), m, finish, 1, np.dtype(dtype).itemsize, 1)
     tables = launch.NO_FLOWS, plan.tables, columns.tables, table(np.zeros(1, gates.CELL)), launch.NO_MASK
     plan.kernel.function(plan.variant, tables)
 

@@ -13,7 +13,7 @@ from numba.extending import intrinsic
 from fastclstm.engines.cpu.compilation import inline
 from fastclstm.engines.cpu.kernels import simd
 from fastclstm.engines.cpu.kernels.entry import kernel
-from fastclstm.engines.cpu.kernels.gates import finish, skip_step
+from fastclstm.engines.cpu.kernels.gates import FINISHES, skip_step
 from fastclstm.engines.cpu.kernels.padding import copy_patch
 from fastclstm.engines.cpu.kernels.schedule import (
     first_piece,
@@ -110,9 +110,8 @@ def _reads_in_place(src):
 
 @inline
 def _run_block(
-    kind, keeps, flow, work, sources, groups, panels, passes, segments, weights, bias, cell, mask, scratch, b, t, block,
-    part,
-):  # fmt: skip
+    finish, flow, work, sources, groups, panels, passes, segments, weights, bias, cell, mask, scratch, b, t, block, part
+):
     """Compute one block of image b at step t, for a part of the groups."""
     like = weights
     group0, group1 = len(groups) * part // flow.parts, len(groups) * (part + 1) // flow.parts
@@ -176,26 +175,28 @@ def _run_block(
                     _tile(vectors, begin, 0 if n == first_pass else columns, sums, base, offsets, segment, passes[n, 1],
                           passes[n, 2], panel_weights)  # fmt: skip
                 if p == last_panel:
-                    finish(
-                        kind, keeps, like, flow, cell, group, sums, simd.shift(pixels, r), min(rows, count - r), b, t
-                    )
+                    finish(like, flow, cell, group, sums, simd.shift(pixels, r), min(rows, count - r), b, t)
 
 
-@kernel
-def run(
-    kind, keeps, job, worker, flows, works, sources, neighbours, panels, passes, segments, groups, weights, bias, cells,
-    mask,
-):  # fmt: skip
-    """Compute a piece of a sequence, and what `gates.finish` makes of it."""
-    flow = flows[0]
-    scratch = worker_scratch(flow, worker)
-    unit, piece, helped = first_piece()
-    while True:
-        unit, piece, helped = next_piece(flow, job, unit, piece, helped)
-        if unit < 0:
-            break
-        t, block, part = place(flow, piece)
-        wait_for_neighbours(flow, job, sources, neighbours, unit, block, t)
-        _run_block(kind, keeps, flow, works[0], sources, groups, panels, passes, segments, weights, bias, cells[0], mask,
-                   scratch, unit, t, block, part)  # fmt: skip
-        piece_done(flow, job, sources, unit, block)
+def _run(finish):
+    def run(
+        job, worker, flows, works, sources, neighbours, panels, passes, segments, groups, weights, bias, cells, mask
+    ):
+        flow = flows[0]
+        scratch = worker_scratch(flow, worker)
+        unit, piece, helped = first_piece()
+        while True:
+            unit, piece, helped = next_piece(flow, job, unit, piece, helped)
+            if unit < 0:
+                break
+            t, block, part = place(flow, piece)
+            wait_for_neighbours(flow, job, sources, neighbours, unit, block, t)
+            _run_block(finish, flow, works[0], sources, groups, panels, passes, segments, weights, bias, cells[0], mask,
+                       scratch, unit, t, block, part)  # fmt: skip
+            piece_done(flow, job, sources, unit, block)
+
+    return run
+
+
+RUN = {name: kernel(_run(finish), f"direct.{name}") for name, finish in FINISHES.items()}
+"""Compute a piece of a sequence, by what becomes of the columns."""

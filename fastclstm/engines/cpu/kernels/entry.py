@@ -2,8 +2,8 @@
 
 A kernel is compiled once for each type of scalars and each variant: numbers that it knows when it is compiled (of
 Winograd the sizes m and k, say), so that nothing is compiled that a call does not run. One machine code serves one
-thread and many: it is a C function of a job, which tells addresses and shapes of the arrays, and of the worker that runs
-it; it is called directly, or by each thread of the parallel region of `kernels.team`.
+thread and many: it is a C function of a job, which tells addresses and shapes of the arrays, and of the worker that
+runs it; it is called directly, or by each thread of the parallel region of `kernels.team`.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ PROTOTYPE = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64)
 class Kernel:
     """A function of (*variant, job, worker, *arrays), compiled for each variant and kinds of arrays when first run."""
 
-    def __init__(self, py_func: Any):
-        self.py_func = py_func
+    def __init__(self, py_func: Any, name: str):
+        self.name = name
         self._function = inline(py_func)
         self._compiled: dict[Any, tuple[int, Any]] = {}
 
@@ -62,9 +62,8 @@ class Kernel:
     def _compile(self, variant: tuple[int, ...], arrays: Sequence[np.ndarray]) -> tuple[int, Any]:
         kinds = [types.Array(numpy_support.from_dtype(array.dtype), array.ndim, "C") for array in arrays]
         entry = _entry(self._function, _arguments(variant, kinds))
-        entry.__module__, entry.__qualname__ = self.py_func.__module__, self.py_func.__qualname__
-        name = repr((variant, [(array.dtype.descr, array.ndim) for array in arrays]))
-        dispatcher = kept(entry, name, no_cpython_wrapper=True, pipeline_class=KernelCompiler)
+        told = repr((variant, [(array.dtype.descr, array.ndim) for array in arrays]))
+        dispatcher = kept(entry, self.name, told, no_cpython_wrapper=True, pipeline_class=KernelCompiler)
         with notice.compiling():
             dispatcher.compile((types.int64, types.int64))
         (result,) = dispatcher.overloads.values()
@@ -72,9 +71,9 @@ class Kernel:
         return address, PROTOTYPE(address)
 
 
-def kernel(py_func: Any) -> Kernel:
-    """Decorate a kernel."""
-    return Kernel(py_func)
+def kernel(py_func: Any, name: str | None = None) -> Kernel:
+    """Decorate a kernel; the name is for its file."""
+    return Kernel(py_func, name or f"{py_func.__module__.rpartition('.')[2]}.{py_func.__name__}")
 
 
 def _entry(function: Any, arguments: Any) -> Any:

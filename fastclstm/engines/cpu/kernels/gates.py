@@ -23,10 +23,6 @@ CELL = np.dtype([
     ("clip", np.float64),
 ])  # fmt: skip
 
-STORE, STANDARD, GENERAL = 0, 1, 2
-"""What becomes of the columns, as kernels know when they are compiled: stored; gates with tanh, sigmoid, tanh and nothing
-else, whose weights carry `SCALES`; gates with any activations, peepholes and clipping."""
-
 SCALES = -vmath.LOG2E * np.array([1.0, 1.0, 2.0, 1.0])
 """Factors of the weights of i, f, g, o that let the standard gates be powers of two."""
 
@@ -56,10 +52,9 @@ def cell(spec: ConvLSTMSpec, peephole: dict[str, np.ndarray] | None) -> np.ndarr
     return cells
 
 
-def kind(spec: ConvLSTMSpec) -> int:
-    """`STANDARD` or `GENERAL`."""
-    plain = spec.peephole is None and spec.cell_clip is None
-    return STANDARD if activation_codes(spec) == (1, 0, 0) and plain else GENERAL
+def is_standard(spec: ConvLSTMSpec) -> bool:
+    """Whether the cell has tanh, sigmoid, tanh and nothing else: then the weights carry `SCALES`."""
+    return activation_codes(spec) == (1, 0, 0) and spec.peephole is None and spec.cell_clip is None
 
 
 @inline
@@ -90,16 +85,17 @@ def _keep(like, address, F, index, count, i, f, g, o):
 
 
 @inline
-def _standard_gates(like, keeps, kept, F, index, count, z_i, z_f, z_g, z_o, c):
-    """New c and h from pre-activations that carry SCALES; keeps: the gates go to the address `kept`.
+def _standard(like, cell, kept, kept_index, index, count, z_i, z_f, z_g, z_o, c):
+    """New c and h from pre-activations that carry SCALES.
 
     With E = 2**z: c' = [c(1+Ei)(1+Eg) + (1-Eg)(1+Ef)] / [(1+Ei)(1+Eg)(1+Ef)] and h = (1-Ec) / [(1+Eo)(1+Ec)].
     """
     e_i, e_f, e_g, e_o = vmath.exp2_gate(z_i), vmath.exp2_gate(z_f), vmath.exp2_gate(z_g), vmath.exp2_gate(z_o)
-    if keeps == 1:
-        one = simd.broadcast(c, 1.0)
-        g = (1.0 - e_g) / (1.0 + e_g)
-        _keep(like, kept, F, index, count, one / (1.0 + e_i), one / (1.0 + e_f), g, one / (1.0 + e_o))
+    return _states(e_i, e_f, e_g, e_o, c)
+
+
+@inline
+def _states(e_i, e_f, e_g, e_o, c):
     a = (1.0 + e_i) * (1.0 + e_g)
     b = 1.0 + e_f
     c = simd.fma(c, a, (1.0 - e_g) * b) / (a * b)
@@ -108,12 +104,22 @@ def _standard_gates(like, keeps, kept, F, index, count, z_i, z_f, z_g, z_o, c):
 
 
 @inline
+def _standard_keeping(like, cell, kept, kept_index, index, count, z_i, z_f, z_g, z_o, c):
+    """The same; the gates go to the address `kept`."""
+    e_i, e_f, e_g, e_o = vmath.exp2_gate(z_i), vmath.exp2_gate(z_f), vmath.exp2_gate(z_g), vmath.exp2_gate(z_o)
+    one = simd.broadcast(c, 1.0)
+    g = (1.0 - e_g) / (1.0 + e_g)
+    _keep(like, kept, cell.F, kept_index, count, one / (1.0 + e_i), one / (1.0 + e_f), g, one / (1.0 + e_o))
+    return _states(e_i, e_f, e_g, e_o, c)
+
+
+@inline
 def _peep(like, address, index, c, count):
     return take(simd.shift(simd.at(like, address), index), count) * c
 
 
 @inline
-def _general_gates(like, cell, kept, kept_index, index, count, z_i, z_f, z_g, z_o, c):
+def _general(like, cell, kept, kept_index, index, count, z_i, z_f, z_g, z_o, c):
     """New c and h with any activations, peepholes and clipping; `index` finds this pixel's peephole weights.
 
     The gates go to the address `kept` unless it is 0.
@@ -135,19 +141,11 @@ def _general_gates(like, cell, kept, kept_index, index, count, z_i, z_f, z_g, z_
 
 
 @inline
-def finish(kind, keeps, like, flow, cell, group, z, pixels, count, b, t):
-    """Use up the z of `count` pixels; `pixels[r]` is the index of the r-th on the output's grid, negative: skip it.
+def store(like, flow, cell, group, z, pixels, count, b, t):
+    """Store the z of `count` pixels; `pixels[r]` is the index of the r-th on the output's grid, negative: skip it.
 
     group is (weights, vectors, width, first filter, filters); b and t say which image's states at which step.
     """
-    if kind == STORE:
-        _store(like, flow, cell, group, z, pixels, count, b, t)
-    else:
-        _update(kind, keeps, like, flow, cell, group, z, pixels, count, b, t)
-
-
-@inline
-def _store(like, flow, cell, group, z, pixels, count, b, t):
     step = simd.vector_lanes(z)
     first, filters, columns = group[3], group[4], group[1] * step
     zero = simd.zeros(z)
@@ -165,7 +163,8 @@ def _store(like, flow, cell, group, z, pixels, count, b, t):
 
 
 @inline
-def _update(kind, keeps, like, flow, cell, group, z, pixels, count, b, t):
+def _update(gates_of, like, flow, cell, group, z, pixels, count, b, t):
+    """Make new states of the z of `count` pixels, as `store`; gates_of: one of the three functions above."""
     h_new, y, gates = h_after(flow, b, t), y_at(flow, b, t), gates_at(flow, b, t)
     c_old, c_new = c_before(flow, b, t), c_after(flow, b, t)
     width, first, filters = group[2], group[3], group[4]
@@ -179,16 +178,34 @@ def _update(kind, keeps, like, flow, cell, group, z, pixels, count, b, t):
         c = take(simd.shift(simd.at(like, c_old), index), filters)
         z_i, z_f = simd.load(z_r), simd.load(simd.shift(z_r, width))
         z_g, z_o = simd.load(simd.shift(z_r, 2 * width)), simd.load(simd.shift(z_r, 3 * width))
-        kept_index = 4 * pixel * cell.F + first
-        if kind == STANDARD:
-            c, h = _standard_gates(like, keeps, gates, cell.F, kept_index, filters, z_i, z_f, z_g, z_o, c)
-        else:
-            weights = pixel * cell.peephole_pixel + first
-            c, h = _general_gates(like, cell, gates, kept_index, weights, filters, z_i, z_f, z_g, z_o, c)
+        kept_index, weights = 4 * pixel * cell.F + first, pixel * cell.peephole_pixel + first
+        c, h = gates_of(like, cell, gates, kept_index, weights, filters, z_i, z_f, z_g, z_o, c)
         put(simd.shift(simd.at(like, c_new), index), c, filters)
         put(simd.shift(simd.at(like, h_new), index), h, filters)
         if y != 0:
             put(simd.shift(simd.at(like, y), index), h, filters)
+
+
+@inline
+def update(like, flow, cell, group, z, pixels, count, b, t):
+    """Make new states, with tanh, sigmoid, tanh and nothing else."""
+    _update(_standard, like, flow, cell, group, z, pixels, count, b, t)
+
+
+@inline
+def update_and_keep(like, flow, cell, group, z, pixels, count, b, t):
+    """The same, and the gates are kept."""
+    _update(_standard_keeping, like, flow, cell, group, z, pixels, count, b, t)
+
+
+@inline
+def update_any(like, flow, cell, group, z, pixels, count, b, t):
+    """Make new states with any activations, peepholes and clipping; the gates are kept where there is memory."""
+    _update(_general, like, flow, cell, group, z, pixels, count, b, t)
+
+
+FINISHES = {"store": store, "update": update, "update_and_keep": update_and_keep, "update_any": update_any}
+"""What may become of the columns, each a kernel of its own."""
 
 
 @inline

@@ -7,7 +7,7 @@ import numpy as np
 from fastclstm.engines.cpu.compilation import inline
 from fastclstm.engines.cpu.kernels import simd, vmath
 from fastclstm.engines.cpu.kernels.entry import kernel
-from fastclstm.engines.cpu.kernels.gates import STANDARD, put, take
+from fastclstm.engines.cpu.kernels.gates import put, take
 from fastclstm.engines.cpu.kernels.padding import clear_run
 from fastclstm.engines.cpu.kernels.team import grain, next_item
 
@@ -43,15 +43,18 @@ def _tanh(x):
 
 
 @inline
-def _output(kind, cell, c):
+def _standard_output(cell, c):
     """What the output gate multiplies."""
-    if kind == STANDARD:
-        return _tanh(c)
+    return _tanh(c)
+
+
+@inline
+def _any_output(cell, c):
     return vmath.activate(cell.output_activation, c)
 
 
 @inline
-def _standard(i, f, g, o, c, dh, dc):
+def _standard(like, step, cell, sums, pixel, k, count, i, f, g, o, c, dh, dc):
     """The dz of i, f, g, o and the dc of the step before, with tanh, sigmoid, tanh and nothing else."""
     y = _tanh(simd.fma(f, c, i * g))
     dz_o = dh * y * (o * (1.0 - o))
@@ -90,7 +93,7 @@ def _general(like, step, cell, sums, pixel, k, count, i, f, g, o, c, dh, dc):
 
 
 @inline
-def _pull_back(kind, like, step, cell, b, pixel, sums):
+def _pull_back(output, derive, like, step, cell, b, pixel, sums):
     """Compute dz and the new dc of one pixel, and the h it began with, and add to the sums of its chunk."""
     F = step.F
     lanes = simd.vector_lanes(sums)
@@ -108,12 +111,9 @@ def _pull_back(kind, like, step, cell, b, pixel, sums):
         dc = take(dc_place, count)
         if step.before != 0:
             o_before = take(_place(like, step.before, step.before_image, b, gate_index + 3 * F), count)
-            y = _output(kind, cell, c)
+            y = output(cell, c)
             put(_place(like, step.h, step.h_image, b, index), o_before * y, count)
-        if kind == STANDARD:
-            dz_i, dz_f, dz_g, dz_o, dc = _standard(i, f, g, o, c, dh, dc)
-        else:
-            dz_i, dz_f, dz_g, dz_o, dc = _general(like, step, cell, sums, pixel, k, count, i, f, g, o, c, dh, dc)
+        dz_i, dz_f, dz_g, dz_o, dc = derive(like, step, cell, sums, pixel, k, count, i, f, g, o, c, dh, dc)
         put(dc_place, dc, count)
         dz, bias = _place(like, step.dz, step.dz_image, b, gate_index), simd.shift(sums, k)
         put(dz, dz_i, count)
@@ -126,22 +126,30 @@ def _pull_back(kind, like, step, cell, b, pixel, sums):
         _add(simd.shift(bias, 3 * F), dz_o, count)
 
 
-@kernel
-def pull_back(kind, job, worker, like, steps, cells, rows):
-    """Pull one step's gradients back through the gates of all pixels."""
-    step = steps[0]
-    chunks = (step.pixels + CHUNK_PIXELS - 1) // CHUNK_PIXELS
-    local = simd.shift(simd.pointer(rows), worker * rows.shape[1])
-    lanes = simd.vector_lanes(local)
-    size = grain(job, chunks)
-    chunk = next_item(job, -1, size)
-    while chunk < chunks:
-        sums = simd.shift(simd.at(like, step.sums), chunk * 7 * step.F)
-        for b in range(step.B):
-            clear_run(local, 7 * step.F)
-            for pixel in range(chunk * CHUNK_PIXELS, min((chunk + 1) * CHUNK_PIXELS, step.pixels)):
-                _pull_back(kind, like, step, cells[0], b, pixel, local)
-            for k in range(0, 7 * step.F, lanes):
-                count = min(lanes, 7 * step.F - k)
-                _add(simd.shift(sums, k), take(simd.shift(local, k), count), count)
-        chunk = next_item(job, chunk, size)
+def _run(output, derive):
+    def run(job, worker, like, steps, cells, rows):
+        step = steps[0]
+        chunks = (step.pixels + CHUNK_PIXELS - 1) // CHUNK_PIXELS
+        local = simd.shift(simd.pointer(rows), worker * rows.shape[1])
+        lanes = simd.vector_lanes(local)
+        size = grain(job, chunks)
+        chunk = next_item(job, -1, size)
+        while chunk < chunks:
+            sums = simd.shift(simd.at(like, step.sums), chunk * 7 * step.F)
+            for b in range(step.B):
+                clear_run(local, 7 * step.F)
+                for pixel in range(chunk * CHUNK_PIXELS, min((chunk + 1) * CHUNK_PIXELS, step.pixels)):
+                    _pull_back(output, derive, like, step, cells[0], b, pixel, local)
+                for k in range(0, 7 * step.F, lanes):
+                    count = min(lanes, 7 * step.F - k)
+                    _add(simd.shift(sums, k), take(simd.shift(local, k), count), count)
+            chunk = next_item(job, chunk, size)
+
+    return run
+
+
+PULL_BACK = {
+    True: kernel(_run(_standard_output, _standard), "gates_backward.standard"),
+    False: kernel(_run(_any_output, _general), "gates_backward.any"),
+}
+"""Pull one step's gradients back through the gates of all pixels, standard ones or any."""

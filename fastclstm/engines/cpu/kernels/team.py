@@ -3,8 +3,8 @@
 A call's job begins with a few counters (`HEADER`), each on a cache line of its own. Workers claim pieces by an atomic
 ticket. As tickets are claimed in order, whatever a piece waits for was claimed before it by a worker that runs, so that
 no number of threads, not even one, can come to a standstill; and a worker that loses its processor to somebody else
-holds up one piece, not its share. Who waits spins for some microseconds and then sleeps: a neighbour gets the processor.
-Every element of a result has one piece that writes it, so no bit depends on the number of threads.
+holds up one piece, not its share. Who waits spins for some microseconds and then sleeps: a neighbour gets the
+processor. Every element of a result has one piece that writes it, so no bit depends on the number of threads.
 
 The last to leave a call is its first worker: threading layers end a parallel region with a barrier that spins, and a
 worker that sleeps until the others are through meets them there.
@@ -116,7 +116,7 @@ def workers_of(job):
 
 @inline
 def claim(job):
-    """The next piece that nobody has: 0, 1, 2, …"""
+    """Take the next piece that nobody has: 0, 1, 2 and so on."""
     return add(job + 8 * TICKET, 1)
 
 
@@ -157,11 +157,43 @@ def leave(job, worker):
             add(job + 8 * LEFT, 1)
 
 
-@kept(parallel=True)
-def run_team(function, job, workers):
-    """Run the kernel at an address on a job: the one parallel region of a call. Numba's own setting is put back."""
-    before = numba.get_num_threads()
-    numba.set_num_threads(workers)
+# Numba's own functions for these two hold an address, which keeps code that calls them from the disk.
+
+
+@intrinsic
+def _get_num_threads(typingctx):
+    """Threads that Numba's parallel regions in this thread use."""
+
+    def codegen(context, builder, sig, args):
+        kind = ir.FunctionType(INT64, [])
+        return builder.call(cgutils.get_or_insert_function(builder.module, kind, "get_num_threads"), [])
+
+    return types.int64(), codegen
+
+
+@intrinsic
+def _set_num_threads(typingctx, count):
+    """Set it; at most as many as Numba has started."""
+
+    def codegen(context, builder, sig, args):
+        kind = ir.FunctionType(ir.VoidType(), [INT64])
+        builder.call(cgutils.get_or_insert_function(builder.module, kind, "set_num_threads"), args)
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
+def _run_team(function, job, workers):
+    """Run the kernel at an address on a job: the one parallel region of a call. Numba's own setting is put back.
+
+    All of that without returning to Python, so that no Ctrl-C comes between.
+    """
+    before = _get_num_threads()
+    _set_num_threads(workers)
     for worker in numba.prange(workers):
         _call(function, job, worker)
-    numba.set_num_threads(before)
+    _set_num_threads(before)
+
+
+run_team = kept(_run_team, "team.run_team", parallel=True)
+"""Run the kernel at an address on a job by so many workers, in one parallel region."""

@@ -18,7 +18,7 @@ from numba.extending import intrinsic
 from fastclstm.engines.cpu.compilation import inline
 from fastclstm.engines.cpu.kernels import simd
 from fastclstm.engines.cpu.kernels.entry import kernel
-from fastclstm.engines.cpu.kernels.gates import finish, skip_step, take
+from fastclstm.engines.cpu.kernels.gates import FINISHES, skip_step, take
 from fastclstm.engines.cpu.kernels.padding import copy_run
 from fastclstm.engines.cpu.kernels.schedule import (
     first_piece,
@@ -327,7 +327,7 @@ def transform_gradient_tile(m, k, src, frame, y0, x0, inputs, block_size, point,
 
 @inline
 def _run_block(
-    m, k, kind, keeps, flow, work, sources, groups, channels, weights, bias, cell, mask, scratch, unit, t, block, part
+    m, k, finish, flow, work, sources, groups, channels, weights, bias, cell, mask, scratch, unit, t, block, part
 ):
     """Compute one block of tiles of a unit at step t, for a part of the groups."""
     like = weights
@@ -396,23 +396,26 @@ def _run_block(
                 tile_products = simd.shift(products, n * tile_size + v * points * step)
                 vector_bias, target = simd.shift(group_bias, v * step), simd.shift(z, v * step)
                 transform_output(m, k, tile_products, vector_bias, target, vectors * step)
-            finish(kind, keeps, like, flow, cell, group, z, tile_pixels, side, b, t)
+            finish(like, flow, cell, group, z, tile_pixels, side, b, t)
 
 
-@kernel
-def run(
-    m, k, kind, keeps, job, worker, flows, works, sources, neighbours, channels, groups, weights, bias, cells, mask
-):
-    """Compute a piece of a sequence: F(m×m, k×k), and what `gates.finish` makes of it."""
-    flow = flows[0]
-    scratch = worker_scratch(flow, worker)
-    unit, piece, helped = first_piece()
-    while True:
-        unit, piece, helped = next_piece(flow, job, unit, piece, helped)
-        if unit < 0:
-            break
-        t, block, part = place(flow, piece)
-        wait_for_neighbours(flow, job, sources, neighbours, unit, block, t)
-        _run_block(m, k, kind, keeps, flow, works[0], sources, groups, channels, weights, bias, cells[0], mask, scratch,
-                   unit, t, block, part)  # fmt: skip
-        piece_done(flow, job, sources, unit, block)
+def _run(finish):
+    def run(m, k, job, worker, flows, works, sources, neighbours, channels, groups, weights, bias, cells, mask):
+        flow = flows[0]
+        scratch = worker_scratch(flow, worker)
+        unit, piece, helped = first_piece()
+        while True:
+            unit, piece, helped = next_piece(flow, job, unit, piece, helped)
+            if unit < 0:
+                break
+            t, block, part = place(flow, piece)
+            wait_for_neighbours(flow, job, sources, neighbours, unit, block, t)
+            _run_block(m, k, finish, flow, works[0], sources, groups, channels, weights, bias, cells[0], mask, scratch,
+                       unit, t, block, part)  # fmt: skip
+            piece_done(flow, job, sources, unit, block)
+
+    return run
+
+
+RUN = {name: kernel(_run(finish), f"winograd.{name}") for name, finish in FINISHES.items()}
+"""Compute a piece of a sequence with F(m×m, k×k), by what becomes of the columns."""
