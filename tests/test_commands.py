@@ -598,6 +598,7 @@ def test_demo_names_what_is_missing(monkeypatch, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_warmup():
     result = fastclstm_cli("warmup", "--dtype", "float32")
     assert result.exit_code == 0, result.output

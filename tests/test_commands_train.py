@@ -128,6 +128,7 @@ def assert_last_line(result, *words):
         assert word in result.stderr
 
 
+@pytest.mark.slow
 def test_killed_and_called_again_it_gives_the_same(job):
     arguments = [
         "train",
