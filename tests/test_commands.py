@@ -308,6 +308,11 @@ def save_two_outputs(job):
     ConvLSTM2D(3, 2, 3, bidirectional=True, merge_mode=None).save(job.weights)
 
 
+def save_npz(job):
+    job.frames = job.folder / "x.npz"
+    np.savez(job.frames, x=job.x)
+
+
 def save_checkpoint(job):
     dense = Sequential([Dense(1, 1)])
     dense.fit(np.zeros((2, 1)), np.zeros((2, 1)), checkpoint=job.weights)
@@ -343,7 +348,8 @@ USER_ERRORS = {
                            ["holds a Sequential; --state-in"]),
     "a network's axes": (lambda job: Sequential([ConvLSTM2D(3, 4, 3, time_major=True)]).save(job.weights), [],
                          ["time_major"]),
-    "a checkpoint": (lambda job: save_checkpoint(job), [], ["weights.safetensors is the checkpoint of a training"]),
+    "a checkpoint": (save_checkpoint, [], ["weights.safetensors is the checkpoint of a training"]),
+    "a .npz": (save_npz, [], ["it is a .npz; save the array", "x.npz')[NAME]"]),
     "a netCDF": (lambda job: job.frames.write_bytes(b"CDF\1" + bytes(99)), [], ["it is a netCDF file; save the array"]),
     "two outputs": (save_two_outputs, [], ["weights.safetensors has merge_mode=None"]),
     "out is a folder": (block_out, [], ["out.npy", "not a regular file"]),

@@ -17,7 +17,6 @@ _BEGINNINGS = (
     (b"MM\x00*", "a TIFF", "tifffile.imread({path!r})"),
     (b"\x1f\x8b", "compressed by gzip", ""),
     (b"\x80", "a pickle, which is not read as it may run code", ""),
-    (b"PK\x03\x04", "an archive, as .npz is", "np.load({path!r})[NAME]"),
 )
 """First bytes, what they stand for, and what makes an array of such a file."""
 
@@ -39,7 +38,8 @@ def open_array(op: str, path: Path) -> np.ndarray:
     try:
         return np.lib.format.open_memmap(path, mode="r")
     except (OverflowError, ValueError) as error:
-        raise ValueError(f"{op}: {path} cannot be read as a .npy array of numbers: {what_is(path) or error}") from error
+        told = what_is(path) or (_told(path, "a .npz", "np.load({path!r})[NAME]") if path.suffix == ".npz" else error)
+        raise ValueError(f"{op}: {path} cannot be read as a .npy array of numbers: {told}") from error
 
 
 def open_sequences(op: str, path: Path, lstm: ConvLSTM2D) -> tuple[np.ndarray, bool]:
@@ -56,7 +56,7 @@ def open_sequences(op: str, path: Path, lstm: ConvLSTM2D) -> tuple[np.ndarray, b
 
 
 def what_is(path: Path) -> str:
-    """Return a sentence on what a file is and how it becomes an array, or nothing where that is not known."""
+    """Return what a file is, other than .npy and .npz, and how it becomes an array; nothing where that is not known."""
     with path.open("rb") as file:
         first = file.read(12)
     if first[4:8] == b"ftyp":
