@@ -40,7 +40,7 @@ def load(path: str | os.PathLike[str], **options: Any) -> Layer:
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     Dense(3, 2, seed=0).save(f"{folder}/weights.safetensors")
     ...     load(f"{folder}/weights.safetensors")
-    Dense(in_features=3, units=2)
+    Dense(in_features=3, out_features=2, seed=0)
     """
     arrays, metadata = weights.load(path)
     name = os.fspath(path)
