@@ -80,6 +80,9 @@ def test_a_file_of_one_sequence(job):
     grey = Sequential([ConvLSTM2D(1, 1, 3, seed=0, data_format="channels_first")])
     assert job.run(grey, "--steps", 2).exit_code == 0
     assert np.load(job.out).shape == (2, 1, 6, 5)
+    encoder = EncoderForecaster(1, (2,), 3, seed=0, data_format="channels_first")
+    assert job.run(encoder, "--steps", 2).exit_code == 0
+    np.testing.assert_allclose(np.load(job.out), encoder.forecast(X[:1, :, None, ..., 0], 2)[0], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(

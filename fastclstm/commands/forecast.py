@@ -8,12 +8,11 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from fastclstm.commands.inputs import check_distinct, open_sequences
+from fastclstm.commands.inputs import check_distinct, open_sequences, takes_sequences
 from fastclstm.commands.options import SETTINGS, Engine, Quiet, Threads, Weights, set_threads, use_engine
 from fastclstm.io.files import replacing
 from fastclstm.io.progress import progress_bar
 from fastclstm.layers import ConvLSTM2D, Layer
-from fastclstm.layers.container import parts
 from fastclstm.models import EncoderForecaster, load
 
 app = typer.Typer(**SETTINGS)
@@ -85,11 +84,10 @@ def forecast_file(
     if isinstance(network, ConvLSTM2D):
         network = load(weights, time_major=False, stateful=False, return_state=False)
     use_engine(network, engine)
-    lstm = next((part for part in parts(network) if isinstance(part, ConvLSTM2D)), None)
-    if lstm is None:
+    if not takes_sequences(network):
         raise ValueError(f"forecast: {weights} holds a {type(network).__name__} without a ConvLSTM2D, which foretells "
                          f"no frames")  # fmt: skip
-    x, batched = open_sequences("forecast", source, lstm)
+    x, batched = open_sequences("forecast", source, network)
     made = []
     with replacing(target) as new, progress_bar(total=len(x), unit=" sequence", quiet=quiet or None) as progress:
         for start in range(0, max(len(x), 1), batch):

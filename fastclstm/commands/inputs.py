@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fastclstm.layers import ConvLSTM2D
+from fastclstm.layers import ConvLSTM2D, Layer
+from fastclstm.layers.container import parts
 
 _BEGINNINGS = (
     (b"CDF", "a netCDF file", "xarray.open_dataset({path!r})[NAME].values"),
@@ -42,8 +43,13 @@ def open_array(op: str, path: Path) -> np.ndarray:
         raise ValueError(f"{op}: {path} cannot be read as a .npy array of numbers: {told}") from error
 
 
-def open_sequences(op: str, path: Path, lstm: ConvLSTM2D) -> tuple[np.ndarray, bool]:
-    """Memory-map sequences as (B, T, H, W, C), C before H as `lstm` has it; also tell whether there is a batch axis."""
+def takes_sequences(network: Layer) -> bool:
+    """Whether there is a ConvLSTM2D in a network."""
+    return any(isinstance(part, ConvLSTM2D) for part in parts(network))
+
+
+def open_sequences(op: str, path: Path, network: Layer) -> tuple[np.ndarray, bool]:
+    """Memory-map sequences as (B, T, H, W, C), C where `network` has it; also tell whether there is a batch axis."""
     x = open_array(op, path)
     if x.ndim not in (3, 4, 5):
         raise ValueError(
@@ -51,7 +57,8 @@ def open_sequences(op: str, path: Path, lstm: ConvLSTM2D) -> tuple[np.ndarray, b
             f"time, height, width and channels, after a batch axis"
         )
     if x.ndim == 3:
-        return np.expand_dims(x, -1 if lstm.data_format == "channels_last" else -3)[np.newaxis], False
+        formats = (part.data_format for part in parts(network) if hasattr(part, "data_format"))
+        return np.expand_dims(x, -3 if next(formats) == "channels_first" else -1)[np.newaxis], False
     return (x, True) if x.ndim == 5 else (x[np.newaxis], False)
 
 

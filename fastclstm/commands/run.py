@@ -10,12 +10,11 @@ from typing import IO, Annotated, Any
 import numpy as np
 import typer
 
-from fastclstm.commands.inputs import check_distinct, open_array, open_sequences
+from fastclstm.commands.inputs import check_distinct, open_array, open_sequences, takes_sequences
 from fastclstm.commands.options import SETTINGS, Engine, Quiet, Threads, Weights, set_threads, use_engine
 from fastclstm.io.files import replacing
 from fastclstm.io.progress import progress_bar
 from fastclstm.layers import ConvLSTM2D, Layer
-from fastclstm.layers.container import parts
 from fastclstm.models import EncoderForecaster, load
 
 States = list[tuple[Any, Any]]
@@ -108,21 +107,22 @@ def run_file(
     if chunk < 1:
         raise ValueError(f"run: chunk must be at least 1 time step, got {chunk}")
     check_distinct("run", (source, weights, state_source), (target, state_target))
-    network, lstm = _load(weights, engine)
-    if network is not lstm and (state_source or state_target):
+    network = _load(weights, engine)
+    if not isinstance(network, ConvLSTM2D) and (state_source or state_target):
         raise ValueError(f"run: {weights} holds a {type(network).__name__}; --state-in and --state-out are for a "
                          f"ConvLSTM2D by itself")  # fmt: skip
-    x, batched = open_array("run", source), True
-    if lstm is not None:
-        x, batched = open_sequences("run", source, lstm)
+    if takes_sequences(network):
+        x, batched = open_sequences("run", source, network)
+    else:
+        x, batched = open_array("run", source), True
     states = None if state_source is None else _load_states(state_source)
     with ExitStack() as files:
         new_state = files.enter_context(replacing(state_target)) if state_target else None
         new = files.enter_context(replacing(target))
         try:
-            if network is not lstm:
+            if not isinstance(network, ConvLSTM2D):
                 return _in_batches(network, x, new, chunk, batched, quiet)
-            shape, states = _stream(lstm, x, states, new, chunk, batched, quiet)
+            shape, states = _stream(network, x, states, new, chunk, batched, quiet)
             if new_state is not None:
                 with new_state.open("wb") as file:
                     np.savez(file, **{f"{name}{n}": a for n, pair in enumerate(states)
@@ -132,24 +132,23 @@ def run_file(
     return shape
 
 
-def _load(weights: Path, engine: str | None) -> tuple[Layer, ConvLSTM2D | None]:
-    """Return what was saved, to compute with `engine`, and the ConvLSTM2D that it is or that comes first in it."""
+def _load(weights: Path, engine: str | None) -> Layer:
+    """Return what was saved, to compute with `engine`; raise ValueError where that cannot be run."""
     network = load(weights)
     if isinstance(network, ConvLSTM2D):
         options: dict[str, Any] = {"return_state": True, "time_major": False, "stateful": False}
         layer = ConvLSTM2D.load(weights, **options, **({} if engine is None else {"engine": engine}))
         if layer.bidirectional and layer.merge_mode is None:
             raise ValueError(f"run: {weights} has merge_mode=None: two outputs; save the layer with another merge_mode")
-        return layer, layer
+        return layer
     name = type(network).__name__
-    if isinstance(network, EncoderForecaster):
-        raise ValueError(f"run: {weights} holds a {name}, which makes frames that follow; use forecast")
     if why := network._unfit():
+        why = "makes frames that follow; use forecast" if isinstance(network, EncoderForecaster) else why
         raise ValueError(f"run: {weights} holds a {name}, which {why}")
     if remedy := network._several_outputs():
         raise ValueError(f"run: {weights} holds a {name} that returns more than one array; {remedy}")
     use_engine(network, engine)
-    return network, next((part for part in parts(network) if isinstance(part, ConvLSTM2D)), None)
+    return network
 
 
 def _load_states(path: Path) -> States:
