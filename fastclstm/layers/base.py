@@ -225,7 +225,15 @@ class Layer(Described):
         arrays, metadata = weights.load(path)
         name, own = os.fspath(path), class_name(cls)
         if metadata.get("class") != own:
-            raise ValueError(f"{name} holds a {metadata.get('class')}, not a {own}; load it with that class")
+            raise ValueError(f"{name} holds a {metadata.get('class')}, not a {own}; load it with that class, or with "
+                             f"fastclstm.load")  # fmt: skip
+        return cls._restored(name, arrays, metadata, options)
+
+    @classmethod
+    def _restored(
+        cls, name: str, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, Any], options: Mapping[str, Any]
+    ) -> Self:
+        """Return the layer that the contents of the file `name` describe."""
         try:
             with uninitialized():
                 layer: Self = restore(metadata, **options)
