@@ -10,7 +10,12 @@ import numpy as np
 
 import fastclstm
 from fastclstm import dispatch
+from fastclstm.engines import disk_cache
 from fastclstm.engines.cuda import compilation, device, gpu
+
+_NO_CACHE = (
+    f"none: no home folder, or none that can be written; kernels compile anew each time: set {disk_cache.CACHE_VARIABLE}"
+)
 
 
 def facts() -> Iterator[tuple[str, str]]:
@@ -38,7 +43,7 @@ def _cpu() -> Iterator[tuple[str, str]]:
     yield "processor", f"{processor_name()}, {threads.available_processors()} usable here"
     yield "vectors", f"{simd.lanes(4)} float32 or {simd.lanes(8)} float64, {32 * simd.lanes(4)} bits"
     yield "threads", f"{threads.get_num_threads()}, layer {threads.threading_layer()}"
-    yield "kernel cache", str(cpu_compilation.cache_folder() or "none: no folder can be written; kernels compile anew")
+    yield "kernel cache", str(cpu_compilation.cache_folder() or _NO_CACHE)
 
 
 def _cuda() -> str:
