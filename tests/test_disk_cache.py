@@ -40,7 +40,7 @@ def test_folder_is_below_the_one_asked_for(parent, monkeypatch):
     assert folder().is_dir()
     monkeypatch.chdir(parent)
     monkeypatch.setenv(disk_cache.CACHE_VARIABLE, "relative")
-    assert folder().parent == parent / "relative" / "fastclstm"  # which stays where it is when the working folder changes
+    assert folder().parent == parent / "relative" / "fastclstm"  # wherever the process works later
 
 
 def test_user_without_a_home_has_no_folder(monkeypatch, tmp_path):

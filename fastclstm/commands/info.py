@@ -13,9 +13,7 @@ from fastclstm import dispatch
 from fastclstm.engines import disk_cache
 from fastclstm.engines.cuda import compilation, device, gpu
 
-_NO_CACHE = (
-    f"none: no home folder, or none that can be written; kernels compile anew each time: set {disk_cache.CACHE_VARIABLE}"
-)
+_NO_CACHE = f"none: no home, or no folder that can be written; kernels compile anew; set {disk_cache.CACHE_VARIABLE}"
 
 
 def facts() -> Iterator[tuple[str, str]]:
