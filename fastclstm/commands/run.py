@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import zipfile
 from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
+from fastclstm.io import numpy_files
 from fastclstm.io.files import replacing
 from fastclstm.layers import ConvLSTM2D
 
@@ -98,10 +99,7 @@ def _check_distinct(inputs: tuple[Path | None, ...], outputs: tuple[Path | None,
 
 def _open_sequences(path: Path, channel_axis: int) -> tuple[np.ndarray, bool]:
     """Memory-map the sequences as (B, T, H, W, C); also tell whether the file has a batch axis."""
-    try:
-        x = np.lib.format.open_memmap(path, mode="r")
-    except (OverflowError, ValueError) as error:
-        raise ValueError(f"run: {path} cannot be read as a .npy array of numbers: {error}") from error
+    x = numpy_files.read_npy(path)
     if x.ndim not in (3, 4, 5):
         raise ValueError(
             f"run: {path} has shape {x.shape} but must be (T, H, W), (T, H, W, C) or (B, T, H, W, C): "
@@ -114,10 +112,11 @@ def _open_sequences(path: Path, channel_axis: int) -> tuple[np.ndarray, bool]:
 
 def _load_states(path: Path) -> States:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return [(file[f"h{n}"], file[f"c{n}"]) for n in range((len(file.files) + 1) // 2)]
-    except (AttributeError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
+        pairs = [(f"h{n}", f"c{n}") for n in range((len(numpy_files.names(path)) + 1) // 2)]
+        states = numpy_files.read_npz(path, chain.from_iterable(pairs))
+    except ValueError as error:
         raise ValueError(f"run: {path} is not a .npz file of states h0, c0, h1, c1, …: {error}") from error
+    return [(states[h], states[c]) for h, c in pairs]
 
 
 def _stream(
