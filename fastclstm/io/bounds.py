@@ -7,12 +7,13 @@ import os
 import stat
 import zipfile
 from collections.abc import Iterable
+from itertools import chain
 from typing import Any
 
 TIMES = 10
 """How many times its size a file may cost."""
-LEAST = 64 << 20
-"""Bytes that the smallest file may cost."""
+FREE = 16 << 20
+"""Bytes that any file may cost besides."""
 DEEPEST = 100
 """How deep lists and objects of a JSON text may lie in each other."""
 
@@ -37,7 +38,7 @@ class Bounds:
         if not stat.S_ISREG(status.st_mode):
             raise OSError(f"cannot read {self.name}: it is not a regular file; copy it into one")
         self.size = status.st_size
-        self.most = max(TIMES * self.size, LEAST)
+        self.most = TIMES * self.size + FREE
         self.spent = 0
 
     def check(self, what: str, cost: int) -> None:
@@ -54,9 +55,24 @@ class Bounds:
         self.spent += cost
 
     def member(self, archive: zipfile.ZipFile, what: str) -> bytes:
-        """Return a file of an archive, which costs what the archive says it has; KeyError where there is none."""
-        self.spend(what, archive.getinfo(what).file_size)
-        return archive.read(what)
+        """Return a file of an archive, which costs what the archive says it has.
+
+        Raises
+        ------
+        KeyError
+            There is no such file.
+        ValueError
+            It is packed in an unusual way, or not as long as the archive says.
+        """
+        info = archive.getinfo(what)
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise ValueError(f"{what} is compressed by method {info.compress_type}, neither stored nor deflated")
+        self.spend(what, info.file_size)
+        with archive.open(info) as file:
+            content = file.read(info.file_size)  # without the size it would unpack all, whatever the archive says
+        if len(content) != info.file_size:
+            raise ValueError(f"{what} has {len(content):,} bytes, not {info.file_size:,}")
+        return content
 
     def json(self, what: str, text: str | bytes) -> Any:
         """Return what a JSON text says.
@@ -84,15 +100,10 @@ class Bounds:
 def _depth(content: Any) -> int:
     """Return how deep lists and objects lie in each other, as far as it matters."""
     depth, level = 0, [content]
-    while level and depth <= DEEPEST:
-        inner: list[Any] = []
-        for node in level:
-            if isinstance(node, dict):
-                inner.extend(node.values())
-            elif isinstance(node, list):
-                inner.extend(node)
-        depth, level = depth + 1, inner
-    return depth - 1
+    while depth <= DEEPEST and (level := [node for node in level if isinstance(node, dict | list)]):
+        level = list(chain.from_iterable(node.values() if isinstance(node, dict) else node for node in level))
+        depth += 1
+    return depth
 
 
 def shown(names: Iterable[Any], most: int = 6) -> str:
