@@ -88,21 +88,12 @@ def from_keras(
     config, arrays = _read(source)
     if str(config.get("keras_version", "3")).startswith("2"):
         config = _modern(config)
-    layers: list[Layer] = []
-    common = _Common(dtype, engine, custom or {})
-    rank = None
-    for spec in _chain(config):
-        name, class_name = spec["config"].get("name", "?"), spec["class_name"]
-        try:
-            rank = _rank(spec) or rank
-            if class_name == "InputLayer":
-                continue
-            layers.append(_layer(spec, arrays.get(name, []), rank, common))
-            rank = _rank_after(layers[-1], rank)
-        except (KeyError, IndexError, TypeError, ValueError) as error:
-            what = f"it lacks {error}" if isinstance(error, KeyError | IndexError) else error
-            raise ValueError(f"from_keras: layer {name!r} ({class_name}): {what}") from error
-    return Sequential(layers)
+    try:
+        return Sequential(list(_layers(config, arrays, _Common(dtype, engine, custom or {}))))
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        told = error if isinstance(error, ValueError) else f"from_keras: the model's description is damaged: {error!r}"
+        where = f" (in {os.fspath(source)})" if isinstance(source, str | os.PathLike) else ""
+        raise ValueError(f"{told}{where}") from error
 
 
 def load_weights(layer: Layer, path: str | os.PathLike[str]) -> None:
@@ -269,6 +260,22 @@ def _tensors(node: Any) -> Iterator[str]:
 # Layers
 
 
+def _layers(model: Config, arrays: Mapping[str, Arrays], common: _Common) -> Iterator[Layer]:
+    """Yield the layers of a model."""
+    rank = None
+    for spec in _chain(model):
+        name, class_name = spec["config"].get("name", "?"), spec["class_name"]
+        try:
+            rank = _rank(spec) or rank
+            if class_name != "InputLayer":
+                layer = _layer(spec, arrays.get(name, []), rank, common)
+                rank = _rank_after(layer, rank)
+                yield layer
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            what = f"it lacks {error}" if isinstance(error, KeyError | IndexError) else error
+            raise ValueError(f"from_keras: layer {name!r} ({class_name}): {what}") from error
+
+
 class _Common(NamedTuple):
     """What all layers of a model are made with."""
 
@@ -352,7 +359,7 @@ def _layer(spec: Config, arrays: Arrays, rank: int | None, common: _Common) -> L
         except ValueError as error:
             raise ValueError(f"{inner['class_name']} in it: {error}") from error
     if class_name not in _MAKERS or spec.get("registered_name"):
-        raise ValueError(f"not supported; supported are TimeDistributed, {', '.join(list(_MAKERS)[:8])} and what else "
+        raise ValueError(f"not supported; supported are TimeDistributed, {', '.join(list(_MAKERS)[:5])} and what else "
                          f"help(from_keras) names; or give custom={{{class_name!r}: …}}")  # fmt: skip
     cls, options = _MAKERS[class_name](config, arrays, rank)
     fields = cls.__dataclass_fields__

@@ -223,12 +223,14 @@ class _Reader:
             return
         size = math.prod(chunk) * dataset.dtype.itemsize
         self._bounds.check(f"a chunk of {path}", size)
-        places: list[Any] = []
-        dataset.id.chunk_iter(lambda info: places.append(info.chunk_offset))
-        if len(places) != math.prod(-(-n // c) for n, c in zip(dataset.shape, chunk, strict=True)):
+        stored: list[Any] = []
+        dataset.id.chunk_iter(stored.append)
+        if len(stored) != math.prod(-(-n // c) for n, c in zip(dataset.shape, chunk, strict=True)):
             raise ValueError(f"{path} lacks chunks of its shape {dataset.shape}")
-        for place in places if filters else ():
-            skipped, packed = dataset.id.read_direct_chunk(place)
+        for part in stored if filters else ():
+            if part.size > self._bounds.size:
+                raise ValueError(f"a chunk of {path} reaches beyond its end")
+            skipped, packed = dataset.id.read_direct_chunk(part.chunk_offset)
             if skipped or len(zlib.decompressobj().decompress(packed, size + 1)) > size:
                 raise ValueError(f"a chunk of {path} does not unpack to its {size:,} bytes")
 
@@ -280,11 +282,27 @@ def numbered(names: Iterable[str]) -> dict[str, str]:
 
 
 def _longest_text(name: str) -> int:
-    """Return how long a string of no fixed length can be in an HDF5 file: they lie in its global heaps."""
+    """Return how long strings of no fixed length are at most: they lie in the global heaps of an HDF5 file.
+
+    Raises ValueError where a heap is damaged: in some HDF5 would search for ever.
+    """
+    longest = 0
     with open(name, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        ends = [heap.end() + 3 for heap in re.finditer(b"GCOL\x01", data)]
-        sizes = [int.from_bytes(data[end : end + 8], "little") for end in ends]
-        return min(max(sizes, default=0), len(data))
+        for heap in re.finditer(rb"GCOL\x01\0\0\0", data):
+            position, end = (
+                heap.start() + 16,
+                heap.start() + int.from_bytes(data[heap.end() : heap.end() + 8], "little"),
+            )
+            if end > len(data):
+                raise ValueError("a list of texts reaches beyond its end")
+            while position + 16 <= end:
+                index, _, size = struct.unpack_from("<HHxxxxQ", data, position)
+                taken = 16 + -(-size // 8) * 8 if index else size  # the last one is free space, its head included
+                if not 16 <= taken <= end - position:
+                    raise ValueError("a list of texts is damaged")
+                position += taken
+                longest = max(longest, size if index else 0)
+    return longest
 
 
 def _member(group: Any, path: str) -> Any:

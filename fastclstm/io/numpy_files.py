@@ -98,7 +98,10 @@ def _header(file: BinaryIO) -> _Header:
     version = np.lib.format.read_magic(file)
     if version not in _HEADERS:
         raise ValueError(f"version {version} of the format is none of numbers")
-    shape, fortran, dtype = _HEADERS[version](file)
+    try:
+        shape, fortran, dtype = _HEADERS[version](file)
+    except Exception as error:  # NumPy parses a text of Python, which can end in any error
+        raise ValueError("its header cannot be read") from error
     return _Header(shape, "F" if fortran else "C", dtype, file.tell())
 
 
@@ -116,6 +119,5 @@ def _telling(name: str, what: str) -> Iterator[None]:
     except Refused:
         raise
     except (AttributeError, EOFError, LookupError, MemoryError, NotImplementedError, OSError, OverflowError,
-            RuntimeError, SyntaxError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:  # fmt: skip
-        said = str(error) if len(str(error)) < 200 else type(error).__name__
-        raise ValueError(f"{name} {what}: {said}") from error
+            RuntimeError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:  # fmt: skip
+        raise ValueError(f"{name} {what}: {str(error)[:200]}") from error

@@ -344,7 +344,7 @@ def layer_dtype(op: str, dtype: Any) -> str:
     """Return the name of a layer's dtype; raise ValueError unless it is float32 or float64."""
     try:
         name = "None" if dtype is None else np.dtype(dtype).name  # to NumPy None is float64
-    except TypeError:
+    except (TypeError, ValueError, SyntaxError):  # it parses texts
         name = dtype
     choice(op, "dtype", name, DTYPES)
     return name
