@@ -78,8 +78,9 @@ def test_what_a_file_may_cost(tmp_path):
     bounds.spend("half", 500)
     bounds.spend("the rest", TIMES * 1000 + FREE - 500)
     for count in (bounds.check, bounds.spend):
-        with pytest.raises(Refused, match=r"file is refused: with a byte it takes 16,787,217 bytes of memory, but a file "
-                                          r"of 1,000 bytes may take 16,787,216"):  # fmt: skip
+        with pytest.raises(
+            Refused, match=r"file is refused: with a byte it takes 16,787,217 bytes .* may take 16,787,216"
+        ):
             count("a byte", 1)
 
 
