@@ -290,8 +290,9 @@ def test_layers_that_promise_more_than_there_is(tmp_path):
         save_file(arrays, target, {"fastclstm": json.dumps(header) if text is None else text})
         attacks.append((target, word))
 
-    attack("layers", "more parameters than there are arrays", num_layers=100_000_000)
-    attack("layers one by one", "more parameters than there are arrays", num_layers=3, out_channels=[2, 2, 2])
+    attack("layers", "far more parameters than there are arrays", num_layers=100_000_000)
+    attack("one by one", "far more parameters than there are arrays", num_layers=90)
+    attack("one layer", "missing layers.2.bias, layers.2.kernel", num_layers=3)
     attack("channels", "does not fit", in_channels=10**12)
     attack("kernel", "does not fit", kernel_size=[10**9, 10**9])
     attack("infinite", "does not fit", kernel_size=float("inf"))

@@ -120,7 +120,8 @@ def load_weights(layer: Layer, path: str | os.PathLike[str]) -> None:
     slots = [slot for part, prefix in _parts(layer) for slot in _slots(part, prefix)]
     places = [place for place, values in arrays.items() if values]
     fits = len(slots) == len(places)
-    if config is None and any(place.startswith("layers/") for place in places):
+    among_layers = sum(place.startswith("layers/") for place in places) if config is None else 0
+    if among_layers:
         new = keras_files.numbered(places)  # layers without weights count where they stand, but not here
         ordered = keras_files.layer_paths(class_name for class_name, _ in slots)
         fits = fits and set(ordered) == set(new.values())
@@ -128,7 +129,7 @@ def load_weights(layer: Layer, path: str | os.PathLike[str]) -> None:
         places = [old[place] for place in ordered] if fits else places
     if not fits:
         own = shown((class_name for class_name, _ in slots), 20)
-        outside = " (not all among the layers, so it is a subclassed model)" if not _are_layers(places, config) else ""
+        outside = " (not all among the layers: a subclassed model)" if 0 < among_layers < len(places) else ""
         raise ValueError(f"load_weights: {name} holds the weights of {shown(sorted(places), 20)}{outside}, but "
                          f"{type(layer).__name__} has {own}")  # fmt: skip
     parameters: dict[str, np.ndarray] = {}
@@ -144,11 +145,6 @@ def load_weights(layer: Layer, path: str | os.PathLike[str]) -> None:
     _warn_of_activations(name, layer, config, version)
 
 
-def _are_layers(places: Sequence[str], config: Config | None) -> bool:
-    """Whether the arrays of a file are those of a model's layers, all of them or none under their paths."""
-    return config is not None or len({place.startswith("layers/") for place in places}) < 2
-
-
 def _warn_of_activations(name: str, layer: Layer, config: Config | None, version: str) -> None:
     """Warn where the weights of `layer` were trained with another recurrent activation, or may have been."""
     own = [part.recurrent_activation for part, _ in _parts(layer) if isinstance(part, ConvLSTM2D)
@@ -159,14 +155,14 @@ def _warn_of_activations(name: str, layer: Layer, config: Config | None, version
         differ = len(theirs) == len(own) and any(
             a != b and isinstance(a, str) for a, b in zip(theirs, own, strict=True)
         )
-        why = f"its model has recurrent_activation {shown(map(repr, dict.fromkeys(theirs)))}"
+        why = f"its model has recurrent_activation {shown(dict.fromkeys(map(repr, theirs)))}"
     else:
         differ = version.startswith("2") and any(activation != "hard_sigmoid_keras2" for activation in own)
         why = (
             "it is of Keras 2, where recurrent_activation is 'hard_sigmoid_keras2' unless the model was built otherwise"
         )
     if differ:
-        warnings.warn(f"load_weights: {name}: {why}, but the layer has {shown(map(repr, dict.fromkeys(own)))}",
+        warnings.warn(f"load_weights: {name}: {why}, but the layer has {shown(dict.fromkeys(map(repr, own)))}",
                       stacklevel=3)  # fmt: skip
 
 

@@ -11,6 +11,7 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from io import BytesIO
 from typing import Any, NamedTuple
 
@@ -258,9 +259,29 @@ class _Reader:
         if kind is None and count:
             raise ValueError(f"{name} of {node.name} holds {found.dtype}, not text")
         if count:
-            longest = found.dtype.itemsize if kind.length else _longest_text(self._bounds.name)
+            longest = found.dtype.itemsize if kind.length else self._longest_text
             self._bounds.check(f"{name} of {node.name}", count * longest)
         return node.attrs[name]
+
+    @cached_property
+    def _longest_text(self) -> int:
+        """How long strings of no fixed length are at most: they lie in the file's global heaps.
+
+        Raises ValueError where a heap is damaged: in some HDF5 would search for ever.
+        """
+        longest = 0
+        with open(self._bounds.name, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            for heap in re.finditer(rb"GCOL\x01\0\0\0", data):
+                end = heap.start() + int.from_bytes(data[heap.end() : heap.end() + 8], "little")
+                position = heap.end() + 8
+                while position + 16 <= min(end, len(data)):
+                    index, _, size = struct.unpack_from("<HHxxxxQ", data, position)
+                    taken = 16 + -(-size // 8) * 8 if index else size  # the last one is free space, its head included
+                    if not 16 <= taken <= min(end, len(data)) - position:
+                        raise ValueError("a list of texts is damaged")
+                    position += taken
+                    longest = max(longest, size if index else 0)
+        return longest
 
 
 def numbered(names: Iterable[str]) -> dict[str, str]:
@@ -279,30 +300,6 @@ def numbered(names: Iterable[str]) -> dict[str, str]:
         count = counts[stem] = counts.get(stem, -1) + 1
         new[name] = f"{stem}_{count}" if count else stem
     return new
-
-
-def _longest_text(name: str) -> int:
-    """Return how long strings of no fixed length are at most: they lie in the global heaps of an HDF5 file.
-
-    Raises ValueError where a heap is damaged: in some HDF5 would search for ever.
-    """
-    longest = 0
-    with open(name, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        for heap in re.finditer(rb"GCOL\x01\0\0\0", data):
-            position, end = (
-                heap.start() + 16,
-                heap.start() + int.from_bytes(data[heap.end() : heap.end() + 8], "little"),
-            )
-            if end > len(data):
-                raise ValueError("a list of texts reaches beyond its end")
-            while position + 16 <= end:
-                index, _, size = struct.unpack_from("<HHxxxxQ", data, position)
-                taken = 16 + -(-size // 8) * 8 if index else size  # the last one is free space, its head included
-                if not 16 <= taken <= end - position:
-                    raise ValueError("a list of texts is damaged")
-                position += taken
-                longest = max(longest, size if index else 0)
-    return longest
 
 
 def _member(group: Any, path: str) -> Any:
