@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fastclstm.io import numpy_files
 from fastclstm.layers import ConvLSTM2D, Layer
 from fastclstm.layers.container import parts
 
@@ -37,9 +38,11 @@ def check_distinct(op: str, inputs: tuple[Path | None, ...], outputs: tuple[Path
 def open_array(op: str, path: Path) -> np.ndarray:
     """Memory-map the array of a ``.npy`` file."""
     try:
-        return np.lib.format.open_memmap(path, mode="r")
-    except (OverflowError, ValueError) as error:
-        told = what_is(path) or (_told(path, "a .npz", "np.load({path!r})[NAME]") if path.suffix == ".npz" else error)
+        return numpy_files.read_npy(path)
+    except ValueError as error:
+        told = what_is(path) or (_told(path, "a .npz", "np.load({path!r})[NAME]") if path.suffix == ".npz" else "")
+        if not told:
+            raise ValueError(f"{op}: {error}") from error
         raise ValueError(f"{op}: {path} cannot be read as a .npy array of numbers: {told}") from error
 
 

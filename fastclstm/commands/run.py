@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import zipfile
 from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 from typing import IO, Annotated, Any
 
@@ -12,6 +12,7 @@ import typer
 
 from fastclstm.commands.inputs import check_distinct, open_array, open_sequences, takes_sequences
 from fastclstm.commands.options import SETTINGS, Engine, Quiet, Threads, Weights, set_threads, use_engine
+from fastclstm.io import numpy_files
 from fastclstm.io.files import replacing
 from fastclstm.io.progress import progress_bar
 from fastclstm.layers import ConvLSTM2D, Layer
@@ -153,10 +154,11 @@ def _load(weights: Path, engine: str | None) -> Layer:
 
 def _load_states(path: Path) -> States:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return [(file[f"h{n}"], file[f"c{n}"]) for n in range((len(file.files) + 1) // 2)]
-    except (AttributeError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
+        pairs = [(f"h{n}", f"c{n}") for n in range((len(numpy_files.names(path)) + 1) // 2)]
+        states = numpy_files.read_npz(path, chain.from_iterable(pairs))
+    except ValueError as error:
         raise ValueError(f"run: {path} is not a .npz file of states h0, c0, h1, c1, …: {error}") from error
+    return [(states[h], states[c]) for h, c in pairs]
 
 
 def _stream(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,6 +17,8 @@ from fastclstm.commands.forecast import roll_out
 from fastclstm.commands.inputs import what_is
 from fastclstm.commands.options import SETTINGS, Engine, Threads, set_threads
 from fastclstm.datasets import moving_digits
+from fastclstm.io import numpy_files
+from fastclstm.io.bounds import shown
 from fastclstm.io.files import replacing
 from fastclstm.io.progress import say
 from fastclstm.layers import Conv2D, ConvLSTM2D, TimeDistributed
@@ -257,16 +258,13 @@ def read_films(path: Path, steps_in: int, steps_out: int) -> Films:
 def _load(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     """Return x and y of a file as (N, T, H, W, C)."""
     try:
-        with path.open("rb"):  # a missing file, a folder or a forbidden one gives the system's own error
-            pass
-        content = np.load(path, allow_pickle=False)
-        named = (
-            {"x": content} if isinstance(content, np.ndarray) else {n: content[n] for n in ("x", "y") if n in content}
-        )
-    except (EOFError, ValueError, zipfile.BadZipFile) as error:
+        there = numpy_files.names(path)
+        wanted = [name for name in ("x", "y") if name in there]
+        named = numpy_files.read_npz(path, wanted) if there else {"x": numpy_files.read_npy(path)}
+    except ValueError as error:
         raise ValueError(f"train: {path} is no .npy or .npz file of numbers: {what_is(path) or error}") from error
     if "x" not in named:
-        raise ValueError(f"train: {path} has no array x; it has {', '.join(content.files) or 'none'}")
+        raise ValueError(f"train: {path} has no array x; it has {shown(there)}")
     for name, array in named.items():
         if array.dtype.kind not in "fiub":
             raise TypeError(f"train: in {path}, {name} has dtype {array.dtype} but must hold real numbers")
