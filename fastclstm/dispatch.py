@@ -276,4 +276,5 @@ def _exporter(like: Any) -> Callable[[Any], Any]:
         return lambda array: array
     if hasattr(like, "__array_namespace__"):
         return like.__array_namespace__().from_dlpack
-    return sys.modules[type(like).__module__.partition(".")[0]].from_dlpack
+    library = "torch" if _is(like, "torch", "Tensor") else type(like).__module__.partition(".")[0]
+    return sys.modules[library].from_dlpack
