@@ -263,7 +263,7 @@ def test_conv_padding_is_told_in_full():
 )  # fmt: skip
 def test_conv_padding_of_a_reasonable_size(shape, kernel, options):
     spec = conv((1, *shape, 1), (*kernel, 1, 1), **options)
-    assert (spec.H, spec.W) == shape
+    assert shape == (spec.H, spec.W)
 
 
 def test_conv3d_padding_of_time():
