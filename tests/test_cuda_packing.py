@@ -161,11 +161,10 @@ def test_tilings_of_a_weight_gradient():
         assert tiling.shared_bytes <= 99 << 10
 
 
-@needs_compiler
 @pytest.mark.parametrize(("transposed", "gates"), [(False, False), (False, True), (True, False)])
 @pytest.mark.parametrize("kind", [0, 3, 4])
-def test_packed_weights(kind, transposed, gates):
-    device = EmulatedDevice()
+def test_packed_weights(kind, transposed, gates, new_device):
+    device = new_device()
     spec = ConvSpec.infer((1, 4, 4, 3), (2, 2, 3, 20))
     kernel = np.random.default_rng(0).integers(-50, 50, (2, 2, 3, 20)).astype(np.float32)  # bfloat16 holds them
     tiling = product.tilings(kind, 4)[-1]
@@ -192,9 +191,8 @@ def test_packed_weights(kind, transposed, gates):
             assert by_column[k, p] == expected
 
 
-@needs_compiler
-def test_sums_of_columns_keep_their_digits():
-    device = EmulatedDevice()
+def test_sums_of_columns_keep_their_digits(new_device):
+    device = new_device()
     rows = np.random.default_rng(0).random((700, 37)).astype(np.float32) + 1000
     sums = device.get(weight_gradient.column_sums(device.put(rows), 37, rows.dtype))
     np.testing.assert_allclose(sums, rows.astype(np.float64).sum(0), rtol=6e-8)
