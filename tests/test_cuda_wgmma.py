@@ -294,7 +294,7 @@ def test_wgmma_is_for_large_products_on_hopper(monkeypatch):
         assert chosen(hopper, kind, 2 * 64 * 64, 256) == (True, 128)
         assert chosen(hopper, kind, 8 * 64 * 64, 64) == (True, 64)
         assert chosen(hopper, kind, 99 * 128, 64) == (True, 64)
-        assert chosen(hopper, kind, 98 * 128, 64)[0] is False  # less than three quarters of 132
+        assert chosen(hopper, kind, 2 * 64 * 64, 64) == (False, 64)  # 128 blocks of half the size rather than 64
         assert chosen(hopper, kind, 8 * 64 * 64, 160) == (True, 64)  # 192 columns rather than 256
         assert chosen(hopper, kind, 8 * 64 * 64, 32)[0] is False  # half of it in vain
     assert chosen(hopper, 3, 8 * 64 * 64, 256) == (True, 128)
@@ -306,7 +306,8 @@ def test_wgmma_is_for_large_products_on_hopper(monkeypatch):
 
 def test_what_does_not_work_is_not_chosen(monkeypatch):
     monkeypatch.setattr(wgmma, "works", lambda device, tiling: tiling.columns == 64)
-    assert chosen(gpu(90), 4, 8 * 64 * 64, 256) == (True, 64)
+    assert chosen(gpu(90), 4, 8 * 64 * 64, 256) == (False, 128)  # mma.sync's, which fetches less
+    assert chosen(gpu(90), 4, 8 * 64 * 64, 64) == (True, 64)
     monkeypatch.setattr(wgmma, "works", lambda device, tiling: False)
     assert chosen(gpu(90), 4, 8 * 64 * 64, 256) == (False, 128)
 
