@@ -7,7 +7,7 @@ import pytest
 from hypothesis import settings
 
 from fastclstm.engines.cuda import devices
-from fastclstm.engines.cuda.device import Device
+from fastclstm.engines.cuda.product import WARPGROUPS
 
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
@@ -59,7 +59,9 @@ def is_emulated(item):
     """Whether the processor plays a GPU in a test."""
     if cuda_emulator.needs_compiler.mark in item.iter_markers("skipif"):
         return True
-    return devices.missing() is not None and (is_on_cuda(item) or "cuda_device" in item.fixturenames)
+    return devices.missing() is not None and (
+        is_on_cuda(item) or {"cuda_device", "new_device"} & set(item.fixturenames)
+    )
 
 
 def is_on_cuda(item):
@@ -67,16 +69,46 @@ def is_on_cuda(item):
 
 
 @pytest.fixture(scope="session")
-def cuda_device(request):
-    """The GPU, else what runs its kernels on the processor; the test is skipped without a C++ compiler for that."""
+def real_gpu(request):
+    """The GPU of this machine, or None; with --engine=cuda it must be there."""
     missing = devices.missing()
-    if missing is None:
-        return devices.current()
-    if "cuda" in request.config.getoption("--engine"):
+    if missing is not None and "cuda" in request.config.getoption("--engine"):
         pytest.fail(missing)
-    if cuda_emulator.compiler() is None:
-        pytest.skip(f"{missing}; and there is no C++ compiler for the emulator")
-    return type("Emulated", (cuda_emulator.EmulatedDevice, Device), {})()
+    return devices.current() if missing is None else None
+
+
+@pytest.fixture(scope="session")
+def new_device(real_gpu):
+    """Function that returns a small device of an architecture, of which so many blocks run at once.
+
+    It is made of the GPU there is, else what runs its kernels on the processor. The test is skipped where the GPU is
+    older, or there is no C++ compiler for the processor. New memory holds NaN.
+    """
+
+    def make(architecture=80, resident=0):
+        if real_gpu is None:
+            import cuda_emulator
+
+            if cuda_emulator.compiler() is None:
+                pytest.skip("there is no GPU, and no C++ compiler for the emulator")
+            return cuda_emulator.EmulatedDevice(architecture, resident)
+        from poisoned_gpu import PoisonedGPU
+
+        if architecture > real_gpu.architecture or (architecture == WARPGROUPS and real_gpu.architecture != WARPGROUPS):
+            pytest.skip(f"the GPU is sm_{real_gpu.architecture}, not sm_{architecture}")
+        return PoisonedGPU(real_gpu, architecture=architecture, multiprocessors=4, resident=resident)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def cuda_device(real_gpu, new_device):
+    """The GPU there is, its new memory full of NaN, else what runs its kernels on the processor."""
+    if real_gpu is None:
+        return new_device()
+    from poisoned_gpu import PoisonedGPU
+
+    return PoisonedGPU(real_gpu)
 
 
 @pytest.fixture(autouse=True)

@@ -26,12 +26,16 @@ DTYPES = ("float32", "float64")
 
 _promised: ContextVar[list[int] | None] = ContextVar("_promised", default=None)
 """How many parameters may still be made without being drawn; None: they are drawn."""
+_MISSING = 100
 
 
 @contextmanager
-def uninitialized(most: int = sys.maxsize) -> Iterator[None]:
-    """Build layers of at most `most` parameters, which have their shapes but no memory, to be assigned at once."""
-    token = _promised.set([most])
+def uninitialized(arrays: int = sys.maxsize) -> Iterator[None]:
+    """Build layers whose parameters have their shapes but no memory, to be assigned at once.
+
+    There are `arrays` for them. Where some are missing, `set_parameters` names these; far more are not built at all.
+    """
+    token = _promised.set([arrays + _MISSING])
     try:
         yield
     finally:
@@ -42,7 +46,7 @@ def expect_parameters(op: str, count: int) -> None:
     """Raise ValueError where `count` more parameters are not to be, before any is built."""
     left = _promised.get()
     if left is not None and count > left[0]:
-        raise ValueError(f"{op}: the options ask for more parameters than there are arrays")
+        raise ValueError(f"{op}: the options ask for far more parameters than there are arrays")
 
 
 class Parameter:
@@ -351,7 +355,7 @@ def layer_dtype(op: str, dtype: Any) -> str:
     """Return the name of a layer's dtype; raise ValueError unless it is float32 or float64."""
     try:
         name = "None" if dtype is None else np.dtype(dtype).name  # to NumPy None is float64
-    except TypeError:
+    except (TypeError, ValueError, SyntaxError):  # it parses texts
         name = dtype
     choice(op, "dtype", name, DTYPES)
     return name
