@@ -42,6 +42,7 @@ _HOME = {
     "from_keras": "fastclstm.convert.keras",
     "from_torch": "fastclstm.convert.torch",
     "get_num_threads": "fastclstm.engines.cpu.threads",
+    "load": "fastclstm.models",
     "max_pool3d": "fastclstm.functional",
     "set_num_threads": "fastclstm.engines.cpu.threads",
     "to_torch": "fastclstm.convert.torch",
@@ -93,6 +94,7 @@ if TYPE_CHECKING:  # what follows is all that type checkers know, so that they f
     from fastclstm.layers import ZeroPadding2D as ZeroPadding2D
     from fastclstm.models import EncoderForecaster as EncoderForecaster
     from fastclstm.models import Sequential as Sequential
+    from fastclstm.models import load as load
     from fastclstm.training import EarlyStopping as EarlyStopping
 else:
     __getattr__, __dir__ = on_first_use(__name__, _HOME)

@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -92,8 +93,12 @@ def choose(op: str, name: str | None, x: Any) -> tuple[ModuleType, Callable[[str
     check_gpu_engine(op, name)
     from fastclstm.engines.cuda import arrays
 
-    read = arrays.Reader(op, x)
-    return get_engine("cuda"), lambda key, value: read(key, value) if on_gpu(value) else as_numpy(op, key, value)
+    reader = arrays.Reader(op, x)
+
+    def read(key: str, value: Any) -> Any:
+        return reader(key, exportable(op, key, value)) if on_gpu(value) else as_numpy(op, key, value)
+
+    return get_engine("cuda"), read
 
 
 def check_gpu_engine(op: str, name: str | None) -> None:
@@ -119,14 +124,68 @@ def to_view(array: Any) -> Any:
 
 
 def on_gpu(value: Any) -> bool:
-    """Return whether `value` is an array on a GPU: by DLPack, by __cuda_array_interface__ or of the engine cuda."""
+    """Return whether `value` is an array on a GPU: by DLPack, by __cuda_array_interface__ or of the engine cuda.
+
+    Raises TypeError under torch.compile.
+    """
     if isinstance(value, np.ndarray):
         return False
+    _refuse_tracing()
     if of_engine(value):
         return True
     if hasattr(value, "__dlpack_device__"):
-        return int(value.__dlpack_device__()[0]) in _DLPACK_GPU_DEVICES
+        try:
+            return int(value.__dlpack_device__()[0]) in _DLPACK_GPU_DEVICES
+        except (RuntimeError, ValueError):  # a tensor without values, as reading it tells
+            return False
     return hasattr(value, "__cuda_array_interface__")
+
+
+def _refuse_tracing() -> None:
+    """Raise TypeError where torch.compile traces the call; with fullgraph=False it breaks the graph and calls again.
+
+    That call is not traced, and nothing in this package from then on.
+    """
+    compiler = getattr(sys.modules.get("torch"), "compiler", None)
+    if compiler is not None and compiler.is_compiling():
+        raise TypeError("fastclstm computes outside of PyTorch, where torch.compile cannot follow; call it from a "
+                        "function under torch.compiler.disable, and leave fullgraph=False")  # fmt: skip
+    if (rules := sys.modules.get("torch._dynamo.trace_rules")) is not None:
+        _leave_untraced(rules)
+
+
+@cache
+def _leave_untraced(rules: ModuleType) -> None:
+    """Tell torch.compile to call this package, and what compiles its kernels, and to trace nothing in them."""
+    for name in (__package__, "numba", "llvmlite"):
+        rules.add(name)
+
+
+def _is(value: Any, module: str, name: str) -> bool:
+    """Return whether `value` is of a class of a module that somebody else has imported."""
+    return isinstance(value, getattr(sys.modules.get(module), name, ()))
+
+
+def exportable(op: str, name: str, value: Any) -> Any:
+    """Return an array of another library with all its values in memory: DLPack knows no sign that is to come.
+
+    Raises TypeError for a tensor whose gradient would be cut off, and for what stands for an array that is to come.
+    """
+    if _is(value, "jax.core", "Tracer"):
+        raise TypeError(f"{op}: {name} is traced by JAX (jit, grad, vmap) and has no values yet; call fastclstm by "
+                        "jax.pure_callback, for gradients in a jax.custom_vjp")  # fmt: skip
+    if not _is(value, "torch", "Tensor"):
+        return value
+    if value.is_meta or _is(value, "torch._subclasses.fake_tensor", "FakeTensor"):
+        raise TypeError(f"{op}: {name} is a tensor without values (meta or FakeTensor); call fastclstm with real ones, "
+                        "where torch traces or exports from a function under torch.compiler.disable")  # fmt: skip
+    if value.requires_grad:
+        if sys.modules["torch"].is_grad_enabled():
+            raise TypeError(f"{op}: {name} requires grad, but fastclstm is no part of PyTorch's graph; to train, wrap "
+                            f"convlstm2d_vjp or its like in a torch.autograd.Function; for inference alone, call it "
+                            f"under torch.no_grad() or pass {name}.detach()")  # fmt: skip
+        value = value.detach()
+    return value.resolve_conj().resolve_neg()
 
 
 def of_engine(value: Any) -> bool:
@@ -145,26 +204,39 @@ def as_numpy(op: str, name: str, value: Any) -> np.ndarray:
     if on_gpu(value) and not hasattr(value, "__dlpack__"):
         raise TypeError(f"{op}: {name} lives on a GPU, not in the processor's memory; move it to the CPU")
     if not isinstance(value, np.ndarray) and hasattr(value, "__dlpack__"):
-        device = value.__dlpack_device__()[0]
-        if int(device) not in _DLPACK_CPU_DEVICES:
-            raise TypeError(
-                f"{op}: {name} lives on DLPack device {device}, not in the processor's memory; move it to the CPU"
-            )
-        try:
-            value = np.from_dlpack(value)
-        except (BufferError, RuntimeError, TypeError) as error:
-            raise TypeError(f"{op}: {name} cannot be read as a NumPy array: {error}") from error
+        value = _exported(op, name, exportable(op, name, value))
     try:
         array = np.asarray(value)
     except ValueError as error:  # ragged nested sequences
         raise TypeError(f"{op}: {name} is not a rectangular array: {error}") from error
+    if _is_short(array.dtype):
+        array = array.astype(np.float32)
     if array.dtype.kind not in "fiub":
         raise TypeError(f"{op}: {name} has dtype {array.dtype} but must hold real numbers (float32 or float64)")
     return array
 
 
+def _exported(op: str, name: str, value: Any) -> Any:
+    """Return an array of a library with DLPack as NumPy reads it."""
+    dtype = getattr(value, "dtype", None)
+    try:
+        device = int(value.__dlpack_device__()[0])
+        if device in _DLPACK_CPU_DEVICES:
+            if _is_short(dtype):
+                return value
+            return np.from_dlpack(value.float() if str(dtype) == "torch.bfloat16" else value)
+    except (BufferError, RuntimeError, TypeError, ValueError) as error:
+        raise TypeError(f"{op}: {name} cannot be read as a NumPy array: {error}") from error
+    raise TypeError(f"{op}: {name} lives on DLPack device {device}, not in the processor's memory; move it to the CPU")
+
+
+def _is_short(dtype: Any) -> bool:
+    """Return whether a dtype is one of ml_dtypes that float32 holds: bfloat16 above all, of which DLPack knows none."""
+    return isinstance(dtype, np.dtype) and dtype.isbuiltin == 2 and np.can_cast(dtype, np.float32)
+
+
 def working_dtype(*arrays: np.ndarray | None) -> np.dtype:
-    """Return float64 where any array is float64 or wider, else float32 (also for integers, booleans and float16)."""
+    """Return float64 where any array is float64 or wider, else float32 (also for integers, booleans, float16)."""
     wide = any(array is not None and array.dtype.kind == "f" and array.dtype.itemsize > 4 for array in arrays)
     return np.dtype(np.float64 if wide else np.float32)
 
@@ -214,4 +286,5 @@ def _exporter(like: Any) -> Callable[[Any], Any]:
         return lambda array: array
     if hasattr(like, "__array_namespace__"):
         return like.__array_namespace__().from_dlpack
-    return sys.modules[type(like).__module__.partition(".")[0]].from_dlpack
+    library = "torch" if _is(like, "torch", "Tensor") else type(like).__module__.partition(".")[0]
+    return sys.modules[library].from_dlpack

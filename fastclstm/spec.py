@@ -6,6 +6,7 @@ Size letters, used everywhere: ``B`` batch, ``T`` time steps, ``H``×``W`` frame
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,6 +32,9 @@ _AXES = {2: ("height", "width"), 3: ("time", "height", "width")}
 
 LARGEST = 2**31 - 1
 """Of all sizes, strides and paddings: kernels multiply them in 64 bits."""
+
+LARGEST_PADDED, MOST_PADDING = 2**24, 16
+"""Values beyond which a padded frame may be only so many times as large as the frame and the kernel themselves."""
 
 
 def integers(op: str, name: str, value: Any, count: int, minimum: int) -> Shape:
@@ -133,6 +137,18 @@ def _outputs(op: str, size: Shape, window: Shape, strides: Shape, pads: tuple[Pa
     return tuple(result)
 
 
+def _check_padded(op: str, size: Shape, kernel: Shape, dilation: Shape, pads: tuple[Pair, ...], values: int) -> None:
+    """Raise ValueError where a padded frame of `values` a pixel takes far more memory than what it is made of."""
+    padded = tuple(n + before + after for n, (before, after) in zip(size, pads, strict=True))
+    count = math.prod(padded) * values
+    if count > LARGEST_PADDED and count > MOST_PADDING * values * (math.prod(size) + math.prod(kernel)):
+        frame, larger = (" × ".join(map(str, sizes)) for sizes in (size, padded))
+        raise ValueError(
+            f"{op}: frames of {frame} pixels would be padded to {larger} pixels, {count:.1e} values each (dilation "
+            f"{dilation}); give larger frames, or less padding or dilation"
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class ConvSpec:
     """One 2D cross-correlation ``(B, H, W, C) -> (B, HO, WO, F)`` with a kernel ``(KH, KW, C, F)``."""
@@ -186,6 +202,7 @@ class ConvSpec:
         window = ((KH - 1) * d[0] + 1, (KW - 1) * d[1] + 1)
         pads = _window_padding(op, padding, (H, W), window, s)
         HO, WO = _outputs(op, (H, W), window, s, pads)
+        _check_padded(op, (H, W), (KH, KW), d, pads, C)
         return cls(B, H, W, C, F, KH, KW, HO, WO, (s[0], s[1]), (d[0], d[1]), (pads[0], pads[1]), padding_mode)
 
     def with_batch(self, count: int) -> ConvSpec:
@@ -247,6 +264,8 @@ class Conv3DSpec:
         window = ((KT - 1) * d[0] + 1, (KH - 1) * d[1] + 1, (KW - 1) * d[2] + 1)
         pads = _window_padding(op, padding, (T, H, W), window, s)
         TO, _, _ = _outputs(op, (T, H, W), window, s, pads)
+        if TO > T + KT + LARGEST_PADDED:
+            raise ValueError(f"{op}: {T} time steps padded by {pads[0]} would make {TO} of them; give less padding")
         frame = ConvSpec.infer((1, H, W, KT * C), (KH, KW, KT * C, F), bias_shape, strides=s[1:], padding=pads[1:],
                                padding_mode=padding_mode, dilation=d[1:], op=op)  # fmt: skip
         return cls(B, T, KT, TO, s[0], d[0], pads[0][0], frame)

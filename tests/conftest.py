@@ -1,45 +1,122 @@
-"""Settings of the test run: the same Hypothesis examples every time, no deadline on a busy machine; Keras; the GPU."""
+"""Settings of the test run: the same Hypothesis examples every time, no deadline; what is slow; Keras; the GPU."""
 
 import os
 
-os.environ.setdefault(
-    "NUMBA_NUM_THREADS", "8"
-)  # before Numba is imported: teams larger than the machine are tested too
+os.environ.setdefault("NUMBA_NUM_THREADS", "8")  # before Numba comes: teams larger than the machine are tested too
 
+import cuda_emulator
 import pytest
 from hypothesis import settings
 
 from fastclstm.engines.cuda import devices
-from fastclstm.engines.cuda.device import Device
+from fastclstm.engines.cuda.product import WARPGROUPS
 
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
+
+COLD = ("test_cpu_compilation.py", "test_cpu_warmup.py")
+"""Tests that compile kernels anew, in processes of their own."""
 
 
 def pytest_addoption(parser):
     parser.addoption("--engine", action="append", default=[], choices=["cuda"],
                      help="an engine that must be there: without its GPU its tests fail")  # fmt: skip
+    parser.addoption("--all", action="store_true", help="the slow tests too, which pytest alone leaves out")
+
+
+def leaves_out(config):
+    """Whether slow tests are left out: where all tests are asked for, and not by --all or -m."""
+    everything = config.args_source in (config.ArgsSource.TESTPATHS, config.ArgsSource.INVOCATION_DIR)
+    return everything and not config.option.all and not config.option.markexpr
+
+
+def pytest_report_header(config):
+    if leaves_out(config):
+        return "slow tests are left out (deselected); pytest --all runs them, as .ci/run does"
+    return None
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(config, items):
+    """Mark what is slow by its nature, and what asks for a package; leave out what is slow."""
+    for item in items:
+        if is_emulated(item) or "nvrtc" in item.fixturenames or item.path.name in COLD:
+            item.add_marker("slow")
+        if asks_for_packages(item):
+            item.add_marker("extra")
+    if leaves_out(config):
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
+
+
+def asks_for_packages(item):
+    """Whether a test, or a fixture of it, is skipped where a package is missing."""
+    fixtures = (fixture for named in item._fixtureinfo.name2fixturedefs.values() for fixture in named)
+    functions = [item.function, *(fixture.func for fixture in fixtures)]
+    return any("importorskip" in f.__code__.co_names for f in functions if hasattr(f, "__code__"))
+
+
+def is_emulated(item):
+    """Whether the processor plays a GPU in a test."""
+    if cuda_emulator.needs_compiler.mark in item.iter_markers("skipif"):
+        return True
+    return devices.missing() is not None and (
+        is_on_cuda(item) or {"cuda_device", "new_device"} & set(item.fixturenames)
+    )
+
+
+def is_on_cuda(item):
+    return getattr(getattr(item, "callspec", None), "params", {}).get("engine") == "cuda"
 
 
 @pytest.fixture(scope="session")
-def cuda_device(request):
-    """The GPU, else what runs its kernels on the processor; the test is skipped without a C++ compiler for that."""
+def real_gpu(request):
+    """The GPU of this machine, or None; with --engine=cuda it must be there."""
     missing = devices.missing()
-    if missing is None:
-        return devices.current()
-    if "cuda" in request.config.getoption("--engine"):
+    if missing is not None and "cuda" in request.config.getoption("--engine"):
         pytest.fail(missing)
-    import cuda_emulator
+    return devices.current() if missing is None else None
 
-    if cuda_emulator.compiler() is None:
-        pytest.skip(f"{missing}; and there is no C++ compiler for the emulator")
-    return type("Emulated", (cuda_emulator.EmulatedDevice, Device), {})()
+
+@pytest.fixture(scope="session")
+def new_device(real_gpu):
+    """Function that returns a small device of an architecture, of which so many blocks run at once.
+
+    It is made of the GPU there is, else what runs its kernels on the processor. The test is skipped where the GPU is
+    older, or there is no C++ compiler for the processor. New memory holds NaN.
+    """
+
+    def make(architecture=80, resident=0):
+        if real_gpu is None:
+            import cuda_emulator
+
+            if cuda_emulator.compiler() is None:
+                pytest.skip("there is no GPU, and no C++ compiler for the emulator")
+            return cuda_emulator.EmulatedDevice(architecture, resident)
+        from poisoned_gpu import PoisonedGPU
+
+        if architecture > real_gpu.architecture or (architecture == WARPGROUPS and real_gpu.architecture != WARPGROUPS):
+            pytest.skip(f"the GPU is sm_{real_gpu.architecture}, not sm_{architecture}")
+        return PoisonedGPU(real_gpu, architecture=architecture, multiprocessors=4, resident=resident)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def cuda_device(real_gpu, new_device):
+    """The GPU there is, its new memory full of NaN, else what runs its kernels on the processor."""
+    if real_gpu is None:
+        return new_device()
+    from poisoned_gpu import PoisonedGPU
+
+    return PoisonedGPU(real_gpu)
 
 
 @pytest.fixture(autouse=True)
 def on_cuda_device(request):
     """Tests of the engine "cuda" compute on that device."""
-    if getattr(getattr(request.node, "callspec", None), "params", {}).get("engine") != "cuda":
+    if not is_on_cuda(request.node):
         yield
         return
     with devices.using(request.getfixturevalue("cuda_device")):

@@ -17,7 +17,19 @@ import pytest
 from typer.testing import CliRunner
 
 import fastclstm
-from fastclstm import ConvLSTM2D, MaxPooling3D, dispatch
+from fastclstm import (
+    Conv2D,
+    ConvLSTM2D,
+    ConvLSTM2DCell,
+    Dense,
+    Dropout,
+    EncoderForecaster,
+    Flatten,
+    MaxPooling3D,
+    Sequential,
+    TimeDistributed,
+    dispatch,
+)
 from fastclstm.commands import COMMANDS, app, main
 from fastclstm.engines.cpu import compilation
 
@@ -155,6 +167,65 @@ def test_run_writes_the_layers_dtype(job):
     np.testing.assert_array_equal(job.result(), job.layer(job.x), strict=True)
 
 
+NETWORKS = {
+    "Sequential": lambda: Sequential([ConvLSTM2D(3, 4, 3, seed=0), TimeDistributed(Conv2D(4, 2, 3, seed=1))]),
+    "last step": lambda: Sequential([ConvLSTM2D(3, 4, 3, return_sequences=False, seed=0), Flatten()]),
+    "one layer": lambda: MaxPooling3D((2, 2, 2)),
+    "no ConvLSTM": lambda: Sequential([TimeDistributed(Conv2D(3, 2, 3, seed=0)), Dropout(0.5)]),
+}
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3])
+@pytest.mark.parametrize("network", NETWORKS)
+def test_run_serves_every_network(job, network, chunk):
+    model = NETWORKS[network]()
+    model.save(job.weights)
+    x = np.concatenate([job.x, job.x[::-1] + 1, job.x[:1]])
+    np.save(job.frames, x)
+    result = job.run("--chunk", chunk)
+    assert result.exit_code == 0, result.stderr
+    expected = model(x)
+    assert result.stdout == f"{job.out}: {expected.shape}\n"
+    np.testing.assert_allclose(job.result(), expected, rtol=0, atol=1e-6, strict=True)
+    assert job.names() == ["frames.npy", "out.npy", "weights.safetensors"]
+
+
+@pytest.mark.parametrize("network", ["Sequential", "last step"])
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+def test_run_gives_networks_a_batch_axis(job, network, data_format):
+    model = NETWORKS[network]()
+    model.save(job.weights)
+    np.save(job.frames, job.x[0])
+    assert job.run().exit_code == 0
+    np.testing.assert_array_equal(job.result(), model(job.x[:1])[0], strict=True)
+    model = Sequential([ConvLSTM2D(1, 4, 3, seed=0, data_format=data_format)])
+    model.save(job.weights)
+    np.save(job.frames, job.x[0, ..., 0])
+    assert job.run().exit_code == 0
+    x = np.expand_dims(job.x[:1, ..., 0], -1 if data_format == "channels_last" else 2)
+    np.testing.assert_array_equal(job.result(), model(x)[0], strict=True)
+
+
+def test_run_of_samples_that_are_no_sequences(job):
+    dense = Dense(3, 2, seed=0)
+    dense.save(job.weights)
+    np.save(job.frames, job.x[0, 0, 0])
+    assert job.run("--chunk", 2, "--engine", "reference").exit_code == 0
+    np.testing.assert_allclose(job.result(), dense(job.x[0, 0, 0]), atol=1e-6, strict=True)
+    np.save(job.frames, job.x[0, 0, 0, :0])
+    assert job.run().exit_code == 0
+    assert job.result().shape == (0, 2)
+
+
+def test_run_lets_every_layer_of_a_network_compute_with_the_engine(job, monkeypatch):
+    model = NETWORKS["Sequential"]()
+    model.save(job.weights)
+    monkeypatch.setattr("fastclstm.engines.cpu.convlstm2d", lambda *args, **options: pytest.fail("the cpu engine"))
+    monkeypatch.setattr("fastclstm.engines.cpu.conv2d", lambda *args, **options: pytest.fail("the cpu engine"))
+    assert job.run("--engine", "reference").exit_code == 0
+    assert_user_error(job.run("--engine", "gpu"), "unknown engine 'gpu'")
+
+
 def test_run_of_an_empty_batch(job):
     np.save(job.frames, job.x[:0])
     assert job.run().exit_code == 0
@@ -237,6 +308,16 @@ def save_two_outputs(job):
     ConvLSTM2D(3, 2, 3, bidirectional=True, merge_mode=None).save(job.weights)
 
 
+def save_npz(job):
+    job.frames = job.folder / "x.npz"
+    np.savez(job.frames, x=job.x)
+
+
+def save_checkpoint(job):
+    dense = Sequential([Dense(1, 1)])
+    dense.fit(np.zeros((2, 1)), np.zeros((2, 1)), checkpoint=job.weights)
+
+
 def block_out(job):
     job.out.mkdir()
 
@@ -260,7 +341,16 @@ USER_ERRORS = {
     "missing weights": (lambda job: job.weights.unlink(), [], ["weights.safetensors", "No such file"]),
     "damaged weights": (cut_weights, [], ["weights.safetensors", "damaged"]),
     "foreign weights": (lambda job: job.weights.write_text("text"), [], ["weights.safetensors", "damaged"]),
-    "another layer": (lambda job: MaxPooling3D().save(job.weights), [], ["weights.safetensors", "MaxPooling3D"]),
+    "one step": (lambda job: ConvLSTM2DCell(3, 4, 3).save(job.weights), [], ["holds a ConvLSTM2DCell", "ConvLSTM2D"]),
+    "frames that follow": (lambda job: EncoderForecaster(3, (4,), 3).save(job.weights), [], ["use forecast"]),
+    "indices": (lambda job: MaxPooling3D(return_indices=True).save(job.weights), [], ["give it return_indices=False"]),
+    "a network's states": (lambda job: Sequential([job.layer]).save(job.weights), ["--state-out", "{out}x"],
+                           ["holds a Sequential; --state-in"]),
+    "a network's axes": (lambda job: Sequential([ConvLSTM2D(3, 4, 3, time_major=True)]).save(job.weights), [],
+                         ["time_major"]),
+    "a checkpoint": (save_checkpoint, [], ["weights.safetensors is the checkpoint of a training"]),
+    "a .npz": (save_npz, [], ["it is a .npz; save the array", "x.npz')[NAME]"]),
+    "a netCDF": (lambda job: job.frames.write_bytes(b"CDF\1" + bytes(99)), [], ["it is a netCDF file; save the array"]),
     "two outputs": (save_two_outputs, [], ["weights.safetensors has merge_mode=None"]),
     "out is a folder": (block_out, [], ["out.npy", "not a regular file"]),
     "out in no folder": (lambda job: None, ["--out", "no/such/out.npy"], ["no/such/out.npy", "cannot write here"]),
@@ -427,6 +517,32 @@ def test_version_and_help():
     assert_user_error(fastclstm_cli("nope"), "nope", "try --help")
 
 
+@pytest.mark.parametrize("close", ["2>&-", "python: sys.stderr.close()", "python: os.close(2)"])
+@pytest.mark.parametrize("command", ["run", "forecast", "train"])
+def test_without_stderr_the_work_is_done(job, command, close):
+    """Services and windowed programs have none."""
+    model = Sequential([ConvLSTM2D(3, 3, 3, seed=0, engine="reference")])
+    model.save(job.weights)
+    np.save(job.frames, np.random.default_rng(0).random((10, 4, 12, 12, 3)))
+    arguments = {
+        "run": ["run", job.frames, "--weights", job.weights, "--out", job.out],
+        "forecast": ["forecast", job.frames, "--weights", job.weights, "--out", job.out],
+        "train": ["train", "--data", job.frames, "--epochs", 1, "--steps-in", 3, "--filters", 1, "--out", job.out],
+    }[command]
+    script = "python -m fastclstm"
+    if close.startswith("python: "):
+        statement = close.removeprefix("python: ")
+        script = f"python -c 'import os, sys; {statement}; from fastclstm.commands import main; main()'"
+    shell = f'{script.replace("python", sys.executable, 1)} "$@" {"2>&-" if close == "2>&-" else ""}'
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(["sh", "-c", shell, "sh", *map(str, arguments)], env=environment, capture_output=True)
+    assert done.returncode == 0, done.stdout
+    assert job.out.exists()
+    done = subprocess.run(["sh", "-c", shell, "sh", "run", "none.npy", "--weights", "none", "--out", "none"],
+                          env=environment, capture_output=True)  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, b"")
+
+
 def test_info():
     result = fastclstm_cli("info")
     assert result.exit_code == 0
@@ -488,6 +604,7 @@ def test_demo_names_what_is_missing(monkeypatch, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_warmup():
     result = fastclstm_cli("warmup", "--dtype", "float32")
     assert result.exit_code == 0, result.output

@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import json
 import os
+import pickle
 import signal
 import sys
 import time
@@ -127,6 +128,7 @@ def assert_last_line(result, *words):
         assert word in result.stderr
 
 
+@pytest.mark.slow
 def test_killed_and_called_again_it_gives_the_same(job):
     arguments = [
         "train",
@@ -266,6 +268,16 @@ BAD_FILMS = {
     "missing": (lambda job: None, ["films.npz", "No such file"]),
     "folder": (lambda job: (job / "films.npz").mkdir(), ["films.npz", "directory"]),
     "text": (lambda job: (job / "films.npz").write_text("text"), ["films.npz is no .npy or .npz file"]),
+    "netCDF": (
+        lambda job: (job / "films.npz").write_bytes(b"CDF\x01" + bytes(64)),
+        ["it is a netCDF file; save the", "np.save('films.npy', xarray.open_dataset("],
+    ),
+    "netCDF-4": (
+        lambda job: (job / "films.npz").write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(64)),
+        ["it is a netCDF-4 or"],
+    ),
+    "MP4": (lambda job: (job / "films.npz").write_bytes(b"\0\0\0 ftypisom"), ["it is a film (MP4)"]),
+    "pickle": (lambda job: (job / "films.npz").write_bytes(pickle.dumps([1])), ["it is a pickle, which is not read"]),
     "empty": (lambda job: (job / "films.npz").write_bytes(b""), ["films.npz is no .npy or .npz file"]),
     "no x": (lambda job: np.savez(job / "films.npz", z=gliding()), ["has no array x; it has z"]),
     "complex": (lambda job: write(job, gliding() * 1j), ["x has dtype complex64"]),

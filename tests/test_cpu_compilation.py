@@ -55,7 +55,7 @@ def run(code, cache, root=ROOT, **environment):
 
 
 def files(cache):
-    return sorted(cache.glob("kernels-*/*"))
+    return sorted(cache.glob("fastclstm/kernels-*/*"))
 
 
 POOL = 'print(json.dumps(pooled("f4")))'
@@ -144,7 +144,7 @@ def test_edit_of_an_intrinsic_is_seen(tmp_path):
     assert run(code, tmp_path / "cache", root) == -6
     simd.write_text(text)
     assert run(code, tmp_path / "cache", root) == 6
-    assert len(list((tmp_path / "cache").glob("kernels-*"))) == 2
+    assert len(list((tmp_path / "cache").glob("fastclstm/kernels-*"))) == 2
 
 
 def test_processes_that_start_cold_at_once(tmp_path):

@@ -112,10 +112,9 @@ def reads(spec, y, x):
 
 
 def owners(plan, spec, m):
-    """The block of each output (image, y, x), for plans of a single unit or of one image a unit."""
-    work = plan.work[0]
-    result = {}
-    for b in range(spec.B if plan.units == 1 else 1):
+    """The block of each output (image, y, x) of the first unit."""
+    work, result = plan.work[0], {}
+    for b in range(work["unit_tiles"] // work["tiles"] if m else 1):
         for y, x in np.ndindex(spec.HO, spec.WO):
             if m:
                 tile = b * work["tiles"] + y // m * work["tiles_x"] + x // m

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from cuda_cases import Exchanged, Interfaced
 
-from fastclstm import dispatch, functional
+from fastclstm import Conv2D, dispatch, functional
 from fastclstm.engines import reference
 from fastclstm.engines.cuda import arrays, devices, dlpack
 from fastclstm.engines.cuda.device import Device, DeviceArray
+from fastclstm.engines.cuda.dlpack import CUDA
 from fastclstm.engines.cuda.views import View
 from fastclstm.functional import volumes
 
@@ -493,6 +494,26 @@ def test_the_kernels_read_other_libraries_arrays(emulated, op):
     outputs, pullback = getattr(functional, f"{op}_vjp")(**nested(given, Exchanged))
     same(taken(outputs), expected, atol=1e-5)
     same(taken(pullback(nested(cotangents, Exchanged))), pull(cotangents), atol=1e-4)
+
+
+def test_the_kernels_read_what_torch_has_put_off(emulated):
+    """Signs; and no gradient is cut off."""
+    torch = pytest.importorskip("torch")
+
+    class OnGPU(torch.Tensor):
+        def __dlpack_device__(self):
+            return CUDA, 0
+
+    x, kernel = normal(1, 4, 5, 2), normal(3, 3, 2, 3)
+    later = torch.complex(torch.zeros(x.shape), torch.from_numpy(x)).conj().imag
+    layer = Conv2D(2, 3, kernel_size=3, use_bias=False)
+    layer.kernel = kernel
+    expected = functional.conv2d(-x, kernel)
+    for call in (lambda x: functional.conv2d(x, kernel), layer):
+        y = call(later.as_subclass(OnGPU))
+        np.testing.assert_allclose(np.from_dlpack(y), expected, atol=1e-5)
+        with pytest.raises(TypeError, match=r": x requires grad, but .* torch.autograd.Function"):
+            call(torch.from_numpy(x).requires_grad_().as_subclass(OnGPU))
 
 
 VIEWED = {

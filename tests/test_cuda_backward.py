@@ -19,7 +19,6 @@ from fastclstm.engines.cuda import backward, product
 from fastclstm.engines.cuda.device import DeviceArray
 
 cuda = importlib.import_module("fastclstm.engines.cuda.convlstm2d")
-pytestmark = needs_compiler
 
 WEIGHTS = ("d kernel ", "d recurrent_kernel ", "d bias ", "d peephole i ", "d peephole f ", "d peephole o ")
 """Gradients that are sums over the steps."""
@@ -46,9 +45,9 @@ def run(device, algorithm, case, save, dtype=np.float32):
     [("simt", np.float32, 25), ("simt", np.float64, 10), ("float32", np.float32, 8), ("bfloat16", np.float32, 12),
      ("float16", np.float32, 6)],
 )  # fmt: skip
-def test_pieces_give_the_same(algorithm, dtype, examples, monkeypatch):
+def test_pieces_give_the_same(algorithm, dtype, examples, monkeypatch, new_device):
     """All bits, but of sums over the steps, which have another order."""
-    device = EmulatedDevice()
+    device = new_device()
 
     @settings(max_examples=examples)
     @given(problems(), st.integers(1, 3), st.integers(1, 7), st.integers(0, 9))
@@ -78,9 +77,9 @@ def test_pieces_give_the_same(algorithm, dtype, examples, monkeypatch):
 @pytest.mark.parametrize("algorithm", ["simt", "bfloat16"])
 @pytest.mark.parametrize("go_backwards", [False, True])
 @pytest.mark.parametrize("return_sequences", [False, True])
-def test_a_second_time_gives_the_same_bits(algorithm, go_backwards, return_sequences):
+def test_a_second_time_gives_the_same_bits(algorithm, go_backwards, return_sequences, new_device):
     """What was kept has been used up: all steps are taken forward again."""
-    device = EmulatedDevice()
+    device = new_device()
     case = problem((2, 3, 5, 4, 3), (3, 3), 5, peephole="channel", mask=0, go_backwards=go_backwards,
                    return_sequences=return_sequences)  # fmt: skip
     first, saved = run(device, algorithm, case, True)
@@ -93,8 +92,8 @@ def test_a_second_time_gives_the_same_bits(algorithm, go_backwards, return_seque
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("algorithm", ["simt", "float32"])
-def test_many_pieces_against_the_oracle(algorithm, dtype):
-    device = EmulatedDevice()
+def test_many_pieces_against_the_oracle(algorithm, dtype, new_device):
+    device = new_device()
     for options in ({"mask": 0.3}, {"peephole": "elementwise", "go_backwards": True}, {"initial": ""}):
         case = problem((2, 11, 4, 5, 3), (3, 2), 4, **options)
         assert cuda.piece_length(case[0], 0, np.dtype(dtype)) < 11 / 3
@@ -102,8 +101,8 @@ def test_many_pieces_against_the_oracle(algorithm, dtype):
         within(found, oracle(np.float64, *case), oracle(np.float32, *case), dtype, roundings=32)
 
 
-def test_cotangents_may_be_missing_of_pieces():
-    device = EmulatedDevice()
+def test_cotangents_may_be_missing_of_pieces(new_device):
+    device = new_device()
     for sequences in (False, True):
         case = problem((1, 5, 3, 4, 2), (3, 3), 3, mask=0, return_sequences=sequences)
         spec, arrays, cotangents = case
@@ -172,6 +171,7 @@ def put_all(device, arrays):
             for a in arrays]  # fmt: skip
 
 
+@needs_compiler
 @pytest.mark.parametrize(
     ("algorithm", "options", "kept"),
     [("simt", {}, 5 * T + 1), ("float32", {}, 5 * T + 1), ("float16", {}, 5 * T + 1),
@@ -187,6 +187,7 @@ def test_what_is_kept(algorithm, options, kept):
     assert kept + h < most < kept + h + rest + 3
 
 
+@needs_compiler
 @pytest.mark.parametrize(
     ("algorithm", "options"), [("simt", {}), ("float32", {}), ("simt", {"mask": 0}), ("bfloat16", {})]
 )
@@ -249,8 +250,8 @@ def model(spec, x, kernel, recurrent_kernel, bias, h, c, dy, dh, dc):
 
 
 @pytest.mark.parametrize(("F", "C"), [(8, 4), (5, 1)])
-def test_bfloat16_rounds_what_it_should_and_nothing_else(F, C):
-    device = EmulatedDevice()
+def test_bfloat16_rounds_what_it_should_and_nothing_else(F, C, new_device):
+    device = new_device()
     case = problem((2, 4, 6, 5, C), (3, 3), F, seed=3)
     spec, (x, kernel, recurrent_kernel, bias, h, c, *_), cotangents = case
     found, _ = run(device, "bfloat16", case, True)
@@ -263,9 +264,9 @@ def test_bfloat16_rounds_what_it_should_and_nothing_else(F, C):
         assert error < rounding / 8, (name, error, rounding)  # a value near a tie goes the other way
 
 
-def test_float16_gradients_outlive_its_range():
+def test_float16_gradients_outlive_its_range(new_device):
     """Gradients of 1e-6, of which float16 would keep no digits, have as many as any."""
-    device = EmulatedDevice()
+    device = new_device()
     spec, arrays, cotangents = problem((1, 3, 5, 4, 3), (3, 3), 4)
     small = tuple(1e-6 * d for d in cotangents)
     found, _ = run(device, "float16", (spec, arrays, small), True)
@@ -274,8 +275,8 @@ def test_float16_gradients_outlive_its_range():
             assert np.abs(found[name] - value).max() < 4 * ROUNDING["tf32"] * np.abs(value).max(), name
 
 
-def test_bfloat16_saves_operands():
-    device = EmulatedDevice()
+def test_bfloat16_saves_operands(new_device):
+    device = new_device()
     spec, arrays, _ = problem((2, 3, 5, 4, 3), (3, 3), 5)
     for algorithm, dtype, channels in (("bfloat16", np.uint16, (8, 24)), ("float16", np.float32, (3, 20))):
         x, *others = (value if isinstance(value, dict) else put(device, value) for value in cast(arrays, np.float32))

@@ -5,7 +5,6 @@ import importlib
 import numpy as np
 import pytest
 from cuda_cases import ROUNDING, cast, convolutions, get, put, tiling, within
-from cuda_emulator import EmulatedDevice, needs_compiler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,7 +13,6 @@ from fastclstm.engines.cuda.product import KINDS, offset
 from fastclstm.spec import ConvSpec
 
 cuda = importlib.import_module("fastclstm.engines.cuda.conv2d")
-pytestmark = needs_compiler
 
 filters = st.sampled_from([1, 3, 4, 7, 16, 20, 33])
 
@@ -53,8 +51,8 @@ def oracle(dtype, spec, arrays, dy):
      ("simt", np.float64, 1, 12), ("float32", np.float32, 0, 6), ("float32", np.float32, 1, 20),
      ("float32", np.float32, 2, 12), ("float32", np.float32, 3, 15)],
 )  # fmt: skip
-def test_conv2d(algorithm, dtype, number, examples, monkeypatch):
-    device = EmulatedDevice()
+def test_conv2d(algorithm, dtype, number, examples, monkeypatch, new_device):
+    device = new_device()
 
     @settings(max_examples=examples)
     @given(problems())
@@ -68,8 +66,8 @@ def test_conv2d(algorithm, dtype, number, examples, monkeypatch):
 
 
 @pytest.mark.parametrize("algorithm", ROUNDING)
-def test_reduced_precision(algorithm, monkeypatch):
-    device, rounding = EmulatedDevice(), ROUNDING[algorithm]
+def test_reduced_precision(algorithm, monkeypatch, new_device):
+    device, rounding = new_device(), ROUNDING[algorithm]
 
     @settings(max_examples=10)
     @given(problems())
@@ -87,9 +85,9 @@ def test_reduced_precision(algorithm, monkeypatch):
 
 @pytest.mark.parametrize(("algorithm", "number"), [("tf32", 0), ("bfloat16", 0), ("bfloat16", 1), ("bfloat16", 2),
                                                    ("float16", 1)])  # fmt: skip
-def test_gradients_of_reduced_precision(algorithm, number, monkeypatch):
+def test_gradients_of_reduced_precision(algorithm, number, monkeypatch, new_device):
     """No product errs more than the rounding of both its operands."""
-    device, rounding = EmulatedDevice(), ROUNDING["tf32" if algorithm == "float16" else algorithm]
+    device, rounding = new_device(), ROUNDING["tf32" if algorithm == "float16" else algorithm]
 
     @settings(max_examples=15)
     @given(problems())
@@ -107,8 +105,8 @@ def test_gradients_of_reduced_precision(algorithm, number, monkeypatch):
 
 
 @pytest.mark.parametrize(("algorithm", "kind"), KINDS.items())
-def test_algorithms_are_what_they_say(algorithm, kind):
-    device = EmulatedDevice()
+def test_algorithms_are_what_they_say(algorithm, kind, new_device):
+    device = new_device()
     rng = np.random.default_rng(0)
     x, kernel = rng.standard_normal((2, 6, 5, 8)), rng.standard_normal((3, 3, 8, 16))
     spec = ConvSpec.infer(x.shape, kernel.shape)
@@ -125,9 +123,9 @@ def test_algorithms_are_what_they_say(algorithm, kind):
 
 
 @pytest.mark.parametrize("algorithm", ["simt", "float32"])
-def test_long_sums_keep_their_digits(algorithm):
+def test_long_sums_keep_their_digits(algorithm, new_device):
     """Tensor cores cut off where others round: their errors would add up."""
-    device = EmulatedDevice()
+    device = new_device()
     rng = np.random.default_rng(0)
     x, kernel = rng.random((1, 4, 4, 200)).astype("f4"), rng.random((3, 3, 200, 8)).astype("f4")
     spec = ConvSpec.infer(x.shape, kernel.shape)
@@ -138,8 +136,8 @@ def test_long_sums_keep_their_digits(algorithm):
 
 
 @pytest.mark.parametrize("algorithm", ["simt", "float32"])
-def test_what_is_not_finite_stays_in_its_receptive_field(algorithm):
-    device = EmulatedDevice()
+def test_what_is_not_finite_stays_in_its_receptive_field(algorithm, new_device):
+    device = new_device()
     rng = np.random.default_rng(0)
     x, kernel = rng.standard_normal((2, 9, 8, 3)).astype("f4"), rng.standard_normal((3, 3, 3, 4)).astype("f4")
     spec = ConvSpec.infer(x.shape, kernel.shape)
@@ -154,9 +152,9 @@ def test_what_is_not_finite_stays_in_its_receptive_field(algorithm):
 
 
 @pytest.mark.parametrize("algorithm", ["simt", "float32"])
-def test_every_run_and_every_batch_have_the_same_bits(algorithm, monkeypatch):
+def test_every_run_and_every_batch_have_the_same_bits(algorithm, monkeypatch, new_device):
     """The emulator runs blocks and threads in another order each time."""
-    device = EmulatedDevice()
+    device = new_device()
     rng = np.random.default_rng(0)
     x, kernel = rng.standard_normal((3, 9, 8, 4)).astype("f4"), rng.standard_normal((3, 3, 4, 20)).astype("f4")
     dy = rng.standard_normal((3, 9, 8, 20)).astype("f4")
@@ -172,8 +170,8 @@ def test_every_run_and_every_batch_have_the_same_bits(algorithm, monkeypatch):
             np.testing.assert_array_equal(part[name], first[name][1:2])
 
 
-def test_a_slice_of_frames_that_is_not_aligned():
-    device = EmulatedDevice()
+def test_a_slice_of_frames_that_is_not_aligned(new_device):
+    device = new_device()
     x, kernel = np.random.default_rng(0).standard_normal(1 + 2 * 5 * 5 * 4).astype("f4"), np.ones((3, 3, 4, 4), "f4")
     spec = ConvSpec.infer((2, 5, 5, 4), kernel.shape)
     y = cuda.conv2d(spec, offset(device.put(x), 1).reshape(2, 5, 5, 4), kernel, None)
@@ -181,8 +179,8 @@ def test_a_slice_of_frames_that_is_not_aligned():
     np.testing.assert_allclose(device.get(y), expected, atol=1e-5)
 
 
-def test_without_gradient_and_without_images():
-    device = EmulatedDevice()
+def test_without_gradient_and_without_images(new_device):
+    device = new_device()
     kernel = np.ones((3, 3, 2, 4), np.float32)
     spec = ConvSpec.infer((2, 4, 4, 2), kernel.shape)
     x = device.put(np.ones((2, 4, 4, 2), np.float32))

@@ -17,7 +17,6 @@ from fastclstm.nn.normalization import Normalization
 from fastclstm.spec import ConvLSTMSpec
 
 cuda = importlib.import_module("fastclstm.engines.cuda.convlstm2d")
-pytestmark = needs_compiler
 
 NAMES = ("activation", "recurrent_activation", "output_activation")
 USUAL = ("tanh", "sigmoid", "tanh")
@@ -95,8 +94,8 @@ def run(device, algorithm, dtype, spec, arrays, cotangents):
      ("float32", np.float32, 1, True, 4), ("float32", np.float32, 2, False, 8),
      ("float32", np.float32, 3, False, 10)],
 )  # fmt: skip
-def test_convlstm2d(algorithm, dtype, number, used, examples, monkeypatch):
-    device = EmulatedDevice()
+def test_convlstm2d(algorithm, dtype, number, used, examples, monkeypatch, new_device):
+    device = new_device()
 
     @settings(max_examples=examples)
     @given(problems(used))
@@ -109,8 +108,8 @@ def test_convlstm2d(algorithm, dtype, number, used, examples, monkeypatch):
 
 
 @pytest.mark.parametrize("algorithm", ROUNDING)
-def test_reduced_precision(algorithm, monkeypatch):
-    device, rounding = EmulatedDevice(), ROUNDING[algorithm]
+def test_reduced_precision(algorithm, monkeypatch, new_device):
+    device, rounding = new_device(), ROUNDING[algorithm]
 
     @settings(max_examples=6)
     @given(problems(used=False))
@@ -123,12 +122,12 @@ def test_reduced_precision(algorithm, monkeypatch):
     check()
 
 
-def test_algorithms_are_what_they_say():
+def test_algorithms_are_what_they_say(new_device):
     case = problem((2, 3, 6, 5, 4), (3, 3), 8)
     expected = oracle(np.float64, *case)
     for architecture, names in ((80, ("simt", "float32", *ROUNDING)), (70, ("auto",))):
         for algorithm in names:
-            found = run(EmulatedDevice(architecture), algorithm, np.float32, *case)
+            found = run(new_device(architecture), algorithm, np.float32, *case)
             error = max(abs(found[name] - value).max() for name, value in expected.items() if name[0] == "y")
             rounding = ROUNDING.get(algorithm, 1e-6)
             assert rounding / 30 < error < 4 * rounding, (algorithm, error)
@@ -136,9 +135,9 @@ def test_algorithms_are_what_they_say():
 
 @pytest.mark.parametrize("name", packing.ACTIVATIONS)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_every_activation(name, dtype, monkeypatch):
+def test_every_activation(name, dtype, monkeypatch, new_device):
     """In every place, with large and small pre-activations."""
-    device = EmulatedDevice()
+    device = new_device()
     for place in range(3):
         used = [*USUAL]
         used[place] = name
@@ -151,21 +150,21 @@ def test_every_activation(name, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_saturated_gates_reach_their_limits(dtype):
+def test_saturated_gates_reach_their_limits(dtype, new_device):
     """Pre-activations from -2000 to 2000, where exponentials overflow."""
     eps = np.finfo(dtype).eps
     spec, arrays, _ = problem((1, 1, 1, 5, 1), (1, 1), 1, bias=False, initial="")
     x = np.array([-2000, -100, 0, 100, 2000]).reshape(1, 1, 1, 5, 1)
     arrays = x.astype(float), np.ones((1, 1, 1, 4)), *arrays[2:]
-    device = EmulatedDevice()
+    device = new_device()
     h, *_ = cuda.convlstm2d(spec, put(device, cast(arrays[0], dtype)), *cast(arrays[1:], dtype))
     limit = np.tanh(np.ones((), dtype))
     np.testing.assert_allclose(device.get(h).ravel(), [0, 0, 0, limit, limit], rtol=4 * eps, atol=2 * eps)
 
 
 @pytest.mark.parametrize("algorithm", ["simt", "float32", "float16"])
-def test_masked_frames_are_not_read(algorithm):
-    device = EmulatedDevice()
+def test_masked_frames_are_not_read(algorithm, new_device):
+    device = new_device()
     spec, arrays, cotangents = problem((2, 3, 5, 4, 3), (3, 3), 4, mask=0, seed=1)
     mask = arrays[-1]
     assert 0 < mask.sum() < mask.size
@@ -174,8 +173,8 @@ def test_masked_frames_are_not_read(algorithm):
         assert np.isfinite(value).all(), name
 
 
-def test_first_step_leaves_the_recurrent_convolution_out():
-    device = EmulatedDevice()
+def test_first_step_leaves_the_recurrent_convolution_out(new_device):
+    device = new_device()
     spec, arrays, _ = problem((1, 1, 4, 4, 2), (3, 3), 3, initial="c")
     nothing = *arrays[:2], np.full_like(arrays[2], np.nan), *arrays[3:]
     for algorithm in ("simt", "float32", "bfloat16"):
@@ -185,6 +184,7 @@ def test_first_step_leaves_the_recurrent_convolution_out():
         assert np.isfinite(device.get(output)).all()
 
 
+@needs_compiler
 def test_one_launch_a_step_in_one_graph():
     device = EmulatedDevice()
     spec, arrays, cotangents = problem((2, 5, 4, 4, 2), (3, 3), 3, initial="")
@@ -200,8 +200,8 @@ def test_one_launch_a_step_in_one_graph():
 
 
 @pytest.mark.parametrize("algorithm", ["simt", "float32", "bfloat16"])
-def test_every_run_and_every_batch_have_the_same_bits(algorithm, monkeypatch):
-    device = EmulatedDevice()
+def test_every_run_and_every_batch_have_the_same_bits(algorithm, monkeypatch, new_device):
+    device = new_device()
     spec, arrays, cotangents = problem((3, 2, 6, 5, 3), (3, 3), 5, peephole="elementwise", mask=0)
     first = run(device, algorithm, np.float32, spec, arrays, cotangents)
     again = run(device, algorithm, np.float32, spec, arrays, cotangents)
@@ -216,8 +216,8 @@ def test_every_run_and_every_batch_have_the_same_bits(algorithm, monkeypatch):
         np.testing.assert_array_equal(found[name], first[name][1:])
 
 
-def test_cotangents_may_be_missing():
-    device = EmulatedDevice()
+def test_cotangents_may_be_missing(new_device):
+    device = new_device()
     spec, arrays, cotangents = problem((2, 2, 3, 4, 2), (3, 3), 3)
     x, *others = cast(arrays, np.float32)
     others[3:5] = [put(device, state) for state in others[3:5]]
@@ -231,8 +231,8 @@ def test_cotangents_may_be_missing():
         near(found, get(None, reference.convlstm2d_backward(spec, plain, *some)), 1e-5)
 
 
-def test_empty_batch():
-    device = EmulatedDevice()
+def test_empty_batch(new_device):
+    device = new_device()
     case = problem((0, 2, 4, 3, 2), (3, 3), 3, peephole="channel")
     found = run(device, "auto", np.float32, *case)
     for name, value in oracle(np.float64, *case).items():
@@ -240,8 +240,8 @@ def test_empty_batch():
         assert found[name].shape == value.shape
 
 
-def test_what_the_kernels_do_not_know_is_refused():
-    device = EmulatedDevice()
+def test_what_the_kernels_do_not_know_is_refused(new_device):
+    device = new_device()
     spec, arrays, _ = problem((1, 1, 3, 3, 1), (1, 1), 1)
     x, *others = cast(arrays, np.float32)
     shapes = (1, 1, 3, 3, 1), (1, 1, 1, 4), (1, 1, 1, 4)

@@ -5,9 +5,11 @@ from functools import partial
 
 import numpy as np
 import pytest
+from poisoned_gpu import PoisonedGPU
 
 from fastclstm import functional
 from fastclstm.engines.cuda import compilation, devices, persistent, recorded
+from fastclstm.engines.cuda.product import TENSOR_CORES
 
 SOURCE = """
 #include "common.cuh"
@@ -26,12 +28,18 @@ add(float* y, const float* x, int n, float times)
 
 
 @pytest.fixture
-def real(request):
-    """The GPU of this machine; the test is skipped, or with --engine=cuda fails, without one."""
-    missing = devices.missing()
-    if missing is not None:
-        (pytest.fail if "cuda" in request.config.getoption("--engine") else pytest.skip)(missing)
-    return devices.current()
+def make(real_gpu):
+    """Function that makes a device of the GPU of this machine; the test is skipped without one."""
+    if real_gpu is None:
+        pytest.skip(devices.missing())
+    return partial(PoisonedGPU, real_gpu)
+
+
+@pytest.fixture
+def real(make):
+    """The GPU of this machine, and engine "cuda" on it."""
+    with devices.using(make()) as device:
+        yield device
 
 
 @pytest.fixture
@@ -98,9 +106,13 @@ def test_a_gpu_keeps_the_order_of_its_memory(real, add):
 
 
 @pytest.mark.parametrize("algorithm", ["simt", "float32", "tf32", "bfloat16", "float16"])
-def test_a_gpu_runs_all_steps_in_one_launch(real, algorithm, monkeypatch):
-    """With the bits of a launch a step, again and again: what a barrier does not order shows at times only."""
-    if algorithm != "simt" and real.architecture < 80:
+def test_a_gpu_runs_all_steps_in_one_launch(make, algorithm, monkeypatch):
+    """With the bits of a launch a step, again and again: what a barrier does not order shows at times only.
+
+    As an older GPU would: where there is wgmma, it is launched step by step.
+    """
+    device = make(architecture=min(make().architecture, TENSOR_CORES))
+    if algorithm != "simt" and device.architecture < TENSOR_CORES:
         pytest.skip("no tensor cores for it")
     recordings, run = [], persistent.run
     monkeypatch.setattr(persistent, "run", lambda *arguments: recordings.append(run(*arguments)))
@@ -111,12 +123,14 @@ def test_a_gpu_runs_all_steps_in_one_launch(real, algorithm, monkeypatch):
             for shape in ((B, 30, H, W, C), (3, 3, C, 4 * F), (3, 3, F, 4 * F))
         )
         x = x / x.std()
-        with persistent.forbidden():
-            expected = functional.convlstm2d(x, *weights, engine="cuda", algorithm=algorithm)
+        call = partial(functional.convlstm2d, x, *weights, engine="cuda", algorithm=algorithm)
         recordings.clear()
-        for _ in range(50):
-            found = functional.convlstm2d(x, *weights, engine="cuda", algorithm=algorithm)
-            np.testing.assert_array_equal(found, expected)
+        with devices.using(device):
+            with persistent.forbidden():
+                expected = call()
+            assert not recordings
+            for _ in range(50):
+                np.testing.assert_array_equal(call(), expected)
         assert len(recordings) == 1
 
 

@@ -4,7 +4,6 @@ import importlib
 
 import numpy as np
 import pytest
-from cuda_emulator import EmulatedDevice, needs_compiler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,7 +11,6 @@ from fastclstm.engines import reference
 from fastclstm.spec import PoolSpec
 
 cuda = importlib.import_module("fastclstm.engines.cuda.max_pool3d")
-pytestmark = needs_compiler
 
 
 @st.composite
@@ -30,8 +28,8 @@ def problems(draw):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_max_pool3d(dtype):
-    device = EmulatedDevice()
+def test_max_pool3d(dtype, new_device):
+    device = new_device()
 
     @settings(max_examples=60)
     @given(problems())
@@ -56,9 +54,9 @@ def test_max_pool3d(dtype):
 
 @pytest.mark.parametrize("C", [3, 4])
 @pytest.mark.parametrize(("H", "pool_size"), [(2, (2, 2, 2)), (5, (2, 3, 2)), (3, (3, 1, 1))])
-def test_gradients_of_windows_that_overlap(C, H, pool_size):
+def test_gradients_of_windows_that_overlap(C, H, pool_size, new_device):
     """As wide as the volume, where the window after the last one is that of the next row or frame."""
-    device = EmulatedDevice()
+    device = new_device()
     rng = np.random.default_rng(0)
     spec = PoolSpec.infer((2, 4, H, 2, C), pool_size, 1)
     x, dy = rng.standard_normal((2, 4, H, 2, C)), rng.integers(1, 9, spec.output_shape).astype(float)
@@ -67,8 +65,8 @@ def test_gradients_of_windows_that_overlap(C, H, pool_size):
     np.testing.assert_array_equal(device.get(dx), reference.max_pool3d_backward(spec, winners, dy))
 
 
-def test_without_a_gradient():
-    device = EmulatedDevice()
+def test_without_a_gradient(new_device):
+    device = new_device()
     spec = PoolSpec.infer((1, 2, 2, 2, 1))
     _, indices = cuda.max_pool3d(spec, device.put(np.ones((1, 2, 2, 2, 1), np.float32)), True)
     assert not device.get(cuda.max_pool3d_backward(spec, indices, None)).any()

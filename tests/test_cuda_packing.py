@@ -1,6 +1,7 @@
 """Tables, tilings and packed weights of the cuda engine's products."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastclstm.engines import reference
-from fastclstm.engines.cuda import choice, packing, product, weight_gradient
+from fastclstm.engines.cuda import choice, packing, product, weight_gradient, wgmma
 from fastclstm.nn import activations
 from fastclstm.spec import ConvLSTMSpec, ConvSpec
 
@@ -133,6 +134,28 @@ def test_large_tiles_only_where_they_fill_the_gpu():
     assert choice.choose(0, np.dtype(np.float64), gpu, 8 * 64 * 64, 256).rows == 64
 
 
+@pytest.mark.parametrize("kind", [1, 3, 4, 5])
+@pytest.mark.parametrize(("pixels", "columns"), [(2 * 64 * 64, 64), (16 * 16 * 16, 128)])
+def test_a_multiprocessor_may_be_left_over(kind, pixels, columns, monkeypatch):
+    """128 blocks for 132 of them: four times as many would take their turns."""
+    monkeypatch.setattr(wgmma, "works", lambda *_: True)
+    for architecture in (80, 90):
+        gpu = SimpleNamespace(architecture=architecture, multiprocessors=132)
+        tiling = choice.choose(kind, np.dtype(np.float32), gpu, pixels, columns)
+        assert (tiling.rows, tiling.columns) == (64, 64)
+
+
+def test_clocks():
+    """By hand: of 256 blocks two a multiprocessor; 64 x 64 products at 1024 a clock, 128 operands of 2 bytes at 24."""
+    single, tiling = np.dtype(np.float32), product.tilings(4, 4)[1]
+    assert choice.clocks(tiling, single, 132, 4096, 256) == pytest.approx(2 * (128 * 2 / 24 + 0.25 * 4))
+    one_warp = product.tilings(4, 4)[3]
+    assert choice.clocks(one_warp, single, 132, 32, 32) == pytest.approx(64 * 2 / 24 + 0.25 * 4 * 1)
+    assert choice.clocks(one_warp, single, 1, 8 * 32, 32) == pytest.approx(8 * (64 * 2 / 24 + 0.25 * 1))
+    wide = product.warpgroup_tilings(3)[0]  # float32: weights in two parts, three products
+    assert choice.clocks(wide, single, 132, 128, 128) == pytest.approx(64 + 0.25 * 48)
+
+
 @pytest.mark.parametrize("pixels", [1, 300, 5000, 655360])
 @pytest.mark.parametrize(("depth", "filters"), [(9, 1), (585, 256), (20000, 2048)])
 @pytest.mark.parametrize("kind", [0, 1, 3])
@@ -161,11 +184,10 @@ def test_tilings_of_a_weight_gradient():
         assert tiling.shared_bytes <= 99 << 10
 
 
-@needs_compiler
 @pytest.mark.parametrize(("transposed", "gates"), [(False, False), (False, True), (True, False)])
 @pytest.mark.parametrize("kind", [0, 3, 4])
-def test_packed_weights(kind, transposed, gates):
-    device = EmulatedDevice()
+def test_packed_weights(kind, transposed, gates, new_device):
+    device = new_device()
     spec = ConvSpec.infer((1, 4, 4, 3), (2, 2, 3, 20))
     kernel = np.random.default_rng(0).integers(-50, 50, (2, 2, 3, 20)).astype(np.float32)  # bfloat16 holds them
     tiling = product.tilings(kind, 4)[-1]
@@ -192,9 +214,8 @@ def test_packed_weights(kind, transposed, gates):
             assert by_column[k, p] == expected
 
 
-@needs_compiler
-def test_sums_of_columns_keep_their_digits():
-    device = EmulatedDevice()
+def test_sums_of_columns_keep_their_digits(new_device):
+    device = new_device()
     rows = np.random.default_rng(0).random((700, 37)).astype(np.float32) + 1000
     sums = device.get(weight_gradient.column_sums(device.put(rows), 37, rows.dtype))
     np.testing.assert_allclose(sums, rows.astype(np.float64).sum(0), rtol=6e-8)

@@ -14,7 +14,6 @@ from test_cuda_convlstm2d import oracle, problem, problems
 from fastclstm.engines.cuda import choice, persistent, product, wgmma
 
 cuda = importlib.import_module("fastclstm.engines.cuda.convlstm2d")
-pytestmark = needs_compiler
 
 
 def run(device, algorithm, dtype, case, save=False):
@@ -50,7 +49,7 @@ def check(device, algorithm, dtype, case):
      ("float32", np.float32, 2, 20), ("float32", np.float32, 3, 40), ("tf32", np.float32, 1, 15),
      ("bfloat16", np.float32, 1, 15), ("bfloat16", np.float32, 3, 30), ("float16", np.float32, 3, 15)],
 )  # fmt: skip
-def test_bits_of_a_launch_a_step(algorithm, dtype, number, examples, monkeypatch):
+def test_bits_of_a_launch_a_step(algorithm, dtype, number, examples, monkeypatch, new_device):
     """Whatever the geometry, the cell and the number of blocks, of which some take more tiles than others."""
     monkeypatch.setattr(persistent, "FEWEST_STEPS", 1)
     for name in ("MOST_WORK", "MOST_TILES", "MOST_LATE"):
@@ -59,7 +58,7 @@ def test_bits_of_a_launch_a_step(algorithm, dtype, number, examples, monkeypatch
     @settings(max_examples=examples)
     @given(problems(used=number == 1), st.integers(1, 5))
     def same(case, resident):
-        device = EmulatedDevice(resident=resident)
+        device = new_device(resident=resident)
         if case[0].B:
             with tiling(monkeypatch, number):
                 check(device, algorithm, dtype, case)
@@ -67,6 +66,7 @@ def test_bits_of_a_launch_a_step(algorithm, dtype, number, examples, monkeypatch
     same()
 
 
+@needs_compiler
 @pytest.mark.parametrize("algorithm", ["simt", "float32", "bfloat16"])
 @pytest.mark.parametrize("F", [1, 8, 13])
 @pytest.mark.parametrize("resident", [99, 6])
@@ -84,6 +84,7 @@ def test_every_step_waits_for_all_blocks(algorithm, F, resident, monkeypatch):
         assert grid == (min(resident, tiles[0] * tiles[1]), 1, 1)
 
 
+@needs_compiler
 def test_one_tile():
     for B in (1, 2, 3):
         device = EmulatedDevice(resident=4)
@@ -100,8 +101,8 @@ def right(device, case):
 
 
 @pytest.mark.parametrize("go_backwards", [False, True])
-def test_the_engine_reference(go_backwards):
-    device = EmulatedDevice(resident=99)
+def test_the_engine_reference(go_backwards, new_device):
+    device = new_device(resident=99)
     for number, options in enumerate((
         {"mask": 0, "peephole": "elementwise", "return_sequences": False}, {"initial": "", "strides": 2},
         {"dilation": 2, "recurrent_dilation": 3, "cell_clip": 0.5}, {"padding_mode": "circular", "mask": 0.5},
@@ -109,14 +110,15 @@ def test_the_engine_reference(go_backwards):
         right(device, problem((3, 4, 7, 6, 5), (3, 3), 8, go_backwards=go_backwards, seed=number, **options))
 
 
-def test_masked_frames_are_not_read():
-    device = EmulatedDevice(resident=99)
+def test_masked_frames_are_not_read(new_device):
+    device = new_device(resident=99)
     spec, arrays, cotangents = problem((2, 4, 5, 4, 3), (3, 3), 4, mask=0, seed=1)
     bad = np.where(arrays[-1][:, :, None, None, None], arrays[0], np.nan)
     for value in check(device, "auto", np.float32, (spec, (bad, *arrays[1:]), cotangents)).values():
         assert np.isfinite(value).all()
 
 
+@needs_compiler
 def test_the_count_of_arrivals_is_left_at_zero(monkeypatch):
     """So that memory which is kept for the next call needs no care."""
     device, kept = EmulatedDevice(resident=99), []
@@ -173,6 +175,7 @@ def test_few_tiles_a_block():
     assert chosen((4, 2, 32, 32, 1), 1, 8, multiprocessors=400, resident=most // persistent.MOST_TILES - 1) == 0
 
 
+@needs_compiler
 def test_devices_without_cooperative_launches():
     assert chosen((1, 10, 32, 32, 1), 3, 32, resident=0) == 0
     assert run(EmulatedDevice(), "auto", np.float32, problem((1, 2, 3, 3, 1), (3, 3), 2))[1] == (0, 2)

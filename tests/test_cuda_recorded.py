@@ -17,7 +17,6 @@ from fastclstm.engines import reference
 from fastclstm.engines.cuda import backward, devices, product, recorded
 
 cuda = importlib.import_module("fastclstm.engines.cuda.convlstm2d")
-pytestmark = needs_compiler
 
 FORMS = [
     {"initial": ""},
@@ -41,8 +40,8 @@ def case(form, seed):
 
 
 @pytest.mark.parametrize("algorithm", ["simt", "float32", "bfloat16"])
-def test_a_plan_is_right_for_other_arrays(algorithm, plans):
-    device = EmulatedDevice()
+def test_a_plan_is_right_for_other_arrays(algorithm, plans, new_device):
+    device = new_device()
     for seed in range(3):
         for form in FORMS:
             spec, arrays, cotangents = case(form, seed)
@@ -55,8 +54,8 @@ def test_a_plan_is_right_for_other_arrays(algorithm, plans):
     assert len(device.graphs) == len(known)
 
 
-def test_convolutions(plans):
-    device = EmulatedDevice()
+def test_convolutions(plans, new_device):
+    device = new_device()
     with devices.using(device):
         for seed in range(4):
             normal = np.random.default_rng(seed).standard_normal
@@ -67,9 +66,9 @@ def test_convolutions(plans):
     assert len(plans) == 2
 
 
-def test_alignment_is_part_of_a_form(plans):
+def test_alignment_is_part_of_a_form(plans, new_device):
     """Kernels read aligned arrays in pieces of 16 bytes."""
-    device = EmulatedDevice()
+    device = new_device()
     spec, arrays, _ = problem((1, 2, 4, 4, 4), (3, 3), 4)
     x, *others = cast(arrays, np.float32)
     expected = get(None, reference.convlstm2d(spec, x, *others)[:3])
@@ -83,8 +82,8 @@ def test_alignment_is_part_of_a_form(plans):
     assert len(plans) == 2
 
 
-def test_results_are_new(plans):
-    device = EmulatedDevice()
+def test_results_are_new(plans, new_device):
+    device = new_device()
     spec, arrays, _ = case(FORMS[0], 0)
     x, *others = cast(arrays, np.float32)
     first = cuda.convlstm2d(spec, put(device, x), *others)[:3]
@@ -104,6 +103,7 @@ class Slow(EmulatedDevice):
         super().send(graph)
 
 
+@needs_compiler
 def test_threads(plans):
     device = Slow()
     cases = [case(FORMS[1], seed) for seed in range(2)]
@@ -129,8 +129,8 @@ def test_threads(plans):
     assert len(plans) == 1
 
 
-def test_weights_that_change_in_place_are_seen(plans):
-    device = EmulatedDevice()
+def test_weights_that_change_in_place_are_seen(plans, new_device):
+    device = new_device()
     spec, arrays, _ = case(FORMS[4], 0)
     x, *others = cast(arrays, np.float32)
     kernel, recurrent_kernel, bias, h, c, weights, mask = others
@@ -142,14 +142,14 @@ def test_weights_that_change_in_place_are_seen(plans):
     assert len(plans) == 1
 
 
-def test_weights_on_the_device_that_change_in_place_are_seen(plans):
-    device = EmulatedDevice()
+def test_weights_on_the_device_that_change_in_place_are_seen(plans, new_device):
+    device = new_device()
     spec, arrays, cotangents = case(FORMS[0], 0)
     x, *others = cast(arrays, np.float32)
     there = [put(device, array) for array in others[:3]]
     for factor in (1, -0.5):
         for array, weights in zip(there, others[:3], strict=True):
-            array.owner.content[:] = (factor * weights).ravel().view(np.uint8)
+            cuda.copy(device, device.put(factor * weights), array.size, array, array.size, array.size, 1)
         now = [factor * weights for weights in others[:3]]
         *outputs, saved = cuda.convlstm2d(spec, put(device, x), *there, *others[3:], save=True)
         alone = cuda.convlstm2d(spec, put(device, x), *there, *others[3:])[:3]
@@ -160,8 +160,8 @@ def test_weights_on_the_device_that_change_in_place_are_seen(plans):
     assert len(plans) == 3
 
 
-def test_weights_of_layers_are_brought_once_and_replaced_ones_seen(plans):
-    device = EmulatedDevice()
+def test_weights_of_layers_are_brought_once_and_replaced_ones_seen(plans, new_device):
+    device = new_device()
     layer = fastclstm.ConvLSTM2D(2, 3, 3, seed=0, engine="cuda")
     plain = fastclstm.ConvLSTM2D(2, 3, 3, seed=0, engine="reference")
     x = np.random.default_rng(0).standard_normal((1, 2, 5, 4, 2)).astype(np.float32)
@@ -176,8 +176,8 @@ def test_weights_of_layers_are_brought_once_and_replaced_ones_seen(plans):
     assert len(plans) == 1
 
 
-def test_packed_weights_serve_sequences_of_every_length(plans):
-    device = EmulatedDevice()
+def test_packed_weights_serve_sequences_of_every_length(plans, new_device):
+    device = new_device()
     layer = fastclstm.ConvLSTM2D(2, 3, 3, seed=0, engine="cuda")
     packs = []
     with devices.using(device):
@@ -188,8 +188,8 @@ def test_packed_weights_serve_sequences_of_every_length(plans):
     assert packs == [2, 0, 0]
 
 
-def test_nested_results_and_parts_of_arrays(plans):
-    device = EmulatedDevice()
+def test_nested_results_and_parts_of_arrays(plans, new_device):
+    device = new_device()
 
     def compute(x, nothing):
         y = x.device.zeros((2, 4), np.float32)
@@ -213,8 +213,8 @@ def test_nested_results_and_parts_of_arrays(plans):
     assert len(device.graphs) == 1
 
 
-def test_a_call_within_a_call_is_a_part_of_it(plans):
-    device = EmulatedDevice()
+def test_a_call_within_a_call_is_a_part_of_it(plans, new_device):
+    device = new_device()
     spec, arrays, _ = case(FORMS[1], 0)
     x, *others = cast(arrays, np.float32)
 
@@ -231,6 +231,7 @@ def test_a_call_within_a_call_is_a_part_of_it(plans):
     assert len(plans) == len(device.graphs) == 1
 
 
+@needs_compiler
 def test_what_is_let_go_makes_room(plans):
     """Five arrays between x and y: two live at a time, and the first to the end."""
     device = EmulatedDevice()
@@ -260,8 +261,8 @@ def test_what_is_let_go_makes_room(plans):
 
 
 @pytest.mark.parametrize("count", [15, 16, 31, 32, 63])
-def test_as_many_arrays_as_there_may_be(count, plans):
-    device = EmulatedDevice()
+def test_as_many_arrays_as_there_may_be(count, plans, new_device):
+    device = new_device()
 
     def compute(*arrays):
         y = arrays[0].device.empty((count,), np.float32)
@@ -275,16 +276,16 @@ def test_as_many_arrays_as_there_may_be(count, plans):
         np.testing.assert_array_equal(device.get(y), x)
 
 
-def test_zeros_of_every_size(plans):
-    device = EmulatedDevice()
+def test_zeros_of_every_size(plans, new_device):
+    device = new_device()
     for size in (1, 15, 16, 17, 4095, 4096, 4097):
         x = device.put(np.ones(size, np.uint8))
         zeros = recorded.call(device, size, (x,), lambda x: x.device.zeros(x.shape, x.dtype))
         np.testing.assert_array_equal(device.get(zeros), np.zeros(size))
 
 
-def test_an_array_that_was_not_given_is_refused(plans):
-    device = EmulatedDevice()
+def test_an_array_that_was_not_given_is_refused(plans, new_device):
+    device = new_device()
     other = device.put(np.ones(4, np.float32))
 
     def compute(x):
@@ -297,8 +298,8 @@ def test_an_array_that_was_not_given_is_refused(plans):
     assert not plans
 
 
-def test_a_call_that_fails_is_not_remembered(plans):
-    device = EmulatedDevice()
+def test_a_call_that_fails_is_not_remembered(plans, new_device):
+    device = new_device()
     spec, arrays, _ = problem((1, 1, 2, 2, 1), (1, 1), 1, initial="")
     x, *others = cast(arrays, np.float32)
     for _ in range(2):

@@ -1,11 +1,14 @@
 import array
+import os
+import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 
-from fastclstm import dispatch
+from fastclstm import ConvLSTM2D, dispatch, functional
 from fastclstm.engines.cuda import devices
 
 
@@ -110,6 +113,138 @@ def test_an_export_that_fails_is_explained():
     exporter.values = exporter.values.astype(">f8")  # DLPack knows no byte order
     with pytest.raises(TypeError, match=r"^op: x cannot be read as a NumPy array: "):
         dispatch.as_numpy("op", "x", exporter)
+
+
+def test_short_floats_come_in_as_float32():
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    values = np.linspace(-2, 2, 9)
+    for dtype in (ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn):
+        x = dispatch.as_numpy("op", "x", values.astype(dtype))
+        assert x.dtype == np.float32
+        np.testing.assert_array_equal(x, values.astype(dtype).astype(np.float64))
+    with pytest.raises(TypeError, match=r"op: x has dtype \[.*\] but must hold real numbers"):
+        dispatch.as_numpy("op", "x", np.zeros(2, [("a", np.float32)]))
+
+
+# Tensors of PyTorch.
+
+
+@pytest.fixture
+def torch():
+    return pytest.importorskip("torch")
+
+
+X = np.random.default_rng(0).standard_normal((1, 2, 5, 4, 1)).astype("f4")
+WEIGHTS = [np.random.default_rng(1).standard_normal(shape).astype("f4") for shape in ((3, 3, 1, 8), (3, 3, 2, 8))]
+
+
+def test_signs_that_torch_has_put_off(torch):
+    later = torch.complex(torch.zeros(X.shape), torch.from_numpy(X)).conj().imag
+    assert later.is_neg()
+    np.testing.assert_array_equal(dispatch.as_numpy("op", "x", later), -X)
+    expected = functional.convlstm2d(-X, *WEIGHTS)
+    np.testing.assert_array_equal(functional.convlstm2d(later, *WEIGHTS).numpy(), expected)
+    with pytest.raises(TypeError, match="op: x has dtype complex64 but must hold real numbers"):
+        dispatch.as_numpy("op", "x", torch.zeros(2, dtype=torch.complex64).conj())
+
+
+def test_bfloat16_of_torch_comes_in_as_float32(torch):
+    x = torch.from_numpy(X).bfloat16()
+    expected = functional.convlstm2d(x.float().numpy(), *WEIGHTS)
+    np.testing.assert_array_equal(functional.convlstm2d(x, *WEIGHTS).numpy(), expected)
+
+
+def test_no_gradient_is_cut_off_unasked(torch):
+    x = torch.from_numpy(X).requires_grad_()
+    with pytest.raises(TypeError, match=r"^convlstm2d: x requires grad, .* no part of PyTorch's graph; to train, wrap "
+                                        r"convlstm2d_vjp .* in a torch.autograd.Function; for inference"):  # fmt: skip
+        functional.convlstm2d(x, *WEIGHTS)
+    with pytest.raises(TypeError, match=r"^ConvLSTM2D: x requires grad, "):
+        ConvLSTM2D(1, 2, kernel_size=3)(x)
+    with torch.no_grad():
+        np.testing.assert_array_equal(functional.convlstm2d(x, *WEIGHTS).numpy(), functional.convlstm2d(X, *WEIGHTS))
+
+
+def test_the_way_to_train_that_the_error_names(torch):
+    class Differentiable(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            y, ctx.pullback = functional.convlstm2d_vjp(x, *WEIGHTS)
+            return y
+
+        @staticmethod
+        def backward(ctx, dy):
+            return ctx.pullback(dy)["x"]
+
+    x = torch.from_numpy(X).requires_grad_()
+    (Differentiable.apply(x) ** 2).sum().backward()
+    y, pullback = functional.convlstm2d_vjp(X, *WEIGHTS)
+    np.testing.assert_allclose(x.grad.numpy(), pullback(2 * y)["x"], rtol=1e-6)
+
+
+def test_tensors_without_values(torch):
+    message = "^op: x is a tensor without values .* from a function under torch.compiler.disable"
+    with pytest.raises(TypeError, match=message):
+        dispatch.as_numpy("op", "x", torch.zeros(3, device="meta"))
+    fake_tensor = pytest.importorskip("torch._subclasses.fake_tensor")
+    with fake_tensor.FakeTensorMode():
+        fake = torch.zeros(3)
+    with pytest.raises(TypeError, match=message):
+        dispatch.as_numpy("op", "x", fake)
+    with pytest.raises(TypeError, match=r"^convlstm2d: x cannot be read as a NumPy array: "):
+        torch.vmap(lambda x: functional.convlstm2d(x, *WEIGHTS))(torch.from_numpy(X[np.newaxis]))
+
+
+COMPILED = """
+import numpy as np, torch
+from fastclstm import ConvLSTM2D, functional
+
+layer, x = ConvLSTM2D(1, 2, kernel_size=3), torch.randn(1, 3, 5, 4, 1)
+call = lambda x: layer(x * 2) + functional.max_pool3d(x, 1)
+try:
+    torch.compile(lambda x: layer(x), backend="eager", fullgraph=True)(x)
+except Exception as error:
+    assert "call it from a function under torch.compiler.disable" in str(error), error
+else:
+    raise AssertionError("one graph of what cannot be traced")
+for _ in range(2):
+    assert torch.equal(torch.compile(call, backend="eager")(x), call(x))
+disabled = torch.compiler.disable(call)
+assert torch.equal(torch.compile(lambda x: disabled(x) + 1, backend="eager")(x), call(x) + 1)
+"""
+
+
+@pytest.mark.usefixtures("torch")
+def test_calls_under_torch_compile():
+    """In a process of its own: it leaves its marks on PyTorch."""
+    environment = os.environ | {"PYTHONPATH": str(Path(dispatch.__file__).parents[1])}
+    subprocess.run([sys.executable, "-c", COMPILED], env=environment, check=True, timeout=300)
+
+
+# Arrays of JAX.
+
+
+def test_arrays_that_jax_traces(monkeypatch):
+    """By a stand-in: JAX is a large thing to install for this."""
+
+    class Tracer:
+        __dlpack__ = None
+
+    core = ModuleType("jax.core")
+    core.Tracer = Tracer
+    monkeypatch.setitem(sys.modules, "jax.core", core)
+    with pytest.raises(TypeError, match=r"^op: x is traced by JAX .* has no values yet; call .* by jax.pure_callback"):
+        dispatch.as_numpy("op", "x", Tracer())
+
+
+def test_jax():
+    jax = pytest.importorskip("jax")
+    x = jax.numpy.asarray(X)
+    short = x.astype(jax.numpy.bfloat16)
+    expected = functional.convlstm2d(np.asarray(short, np.float32), *WEIGHTS)
+    np.testing.assert_array_equal(np.asarray(functional.convlstm2d(short, *WEIGHTS)), expected)
+    with pytest.raises(TypeError, match=r"^convlstm2d: x is traced by JAX "):
+        jax.jit(lambda x: functional.convlstm2d(x, *WEIGHTS))(x)
 
 
 # Arrays on a GPU; tests/test_cuda_arrays.py has the rest.

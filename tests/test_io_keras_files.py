@@ -4,6 +4,7 @@ import zipfile
 
 import numpy as np
 import pytest
+from keras_2_files import as_keras_2
 
 from fastclstm.io import keras_files
 
@@ -43,7 +44,7 @@ def equal(arrays, expected):
 def test_models(model, tmp_path, keras, ending):
     path = tmp_path / f"model.{ending}"
     model.save(path)
-    config, arrays = keras_files.read(path)
+    config, arrays, _ = keras_files.read(path)
     assert config["class_name"] == "Sequential"
     assert config["keras_version"] == keras.__version__
     weights = {layer.name: layer.get_weights() for layer in model.layers}
@@ -54,7 +55,7 @@ def test_models(model, tmp_path, keras, ending):
 def test_weights(model, tmp_path):
     path = tmp_path / "model.weights.h5"
     model.save_weights(path)
-    config, arrays = keras_files.read(path)
+    config, arrays, _ = keras_files.read(path)
     assert config is None
     kept = {place: values for place, values in arrays.items() if values}
     first, both, td, bn, _, last = (layer.get_weights() for layer in model.layers)
@@ -103,7 +104,7 @@ def test_many_arrays_are_in_the_order_of_their_numbers(tmp_path, h5py):
         file["layers/dense/forward_layer/vars/0"] = np.array([12])
 
     write(tmp_path / "m.keras", h5py, fill)
-    _, arrays = keras_files.read(tmp_path / "m.keras")
+    _, arrays, _ = keras_files.read(tmp_path / "m.keras")
     assert [int(a[0]) for a in arrays["d"]] == [0, 1, 2, 10, 11, 12, 13]
 
 
@@ -190,6 +191,104 @@ def test_other_hdf5_files(tmp_path, h5py):
         keras_files.read(tmp_path / "old.h5")
 
 
+# Keras 2.12 to 2.14
+
+
+@pytest.mark.parametrize("doubled", [True, False], ids=["2.13", "2.14"])
+def test_layers_of_keras_2_are_numbered_anew(tmp_path, h5py, doubled):
+    layers = [("conv_lstm2d", {"cell/vars/0": [n]}) for n in range(12)]
+    layers[3:3] = [("dropout", {}), ("time_distributed", {}), ("dropout", {})]
+    layers += [("time_distributed", {"layer/vars/0": [50], "layer/vars/1": [51]}), ("dense", {"vars/0": [60]})]
+    with h5py.File(tmp_path / "m.weights.h5", "w") as file:
+        as_keras_2(file, layers, doubled)
+        file["optimizer/vars/0"] = [7]
+        file.create_group("metrics/mean/vars")
+    config, arrays, version = keras_files.read(tmp_path / "m.weights.h5")
+    assert (config, version) == (None, "2")
+    found = {place: [int(a[0]) for a in values] for place, values in arrays.items()}
+    lstm = {f"layers/conv_lstm2d_{n}" if n else "layers/conv_lstm2d": [n] for n in range(12)}
+    assert found == lstm | {"layers/dropout": [], "layers/dropout_1": [], "layers/time_distributed": [],
+                            "layers/time_distributed_1": [50, 51], "layers/dense": [60]}  # fmt: skip
+
+
+@pytest.mark.parametrize("count", [3, 3_000])
+def test_long_lists_of_names_are_cut(tmp_path, h5py, count):
+    """Keras cuts lists of names of more than 64 KiB into several attributes."""
+    names = [f"layer{n}".encode() for n in range(count)]
+    with h5py.File(tmp_path / "old.h5", "w") as file:
+        file.attrs["keras_version"] = b"2.11.0"
+        parts = [names[n : n + 1_000] for n in range(0, count, 1_000)]
+        for n, part in enumerate(parts):
+            file.attrs["layer_names" if count == 3 else f"layer_names{n}"] = part
+        for name in names:
+            file.create_group(name).attrs["weight_names"] = np.array([], "S1")
+    _, arrays, version = keras_files.read(tmp_path / "old.h5")
+    assert version == "2.11.0"
+    assert list(arrays) == [name.decode() for name in names]
+
+
+# What is read besides, and what is said of what is not
+
+
+def write_weights(path, h5py, **options):
+    with h5py.File(path, "w") as file:
+        file.create_dataset("layers/dense/vars/0", data=np.arange(6000, dtype="f4").reshape(60, 100), **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"chunks": (7, 30)}, {"compression": 9}, {"compression": 4, "shuffle": True, "chunks": (60, 7)},
+     {"compression": 4, "fletcher32": True, "shuffle": True}],
+)  # fmt: skip
+def test_compressed_weights(tmp_path, h5py, options):
+    """As h5repack makes them."""
+    write_weights(tmp_path / "m.weights.h5", h5py, **options)
+    (array,) = keras_files.read(tmp_path / "m.weights.h5").arrays["layers/dense"]
+    np.testing.assert_array_equal(array, np.arange(6000).reshape(60, 100))
+
+
+def test_other_filters(tmp_path, h5py):
+    write_weights(tmp_path / "m.weights.h5", h5py, compression="lzf")
+    with pytest.raises(ValueError, match=r"m\.weights\.h5 is damaged .*of which only deflate, shuffle and checksum"):
+        keras_files.read(tmp_path / "m.weights.h5")
+
+
+def test_bfloat16(tmp_path, h5py):
+    """Keras keeps it as two bytes without meaning."""
+    values = np.array([[1.0, -2.5, 3.140625], [0.0, np.inf, 2.0**-130]], "f4")
+    with h5py.File(tmp_path / "m.weights.h5", "w") as file:
+        stored = (values.view("u4") >> 16).astype("<u2").view("V2")
+        file.create_dataset("layers/dense/vars/0", data=stored).attrs["dtype"] = "bfloat16"
+        file["layers/dense/vars/1"] = np.float16([1, 2])
+    first, second = keras_files.read(tmp_path / "m.weights.h5").arrays["layers/dense"]
+    assert (first.dtype, second.dtype) == (np.float32, np.float16)
+    np.testing.assert_array_equal(first, values)
+
+
+def test_what_is_no_file_of_layers_is_named(tmp_path, h5py):
+    """None of these is damaged."""
+
+    def told(path):
+        with pytest.raises(ValueError, match=path.name) as caught:
+            keras_files.read(path)
+        assert "damaged" not in str(caught.value)
+        assert len(str(caught.value)) - len(str(path)) < 300
+        return str(caught.value)
+
+    write(tmp_path / "s.keras", h5py, lambda file: None, {"class_name": "Mine", "config": {"dtype": "float32"}})
+    assert "holds a subclassed model, Mine, whose layers only its class knows" in told(tmp_path / "s.keras")
+    with h5py.File(tmp_path / "s.weights.h5", "w") as file:
+        file["head/vars/0"], file["encoder/cell/vars/0"] = [1], [2]
+    assert "holds the weights of a subclassed model (encoder, head)" in told(tmp_path / "s.weights.h5")
+    (tmp_path / "m.json").write_text(json.dumps(CONFIG))
+    assert "is a JSON description, which has no weights" in told(tmp_path / "m.json")
+    (tmp_path / "saved").mkdir()
+    with pytest.raises(IsADirectoryError):
+        keras_files.read(tmp_path / "saved")
+    (tmp_path / "saved" / "saved_model.pb").touch()
+    assert "is a SavedModel folder of TensorFlow" in told(tmp_path / "saved")
+
+
 def test_missing_file_and_h5py(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError):
         keras_files.read(tmp_path / "nothing.keras")
@@ -202,5 +301,5 @@ def test_missing_file_and_h5py(tmp_path, monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without)
     (tmp_path / "w.h5").write_bytes(b"\x89HDF\r\n\x1a\n")
-    with pytest.raises(ImportError, match=r"w\.h5 needs h5py: pip install 'fastclstm\[keras\]'"):
+    with pytest.raises(ImportError, match=r"w\.h5 needs h5py: pip install 'fastclstm\[h5\]'"):
         keras_files.read(tmp_path / "w.h5")

@@ -62,3 +62,22 @@ def test_type_checkers_know_every_public_name():
     (branch,) = (node for node in tree.body if isinstance(node, ast.If))
     told = {(alias.asname, node.module) for node in branch.body for alias in node.names}
     assert told == {(name, home.removesuffix(f".{name}")) for name, home in fastclstm._HOME.items()}
+
+
+@pytest.mark.slow
+def test_mypy_finds_a_name_that_is_not_there(tmp_path):
+    pytest.importorskip("mypy")
+    user = tmp_path / "user.py"
+    user.write_text(
+        "import fastclstm\n"
+        "from fastclstm import ConvLSTM2D, NotThere\n"
+        "from fastclstm.layers import NotThereEither\n"
+        "fastclstm.nn.losses.WeightedSum, fastclstm.convert.keras.load_weights, fastclstm.io.weights.load\n"
+        "fastclstm.nn.no_such\n"
+    )
+    root = Path(fastclstm.__file__).parents[1]
+    done = subprocess.run([sys.executable, "-m", "mypy", user], cwd=root, capture_output=True, text=True)
+    found = [line.partition("error: ")[2] for line in done.stdout.splitlines() if "error: " in line]
+    assert [line.partition(" has no attribute ")[2] for line in found] == [
+        '"NotThere"  [attr-defined]', '"NotThereEither"  [attr-defined]', '"no_such"  [attr-defined]'
+    ]  # fmt: skip

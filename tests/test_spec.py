@@ -7,7 +7,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from fastclstm.nn import activations
-from fastclstm.spec import ConvLSTMSpec, ConvSpec, PoolSpec, rate
+from fastclstm.spec import Conv3DSpec, ConvLSTMSpec, ConvSpec, PoolSpec, rate
 
 ACTIVATIONS = {
     "activation": activations.get("tanh"),
@@ -237,6 +237,45 @@ def test_conv_window_must_fit(options, axis, window, size, pads):
         conv(**options)
 
 
+@pytest.mark.parametrize("options", [{"dilation": 5000}, {"dilation": 10**9}, {"padding": 10**9}, {"padding": 3000},
+                                     {"padding": 10**6, "strides": 10**6},
+                                     {"dilation": 5000, "padding_mode": "circular"}])  # fmt: skip
+def test_conv_padding_that_dwarfs_the_frame(options):
+    message = (
+        r"^conv2d: frames of 8 × 8 pixels would be padded to \d+ × \d+ pixels, .* give larger frames, or less padding"
+    )
+    with pytest.raises(ValueError, match=message) as caught:
+        conv((1, 8, 8, 1), (3, 3, 1, 4), **options)
+    assert len(str(caught.value)) < 300
+
+
+def test_conv_padding_is_told_in_full():
+    with raises("conv2d: frames of 8 × 9 pixels would be padded to 10008 × 10009 pixels, 2.0e+08 values each (dilation "
+                "(5000, 5000)); give larger frames, or less padding or dilation"):  # fmt: skip
+        conv((1, 8, 9, 2), (3, 3, 2, 4), dilation=5000)
+
+
+@pytest.mark.parametrize(
+    ("shape", "kernel", "options"),
+    [((8, 8), (3, 3), {"dilation": 1000}), ((8, 8), (3, 3), {"padding": 1000}), ((8, 8), (5000, 5000), {}),
+     ((30000, 30000), (3, 3), {"padding": 100}), ((3000, 3000), (3, 3), {"dilation": 3000}),
+     ((8, 8), (1, 1), {"dilation": 10**9}), ((1, 8), (1, 3), {"dilation": (1, 10**6)})],
+)  # fmt: skip
+def test_conv_padding_of_a_reasonable_size(shape, kernel, options):
+    spec = conv((1, *shape, 1), (*kernel, 1, 1), **options)
+    assert shape == (spec.H, spec.W)
+
+
+def test_conv3d_padding_of_time():
+    """Steps of padding are not computed with, so that a dilation costs nothing; what they make is."""
+    assert Conv3DSpec.infer((1, 4, 8, 8, 1), (3, 3, 3, 1, 1), dilation=(10**9, 1, 1)).TO == 4
+    with raises("conv3d: 4 time steps padded by (1000000000, 1000000000) would make 2000000002 of them; give less "
+                "padding"):  # fmt: skip
+        Conv3DSpec.infer((1, 4, 8, 8, 1), (3, 3, 3, 1, 1), padding=(10**9, 1, 1))
+    with pytest.raises(ValueError, match=r"^conv3d: frames of 8 × 8 pixels would be padded to 2000000008 × 10 pixels"):
+        Conv3DSpec.infer((1, 4, 8, 8, 1), (3, 3, 3, 1, 1), padding=(1, 10**9, 1))
+
+
 # Errors of the ConvLSTM.
 
 
@@ -294,6 +333,14 @@ def test_convlstm_empty_recurrent_kernel():
 def test_convlstm_recurrent_dilation():
     with raises("convlstm2d: recurrent convolution: dilation must be an integer >= 1 or 2 of them, got 0"):
         convlstm(recurrent_dilation=0)
+
+
+def test_convlstm_padding_that_dwarfs_the_state():
+    message = (
+        r"^convlstm2d: recurrent convolution: frames of 5 × 6 pixels would be padded to .* less padding or dilation$"
+    )
+    with pytest.raises(ValueError, match=message):
+        convlstm(recurrent_dilation=10**8)
 
 
 def test_convlstm_bias():

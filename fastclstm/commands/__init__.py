@@ -9,6 +9,7 @@ import importlib
 import os
 import signal
 import sys
+from contextlib import suppress
 from typing import Annotated, Any
 
 import typer
@@ -20,7 +21,8 @@ from fastclstm.commands.options import SETTINGS
 COMMANDS = {
     "info": "Tell what this machine and installation offer.",
     "demo": "Check and time the layers on a film of digits.",
-    "run": "Run a saved layer over a file of sequences.",
+    "run": "Run a saved layer or network over a file of sequences or samples.",
+    "forecast": "Make the frames that follow, by a saved network.",
     "train": "Train a network to foretell the next frame of films.",
     "warmup": "Compile the kernels of the cpu engine for all later processes.",
     "bench": "Run the benchmark suite and print its table.",
@@ -54,7 +56,8 @@ class _Commands(TyperGroup):
         except Exception as error:
             if os.environ.get("FASTCLSTM_TRACEBACK") or not (message := _explanation(error)):
                 raise
-            print(f"fastclstm: error: {' '.join(message.split())}", file=sys.stderr)
+            with suppress(AttributeError, OSError, ValueError):  # stderr is missing or closed
+                sys.stderr.write(f"fastclstm: error: {' '.join(message.split())}\n")
             code = USER_ERROR
         sys.exit(code if isinstance(code, int) else 0)
 

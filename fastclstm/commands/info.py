@@ -12,9 +12,12 @@ import typer
 import fastclstm
 from fastclstm import dispatch
 from fastclstm.commands.options import SETTINGS
+from fastclstm.engines import disk_cache
 from fastclstm.engines.cuda import compilation, devices, gpu
 
 app = typer.Typer(**SETTINGS)
+
+_NO_CACHE = f"none: no home, or no folder that can be written; kernels compile anew; set {disk_cache.CACHE_VARIABLE}"
 
 
 @app.command("info")
@@ -49,7 +52,7 @@ def _cpu() -> Iterator[tuple[str, str]]:
     yield "processor", f"{processor_name()}, {threads.available_processors()} usable here"
     yield "vectors", f"{simd.lanes(4)} float32 or {simd.lanes(8)} float64, {32 * simd.lanes(4)} bits"
     yield "threads", f"{threads.get_num_threads()}, layer {threads.threading_layer()}"
-    yield "kernel cache", str(cpu_compilation.cache_folder() or "none: no folder can be written; kernels compile anew")
+    yield "kernel cache", str(cpu_compilation.cache_folder() or _NO_CACHE)
 
 
 def _cuda() -> str:

@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import fastclstm
 
+if TYPE_CHECKING:
+    from fastclstm.layers import Layer
+
 SETTINGS: dict[str, Any] = {"add_completion": False, "rich_markup_mode": None, "pretty_exceptions_enable": False}
 
 Engine = Annotated[str | None, typer.Option(help="cpu (default), cuda or reference.", show_default=False)]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no summary.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the cpu engine.", show_default=False)]
+Weights = Annotated[Path, typer.Option(metavar="W.safetensors", help="What save wrote, of a layer or a network.")]
 
 
 def set_threads(threads: int | None) -> None:
     """Set the number of threads, where the user gave one."""
     if threads is not None:
         fastclstm.set_num_threads(threads)
+
+
+def use_engine(network: Layer, engine: str | None) -> None:
+    """Let all layers of a network compute with `engine`, where one is given."""
+    from fastclstm import dispatch
+    from fastclstm.layers.container import parts
+
+    dispatch.check_engine(engine)
+    for part in parts(network):
+        if engine is not None and hasattr(part, "engine"):
+            part.engine = engine

@@ -1,18 +1,22 @@
-"""Long sequences from file to file, a few time steps at a time, through a layer's state."""
+"""Sequences and samples from file to file: a ConvLSTM takes a few time steps at a time, through its state."""
 
 from __future__ import annotations
 
-import zipfile
 from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 from typing import IO, Annotated, Any
 
 import numpy as np
 import typer
 
-from fastclstm.commands.options import SETTINGS, Engine, Threads, set_threads
+from fastclstm.commands.inputs import check_distinct, open_array, open_sequences, takes_sequences
+from fastclstm.commands.options import SETTINGS, Engine, Quiet, Threads, Weights, set_threads, use_engine
+from fastclstm.io import numpy_files
 from fastclstm.io.files import replacing
-from fastclstm.layers import ConvLSTM2D
+from fastclstm.io.progress import progress_bar
+from fastclstm.layers import ConvLSTM2D, Layer
+from fastclstm.models import EncoderForecaster, load
 
 States = list[tuple[Any, Any]]
 """One pair (h, c) a stacked layer."""
@@ -23,9 +27,9 @@ app = typer.Typer(**SETTINGS)
 @app.command("run")
 def command(
     source: Annotated[Path, typer.Argument(metavar="INPUT.npy", help="(T, H, W[, C]) or (B, T, H, W, C).")],
-    weights: Annotated[Path, typer.Option(metavar="W.safetensors", help="What ConvLSTM2D.save wrote.")],
-    out: Annotated[Path, typer.Option(metavar="OUT.npy", help="Where the hidden sequence goes.")],
-    chunk: Annotated[int, typer.Option(min=1, help="Time steps in memory at once.")] = 16,
+    weights: Weights,
+    out: Annotated[Path, typer.Option(metavar="OUT.npy", help="Where the output goes.")],
+    chunk: Annotated[int, typer.Option(min=1, help="Steps of a ConvLSTM2D, else samples, in memory at once.")] = 16,
     state_in: Annotated[
         Path | None, typer.Option(metavar="S.npz", help="States to start from (h0, c0, h1, …).", show_default=False)
     ] = None,
@@ -34,11 +38,13 @@ def command(
     ] = None,
     engine: Engine = None,
     threads: Threads = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no summary.")] = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Run a saved layer over a file of sequences.
+    """Run a saved layer or network over a file of sequences or samples.
 
-    However long they are, only --chunk steps are in memory. The output file appears complete or not at all.
+    However long sequences are, only --chunk steps are in memory where a ConvLSTM2D is run, and of other networks
+    --chunk samples. Those without a ConvLSTM2D in them take what their first layer takes, samples on the first axis.
+    The output file appears complete or not at all.
     """
     set_threads(threads)
     shape = run_file(
@@ -59,27 +65,31 @@ def run_file(
     engine: str | None = None,
     quiet: bool = True,
 ) -> tuple[int, ...]:
-    """Run a saved layer over the sequences of a ``.npy`` file and write its output to another.
+    """Run a saved layer or network over a ``.npy`` file and write its output to another.
 
-    The input is memory-mapped and passes through the layer in chunks of time steps, the state being handed on, so that
-    only one chunk is in memory; bidirectional layers, which begin with the last frame too, take all at once. The result
-    has the bits that one call on the whole would give, as long as it holds no NaN (after one the cpu engine may compute
-    in another way). Files appear complete or not at all; what was there before stays until then.
+    The input is memory-mapped and passes through a ConvLSTM2D in chunks of time steps, the state being handed on, so
+    that only one chunk is in memory; bidirectional layers, which begin with the last frame too, take all at once. The
+    result has the bits that one call on the whole would give, as long as it holds no NaN (after one the cpu engine may
+    compute in another way). Other layers and networks get chunks of samples, each sequence as a whole. Files appear
+    complete or not at all; what was there before stays until then.
 
     Parameters
     ----------
     source : path of an array (T, H, W), (T, H, W, C) or (B, T, H, W, C)
-        With a channels-first layer C stands before H. Any real dtype.
+        With a channels-first layer C stands before H. Any real dtype. For a network without a ConvLSTM2D: samples on
+        the first axis, as its first layer takes them.
     weights : path
-        What `ConvLSTM2D.save` wrote. With return_sequences the whole hidden sequence is written, else the last output.
+        What the layer's or the network's `save` wrote. With return_sequences a ConvLSTM2D's whole hidden sequence is
+        written, else the last output.
     target : path
         Written as (T, HO, WO, F) or (HO, WO, F), after a batch axis where the input has one.
     chunk : int
-        Time steps computed at once; at least 1.
+        Time steps, or samples, computed at once; at least 1.
     state_source, state_target : path of a ``.npz``, optional
-        The states before the first and after the last step: arrays h0, c0, h1, c1 … (B, HO, WO, F), a pair a layer.
+        Of a ConvLSTM2D, the states before the first and after the last step: arrays h0, c0, h1, c1 … (B, HO, WO, F), a
+        pair a layer.
     engine : str, optional
-        Instead of the one the layer was saved with.
+        Instead of the one the layers were saved with.
     quiet : bool
         Show no progress bar; there is none either where stderr is not a terminal.
 
@@ -97,18 +107,23 @@ def run_file(
     """
     if chunk < 1:
         raise ValueError(f"run: chunk must be at least 1 time step, got {chunk}")
-    _check_distinct((source, weights, state_source), (target, state_target))
-    options = {"return_state": True, "time_major": False, "stateful": False}
-    layer = ConvLSTM2D.load(weights, **options, **({} if engine is None else {"engine": engine}))
-    if layer.bidirectional and layer.merge_mode is None:
-        raise ValueError(f"run: {weights} has merge_mode=None: two outputs; save the layer with another merge_mode")
-    x, batched = _open_sequences(source, channel_axis=-1 if layer.data_format == "channels_last" else -3)
+    check_distinct("run", (source, weights, state_source), (target, state_target))
+    network = _load(weights, engine)
+    if not isinstance(network, ConvLSTM2D) and (state_source or state_target):
+        raise ValueError(f"run: {weights} holds a {type(network).__name__}; --state-in and --state-out are for a "
+                         f"ConvLSTM2D by itself")  # fmt: skip
+    if takes_sequences(network):
+        x, batched = open_sequences("run", source, network)
+    else:
+        x, batched = open_array("run", source), True
     states = None if state_source is None else _load_states(state_source)
     with ExitStack() as files:
         new_state = files.enter_context(replacing(state_target)) if state_target else None
         new = files.enter_context(replacing(target))
         try:
-            shape, states = _stream(layer, x, states, new, chunk, batched, quiet)
+            if not isinstance(network, ConvLSTM2D):
+                return _in_batches(network, x, new, chunk, batched, quiet)
+            shape, states = _stream(network, x, states, new, chunk, batched, quiet)
             if new_state is not None:
                 with new_state.open("wb") as file:
                     np.savez(file, **{f"{name}{n}": a for n, pair in enumerate(states)
@@ -118,52 +133,44 @@ def run_file(
     return shape
 
 
-def _check_distinct(inputs: tuple[Path | None, ...], outputs: tuple[Path | None, ...]) -> None:
-    """Raise ValueError where an output would overwrite an input or another output."""
-    taken = {path.resolve() for path in inputs if path is not None}
-    for path in outputs:
-        if path is not None:
-            if path.resolve() in taken:
-                raise ValueError(f"run: writing {path} would overwrite an input or another output; choose another name")
-            taken.add(path.resolve())
-
-
-def _open_sequences(path: Path, channel_axis: int) -> tuple[np.ndarray, bool]:
-    """Memory-map the sequences as (B, T, H, W, C); also tell whether the file has a batch axis."""
-    try:
-        x = np.lib.format.open_memmap(path, mode="r")
-    except (OverflowError, ValueError) as error:
-        raise ValueError(f"run: {path} cannot be read as a .npy array of numbers: {error}") from error
-    if x.ndim not in (3, 4, 5):
-        raise ValueError(
-            f"run: {path} has shape {x.shape} but must be (T, H, W), (T, H, W, C) or (B, T, H, W, C): "
-            f"time, height, width and channels, after a batch axis"
-        )
-    if x.ndim == 3:
-        return np.expand_dims(x, channel_axis)[np.newaxis], False
-    return (x, True) if x.ndim == 5 else (x[np.newaxis], False)
+def _load(weights: Path, engine: str | None) -> Layer:
+    """Return what was saved, to compute with `engine`; raise ValueError where that cannot be run."""
+    network = load(weights)
+    if isinstance(network, ConvLSTM2D):
+        options: dict[str, Any] = {"return_state": True, "time_major": False, "stateful": False}
+        layer = ConvLSTM2D.load(weights, **options, **({} if engine is None else {"engine": engine}))
+        if layer.bidirectional and layer.merge_mode is None:
+            raise ValueError(f"run: {weights} has merge_mode=None: two outputs; save the layer with another merge_mode")
+        return layer
+    name = type(network).__name__
+    if why := network._unfit():
+        why = "makes frames that follow; use forecast" if isinstance(network, EncoderForecaster) else why
+        raise ValueError(f"run: {weights} holds a {name}, which {why}")
+    if remedy := network._several_outputs():
+        raise ValueError(f"run: {weights} holds a {name} that returns more than one array; {remedy}")
+    use_engine(network, engine)
+    return network
 
 
 def _load_states(path: Path) -> States:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return [(file[f"h{n}"], file[f"c{n}"]) for n in range((len(file.files) + 1) // 2)]
-    except (AttributeError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
+        pairs = [(f"h{n}", f"c{n}") for n in range((len(numpy_files.names(path)) + 1) // 2)]
+        states = numpy_files.read_npz(path, chain.from_iterable(pairs))
+    except ValueError as error:
         raise ValueError(f"run: {path} is not a .npz file of states h0, c0, h1, c1, …: {error}") from error
+    return [(states[h], states[c]) for h, c in pairs]
 
 
 def _stream(
     layer: ConvLSTM2D, x: np.ndarray, states: States | None, target: Path, chunk: int, batched: bool, quiet: bool
 ) -> tuple[tuple[int, ...], States]:
     """Write the layer's output for x to `target`; return its shape and the last states."""
-    from tqdm import tqdm
-
     steps = x.shape[1]
     if layer.bidirectional:
         chunk = max(steps, 1)
     writer: _SequenceWriter | None = None
     last_states: Any = states
-    with target.open("wb") as file, tqdm(total=steps, unit="step", disable=True if quiet else None) as progress:
+    with target.open("wb") as file, progress_bar(total=steps, unit=" step", quiet=quiet or None) as progress:
         for start in range(0, max(steps, 1), chunk):
             stop = min(start + chunk, steps)
             frames = x[:, steps - stop : steps - start] if layer.go_backwards else x[:, start:stop]
@@ -177,6 +184,25 @@ def _stream(
         output = output if batched else output[0]
         np.save(file, output)
     return output.shape, last_states
+
+
+def _in_batches(network: Layer, x: np.ndarray, target: Path, chunk: int, batched: bool, quiet: bool) -> tuple[int, ...]:
+    """Write the network's output for the samples of x to `target`; return its shape."""
+    run = getattr(network, "predict", network)  # which refuses what mixes samples
+    with target.open("wb") as file, progress_bar(total=len(x), unit=" sample", quiet=quiet or None) as progress:
+        writer: _SequenceWriter | None = None
+        for start in range(0, len(x), chunk):
+            output = run(x[start : start + chunk])[np.newaxis]  # samples in the place of steps
+            if not batched:
+                np.save(file, output[0, 0])
+                return output.shape[2:]
+            writer = writer or _SequenceWriter(file, output, len(x), batched=False)
+            writer.write(start, output)
+            progress.update(output.shape[1])
+        if writer is not None:
+            return writer.shape
+        np.save(file, output := run(x))
+    return output.shape
 
 
 class _SequenceWriter:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,9 +13,14 @@ import numpy as np
 import typer
 
 from fastclstm import dispatch
+from fastclstm.commands.forecast import roll_out
+from fastclstm.commands.inputs import what_is
 from fastclstm.commands.options import SETTINGS, Engine, Threads, set_threads
 from fastclstm.datasets import moving_digits
+from fastclstm.io import numpy_files
+from fastclstm.io.bounds import shown
 from fastclstm.io.files import replacing
+from fastclstm.io.progress import say
 from fastclstm.layers import Conv2D, ConvLSTM2D, TimeDistributed
 from fastclstm.models import Sequential
 from fastclstm.nn import metrics
@@ -86,6 +90,8 @@ class Films:
     test: np.ndarray
     steps_in: int
     told: str
+    scale: tuple[float, float] | None = None
+    """The values that are 0 and 1 in them, of a user's."""
 
 
 def run(
@@ -138,6 +144,8 @@ def run(
         _draw_curves(out / "curves.png", history, baselines)
         _draw_films(out / "forecast.gif", films.test, T, forecasts["ConvLSTM"])
     print(f"written to {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
+    scale = "" if films.scale is None else " --scale {} {}".format(*films.scale)
+    print(f"to go on: fastclstm forecast FRAMES.npy --weights {out / 'weights.safetensors'}{scale} --out OUT.npy")
 
 
 def network(channels: int, filters: int, brightness: float, seed: int, engine: str | None) -> Sequential:
@@ -188,14 +196,6 @@ def _overlap(shift: int, size: int) -> tuple[slice, slice]:
     """Return where what stays on an axis goes, and where it is."""
     shift = max(-size, min(size, shift))
     return slice(max(shift, 0), size + min(shift, 0)), slice(max(-shift, 0), size + min(-shift, 0))
-
-
-def roll_out(model: Sequential, frames: np.ndarray, steps: int) -> np.ndarray:
-    """Return the `steps` frames that follow: each is made from the frames before it, those already made included."""
-    T, film = frames.shape[1], frames
-    for _ in range(steps):
-        film = np.concatenate([film, model.predict(film[:, -T:])[:, -1:]], 1)
-    return film[:, T:]
 
 
 def compare(films: np.ndarray, steps_in: int, forecasts: dict[str, np.ndarray]) -> Scores:
@@ -252,22 +252,19 @@ def read_films(path: Path, steps_in: int, steps_out: int) -> Films:
         made[...] = np.subtract(film, low, dtype=np.float64) / (high - low)
     told = (f"{path}: {len(x)} films {x.shape[1:]}, scaled from [{low:g}, {high:g}] to [0, 1]; the last {held} are for "
             f"the test, {held} before them for validation")  # fmt: skip
-    return Films(scaled[: -2 * held], scaled[-2 * held : -held], scaled[-held:], steps_in, told)
+    return Films(scaled[: -2 * held], scaled[-2 * held : -held], scaled[-held:], steps_in, told, (low, high))
 
 
 def _load(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     """Return x and y of a file as (N, T, H, W, C)."""
     try:
-        with path.open("rb"):  # a missing file, a folder or a forbidden one gives the system's own error
-            pass
-        content = np.load(path, allow_pickle=False)
-        named = (
-            {"x": content} if isinstance(content, np.ndarray) else {n: content[n] for n in ("x", "y") if n in content}
-        )
-    except (EOFError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"train: {path} is no .npy or .npz file of numbers: {error}") from error
+        there = numpy_files.names(path)
+        wanted = [name for name in ("x", "y") if name in there]
+        named = numpy_files.read_npz(path, wanted) if there else {"x": numpy_files.read_npy(path)}
+    except ValueError as error:
+        raise ValueError(f"train: {path} is no .npy or .npz file of numbers: {what_is(path) or error}") from error
     if "x" not in named:
-        raise ValueError(f"train: {path} has no array x; it has {', '.join(content.files) or 'none'}")
+        raise ValueError(f"train: {path} has no array x; it has {shown(there)}")
     for name, array in named.items():
         if array.dtype.kind not in "fiub":
             raise TypeError(f"train: in {path}, {name} has dtype {array.dtype} but must hold real numbers")
@@ -348,11 +345,9 @@ def _beats(ours: dict[str, float], theirs: dict[str, float], which: str) -> bool
 
 
 def _print_epoch(history: History) -> None:
-    from tqdm import tqdm
-
     last = {name: values[-1] for name, values in history.items()}
-    tqdm.write(_row(f"epoch {history.epochs}", f"{sum(history['seconds']):.0f}", f"{last['loss']:.4f}",
-                    f"{last['val_next_mse']:.4f}", f"{last['val_next_ssim']:.3f}"))  # fmt: skip
+    say(_row(f"epoch {history.epochs}", f"{sum(history['seconds']):.0f}", f"{last['loss']:.4f}",
+             f"{last['val_next_mse']:.4f}", f"{last['val_next_ssim']:.3f}"))  # fmt: skip
 
 
 def _row(first: str, *cells: str) -> str:

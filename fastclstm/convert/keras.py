@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from fastclstm.io import keras_files
+from fastclstm.io.bounds import shown
 from fastclstm.layers import (
     Activation,
     AveragePooling2D,
@@ -32,15 +34,20 @@ from fastclstm.layers import (
     UpSampling,
     ZeroPadding2D,
 )
+from fastclstm.layers.base import uninitialized
 from fastclstm.models import Sequential
 from fastclstm.nn import constraints, regularizers
+from fastclstm.nn.activations import LEAKY_RELU_SLOPE
 from fastclstm.nn.described import plain
 
 Config = Mapping[str, Any]
+Custom = Mapping[str, Callable[[Any], Any]]
 Arrays = Sequence[np.ndarray]
 
 
-def from_keras(source: Any, *, dtype: str | None = None, engine: str | None = None) -> Sequential:
+def from_keras(
+    source: Any, *, dtype: str | None = None, engine: str | None = None, custom: Custom | None = None
+) -> Sequential:
     """Return the Sequential model that computes what a Keras model computes.
 
     Parameters
@@ -55,6 +62,11 @@ def from_keras(source: Any, *, dtype: str | None = None, engine: str | None = No
         Of all layers; None: each as in the model, half precision as float32.
     engine : str, optional
         Of all layers that have one.
+    custom : dict from str to callable, optional
+        What to make of classes and functions that are not Keras's own, or not known here, by their names in Keras
+        (class_name, registered_name, a function's name or "<lambda>"). Each is called with the config that Keras saved,
+        a dict. For a layer it returns a layer of ours, whose parameters, in their order, are given the Keras layer's
+        arrays; for an activation what ``activation=`` takes: a name or a pair of functions (forward, derivative).
 
     Raises
     ------
@@ -63,24 +75,25 @@ def from_keras(source: Any, *, dtype: str | None = None, engine: str | None = No
     OSError
         The file cannot be read.
     ValueError
-        A damaged file, a file of weights alone, a layer or an option that is not supported; it is named.
+        A damaged file, a file of weights alone, a subclassed model, a layer or an option that is not supported; it is
+        named.
     TypeError
         A source that is none.
+
+    Examples
+    --------
+    ``from_keras("model.keras", custom={"mish": lambda config: (mish, mish_derivative)})`` reads a model that has the
+    function mish as an activation.
     """
     config, arrays = _read(source)
     if str(config.get("keras_version", "3")).startswith("2"):
         config = _modern(config)
-    layers: list[Layer] = []
-    for spec in _chain(config):
-        name, class_name = spec["config"].get("name", "?"), spec["class_name"]
-        if class_name == "InputLayer":
-            continue
-        try:
-            layers.append(_layer(spec, arrays.get(name, []), {"dtype": dtype, "engine": engine}))
-        except (KeyError, IndexError, TypeError, ValueError) as error:
-            what = f"it lacks {error}" if isinstance(error, KeyError | IndexError) else error
-            raise ValueError(f"from_keras: layer {name!r} ({class_name}): {what}") from error
-    return Sequential(layers)
+    try:
+        return Sequential(list(_layers(config, arrays, _Common(dtype, engine, custom or {}))))
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        told = error if isinstance(error, ValueError) else f"from_keras: the model's description is damaged: {error!r}"
+        where = f" (in {os.fspath(source)})" if isinstance(source, str | os.PathLike) else ""
+        raise ValueError(f"{told}{where}") from error
 
 
 def load_weights(layer: Layer, path: str | os.PathLike[str]) -> None:
@@ -88,6 +101,10 @@ def load_weights(layer: Layer, path: str | os.PathLike[str]) -> None:
 
     The file's layers must be those of `layer`, in the same order, each with arrays of the same shapes; a ConvLSTM2D
     with num_layers=n stands for n layers of Keras. After an error nothing is changed.
+
+    Weights do not tell the activations. Keras 2's ConvLSTM2D has recurrent_activation="hard_sigmoid" unless told
+    otherwise, which is "hard_sigmoid_keras2" here; Keras 3's, and the default here, is "sigmoid". A warning says so
+    where the file is of Keras 2, or holds another recurrent_activation than the layer has.
 
     Raises
     ------
@@ -99,17 +116,21 @@ def load_weights(layer: Layer, path: str | os.PathLike[str]) -> None:
         A damaged file, other layers or shapes in it, a layer that Keras has no weights for.
     """
     name = os.fspath(path)
-    config, arrays = keras_files.read(path)
+    config, arrays, version = keras_files.read(path)
     slots = [slot for part, prefix in _parts(layer) for slot in _slots(part, prefix)]
-    if config is None and all(place.startswith("layers/") for place in arrays):
-        places = keras_files.layer_paths(class_name for class_name, _ in slots)
-        found = {place for place, values in arrays.items() if values}
-    else:
-        places = [place for place, values in arrays.items() if values]
-        found = set(places)
-    if len(slots) != len(places) or set(places) != found:
-        own = ", ".join(class_name for class_name, _ in slots) or "no weights"
-        raise ValueError(f"load_weights: {name} holds the weights of {', '.join(sorted(found)) or 'nothing'}, but "
+    places = [place for place, values in arrays.items() if values]
+    fits = len(slots) == len(places)
+    among_layers = sum(place.startswith("layers/") for place in places) if config is None else 0
+    if among_layers:
+        new = keras_files.numbered(places)  # layers without weights count where they stand, but not here
+        ordered = keras_files.layer_paths(class_name for class_name, _ in slots)
+        fits = fits and set(ordered) == set(new.values())
+        old = {new_place: place for place, new_place in new.items()}
+        places = [old[place] for place in ordered] if fits else places
+    if not fits:
+        own = shown((class_name for class_name, _ in slots), 20)
+        outside = " (not all among the layers: a subclassed model)" if 0 < among_layers < len(places) else ""
+        raise ValueError(f"load_weights: {name} holds the weights of {shown(sorted(places), 20)}{outside}, but "
                          f"{type(layer).__name__} has {own}")  # fmt: skip
     parameters: dict[str, np.ndarray] = {}
     for place, (class_name, names) in zip(places, slots, strict=True):
@@ -121,6 +142,41 @@ def load_weights(layer: Layer, path: str | os.PathLike[str]) -> None:
         layer.set_parameters(parameters)
     except ValueError as error:
         raise ValueError(f"load_weights: {name} does not fit: {error}") from error
+    _warn_of_activations(name, layer, config, version)
+
+
+def _warn_of_activations(name: str, layer: Layer, config: Config | None, version: str) -> None:
+    """Warn where the weights of `layer` were trained with another recurrent activation, or may have been."""
+    own = [part.recurrent_activation for part, _ in _parts(layer) if isinstance(part, ConvLSTM2D)
+           for _ in range(part.num_layers)]  # fmt: skip
+    if config is not None:
+        modern = _modern(config) if version.startswith("2") else config
+        theirs = [_activation(found) for found in _found(modern, "recurrent_activation")]
+        differ = len(theirs) == len(own) and any(
+            a != b and isinstance(a, str) for a, b in zip(theirs, own, strict=True)
+        )
+        why = f"its model has recurrent_activation {shown(dict.fromkeys(map(repr, theirs)))}"
+    else:
+        differ = version.startswith("2") and any(activation != "hard_sigmoid_keras2" for activation in own)
+        why = (
+            "it is of Keras 2, where recurrent_activation is 'hard_sigmoid_keras2' unless the model was built otherwise"
+        )
+    if differ:
+        warnings.warn(f"load_weights: {name}: {why}, but the layer has {shown(dict.fromkeys(map(repr, own)))}",
+                      stacklevel=3)  # fmt: skip
+
+
+def _found(node: Any, key: str) -> Iterator[Any]:
+    """Yield what `node` has under `key` in the configs of layers, of a bidirectional one for its forward layer."""
+    if isinstance(node, Mapping):
+        if key in node:
+            yield node[key]
+        for name, value in node.items():
+            if name not in (key, "backward_layer"):
+                yield from _found(value, key)
+    elif isinstance(node, list | tuple):
+        for item in node:
+            yield from _found(item, key)
 
 
 # Sources
@@ -129,7 +185,7 @@ def load_weights(layer: Layer, path: str | os.PathLike[str]) -> None:
 def _read(source: Any) -> tuple[Config, Mapping[str, Arrays]]:
     """Return a model's config and the arrays of its layers, by name."""
     if isinstance(source, str | os.PathLike):
-        config, arrays = keras_files.read(source)
+        config, arrays, _ = keras_files.read(source)
         if config is None:
             raise ValueError(f"from_keras: {os.fspath(source)} holds weights alone; build the layers, then "
                              f"fastclstm.convert.keras.load_weights(layer, path)")  # fmt: skip
@@ -200,27 +256,127 @@ def _tensors(node: Any) -> Iterator[str]:
 # Layers
 
 
-def _layer(spec: Config, arrays: Arrays, common: Mapping[str, Any]) -> Layer:
-    """Return the layer that a config and its arrays describe."""
+def _layers(model: Config, arrays: Mapping[str, Arrays], common: _Common) -> Iterator[Layer]:
+    """Yield the layers of a model."""
+    rank = None
+    for spec in _chain(model):
+        name, class_name = spec["config"].get("name", "?"), spec["class_name"]
+        try:
+            rank = _rank(spec) or rank
+            if class_name != "InputLayer":
+                layer = _layer(spec, arrays.get(name, []), rank, common)
+                rank = _rank_after(layer, rank)
+                yield layer
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            what = f"it lacks {error}" if isinstance(error, KeyError | IndexError) else error
+            raise ValueError(f"from_keras: layer {name!r} ({class_name}): {what}") from error
+
+
+class _Common(NamedTuple):
+    """What all layers of a model are made with."""
+
+    dtype: str | None
+    engine: str | None
+    custom: Custom
+
+    def factory(self, *names: Any) -> Callable[[Any], Any] | None:
+        """Return what the caller gave under one of `names`, those of a class or function in Keras."""
+        return next((self.custom[name] for name in names if isinstance(name, str) and name in self.custom), None)
+
+    def activation(self, spec: Any) -> Any:
+        """Return what our layers take as `activation` for what a config has there."""
+        names, config = _names(spec)
+        if (factory := self.factory(*names)) is not None:
+            return factory(config)
+        if not isinstance(spec, Mapping):
+            return _activation(spec)
+        if spec.get("class_name") in ("LeakyReLU", "ReLU"):
+            cls, options = _MAKERS[spec["class_name"]](config, (), None)
+            return _leaky(options["negative_slope"]) if cls is LeakyReLU else options["activation"]
+        raise ValueError(f"an activation must be a name of Keras, got {names[-1]!r}; give custom={{{names[-1]!r}: "
+                         f"…}}, called for a name or a pair of functions (forward, derivative)")  # fmt: skip
+
+
+def _names(spec: Any) -> tuple[list[Any], Any]:
+    """Return the names of an activation in Keras, and its config."""
+    if not isinstance(spec, Mapping):
+        return [spec], {}
+    config = spec.get("config", {})
+    if spec.get("class_name") == "function":
+        return [config, str(config).rpartition(">")[2]], {}
+    return [spec.get("registered_name"), spec.get("class_name", "<lambda>")], config
+
+
+def _leaky(slope: float) -> Any:
+    """Return the function of LeakyReLU, and its derivative."""
+
+    def leaky_relu(x: np.ndarray) -> np.ndarray:
+        return np.where(x < 0, slope * x, x)
+
+    def derivative(x: np.ndarray) -> np.ndarray:
+        return np.where(x < 0, slope, 1.0)
+
+    return "leaky_relu" if slope == LEAKY_RELU_SLOPE else (leaky_relu, derivative)
+
+
+def _rank(spec: Config) -> int | None:
+    """Return how many axes a layer's input has, as far as its config tells."""
+    shapes = ((spec.get("build_config") or {}).get("input_shape"), spec["config"].get("batch_input_shape"),
+              spec["config"].get("batch_shape"))  # fmt: skip
+    return next((len(shape) for shape in shapes if shape), None)
+
+
+def _rank_after(layer: Layer, rank: int | None) -> int | None:
+    """Return how many axes a layer's output has, for an input of `rank`."""
+    if rank is None:
+        return None
+    if isinstance(layer, TimeDistributed):
+        inner = _rank_after(layer.layer, rank - 1)
+        return None if inner is None else inner + 1
+    if isinstance(layer, Flatten) or (
+        isinstance(layer, GlobalAveragePooling | GlobalMaxPooling) and not layer.keep_dims
+    ):
+        return 2
+    return rank - 1 if isinstance(layer, ConvLSTM2D) and not layer.return_sequences else rank
+
+
+def _layer(spec: Config, arrays: Arrays, rank: int | None, common: _Common) -> Layer:
+    """Return the layer that a config and its arrays describe, for an input of `rank` axes."""
     class_name, config = spec["class_name"], spec["config"]
+    if (factory := common.factory(spec.get("registered_name"), class_name)) is not None:
+        layer = factory(config)
+        if not isinstance(layer, Layer):
+            raise TypeError(f"custom[{class_name!r}] must return a layer of fastclstm, got {type(layer).__name__}")
+        return _filled(layer, list(layer.parameters), arrays, config)
     if class_name == "TimeDistributed":
-        return TimeDistributed(_layer(config["layer"], arrays, common))
+        inner = config["layer"]
+        try:
+            return TimeDistributed(_layer(inner, arrays, _rank(inner) or (rank and rank - 1), common))
+        except ValueError as error:
+            raise ValueError(f"{inner['class_name']} in it: {error}") from error
     if class_name not in _MAKERS or spec.get("registered_name"):
-        raise ValueError(f"not supported; supported are TimeDistributed, {', '.join(_MAKERS)}")
-    rank = len((spec.get("build_config") or {}).get("input_shape") or ()) or None
+        raise ValueError(f"not supported; supported are TimeDistributed, {', '.join(list(_MAKERS)[:5])} and what else "
+                         f"help(from_keras) names; or give custom={{{class_name!r}: …}}")  # fmt: skip
     cls, options = _MAKERS[class_name](config, arrays, rank)
     fields = cls.__dataclass_fields__
-    options |= {"dtype": common["dtype"] or _dtype(config.get("dtype")), "engine": common["engine"]}
+    options |= {"dtype": common.dtype or _dtype(config.get("dtype")), "engine": common.engine}
+    options |= {key: common.activation(value) for key, value in options.items() if key.endswith("activation")}
     for key, value in config.items():
         if value is not None and (module := _TABLES.get(key.rpartition("_")[2])):
             if key not in fields:
                 raise ValueError(f"{key}={value!r} is not supported; remove it from the model")
             options[key] = _object(module, value)
-    layer = cls(**{name: plain(value) for name, value in options.items() if name in fields})
+    with uninitialized(len(arrays)):
+        layer = cls(**{name: plain(value) for name, value in options.items() if name in fields})
     ((_, names),) = _slots(layer) or [("", [])]
+    return _filled(layer, names, arrays, config)
+
+
+def _filled(layer: Layer, names: Sequence[str], arrays: Arrays, config: Config) -> Layer:
+    """Give a layer its arrays, and freeze it where Keras's is."""
     if len(names) != len(arrays):
-        raise ValueError(f"has {len(arrays)} arrays of weights but needs {len(names)} ({', '.join(names) or 'none'}); "
-                         f"was the model built?")  # fmt: skip
+        raise ValueError(f"has {len(arrays)} arrays of weights but needs {len(names)} ({shown(names)}); was the model "
+                         f"built?")  # fmt: skip
     layer.set_parameters(dict(zip(names, arrays, strict=True)))
     layer.trainable = bool(config.get("trainable", True))
     return layer
@@ -271,6 +427,7 @@ def _dtype(policy: Any) -> str:
 
 
 def _activation(spec: Any) -> Any:
+    """Return our name for an activation of Keras's."""
     return {None: "linear", "swish": "silu"}.get(spec, spec) if spec is None or isinstance(spec, str) else spec
 
 
@@ -296,7 +453,7 @@ def _convlstm2d(config: Config, arrays: Arrays, rank: int | None) -> Made:
     options = {name: config[name] for name in ("use_bias", "unit_forget_bias", "dropout", "recurrent_dropout",
                "return_sequences", "go_backwards", "stateful", "zero_output_for_mask") if name in config}  # fmt: skip
     return ConvLSTM2D, options | _convolution(config, arrays) | {
-        "recurrent_activation": _activation(config["recurrent_activation"]),
+        "recurrent_activation": config["recurrent_activation"],
     }  # fmt: skip
 
 
@@ -310,7 +467,7 @@ def _convolution(config: Config, arrays: Arrays) -> dict[str, Any]:
         "stride": config["strides"],
         "dilation": config["dilation_rate"],
         "data_format": config["data_format"],
-        "activation": _activation(config["activation"]),
+        "activation": config["activation"],
         "use_bias": config["use_bias"],
     }
 
@@ -356,7 +513,7 @@ def _dense(config: Config, arrays: Arrays, rank: int | None) -> Made:
     return Dense, {
         "in_features": _first(arrays).shape[0],
         "out_features": config["units"],
-        "activation": _activation(config["activation"]),
+        "activation": config["activation"],
         "use_bias": config["use_bias"],
     }
 
@@ -434,7 +591,7 @@ def _dropout(config: Config, arrays: Arrays, rank: int | None) -> Made:
 
 
 def _activation_layer(config: Config, arrays: Arrays, rank: int | None) -> Made:
-    return Activation, {"activation": _activation(config["activation"])}
+    return Activation, {"activation": config["activation"]}
 
 
 def _relu(config: Config, arrays: Arrays, rank: int | None) -> Made:

@@ -6,5 +6,5 @@ from fastclstm.lazy import on_first_use, submodules
 
 if not TYPE_CHECKING:
     __getattr__, __dir__ = on_first_use(
-        __name__, submodules(__name__, "files", "keras_files", "torch_files", "weights")
+        __name__, submodules(__name__, "files", "keras_files", "progress", "torch_files", "weights")
     )

@@ -33,10 +33,11 @@ class Bounds:
 
     def __init__(self, path: str | os.PathLike[str]):
         self.name = os.fspath(path)
-        with open(self.name, "rb") as file:  # a folder or a forbidden file gives the system's own error
-            status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
+        status = os.stat(self.name)
+        if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):  # to open a pipe is to wait
             raise OSError(f"cannot read {self.name}: it is not a regular file; copy it into one")
+        with open(self.name, "rb"):  # a folder or a forbidden file gives the system's own error
+            pass
         self.size = status.st_size
         self.most = TIMES * self.size + FREE
         self.spent = 0

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from fastclstm import __version__
+from fastclstm.io.bounds import Bounds, Refused
 from fastclstm.io.files import replacing
 
 FORMAT = "fastclstm"
@@ -53,32 +54,34 @@ def load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """
     from safetensors import SafetensorError, safe_open
 
-    name = os.fspath(path)
-    with open(name, "rb"):  # a missing file, a folder or a forbidden file gives the system's own error
-        pass
+    bounds = Bounds(path)
+    name = bounds.name
     try:
         with safe_open(name, framework="numpy") as file:
-            header = _header(name, (file.metadata() or {}).get(FORMAT))
+            header = _header(bounds, (file.metadata() or {}).get(FORMAT))
             arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{name} is damaged or not a safetensors file: {error}") from error
+    except (SafetensorError, AttributeError, KeyError, TypeError, OverflowError) as error:  # of dtypes NumPy has not
+        raise ValueError(f"{name} is damaged or not a safetensors file: {str(error)[:200]}") from error
     return arrays, header
 
 
-def _header(name: str, text: str | None) -> dict[str, Any]:
+def _header(bounds: Bounds, text: str | None) -> dict[str, Any]:
+    name = bounds.name
     if text is None:
         raise ValueError(
             f"{name} was not written by fastclstm: its metadata has no {FORMAT!r} entry; read its tensors with "
             f"safetensors.numpy.load_file and hand them to a layer with set_parameters or weights"
         )
     try:
-        header = json.loads(text)
+        header: dict[str, Any] = bounds.json(f"its {FORMAT!r} metadata", text)
         version = header["format_version"]
+    except Refused:
+        raise
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{name} is damaged: its {FORMAT!r} metadata cannot be read ({error!r})") from error
     if version != FORMAT_VERSION:
         raise ValueError(
-            f"{name} is in format {version!r}, written by fastclstm {header.get('fastclstm_version', '?')}; "
+            f"{name} is in format {version!r:.60}, written by fastclstm {header.get('fastclstm_version', '?')!s:.20}; "
             f"fastclstm {__version__} reads format {FORMAT_VERSION}: upgrade it with pip install -U fastclstm"
         )
     return header

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -14,6 +15,7 @@ import numpy as np
 
 from fastclstm import dispatch
 from fastclstm.io import weights
+from fastclstm.io.bounds import shown
 from fastclstm.nn import constraints, initializers, regularizers
 from fastclstm.nn.constraints import Constraint
 from fastclstm.nn.described import Described, class_name, describe, is_tellable, plain, restore
@@ -22,17 +24,29 @@ from fastclstm.spec import Shape, choice, expect_shape
 
 DTYPES = ("float32", "float64")
 
-_initializing: ContextVar[bool] = ContextVar("_initializing", default=True)
+_promised: ContextVar[list[int] | None] = ContextVar("_promised", default=None)
+"""How many parameters may still be made without being drawn; None: they are drawn."""
+_MISSING = 100
 
 
 @contextmanager
-def uninitialized() -> Iterator[None]:
-    """Build layers whose parameters have their shapes but no memory, to be assigned at once."""
-    token = _initializing.set(False)
+def uninitialized(arrays: int = sys.maxsize) -> Iterator[None]:
+    """Build layers whose parameters have their shapes but no memory, to be assigned at once.
+
+    There are `arrays` for them. Where some are missing, `set_parameters` names these; far more are not built at all.
+    """
+    token = _promised.set([arrays + _MISSING])
     try:
         yield
     finally:
-        _initializing.reset(token)
+        _promised.reset(token)
+
+
+def expect_parameters(op: str, count: int) -> None:
+    """Raise ValueError where `count` more parameters are not to be, before any is built."""
+    left = _promised.get()
+    if left is not None and count > left[0]:
+        raise ValueError(f"{op}: the options ask for far more parameters than there are arrays")
 
 
 class Parameter:
@@ -191,8 +205,8 @@ class Layer(Described):
         missing, unknown = sorted(set(owners) - set(arrays)), sorted(set(arrays) - set(owners))
         if missing or unknown:
             raise ValueError(
-                f"{type(self).__name__}: the parameters are {', '.join(owners) or 'none'}; "
-                f"missing {', '.join(missing) or 'none'}, unknown {', '.join(unknown) or 'none'}"
+                f"{type(self).__name__}: the parameters are {shown(owners)}; "
+                f"missing {shown(missing)}, unknown {shown(unknown)}"
             )
         checked = {name: owner._checked(key, arrays[name], name) for name, (owner, key) in owners.items()}
         for name, (owner, key) in owners.items():
@@ -225,14 +239,22 @@ class Layer(Described):
         arrays, metadata = weights.load(path)
         name, own = os.fspath(path), class_name(cls)
         if metadata.get("class") != own:
-            raise ValueError(f"{name} holds a {metadata.get('class')}, not a {own}; load it with that class")
+            raise ValueError(f"{name} holds a {metadata.get('class')}, not a {own}; load it with that class, or with "
+                             f"fastclstm.load")  # fmt: skip
+        return cls._restored(name, arrays, metadata, options)
+
+    @classmethod
+    def _restored(
+        cls, name: str, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, Any], options: Mapping[str, Any]
+    ) -> Self:
+        """Return the layer that the contents of the file `name` describe."""
         try:
-            with uninitialized():
+            with uninitialized(len(arrays)):
                 layer: Self = restore(metadata, **options)
             layer.set_parameters(arrays)
             for place in metadata.get("frozen", ()):
                 layer._part(place).trainable = False
-        except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        except (AttributeError, LookupError, OverflowError, RecursionError, TypeError, ValueError) as error:
             raise ValueError(f"{name} does not fit: {error}") from error
         return layer
 
@@ -266,7 +288,10 @@ class Layer(Described):
             if statistic:
                 self._statistics.add(name)
             self._parameters[name] = np.broadcast_to(np.zeros((), dtype), shape)  # the shape, without its memory
-            if _initializing.get():
+            expect_parameters(type(self).__name__, 1)
+            if (left := _promised.get()) is not None:
+                left[0] -= 1
+            else:
                 self._parameters[name] = self._checked(name, initializer(shape, rng, dtype))
                 for function in (self._regularizers.get(name), self._constraints.get(name)):
                     if function is not None:  # one that does not fit fails now
@@ -330,7 +355,7 @@ def layer_dtype(op: str, dtype: Any) -> str:
     """Return the name of a layer's dtype; raise ValueError unless it is float32 or float64."""
     try:
         name = "None" if dtype is None else np.dtype(dtype).name  # to NumPy None is float64
-    except TypeError:
+    except (TypeError, ValueError, SyntaxError):  # it parses texts
         name = dtype
     choice(op, "dtype", name, DTYPES)
     return name

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from fastclstm import dispatch
-from fastclstm.layers.base import Parameter
+from fastclstm.layers.base import Parameter, expect_parameters
 from fastclstm.layers.convlstm2d_cell import ConvLSTM2DCell
 from fastclstm.layers.convlstm_gates import own_generator
 from fastclstm.layers.convlstm_options import ConvLSTMLayer
@@ -181,6 +181,7 @@ engine='reference')
     def __post_init__(self) -> None:
         op = "ConvLSTM2D"
         (self.num_layers,) = integers(op, "num_layers", self.num_layers, 1, 1)
+        expect_parameters(op, self.num_layers)
         filters = integers(op, "out_channels", self.out_channels, self.num_layers, 1)
         self.out_channels = filters[0] if np.ndim(self.out_channels) == 0 else filters
         kernel_sizes = _kernel_sizes("kernel_size", self.kernel_size, self.num_layers)

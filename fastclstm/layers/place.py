@@ -51,7 +51,7 @@ class GPUPlace(Place):
     def read(self, name: str, value: Any, dtype: Any = None) -> Any:
         """Return a caller's array there, of `dtype` unless that is None: NumPy's are converted, others must be."""
         if self._reader is not None and dispatch.on_gpu(value):
-            array = self._reader(name, value)
+            array = self._reader(name, dispatch.exportable(self.op, name, value))
         elif dispatch.of_engine(value):
             array = value
         else:

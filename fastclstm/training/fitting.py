@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from fastclstm.io.progress import progress_bar
 from fastclstm.layers.container import told_of
 from fastclstm.nn import losses, metrics, optimizers, schedules
 from fastclstm.nn.described import Described, describe
@@ -69,8 +70,6 @@ class Fitting:
         quiet: bool | None,
     ) -> History:  # fmt: skip
         """Train until there is a reason to end."""
-        from tqdm import tqdm
-
         if isinstance(self.validation, Arrays):  # not after an epoch, should it not fit
             with told_of("the validation data"):
                 evaluate(self.model, self.loss, {}, islice(drawn(self.model, self.validation), 1))
@@ -83,9 +82,10 @@ class Fitting:
             self._save()
         progress, steps = self.progress, self.data.steps or 0
         total = steps * epochs if steps and time_limit is None else None
-        with tqdm(total=total, initial=steps * progress.epoch + progress.step, unit="step", disable=quiet) as bar:
+        done = steps * progress.epoch + progress.step
+        with progress_bar(total=total, initial=done, unit=" step", quiet=quiet) as bar:
             while progress.epoch < epochs and not progress.stopped:
-                bar.set_description(f"epoch {progress.epoch + 1}" + (f"/{epochs}" if time_limit is None else ""))
+                bar.set_description_str(f"epoch {progress.epoch + 1}" + (f"/{epochs}" if time_limit is None else ""))
                 if self._run_epoch(bar, time_limit):
                     break
                 answers = [callback(self.history) for callback in callbacks]

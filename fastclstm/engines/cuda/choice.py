@@ -1,4 +1,4 @@
-"""Which tiling computes a product on the device at hand."""
+"""Which tiling computes a product on the device at hand: the one that takes least time by a model."""
 
 from __future__ import annotations
 
@@ -6,25 +6,43 @@ import numpy as np
 
 from fastclstm.engines.cuda import product, wgmma
 from fastclstm.engines.cuda.device import Device
+from fastclstm.engines.cuda.product import KINDS, Tiling
 
-FILLED = 0.75
-"""The share of the multiprocessors that blocks of wgmma must fill: each of them computes more than with mma.sync."""
+RATES = {KINDS["simt"]: 128, KINDS["tf32"]: 512, KINDS["float32"]: 512 / 3, KINDS["bfloat16"]: 1024,
+         KINDS["float16"]: 1024}  # fmt: skip
+"""Multiply-adds of a multiprocessor in a clock, as Ampere has them; wgmma makes twice as many, float64 half as many."""
+
+BYTES = 24
+"""That a multiprocessor gets from the second-level cache in a clock: 5.5 TB/s of an H100. Assumed; no GPU was asked."""
+
+BESIDE = 0.25
+"""The share of the shorter of computing and fetching that does not hide behind the longer. A guess, too."""
+
+SUBCORES = 4
+"""Of a multiprocessor: so many warps are needed to use all of it."""
 
 
-def choose(kind: int, dtype: np.dtype, device: Device, pixels: int, columns: int) -> product.Tiling:
-    """Return the largest tiling that fills the GPU, of those that compute least in vain beside the columns.
+def choose(kind: int, dtype: np.dtype, device: Device, pixels: int, columns: int) -> Tiling:
+    """Return the fastest tiling that works, of those that compute least in vain beside the columns.
 
-    Those of wgmma come first, on the architecture that has it, where they fill three quarters of the GPU and work.
+    Of equals the larger. Those of wgmma are for the architecture that has it.
     """
     candidates = product.tilings(kind, dtype.itemsize)
     most = product.WASTE * min(tiling.padded(columns) for tiling in candidates)
     if device.architecture == product.WARPGROUPS:
         candidates = product.warpgroup_tilings(kind) + candidates
     fitting = [tiling for tiling in candidates if tiling.padded(columns) <= most]
-    for tiling in fitting:
-        down, across = tiling.grid(pixels, columns)
-        share = FILLED if tiling.on_warpgroups else 1
-        fills = down * across >= share * device.multiprocessors
-        if fills and (not tiling.on_warpgroups or wgmma.works(device, tiling)):
-            return tiling
-    return fitting[-1]
+    fitting.sort(key=lambda tiling: clocks(tiling, dtype, device.multiprocessors, pixels, columns))
+    return next(tiling for tiling in fitting if not tiling.on_warpgroups or wgmma.works(device, tiling))
+
+
+def clocks(tiling: Tiling, dtype: np.dtype, multiprocessors: int, pixels: int, columns: int) -> float:
+    """Return about how many clocks a step of depth takes: of the blocks of the multiprocessor that has most of them."""
+    down, across = tiling.grid(pixels, columns)
+    blocks = -(-down * across // multiprocessors)
+    itemsize = product.operand_type(tiling.kind, dtype).itemsize
+    rate = RATES[tiling.kind] * (2 if tiling.on_warpgroups else 1) * (0.5 if dtype == np.float64 else 1)
+    idle = max(1, SUBCORES / (tiling.threads // 32 * blocks))
+    computing = tiling.rows * tiling.columns / rate * idle
+    fetching = (tiling.rows + tiling.columns * tiling.parts) * itemsize / BYTES
+    return blocks * (max(computing, fetching) + BESIDE * min(computing, fetching))

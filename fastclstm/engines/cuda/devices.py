@@ -12,11 +12,11 @@ _devices: list[Device] = []
 
 
 @contextmanager
-def using(device: Device) -> Iterator[None]:
+def using(device: Device) -> Iterator[Device]:
     """Compute on `device` inside: how tests run the engine without a GPU."""
     _devices.append(device)
     try:
-        yield
+        yield device
     finally:
         _devices.pop()
 
@@ -33,17 +33,21 @@ def current() -> Device:
 
 
 def holding(ordinal: int) -> Device:
-    """Return GPU number `ordinal`, or what stands in for all of them. Raises as `current`."""
-    if _devices and _devices[-1].dlpack_device[0] not in (dlpack.CUDA, dlpack.CUDA_MANAGED):
+    """Return GPU number `ordinal`, or what stands in for it or for all of them. Raises as `current`."""
+    if _devices and (_is_no_gpu(_devices[-1]) or _devices[-1].dlpack_device[1] == ordinal):
         return _devices[-1]
     return gpu.at(ordinal)
 
 
 def ordinal_of(pointer: int) -> int:
     """Return the number of the GPU that holds the memory at `pointer`. Raises as `current`."""
-    if _devices and _devices[-1].dlpack_device[0] not in (dlpack.CUDA, dlpack.CUDA_MANAGED):
+    if _devices and _is_no_gpu(_devices[-1]):
         return _devices[-1].dlpack_device[1]
     return gpu.ordinal_of(pointer)
+
+
+def _is_no_gpu(device: Device) -> bool:
+    return device.dlpack_device[0] not in (dlpack.CUDA, dlpack.CUDA_MANAGED)
 
 
 def missing() -> str | None:

@@ -288,7 +288,11 @@ class GPU:
         config = self._core.LaunchConfig(
             grid=grid, block=block, shmem_size=int(launch.shared_bytes), is_cooperative=launch.cooperative
         )
-        self._core.launch(stream, config, launch.kernel, *map(_argument, launch.arguments))
+        arguments = list(map(_argument, launch.arguments))
+        try:
+            self._core.launch(stream, config, launch.kernel, *arguments)
+        except Exception as error:  # CUDAError, a plain Exception
+            raise RuntimeError(f"engine 'cuda': the launch of a kernel failed: {error}") from error
 
     def _opt_in(self, kernel: Any, shared_bytes: int) -> None:
         """Allow a kernel so much dynamic shared memory."""

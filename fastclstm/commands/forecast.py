@@ -1,0 +1,127 @@
+"""The frames that follow those of a file, by a network that foretells."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+from fastclstm.commands.inputs import check_distinct, open_sequences, takes_sequences
+from fastclstm.commands.options import SETTINGS, Engine, Quiet, Threads, Weights, set_threads, use_engine
+from fastclstm.io.files import replacing
+from fastclstm.io.progress import progress_bar
+from fastclstm.layers import ConvLSTM2D, Layer
+from fastclstm.models import EncoderForecaster, load
+
+app = typer.Typer(**SETTINGS)
+
+
+@app.command("forecast")
+def command(
+    source: Annotated[Path, typer.Argument(metavar="INPUT.npy", help="(T, H, W[, C]) or (B, T, H, W, C).")],
+    weights: Weights,
+    out: Annotated[Path, typer.Option(metavar="OUT.npy", help="Where the frames go.")],
+    steps: Annotated[int, typer.Option(min=1, help="Frames to make.")] = 10,
+    scale: Annotated[
+        tuple[float, float] | None,
+        typer.Option(metavar="LOW HIGH", help="Values that are 0 and 1 to the network; see train.", show_default=False),
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 8,
+    engine: Engine = None,
+    threads: Threads = None,
+    quiet: Quiet = False,
+) -> None:
+    """Make the frames that follow, by a saved network.
+
+    The network is what train wrote, an EncoderForecaster, or any other that returns the next frame, of all steps or
+    of the last: then a frame made is appended to those before it, and the last T of them give the next.
+    """
+    set_threads(threads)
+    shape = forecast_file(source, weights, out, steps=steps, scale=scale, batch=batch, engine=engine, quiet=quiet)
+    if not quiet:
+        print(f"{out}: {shape}")
+
+
+def forecast_file(
+    source: Path, weights: Path, target: Path, *, steps: int, scale: tuple[float, float] | None = None,
+    batch: int = 8, engine: str | None = None, quiet: bool = True,
+) -> tuple[int, ...]:  # fmt: skip
+    """Write to a ``.npy`` file the frames that follow those of another, and return their shape.
+
+    Parameters
+    ----------
+    source : path of an array (T, H, W), (T, H, W, C) or (B, T, H, W, C)
+        With channels-first layers C stands before H. Any real dtype.
+    weights : path
+        What the network's `save` wrote.
+    target : path
+        Written as (steps, H, W, C), after a batch axis where the input has one.
+    steps : int
+        Frames to make.
+    scale : (low, high), optional
+        The values that are 0 and 1 to the network. None: the network takes the values as they are.
+    batch : int
+        Sequences computed at once.
+    engine : str, optional
+        Instead of the one the layers were saved with.
+    quiet : bool
+        Show no progress bar; there is none either where stderr is not a terminal.
+
+    Raises
+    ------
+    ValueError, TypeError
+        A file that is not what it should be, a network that foretells no frames, an output that is an input too.
+    OSError
+        A file that cannot be read or written.
+    """
+    check_distinct("forecast", (source, weights), (target,))
+    low, high = scale or (0.0, 1.0)
+    if not low < high:
+        raise ValueError(f"forecast: of --scale LOW HIGH, LOW must be the smaller, got {low:g} {high:g}")
+    network = load(weights)
+    if isinstance(network, ConvLSTM2D):
+        network = load(weights, time_major=False, stateful=False, return_state=False)
+    use_engine(network, engine)
+    if not takes_sequences(network):
+        raise ValueError(f"forecast: {weights} holds a {type(network).__name__} without a ConvLSTM2D, which foretells "
+                         f"no frames")  # fmt: skip
+    x, batched = open_sequences("forecast", source, network)
+    made = []
+    with replacing(target) as new, progress_bar(total=len(x), unit=" sequence", quiet=quiet or None) as progress:
+        for start in range(0, max(len(x), 1), batch):
+            frames = x[start : start + batch]
+            if scale is not None:
+                frames = np.subtract(frames, low, dtype=np.float64) / (high - low)
+            made.append(roll_out(network, frames, steps))
+            progress.update(len(frames))
+        film = np.concatenate(made)
+        if scale is not None:
+            film = (film * np.float64(high - low) + low).astype(film.dtype)
+        film = film if batched else film[0]
+        with new.open("wb") as file:
+            np.save(file, film)
+    return film.shape
+
+
+def roll_out(network: Layer, frames: np.ndarray, steps: int) -> Any:
+    """Return the `steps` frames that follow (B, T, H, W, C): each is made from the last T, those made included.
+
+    Raises
+    ------
+    ValueError
+        The network makes no frames like those it is given.
+    """
+    if isinstance(network, EncoderForecaster):
+        return network.forecast(frames, steps)
+    T, run = frames.shape[1], getattr(network, "predict", network)
+    film: Any = frames
+    for _ in range(steps):
+        y = run(film[:, -T:])
+        shape = getattr(y, "shape", ())
+        if shape not in ((len(film), *film.shape[2:]), (len(film), T, *film.shape[2:])):
+            raise ValueError(f"forecast: a {type(network).__name__} made {shape or type(y).__name__} of frames "
+                             f"{film[:, -T:].shape}, but one that foretells makes frames of the same size")  # fmt: skip
+        film = np.concatenate([film, y[:, -1:] if y.ndim == film.ndim else y[:, np.newaxis]], 1)
+    return film[:, T:]

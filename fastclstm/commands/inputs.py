@@ -1,0 +1,80 @@
+"""Arrays in files that a user hands over, and what a file is where that is none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from fastclstm.io import numpy_files
+from fastclstm.layers import ConvLSTM2D, Layer
+from fastclstm.layers.container import parts
+
+_BEGINNINGS = (
+    (b"CDF", "a netCDF file", "xarray.open_dataset({path!r})[NAME].values"),
+    (b"\x89HDF\r\n\x1a\n", "a netCDF-4 or HDF5 file", "h5py.File({path!r})[NAME][:]"),
+    (b"GRIB", "a GRIB file", "xarray.open_dataset({path!r}, engine='cfgrib')[NAME].values"),
+    (b"GIF8", "a GIF", "[np.asarray(f.convert('L')) for f in PIL.ImageSequence.Iterator(PIL.Image.open({path!r}))]"),
+    (b"II*\x00", "a TIFF", "tifffile.imread({path!r})"),
+    (b"MM\x00*", "a TIFF", "tifffile.imread({path!r})"),
+    (b"\x1f\x8b", "compressed by gzip", ""),
+    (b"\x80", "a pickle, which is not read as it may run code", ""),
+)
+"""First bytes, what they stand for, and what makes an array of such a file."""
+
+
+def check_distinct(op: str, inputs: tuple[Path | None, ...], outputs: tuple[Path | None, ...]) -> None:
+    """Raise ValueError where an output would overwrite an input or another output."""
+    taken = {path.resolve() for path in inputs if path is not None}
+    for path in outputs:
+        if path is not None:
+            if path.resolve() in taken:
+                raise ValueError(
+                    f"{op}: writing {path} would overwrite an input or another output; choose another name"
+                )
+            taken.add(path.resolve())
+
+
+def open_array(op: str, path: Path) -> np.ndarray:
+    """Memory-map the array of a ``.npy`` file."""
+    try:
+        return numpy_files.read_npy(path)
+    except ValueError as error:
+        told = what_is(path) or (_told(path, "a .npz", "np.load({path!r})[NAME]") if path.suffix == ".npz" else "")
+        if not told:
+            raise ValueError(f"{op}: {error}") from error
+        raise ValueError(f"{op}: {path} cannot be read as a .npy array of numbers: {told}") from error
+
+
+def takes_sequences(network: Layer) -> bool:
+    """Whether there is a ConvLSTM2D in a network."""
+    return any(isinstance(part, ConvLSTM2D) for part in parts(network))
+
+
+def open_sequences(op: str, path: Path, network: Layer) -> tuple[np.ndarray, bool]:
+    """Memory-map sequences as (B, T, H, W, C), C where `network` has it; also tell whether there is a batch axis."""
+    x = open_array(op, path)
+    if x.ndim not in (3, 4, 5):
+        raise ValueError(
+            f"{op}: {path} has shape {x.shape} but must be (T, H, W), (T, H, W, C) or (B, T, H, W, C): "
+            f"time, height, width and channels, after a batch axis"
+        )
+    if x.ndim == 3:
+        formats = (part.data_format for part in parts(network) if hasattr(part, "data_format"))
+        return np.expand_dims(x, -3 if next(formats) == "channels_first" else -1)[np.newaxis], False
+    return (x, True) if x.ndim == 5 else (x[np.newaxis], False)
+
+
+def what_is(path: Path) -> str:
+    """Return what a file is, other than .npy and .npz, and how it becomes an array; nothing where that is not known."""
+    with path.open("rb") as file:
+        first = file.read(12)
+    if first[4:8] == b"ftyp":
+        return _told(path, "a film (MP4)", "imageio.v3.imread({path!r})")
+    known = (told for told in _BEGINNINGS if first.startswith(told[0]))
+    return next((_told(path, what, how) for _, what, how in known), "")
+
+
+def _told(path: Path, what: str, how: str) -> str:
+    call = how.format(path=str(path))
+    return f"it is {what}" + (f"; save the array first: np.save('films.npy', {call})" if how else "")
