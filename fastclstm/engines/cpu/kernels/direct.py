@@ -108,77 +108,80 @@ def _reads_in_place(src):
     return src.KH == 1 and src.KW == 1 and src.stride_y == 1 and src.stride_x == 1 and src.top == 0 and src.left == 0
 
 
-@inline
-def _run_block(
-    finish, flow, work, sources, groups, panels, passes, segments, weights, bias, cell, mask, scratch, b, t, block, part
-):
-    """Compute one block of image b at step t, for a part of the groups."""
-    like = weights
-    group0, group1 = len(groups) * part // flow.parts, len(groups) * (part + 1) // flow.parts
-    y0, x0 = block // work.blocks_x * work.block_height, block % work.blocks_x * work.block_width
-    height, width = min(work.block_height, work.HO - y0), min(work.block_width, work.WO - x0)
-    count = height * width
-    pixels = simd.at(segments, scratch + work.pixels)
-    for r in range(count):
-        pixels[r] = (y0 + r // width) * work.WO + x0 + r % width
-    if flow.masked and not mask[b, t]:
-        for g in range(group0, group1):
-            skip_step(like, flow, cell, groups[g], pixels, count, b, t)
-        return
-    skipped = skipped_sources(flow, sources, t)
-    inputs0 = inputs1 = np.uint64(0)
-    for s in range(skipped, len(sources)):
-        src = sources[s]
-        inputs, row0 = source_at(flow, sources, s, b, t), 0
-        patch_width = src.W
-        if _reads_in_place(src) and y0 + height <= src.H and x0 + width <= src.W:
-            row0 = y0 * patch_width + x0
-        else:
-            patch_height = (height - 1) * src.stride_y + (src.KH - 1) * src.dilation_y + 1
-            patch_width = (work.block_width - 1) * src.stride_x + (src.KW - 1) * src.dilation_x + 1
-            patch = np.uint64(scratch + src.scratch)
-            copy_patch(src, simd.at(like, inputs), y0 * src.stride_y - src.top, x0 * src.stride_x - src.left,
-                       patch_height, patch_width, simd.at(like, patch))  # fmt: skip
-            inputs = patch
-        if s == 0:
-            inputs0 = inputs
-        else:
-            inputs1 = inputs
-        offsets = simd.at(segments, scratch + (work.offsets0 if s == 0 else work.offsets1))
-        for r in range(count + MAX_ROWS):
-            inside = min(r, count - 1)
-            offsets[r] = (row0 + inside // width * src.stride_y * patch_width + inside % width * src.stride_x) * src.C
-    z = simd.at(like, scratch + work.z)
-    step = simd.vector_lanes(z)
-    segment = simd.pointer(segments)
-    last_panel = len(panels) - 2
-    first_pass = 0
-    while passes[first_pass, 0] < skipped:
-        first_pass += 1
-    for g in range(group0, group1):
-        group = groups[g]
-        vectors = group[1]
-        columns = vectors * step
-        rows = _rows(vectors)
-        panel_weights = simd.shift(simd.pointer(weights), group[0])
-        group_bias = simd.shift(simd.pointer(bias), group[5])
-        for p in range(last_panel + 1):
-            for r in range(0, count, rows):
-                sums = simd.shift(z, r * columns if last_panel > 0 else 0)
-                for n in range(panels[p], panels[p + 1]):
-                    if n < first_pass:
-                        continue
-                    s = passes[n, 0]
-                    begin = group_bias if n == first_pass else sums
-                    base = simd.at(like, inputs0 if s == 0 else inputs1)
-                    offsets = simd.at(segments, scratch + (work.offsets0 if s == 0 else work.offsets1) + 8 * r)
-                    _tile(vectors, begin, 0 if n == first_pass else columns, sums, base, offsets, segment, passes[n, 1],
-                          passes[n, 2], panel_weights)  # fmt: skip
-                if p == last_panel:
-                    finish(like, flow, cell, group, sums, simd.shift(pixels, r), min(rows, count - r), b, t)
-
-
 def _run(finish):
+    """Return the kernel that ends with `finish`, one of `gates.FINISHES`."""
+
+    @inline
+    def run_block(
+        flow, work, sources, groups, panels, passes, segments, weights, bias, cell, mask, scratch, b, t, block, part
+    ):
+        """Compute one block of image b at step t, for a part of the groups."""
+        like = weights
+        group0, group1 = len(groups) * part // flow.parts, len(groups) * (part + 1) // flow.parts
+        y0, x0 = block // work.blocks_x * work.block_height, block % work.blocks_x * work.block_width
+        height, width = min(work.block_height, work.HO - y0), min(work.block_width, work.WO - x0)
+        count = height * width
+        pixels = simd.at(segments, scratch + work.pixels)
+        for r in range(count):
+            pixels[r] = (y0 + r // width) * work.WO + x0 + r % width
+        if flow.masked and not mask[b, t]:
+            for g in range(group0, group1):
+                skip_step(like, flow, cell, groups[g], pixels, count, b, t)
+            return
+        skipped = skipped_sources(flow, sources, t)
+        inputs0 = inputs1 = np.uint64(0)
+        for s in range(skipped, len(sources)):
+            src = sources[s]
+            inputs, row0 = source_at(flow, sources, s, b, t), 0
+            patch_width = src.W
+            if _reads_in_place(src) and y0 + height <= src.H and x0 + width <= src.W:
+                row0 = y0 * patch_width + x0
+            else:
+                patch_height = (height - 1) * src.stride_y + (src.KH - 1) * src.dilation_y + 1
+                patch_width = (work.block_width - 1) * src.stride_x + (src.KW - 1) * src.dilation_x + 1
+                patch = np.uint64(scratch + src.scratch)
+                copy_patch(src, simd.at(like, inputs), y0 * src.stride_y - src.top, x0 * src.stride_x - src.left,
+                           patch_height, patch_width, simd.at(like, patch))  # fmt: skip
+                inputs = patch
+            if s == 0:
+                inputs0 = inputs
+            else:
+                inputs1 = inputs
+            offsets = simd.at(segments, scratch + (work.offsets0 if s == 0 else work.offsets1))
+            for r in range(count + MAX_ROWS):
+                inside = min(r, count - 1)
+                offsets[r] = (
+                    row0 + inside // width * src.stride_y * patch_width + inside % width * src.stride_x
+                ) * src.C
+        z = simd.at(like, scratch + work.z)
+        step = simd.vector_lanes(z)
+        segment = simd.pointer(segments)
+        last_panel = len(panels) - 2
+        first_pass = 0
+        while passes[first_pass, 0] < skipped:
+            first_pass += 1
+        for g in range(group0, group1):
+            group = groups[g]
+            vectors = group[1]
+            columns = vectors * step
+            rows = _rows(vectors)
+            panel_weights = simd.shift(simd.pointer(weights), group[0])
+            group_bias = simd.shift(simd.pointer(bias), group[5])
+            for p in range(last_panel + 1):
+                for r in range(0, count, rows):
+                    sums = simd.shift(z, r * columns if last_panel > 0 else 0)
+                    for n in range(panels[p], panels[p + 1]):
+                        if n < first_pass:
+                            continue
+                        s = passes[n, 0]
+                        begin = group_bias if n == first_pass else sums
+                        base = simd.at(like, inputs0 if s == 0 else inputs1)
+                        offsets = simd.at(segments, scratch + (work.offsets0 if s == 0 else work.offsets1) + 8 * r)
+                        _tile(vectors, begin, 0 if n == first_pass else columns, sums, base, offsets, segment,
+                              passes[n, 1], passes[n, 2], panel_weights)  # fmt: skip
+                    if p == last_panel:
+                        finish(like, flow, cell, group, sums, simd.shift(pixels, r), min(rows, count - r), b, t)
+
     def run(
         job, worker, flows, works, sources, neighbours, panels, passes, segments, groups, weights, bias, cells, mask
     ):
@@ -191,7 +194,7 @@ def _run(finish):
                 break
             t, block, part = place(flow, piece)
             wait_for_neighbours(flow, job, sources, neighbours, unit, block, t)
-            _run_block(finish, flow, works[0], sources, groups, panels, passes, segments, weights, bias, cells[0], mask,
+            run_block(flow, works[0], sources, groups, panels, passes, segments, weights, bias, cells[0], mask,
                        scratch, unit, t, block, part)  # fmt: skip
             piece_done(flow, job, sources, unit, block)
 

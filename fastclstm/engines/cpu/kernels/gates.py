@@ -162,50 +162,43 @@ def store(like, flow, cell, group, z, pixels, count, b, t):
         simd.at(group, flow.trouble)[b] = 1
 
 
-@inline
-def _update(gates_of, like, flow, cell, group, z, pixels, count, b, t):
-    """Make new states of the z of `count` pixels, as `store`; gates_of: one of the three functions above."""
-    h_new, y, gates = h_after(flow, b, t), y_at(flow, b, t), gates_at(flow, b, t)
-    c_old, c_new = c_before(flow, b, t), c_after(flow, b, t)
-    width, first, filters = group[2], group[3], group[4]
-    columns = group[1] * simd.vector_lanes(z)
-    for r in range(count):
-        pixel = pixels[r]
-        if pixel < 0:
-            continue
-        z_r = simd.shift(z, r * columns)
-        index = pixel * cell.F + first
-        c = take(simd.shift(simd.at(like, c_old), index), filters)
-        z_i, z_f = simd.load(z_r), simd.load(simd.shift(z_r, width))
-        z_g, z_o = simd.load(simd.shift(z_r, 2 * width)), simd.load(simd.shift(z_r, 3 * width))
-        kept_index, weights = 4 * pixel * cell.F + first, pixel * cell.peephole_pixel + first
-        c, h = gates_of(like, cell, gates, kept_index, weights, filters, z_i, z_f, z_g, z_o, c)
-        put(simd.shift(simd.at(like, c_new), index), c, filters)
-        put(simd.shift(simd.at(like, h_new), index), h, filters)
-        if y != 0:
-            put(simd.shift(simd.at(like, y), index), h, filters)
+def _updating(gates_of):
+    """Return the function that makes new states by one of the three functions above."""
+
+    @inline
+    def update(like, flow, cell, group, z, pixels, count, b, t):
+        """Make new states of the z of `count` pixels, as `store`."""
+        h_new, y, gates = h_after(flow, b, t), y_at(flow, b, t), gates_at(flow, b, t)
+        c_old, c_new = c_before(flow, b, t), c_after(flow, b, t)
+        width, first, filters = group[2], group[3], group[4]
+        columns = group[1] * simd.vector_lanes(z)
+        for r in range(count):
+            pixel = pixels[r]
+            if pixel < 0:
+                continue
+            z_r = simd.shift(z, r * columns)
+            index = pixel * cell.F + first
+            c = take(simd.shift(simd.at(like, c_old), index), filters)
+            z_i, z_f = simd.load(z_r), simd.load(simd.shift(z_r, width))
+            z_g, z_o = simd.load(simd.shift(z_r, 2 * width)), simd.load(simd.shift(z_r, 3 * width))
+            kept_index, weights = 4 * pixel * cell.F + first, pixel * cell.peephole_pixel + first
+            c, h = gates_of(like, cell, gates, kept_index, weights, filters, z_i, z_f, z_g, z_o, c)
+            put(simd.shift(simd.at(like, c_new), index), c, filters)
+            put(simd.shift(simd.at(like, h_new), index), h, filters)
+            if y != 0:
+                put(simd.shift(simd.at(like, y), index), h, filters)
+
+    return update
 
 
-@inline
-def update(like, flow, cell, group, z, pixels, count, b, t):
-    """Make new states, with tanh, sigmoid, tanh and nothing else."""
-    _update(_standard, like, flow, cell, group, z, pixels, count, b, t)
-
-
-@inline
-def update_and_keep(like, flow, cell, group, z, pixels, count, b, t):
-    """The same, and the gates are kept."""
-    _update(_standard_keeping, like, flow, cell, group, z, pixels, count, b, t)
-
-
-@inline
-def update_any(like, flow, cell, group, z, pixels, count, b, t):
-    """Make new states with any activations, peepholes and clipping; the gates are kept where there is memory."""
-    _update(_general, like, flow, cell, group, z, pixels, count, b, t)
-
-
-FINISHES = {"store": store, "update": update, "update_and_keep": update_and_keep, "update_any": update_any}
-"""What may become of the columns, each a kernel of its own."""
+FINISHES = {
+    "store": store,
+    "update": _updating(_standard),
+    "update_and_keep": _updating(_standard_keeping),
+    "update_any": _updating(_general),
+}
+"""What may become of the columns, each a kernel of its own: stored; states, with tanh, sigmoid, tanh and nothing else;
+these, and the gates kept; states with any activations, peepholes and clipping, the gates kept where there is memory."""
 
 
 @inline

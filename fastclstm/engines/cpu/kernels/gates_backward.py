@@ -92,41 +92,42 @@ def _general(like, step, cell, sums, pixel, k, count, i, f, g, o, c, dh, dc):
     return dz_i, dz_f, dz_g, dz_o, dc
 
 
-@inline
-def _pull_back(output, derive, like, step, cell, b, pixel, sums):
-    """Compute dz and the new dc of one pixel, and the h it began with, and add to the sums of its chunk."""
-    F = step.F
-    lanes = simd.vector_lanes(sums)
-    for k in range(0, F, lanes):
-        count = min(lanes, F - k)
-        index, gate_index = pixel * F + k, 4 * pixel * F + k
-        gates = _place(like, step.gates, step.gates_image, b, gate_index)
-        i, f = take(gates, count), take(simd.shift(gates, F), count)
-        g, o = take(simd.shift(gates, 2 * F), count), take(simd.shift(gates, 3 * F), count)
-        c = take(_place(like, step.c, step.c_image, b, index), count)
-        dh = take(_place(like, step.dh, step.dh_image, b, index), count)
-        if step.dy != 0:
-            dh = dh + take(_place(like, step.dy, step.dy_image, b, index), count)
-        dc_place = _place(like, step.dc, step.dc_image, b, index)
-        dc = take(dc_place, count)
-        if step.before != 0:
-            o_before = take(_place(like, step.before, step.before_image, b, gate_index + 3 * F), count)
-            y = output(cell, c)
-            put(_place(like, step.h, step.h_image, b, index), o_before * y, count)
-        dz_i, dz_f, dz_g, dz_o, dc = derive(like, step, cell, sums, pixel, k, count, i, f, g, o, c, dh, dc)
-        put(dc_place, dc, count)
-        dz, bias = _place(like, step.dz, step.dz_image, b, gate_index), simd.shift(sums, k)
-        put(dz, dz_i, count)
-        put(simd.shift(dz, F), dz_f, count)
-        put(simd.shift(dz, 2 * F), dz_g, count)
-        put(simd.shift(dz, 3 * F), dz_o, count)
-        _add(bias, dz_i, count)
-        _add(simd.shift(bias, F), dz_f, count)
-        _add(simd.shift(bias, 2 * F), dz_g, count)
-        _add(simd.shift(bias, 3 * F), dz_o, count)
-
-
 def _run(output, derive):
+    """Return the kernel for cells with such outputs and derivatives."""
+
+    @inline
+    def pull_back(like, step, cell, b, pixel, sums):
+        """Compute dz and the new dc of one pixel, and the h it began with, and add to the sums of its chunk."""
+        F = step.F
+        lanes = simd.vector_lanes(sums)
+        for k in range(0, F, lanes):
+            count = min(lanes, F - k)
+            index, gate_index = pixel * F + k, 4 * pixel * F + k
+            gates = _place(like, step.gates, step.gates_image, b, gate_index)
+            i, f = take(gates, count), take(simd.shift(gates, F), count)
+            g, o = take(simd.shift(gates, 2 * F), count), take(simd.shift(gates, 3 * F), count)
+            c = take(_place(like, step.c, step.c_image, b, index), count)
+            dh = take(_place(like, step.dh, step.dh_image, b, index), count)
+            if step.dy != 0:
+                dh = dh + take(_place(like, step.dy, step.dy_image, b, index), count)
+            dc_place = _place(like, step.dc, step.dc_image, b, index)
+            dc = take(dc_place, count)
+            if step.before != 0:
+                o_before = take(_place(like, step.before, step.before_image, b, gate_index + 3 * F), count)
+                y = output(cell, c)
+                put(_place(like, step.h, step.h_image, b, index), o_before * y, count)
+            dz_i, dz_f, dz_g, dz_o, dc = derive(like, step, cell, sums, pixel, k, count, i, f, g, o, c, dh, dc)
+            put(dc_place, dc, count)
+            dz, bias = _place(like, step.dz, step.dz_image, b, gate_index), simd.shift(sums, k)
+            put(dz, dz_i, count)
+            put(simd.shift(dz, F), dz_f, count)
+            put(simd.shift(dz, 2 * F), dz_g, count)
+            put(simd.shift(dz, 3 * F), dz_o, count)
+            _add(bias, dz_i, count)
+            _add(simd.shift(bias, F), dz_f, count)
+            _add(simd.shift(bias, 2 * F), dz_g, count)
+            _add(simd.shift(bias, 3 * F), dz_o, count)
+
     def run(job, worker, like, steps, cells, rows):
         step = steps[0]
         chunks = (step.pixels + CHUNK_PIXELS - 1) // CHUNK_PIXELS
@@ -139,7 +140,7 @@ def _run(output, derive):
             for b in range(step.B):
                 clear_run(local, 7 * step.F)
                 for pixel in range(chunk * CHUNK_PIXELS, min((chunk + 1) * CHUNK_PIXELS, step.pixels)):
-                    _pull_back(output, derive, like, step, cells[0], b, pixel, local)
+                    pull_back(like, step, cells[0], b, pixel, local)
                 for k in range(0, 7 * step.F, lanes):
                     count = min(lanes, 7 * step.F - k)
                     _add(simd.shift(sums, k), take(simd.shift(local, k), count), count)

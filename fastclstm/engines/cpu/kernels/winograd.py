@@ -325,81 +325,82 @@ def transform_gradient_tile(m, k, src, frame, y0, x0, inputs, block_size, point,
             transform_gradient(m, k, 0, origin, row, column, count, target, point)
 
 
-@inline
-def _run_block(
-    m, k, finish, flow, work, sources, groups, channels, weights, bias, cell, mask, scratch, unit, t, block, part
-):
-    """Compute one block of tiles of a unit at step t, for a part of the groups."""
-    like = weights
-    group0, group1 = len(groups) * part // flow.parts, len(groups) * (part + 1) // flow.parts
-    total = flow.B * work.tiles
-    first = unit * work.unit_tiles + block * work.block_tiles
-    count = min(work.block_tiles, work.unit_tiles - block * work.block_tiles, total - first)
-    if count <= 0:
-        return
-    chunk = work.chunk
-    side = m * m
-    points = (m + k - 1) * (m + k - 1)
-    inputs, products = simd.at(like, scratch + work.inputs), simd.at(like, scratch + work.products)
-    z, patch = simd.at(like, scratch + work.z), simd.at(like, scratch + work.patch)
-    pixels = simd.at(channels, scratch + work.pixels)
-    step = simd.vector_lanes(z)
-    chunks = (count + chunk - 1) // chunk
-    chunk_size = len(channels) * chunk * step
-    point = chunks * chunk_size + step  # one vector more: the points of a tile in different sets of the cache
-    skipped = skipped_sources(flow, sources, t)
-    rows = skipped_rows = skipped_blocks = 0
-    for s in range(len(sources)):
-        if s < skipped:
-            skipped_rows += sources[s].C
-            skipped_blocks += (sources[s].C + step - 1) // step
-        rows += sources[s].C
-    for n in range(count):
-        b, tile = (first + n) // work.tiles, (first + n) % work.tiles
-        ty, tx = tile // work.tiles_x * m, tile % work.tiles_x * m
-        for i in range(m):
-            for j in range(m):
-                outside = ty + i >= work.HO or tx + j >= work.WO
-                pixels[n * side + i * m + j] = -1 if outside else (ty + i) * work.WO + tx + j
-        block_n = simd.shift(inputs, n // chunk * chunk_size + (n % chunk + skipped_blocks * chunk) * step)
-        for s in range(skipped, len(sources)):
-            src = sources[s]
-            frame = simd.at(like, source_at(flow, sources, s, b, t))
-            transform_tile(m, k, src, frame, ty - src.top, tx - src.left, block_n, chunk * step, point, patch)
-            block_n = simd.shift(block_n, (src.C + step - 1) // step * chunk * step)
-    blocks = len(channels) - skipped_blocks
-    counts = simd.shift(simd.pointer(channels), skipped_blocks)
-    for g in range(group0, group1):
-        group = groups[g]
-        vectors = group[1]
-        tile_size = ((vectors + 1) // 2 * 2 * points + 1) * step  # one vector more, against powers of two
-        group_bias = simd.shift(simd.pointer(bias), group[5])
-        panel = rows * 2 * step
-        panel_weights = simd.shift(simd.pointer(weights), group[0])
-        for p in range(points):
-            for v in range(0, vectors, 2):
-                ahead = simd.shift(panel_weights, panel)
-                used = simd.shift(panel_weights, skipped_rows * 2 * step)
-                for q in range(chunks):
-                    rows_in = simd.shift(inputs, p * point + q * chunk_size + skipped_blocks * chunk * step)
-                    result = simd.shift(products, q * chunk * tile_size + v * points * step + p * step)
-                    _multiply(chunk, rows_in, used, counts, blocks, result, tile_size, points * step,
-                              simd.shift(ahead, q % 2 * step))  # fmt: skip
-                panel_weights = ahead
-        for n in range(count):
-            b = (first + n) // work.tiles
-            tile_pixels = simd.shift(pixels, n * side)
-            if flow.masked and not mask[b, t]:
-                skip_step(like, flow, cell, group, tile_pixels, side, b, t)
-                continue
-            for v in range(vectors):
-                tile_products = simd.shift(products, n * tile_size + v * points * step)
-                vector_bias, target = simd.shift(group_bias, v * step), simd.shift(z, v * step)
-                transform_output(m, k, tile_products, vector_bias, target, vectors * step)
-            finish(like, flow, cell, group, z, tile_pixels, side, b, t)
-
-
 def _run(finish):
+    """Return the kernel that ends with `finish`, one of `gates.FINISHES`."""
+
+    @inline
+    def run_block(
+        m, k, flow, work, sources, groups, channels, weights, bias, cell, mask, scratch, unit, t, block, part
+    ):
+        """Compute one block of tiles of a unit at step t, for a part of the groups."""
+        like = weights
+        group0, group1 = len(groups) * part // flow.parts, len(groups) * (part + 1) // flow.parts
+        total = flow.B * work.tiles
+        first = unit * work.unit_tiles + block * work.block_tiles
+        count = min(work.block_tiles, work.unit_tiles - block * work.block_tiles, total - first)
+        if count <= 0:
+            return
+        chunk = work.chunk
+        side = m * m
+        points = (m + k - 1) * (m + k - 1)
+        inputs, products = simd.at(like, scratch + work.inputs), simd.at(like, scratch + work.products)
+        z, patch = simd.at(like, scratch + work.z), simd.at(like, scratch + work.patch)
+        pixels = simd.at(channels, scratch + work.pixels)
+        step = simd.vector_lanes(z)
+        chunks = (count + chunk - 1) // chunk
+        chunk_size = len(channels) * chunk * step
+        point = chunks * chunk_size + step  # one vector more: the points of a tile in different sets of the cache
+        skipped = skipped_sources(flow, sources, t)
+        rows = skipped_rows = skipped_blocks = 0
+        for s in range(len(sources)):
+            if s < skipped:
+                skipped_rows += sources[s].C
+                skipped_blocks += (sources[s].C + step - 1) // step
+            rows += sources[s].C
+        for n in range(count):
+            b, tile = (first + n) // work.tiles, (first + n) % work.tiles
+            ty, tx = tile // work.tiles_x * m, tile % work.tiles_x * m
+            for i in range(m):
+                for j in range(m):
+                    outside = ty + i >= work.HO or tx + j >= work.WO
+                    pixels[n * side + i * m + j] = -1 if outside else (ty + i) * work.WO + tx + j
+            block_n = simd.shift(inputs, n // chunk * chunk_size + (n % chunk + skipped_blocks * chunk) * step)
+            for s in range(skipped, len(sources)):
+                src = sources[s]
+                frame = simd.at(like, source_at(flow, sources, s, b, t))
+                transform_tile(m, k, src, frame, ty - src.top, tx - src.left, block_n, chunk * step, point, patch)
+                block_n = simd.shift(block_n, (src.C + step - 1) // step * chunk * step)
+        blocks = len(channels) - skipped_blocks
+        counts = simd.shift(simd.pointer(channels), skipped_blocks)
+        for g in range(group0, group1):
+            group = groups[g]
+            vectors = group[1]
+            tile_size = ((vectors + 1) // 2 * 2 * points + 1) * step  # one vector more, against powers of two
+            group_bias = simd.shift(simd.pointer(bias), group[5])
+            panel = rows * 2 * step
+            panel_weights = simd.shift(simd.pointer(weights), group[0])
+            for p in range(points):
+                for v in range(0, vectors, 2):
+                    ahead = simd.shift(panel_weights, panel)
+                    used = simd.shift(panel_weights, skipped_rows * 2 * step)
+                    for q in range(chunks):
+                        rows_in = simd.shift(inputs, p * point + q * chunk_size + skipped_blocks * chunk * step)
+                        result = simd.shift(products, q * chunk * tile_size + v * points * step + p * step)
+                        _multiply(chunk, rows_in, used, counts, blocks, result, tile_size, points * step,
+                                  simd.shift(ahead, q % 2 * step))  # fmt: skip
+                    panel_weights = ahead
+            for n in range(count):
+                b = (first + n) // work.tiles
+                tile_pixels = simd.shift(pixels, n * side)
+                if flow.masked and not mask[b, t]:
+                    skip_step(like, flow, cell, group, tile_pixels, side, b, t)
+                    continue
+                for v in range(vectors):
+                    tile_products = simd.shift(products, n * tile_size + v * points * step)
+                    vector_bias, target = simd.shift(group_bias, v * step), simd.shift(z, v * step)
+                    transform_output(m, k, tile_products, vector_bias, target, vectors * step)
+                finish(like, flow, cell, group, z, tile_pixels, side, b, t)
+
     def run(m, k, job, worker, flows, works, sources, neighbours, channels, groups, weights, bias, cells, mask):
         flow = flows[0]
         scratch = worker_scratch(flow, worker)
@@ -410,7 +411,7 @@ def _run(finish):
                 break
             t, block, part = place(flow, piece)
             wait_for_neighbours(flow, job, sources, neighbours, unit, block, t)
-            _run_block(m, k, finish, flow, works[0], sources, groups, channels, weights, bias, cells[0], mask, scratch,
+            run_block(m, k, flow, works[0], sources, groups, channels, weights, bias, cells[0], mask, scratch,
                        unit, t, block, part)  # fmt: skip
             piece_done(flow, job, sources, unit, block)
 
