@@ -57,7 +57,7 @@ def test_a_hidden_state_of_zeros_is_the_same_given_or_not(algorithm):
 def test_one_image_keeps_every_worker_busy(algorithm):
     m, spec = 4 if algorithm == "winograd" else 0, ConvSpec.infer((1, 64, 64, 8), (3, 3, 8, 64))
     for workers in (2, 3, 16):
-        plan = plans.plan((spec,), m, (0, 0), 1, 4, workers)
+        plan = plans.plan((spec,), m, "store", 1, 4, workers)
         assert plan.pieces >= workers
 
 

@@ -131,7 +131,7 @@ def test_neighbours_are_all_that_a_block_reads(m, options, B, H, W, k):
     if m and "dilation" in options:
         pytest.skip("Winograd knows no dilation")
     spec = ConvSpec.infer((B, H, W, 4), (k, k, 4, 16), **options)
-    plan = plans.plan((spec, spec), m, (1, 0), 1, 4, 2)
+    plan = plans.plan((spec, spec), m, "update", 1, 4, 2)
     neighbours, owner = plan.tables.arrays[2], owners(plan, spec, m)
     assert len(neighbours) == plan.blocks
     for (b, y, x), block in owner.items():
@@ -139,9 +139,7 @@ def test_neighbours_are_all_that_a_block_reads(m, options, B, H, W, k):
         for pixel in reads(spec, y, x):
             other = owner[(b, *pixel)]
             assert first <= other < last
-            assert (
-                neighbours[other][0] <= block < neighbours[other][1]
-            )  # whoever is read must not be overwritten too soon
+            assert neighbours[other][0] <= block < neighbours[other][1]  # who is read is not overwritten too soon
 
 
 def test_slots_of_arrays_with_and_without_time():

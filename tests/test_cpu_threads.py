@@ -3,12 +3,12 @@
 What could kill or hang a process runs in one of its own.
 """
 
-import ctypes
 import os
 import subprocess
 import sys
 import textwrap
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,7 +20,7 @@ import fastclstm
 from fastclstm import functional
 from fastclstm.engines.cpu import threads
 from fastclstm.engines.cpu.kernels.entry import kernel
-from fastclstm.engines.cpu.kernels.team import HEADER, SLEEPS
+from fastclstm.engines.cpu.kernels.team import add, wait
 
 ROOT = Path(__file__).parents[1]
 
@@ -231,28 +231,54 @@ def test_alone_where_threads_cannot_be_created(monkeypatch):
 
 
 def test_a_team_that_waited_in_vain_is_not_asked_again_for_a_while(monkeypatch):
-    """Its threads had no processors: the first worker slept for most of the call."""
-    now = 1000.0
+    """Its threads had no processors: the caller's was without one for most of the call."""
+    now = used = 1000.0
 
     def sleepy(address, place, workers):
-        nonlocal now
-        words = (ctypes.c_int64 * HEADER).from_address(place)
-        words[SLEEPS], now = sleeps, now + 0.010
+        nonlocal now, used
+        now, used = now + 0.010, used + busy
 
     monkeypatch.setattr(threads.time, "perf_counter", lambda: now)
-    monkeypatch.setattr(threads, "_alone_until", 0.0)
+    monkeypatch.setattr(threads.time, "thread_time", lambda: used)
     monkeypatch.setattr(threads, "run_team", sleepy)
     fastclstm.set_num_threads(2)
-    sleeps = 5  # of 10 ms some 0.5
+    busy = 0.009
     threads.run(_nothing, 2, (), np.zeros(1))
     assert threads.usable_threads() == 2
-    sleeps = 50
+    busy = 0.005
     threads.run(_nothing, 2, (), np.zeros(1))
     assert threads.usable_threads() == 1
-    now += 0.050
+    now += threads._PATIENCE * 0.005 - 0.001
     assert threads.usable_threads() == 1
-    now += 0.051
+    now += 0.002
     assert threads.usable_threads() == 2
+
+
+@kernel
+def _wait_for_the_last(job, worker, counters, turns):
+    """The second worker counts turns, and the first waits until it has."""
+    if worker == 0:
+        wait(counters[0], 1)
+    else:
+        for _ in range(turns[0]):
+            turns[1] = add(counters[1], 1)
+        add(counters[0], 1)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no sleep here")
+def test_who_waits_sleeps(monkeypatch):
+    """The processor that a worker waits on is somebody else's: it takes a small part of the time waited."""
+    monkeypatch.setattr(threads, "_LOSS", np.inf)
+    counters = np.zeros(16, np.int64)
+    turns = np.array([10_000_000, 0])
+    addresses = np.array([counters.ctypes.data, counters.ctypes.data + 64])
+    threads.run(_wait_for_the_last, 2, (), addresses, np.array([1, 0]))  # compiled
+    counters[:] = 0
+    start, used = time.perf_counter(), time.thread_time()
+    threads.run(_wait_for_the_last, 2, (), addresses, turns)
+    seconds = time.perf_counter() - start
+    assert turns[1] == turns[0] - 1
+    assert time.thread_time() - used < 0.5 * seconds
 
 
 # In processes of their own.

@@ -21,7 +21,7 @@ import numpy as np
 from numba.core.compiler_lock import global_compiler_lock
 
 from fastclstm.engines.cpu.kernels.entry import Kernel, Table, table
-from fastclstm.engines.cpu.kernels.team import HEADER, SLEEPS, WORKERS, run_team
+from fastclstm.engines.cpu.kernels.team import HEADER, WORKERS, run_team
 
 VARIABLE = "FASTCLSTM_NUM_THREADS"
 GENERAL_VARIABLE = "OMP_NUM_THREADS"
@@ -30,11 +30,9 @@ _SAFE_LAYERS = ("tbb", "omp")
 """Threading layers that two Python threads may enter at once."""
 
 _HEADER = [0] * HEADER
-_SLEEP_SECONDS = 1e-4
-"""How long a worker's sleep lasts, about."""
 _LOSS = 0.2
-"""Share of a call's time that the first worker may sleep before teams are given up for a while."""
-_PATIENCE = 20
+"""Share of a call's time that its own thread may be without a processor before teams are given up for a while."""
+_PATIENCE = 40
 """How many times as long as what was lost."""
 
 _chosen: int | None = None
@@ -48,6 +46,7 @@ def _after_fork() -> None:
     global _forked
     _forked = True  # the parent's worker threads are not here, and some layers kill a child that asks for them
     _at_work.clear()
+    global_compiler_lock.release()
 
 
 if hasattr(os, "register_at_fork"):
@@ -55,7 +54,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(
         before=global_compiler_lock.acquire,
         after_in_parent=global_compiler_lock.release,
-        after_in_child=lambda: (global_compiler_lock.release(), _after_fork()),
+        after_in_child=_after_fork,
     )
 
 
@@ -179,11 +178,12 @@ def _can_start(count: int) -> bool:
 def run(kernel: Kernel, team: int, variant: tuple[int, ...], *arguments: np.ndarray | Table) -> None:
     """Run a kernel on some arrays by up to `team` threads.
 
-    A team whose threads had to wait for processors that others keep busy is not asked again for a while, in which the
-    caller's thread computes alone: about twenty times as long as was lost, so that asking costs little.
+    Where others keep the processors busy, threads of a team wait for each other's turns: then the caller's thread is
+    without a processor for a good part of the call, asleep or not, and computes alone for a while, forty times as long
+    as it lost, so that asking a team again costs little.
     """
     global _alone_until
-    tables = [argument if type(argument) is Table else table(argument) for argument in arguments]
+    tables = [argument if isinstance(argument, Table) else table(argument) for argument in arguments]
     address, function = kernel.function(variant, tables)
     job = array("q", [*_HEADER, *chain.from_iterable([table.place for table in tables])])
     job[WORKERS] = team
@@ -195,10 +195,12 @@ def run(kernel: Kernel, team: int, variant: tuple[int, ...], *arguments: np.ndar
         if team == 1:
             function(place, 0)
             return
-        start = time.perf_counter()
+        start, used = time.perf_counter(), time.thread_time()
         run_team(address, place, team)
-        if job[SLEEPS] * _SLEEP_SECONDS > _LOSS * (time.perf_counter() - start):
-            _alone_until = time.perf_counter() + _PATIENCE * job[SLEEPS] * _SLEEP_SECONDS
+        now = time.perf_counter()
+        lost = now - start - (time.thread_time() - used)
+        if lost > _LOSS * (now - start):
+            _alone_until = now + _PATIENCE * lost
     finally:
         if not nested:
             _at_work.pop(me, None)

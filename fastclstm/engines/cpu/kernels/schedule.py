@@ -194,7 +194,7 @@ def wait_for_neighbours(flow, job, sources, neighbours, unit, block, t):
     if t == flow.first_step or len(sources) == 1 or workers_of(job) == 1:
         return
     for n in range(neighbours[block, 0], neighbours[block, 1]):
-        wait(job, _line(flow, flow.units + unit * flow.blocks + n), flow.parts * (t - flow.first_step))
+        wait(_line(flow, flow.units + unit * flow.blocks + n), flow.parts * (t - flow.first_step))
 
 
 @inline

@@ -12,8 +12,10 @@ worker that sleeps until the others are through meets them there.
 
 from __future__ import annotations
 
+import os
+
 import numba
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -21,17 +23,15 @@ from numba.extending import intrinsic
 from fastclstm.engines.cpu.compilation import inline, kept
 from fastclstm.engines.cpu.kernels.simd import INT32, INT64, IS_ARM
 
-WORKERS, TICKET, DONE, LEFT, SLEEPS = range(0, 40, 8)
-"""Where in a job's header of int64 is what: workers, pieces claimed and done, workers gone, sleeps of the first."""
+WORKERS, TICKET, DONE, LEFT = range(0, 32, 8)
+"""Where in a job's header of int64 is what: workers, pieces claimed and done, workers gone."""
 
-HEADER = 40
+HEADER = 32
 
 SPINS = 4000
 """How often a worker looks before it sleeps: some 50 to 200 µs."""
 
 SLEEP_MICROSECONDS = 50
-
-_SLEEP = "usleep" if binding.address_of_symbol("usleep") else None
 
 
 @intrinsic
@@ -75,9 +75,9 @@ def _sleep(typingctx):
     """Let others have the processor for a moment."""
 
     def codegen(context, builder, sig, args):
-        if _SLEEP is not None:
-            kind = ir.FunctionType(INT32, [INT32])
-            builder.call(cgutils.get_or_insert_function(builder.module, kind, _SLEEP), [INT32(SLEEP_MICROSECONDS)])
+        kind = ir.FunctionType(INT32, [INT32])
+        if os.name == "posix":
+            builder.call(cgutils.get_or_insert_function(builder.module, kind, "usleep"), [INT32(SLEEP_MICROSECONDS)])
         return context.get_dummy_value()
 
     return types.void(), codegen
@@ -96,7 +96,7 @@ def _call(typingctx, function, job, worker):
 
 
 @inline
-def wait(job, address, count):
+def wait(address, count):
     """Wait until the counter at an address has come to `count`."""
     spins = 0
     while look(address) < count:
@@ -105,7 +105,6 @@ def wait(job, address, count):
             _pause()
         else:
             _sleep()
-            add(job + 8 * SLEEPS, 1)
 
 
 @inline
@@ -137,7 +136,7 @@ def next_item(job, item, size):
 @inline
 def wait_for_all(job, count):
     """Wait until `count` pieces are done; then this one's turn has come."""
-    wait(job, job + 8 * DONE, count)
+    wait(job + 8 * DONE, count)
 
 
 @inline
@@ -152,7 +151,7 @@ def leave(job, worker):
     workers = workers_of(job)
     if workers > 1:
         if worker == 0:
-            wait(job, job + 8 * LEFT, workers - 1)
+            wait(job + 8 * LEFT, workers - 1)
         else:
             add(job + 8 * LEFT, 1)
 
