@@ -223,7 +223,7 @@ def _serve(pipe: Connection, names: tuple[str, ...], partner: str | None) -> Non
         pipe.send(str(reason))
         return
     runs = {name: WORK[name]() for name in names}
-    pipe.send({"threads": fastclstm.get_num_threads()})
+    pipe.send({})
     with contextlib.suppress(EOFError):  # whoever asks is gone
         while (message := pipe.recv()) is not None:
             name, threads, seconds = message
