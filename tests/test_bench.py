@@ -1,10 +1,13 @@
 import json
 import math
+import signal
+import time
 
 import numpy as np
 import pytest
 
-from bench import gpu, render, training
+import fastclstm
+from bench import crowd, gpu, render, scaling, training
 from bench.cases import CASES, ConvLSTMCase, PoolCase
 
 
@@ -132,6 +135,108 @@ def test_the_table_of_training():
         "vs. PyTorch": "3.00×", "recompute vs. PyTorch": "2.00×", "of FMA peak": "50%", "MB": "30 (50%)",
         "recompute, MB": "15 (25%)", "PyTorch, MB": "60", "max error": "2.0e-06",
     }  # fmt: skip
+
+
+# --- In a crowd ---
+
+
+def test_the_tables_of_a_crowd(tmp_path):
+    def run(situation, case, ratio):
+        return {"situation": situation, "case": case, "default_wall": 0.002, "wall_ratio": ratio, "cpu_ratio": 1.25}
+
+    report = {
+        "processor": "a processor", "cpus": 2, "threads": 2, "rounds": 7, "cold_rounds": 3, "processes": 4,
+        "cold": [{"what": "a call", "cold": {"wall": 4.04, "cpu": 5.0}, "warm": {"wall": 0.5, "cpu": 0.75}}],
+        "busy": [run("alone", "readme", 0.55), run("alone", "fit", 0.6), run("1 busy", "readme", 1.0)],
+        "prefork": [run("4 processes", "readme", 1.1)],
+    }  # fmt: skip
+    out, readme = tmp_path / "crowd.json", tmp_path / "README.md"
+    out.write_text(json.dumps(report))
+    readme.write_text("before\n<!-- crowd:start -->\nlast year's\n<!-- crowd:end -->\nafter\n")
+    crowd.main(["--out", str(out), "--readme", str(readme)])
+    text = readme.read_text()
+    assert [line for line in text.splitlines() if line.startswith("| ")] == [
+        "| the first | cold, wall | cold, CPU | from disk, wall | from disk, CPU |",
+        "| --- | ---: | ---: | ---: | ---: |",
+        "| a call | 4 | 5 | 0.5 | 0.75 |",
+        "|  | alone | 1 busy | 4 processes |",
+        "| --- | ---: | ---: | ---: |",
+        "| readme | 2 ms, 0.55×, 1.25× | 2 ms, 1.00×, 1.25× | 2 ms, 1.10×, 1.25× |",
+        "| fit | 2 ms, 0.60×, 1.25× | – | – |",
+    ]
+    assert "a processor, 2 CPUs" in text
+    assert "last year's" not in text
+
+
+def test_ratios_in_a_crowd_are_those_within_a_round():
+    def seconds(wall, cpu):
+        return {"wall": wall, "cpu": cpu, "partner": 0.0}
+
+    rounds = [
+        {"one_thread": seconds(scale, scale), "default": seconds(0.5 * scale, 1.2 * scale)} for scale in (1, 8, 2)
+    ]
+    assert crowd._summary(rounds) == pytest.approx(
+        {"one_thread_wall": 2.0, "default_wall": 1.0, "wall_ratio": 0.5, "cpu_ratio": 1.2}
+    )
+
+
+def test_a_block_of_calls_tells_wall_and_cpu_seconds_of_one():
+    def compute():
+        until = time.thread_time() + 0.005
+        while time.thread_time() < until:
+            pass
+
+    told = crowd.block(lambda: time.sleep(0.01), compute, 1, 0.05)
+    fastclstm.set_num_threads(None)
+    assert told["wall"] >= 0.01
+    assert told["partner"] >= 0.005
+    assert told["cpu"] >= 0.005
+
+
+def test_neighbours_are_busy_until_they_are_ended_whatever_happens():
+    processes = []
+
+    def fail():
+        with crowd.neighbours(2) as started:
+            processes.extend(started)
+            raise RuntimeError("in the crowd")
+
+    with pytest.raises(RuntimeError, match="in the crowd"):
+        fail()
+    assert [process.returncode for process in processes] == [-signal.SIGKILL] * 2
+
+
+# --- On more cores ---
+
+
+def test_one_worker_takes_as_long_as_all_pieces(monkeypatch):
+    monkeypatch.setattr(scaling, "ATOMIC_SECONDS", 0.0)
+    around = np.array([[0, 2], [0, 3], [1, 3]])
+    assert scaling.play(np.array([1.0, 2.0, 4.0]), around, 2, 3, 5, 1) == pytest.approx(2 * 3 * 5 * 7)
+
+
+def test_workers_take_units_then_help_and_wait_for_neighbours(monkeypatch):
+    monkeypatch.setattr(scaling, "ATOMIC_SECONDS", 0.0)
+    alone, both = np.array([[0, 1], [1, 2]]), np.array([[0, 2], [0, 2]])
+    pieces = np.ones(2)
+    assert scaling.play(pieces, alone, 3, 1, 4, 3) == 8  # a unit each
+    assert scaling.play(pieces, alone, 1, 1, 4, 2) == 4  # a block each
+    assert scaling.play(pieces, both, 1, 1, 4, 50) == 4  # no more can be at a step
+    assert scaling.play(np.array([1.0, 3.0]), both, 1, 1, 4, 2) == 12  # the larger one holds up both
+    assert scaling.play(np.array([1.0, 3.0]), alone, 1, 1, 4, 2) == 12
+
+
+def test_claims_cost_time(monkeypatch):
+    monkeypatch.setattr(scaling, "ATOMIC_SECONDS", 0.25)
+    # A unit, then for each of three pieces claim and report, then a claim in vain, and no other unit.
+    assert scaling.play(np.ones(3), np.array([[0, 1]] * 3), 1, 1, 1, 1) == pytest.approx(0.25 + 3 * 1.5 + 0.25 * 3)
+
+
+@pytest.mark.parametrize("name", ["readme", "shi", "radar"])
+def test_predictions_lie_between_one_thread_and_all(name):
+    alone = scaling.predict(CASES[name], 1, 1e-6)
+    times = [scaling.predict(CASES[name], threads, 1e-6) for threads in (2, 8, 64)]
+    assert all(alone / (1.1 * threads) < seconds < alone for threads, seconds in zip((2, 8, 64), times, strict=True))
 
 
 # --- On a GPU ---

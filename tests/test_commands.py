@@ -575,6 +575,19 @@ def test_demo(engine):
     assert "threads: 1\n" in result.stdout
 
 
+def test_demo_measures_nothing_beside_the_threads_of_matrix_products(monkeypatch):
+    """NumPy's spin on after a product: whatever is timed comes before the first one."""
+    from fastclstm.commands import demo as module
+    from fastclstm.engines.cpu import peak
+
+    net, measure, events = module._net, peak.fma_peak_gflops, []
+    monkeypatch.setattr(module, "_net", lambda layer, engine, *rest: events.append(engine) or net(layer, engine, *rest))
+    monkeypatch.setattr(peak, "fma_peak_gflops", lambda *rest: events.append("peak") or measure(*rest))
+    assert demo().exit_code == 0
+    assert list(dict.fromkeys(events)) == ["cpu", "peak", "reference"]
+    assert events[-2:] == ["reference", "reference"]
+
+
 @pytest.mark.parametrize("suffix", ["png", "GIF"])
 def test_demo_plot(tmp_path, suffix):
     image = pytest.importorskip("PIL.Image")

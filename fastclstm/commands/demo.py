@@ -69,11 +69,8 @@ def run(batch: int, steps: int, filters: int, engine: str, seed: int, plot: Path
     with replacing(plot) if plot is not None else nullcontext() as drawing:
         frames = moving_digits(batch, steps, SIZE, seed=seed)
         layer = ConvLSTM2D(1, filters, KERNEL, seed=seed)
-        hidden, pooled = oracle = _net(layer, "reference", "float64")(frames)
-        print(f"digits in motion        {frames.shape}")
-        print(f"ConvLSTM2D(1, {f'{filters}, {KERNEL})':<9} {hidden.shape}")
-        print(f"MaxPooling3D({POOL}) {pooled.shape}\n")
-        _compare(layer, frames, oracle, ("reference", "cpu") if engine == "both" else (engine,))
+        print(f"digits in motion        {frames.shape}", flush=True)
+        hidden, pooled = _compare(layer, frames, ("reference", "cpu") if engine == "both" else (engine,))
         if plot is not None and drawing is not None:
             from fastclstm.commands.drawing import draw_gif, draw_png
 
@@ -103,41 +100,48 @@ def _net(layer: ConvLSTM2D, engine: str, dtype: str = "float32") -> Net:
     return net
 
 
-def _compare(
-    layer: ConvLSTM2D, frames: np.ndarray, oracle: tuple[np.ndarray, np.ndarray], engines: tuple[str, ...]
-) -> None:
-    """Print a line of figures for each engine; the timed runs take turns."""
+def _compare(layer: ConvLSTM2D, frames: np.ndarray, engines: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Print a line of figures for each engine; return the maps of the reference in float64.
+
+    The reference comes last: the threads of NumPy's matrix products spin on after each of them, for how long depends on
+    the library, and would take processors from whatever is timed next.
+    """
     from fastclstm.engines.cpu.peak import fma_peak_gflops
 
-    nets = {name: _net(layer, name) for name in engines}
-    first, errors = {}, {}
-    times: dict[str, list[float]] = {name: [] for name in engines}
-    for name, net in nets.items():
-        outputs, first[name] = _timed(net, frames)
-        errors[name] = max(float(np.abs(y - exact).max()) for y, exact in zip(outputs, oracle, strict=True))
-    threads = fastclstm.get_num_threads()
-    peaks = []
-    for _ in range(REPEATS):
-        for name, net in nets.items():
-            times[name].append(_timed(net, frames)[1])
-        peaks.append(fma_peak_gflops(threads))
+    first, outputs, times = {}, {}, {}
 
-    peak = max(peaks)
+    def measure(name: str) -> None:
+        net = _net(layer, name)
+        outputs[name], first[name] = _timed(net, frames)
+        times[name] = [_timed(net, frames)[1] for _ in range(REPEATS)]
+
+    if engines[-1] != "reference":
+        measure(engines[-1])
+    threads = fastclstm.get_num_threads()
+    peak = max(fma_peak_gflops(threads) for _ in range(REPEATS))
+    if engines[0] == "reference":
+        measure("reference")
+    oracle = _net(layer, "reference", "float64")(frames)
+
     B, T, HO, WO, F = oracle[0].shape
+    print(f"ConvLSTM2D(1, {f'{F}, {KERNEL})':<9} {oracle[0].shape}")
+    print(f"MaxPooling3D({POOL}) {oracle[1].shape}\n")
     gflop = 2e-9 * B * T * HO * WO * KERNEL**2 * (1 + F) * 4 * F
     baseline = median(times[engines[0]])
     print(f"{'engine':<11}{'first call':>11}{'median of ' + str(REPEATS):>14}{'speed-up':>10}{'GFLOP/s':>10}"
           f"{'of peak':>9}{'max error':>12}")  # fmt: skip
-    for name, values in times.items():
-        seconds = median(values)
+    for name in engines:
+        seconds = median(times[name])
+        error = max(float(np.abs(y - exact).max()) for y, exact in zip(outputs[name], oracle, strict=True))
         print(f"{name:<11}{first[name] * 1e3:>8.0f} ms{seconds * 1e3:>11.1f} ms{baseline / seconds:>9.1f}×"
-              f"{gflop / seconds:>10.1f}{gflop / seconds / peak:>9.1%}{errors[name]:>12.1e}")  # fmt: skip
+              f"{gflop / seconds:>10.1f}{gflop / seconds / peak:>9.1%}{error:>12.1e}")  # fmt: skip
     print(
         f"\nfirst call: with compilation, unless the kernels are in the cache\n"
         f"GFLOP/s:    of the convolutions, {gflop:.3g} GFLOP\n"
-        f"peak:       {peak:.0f} GFLOP/s of float32 FMA, the best measured between the runs, threads: {threads}\n"
+        f"peak:       {peak:.0f} GFLOP/s of float32 FMA, the best measured, threads: {threads}\n"
         f"max error:  against the reference in float64"
     )
+    return oracle
 
 
 def _timed(net: Net, frames: np.ndarray) -> tuple[tuple[np.ndarray, np.ndarray], float]:
