@@ -18,7 +18,7 @@ import numpy as np
 from bench.cases import CASES, ConvLSTMCase
 from bench.render import OURS, insert, load
 from fastclstm.engines.cpu import launch, plans
-from fastclstm.engines.cpu.kernels import gates, simd
+from fastclstm.engines.cpu.kernels import simd
 from fastclstm.engines.cpu.kernels.schedule import Plan
 from fastclstm.spec import ConvSpec
 
@@ -83,7 +83,7 @@ def predict(case: ConvLSTMCase, threads: int, row_seconds: float = 1.0) -> float
     )
     m = plans.choose("convlstm2d", specs, "auto", 4)
     threads = max(1, min(threads, int(1e9 * case.work / case.T) // launch.SERIAL_FLOPS))
-    plan = plans.plan(specs, m, (gates.STANDARD, 0), -(-case.F // simd.lanes(4)), 4, threads)
+    plan = plans.plan(specs, m, "update", -(-case.F // simd.lanes(4)), 4, threads)
     pieces = _rows(plan, m) * row_seconds / plan.parts
     neighbours = plan.tables.arrays[2]
     return play(pieces, neighbours, plan.units, plan.parts, case.T, min(threads, plan.pieces))

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import importlib
-import os
 import sys
-import threading
 from collections.abc import Callable
 from functools import cache
 from types import ModuleType
 from typing import Any
 
 import numpy as np
+
+from fastclstm.engines import forks
 
 ENGINES = {
     "cpu": "fastclstm.engines.cpu",
@@ -27,13 +27,6 @@ _DLPACK_CPU_DEVICES = (1, 3)  # kDLCPU and kDLCUDAHost: memory the processor can
 _DLPACK_GPU_DEVICES = (2, 13)  # kDLCUDA and kDLCUDAManaged
 
 
-_importing = threading.RLock()
-if hasattr(os, "register_at_fork"):  # in a child nobody would ever finish what another thread was importing
-    os.register_at_fork(
-        before=_importing.acquire, after_in_parent=_importing.release, after_in_child=_importing.release
-    )
-
-
 def get_engine(name: str | None = None) -> ModuleType:
     """Return the engine's module; None is the default engine.
 
@@ -43,7 +36,7 @@ def get_engine(name: str | None = None) -> ModuleType:
     check_engine(name)
     name = DEFAULT_ENGINE if name is None else name
     try:
-        with _importing:
+        with forks.importing:
             return importlib.import_module(ENGINES[name])
     except ImportError as error:
         raise ImportError(

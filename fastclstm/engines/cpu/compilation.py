@@ -25,14 +25,19 @@ from typing import Any
 
 import llvmlite
 import numba
+from llvmlite.binding import ffi
 from numba.core.caching import NullCache
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import Compiler, CompileResult
+from numba.core.compiler_lock import global_compiler_lock
 from numba.core.registry import cpu_target
 from numba.core.serialize import dumps
 
-from fastclstm.engines import disk_cache
+from fastclstm.engines import disk_cache, forks
 from fastclstm.nn import activations
+
+forks.hold(global_compiler_lock.acquire, global_compiler_lock.release)
+forks.hold(ffi.lib._lock.__enter__, ffi.lib._lock.__exit__)
 
 
 def _sources() -> list[Path]:

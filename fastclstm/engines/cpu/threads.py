@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numba
 import numpy as np
-from numba.core.compiler_lock import global_compiler_lock
 
 from fastclstm.engines.cpu.kernels.entry import Kernel, Table, table
 from fastclstm.engines.cpu.kernels.team import HEADER, WORKERS, run_team
@@ -46,16 +45,10 @@ def _after_fork() -> None:
     global _forked
     _forked = True  # the parent's worker threads are not here, and some layers kill a child that asks for them
     _at_work.clear()
-    global_compiler_lock.release()
 
 
 if hasattr(os, "register_at_fork"):
-    # No thread may be compiling when a process forks: in the child nobody would ever release the compiler's lock.
-    os.register_at_fork(
-        before=global_compiler_lock.acquire,
-        after_in_parent=global_compiler_lock.release,
-        after_in_child=_after_fork,
-    )
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def set_num_threads(count: int | None) -> None:
