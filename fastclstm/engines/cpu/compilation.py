@@ -1,7 +1,8 @@
 """How Numba compiles, and where the machine code is kept between runs.
 
-The functions that kernels are made of are linked into them as they were written, and optimized and turned into machine
-code only there: Numba would do both for each of them, and again for whatever calls it, which is most of the time.
+The functions that kernels are made of are linked into them after LLVM's passes on single functions (without these the
+code gets slower), and optimized as a whole and turned into machine code only there: Numba would do both for each of them,
+and again for whatever calls it, which is most of the time.
 
 Numba's own disk cache notices an edit of the file that holds a kernel, but not of the files with the intrinsics it
 calls; its index loses entries where two processes write at once; and a damaged file or a full disk is an error. Here
@@ -165,10 +166,7 @@ def kept(py_func: Any, name: str, variant: str = "", **options: Any) -> Any:
 
 
 class _InlinedLibrary(JITCodeLibrary):
-    """Code that only ever becomes part of a kernel's: neither optimized nor made machine code by itself."""
-
-    def _optimize_functions(self, ll_module: Any) -> None:
-        ll_module.data_layout = self._codegen._data_layout
+    """Code that only ever becomes part of a kernel's: not optimized as a whole by itself, nor made machine code."""
 
     def _optimize_final_module(self) -> None:
         pass
@@ -194,9 +192,6 @@ class _NoEnvironments:
 
 class _KernelLibrary(JITCodeLibrary):
     """A kernel's code: optimized once, where Numba has a pass before for reference counts, of which there are none."""
-
-    def _optimize_functions(self, ll_module: Any) -> None:
-        ll_module.data_layout = self._codegen._data_layout
 
     def _optimize_final_module(self) -> None:
         passes, options = self._codegen._module_pass_manager()
