@@ -1,7 +1,7 @@
 """How Numba compiles, and where the machine code is kept between runs.
 
-The functions that kernels are made of are linked into them after LLVM's passes on single functions (without these the
-code gets slower), and optimized as a whole and turned into machine code only there: Numba would do both for each of them,
+The functions that kernels are made of are linked into them after LLVM's passes on single functions (without which the
+code gets slower), and are optimized as a whole and turned into machine code only there: Numba would do both for each,
 and again for whatever calls it, which is most of the time.
 
 Numba's own disk cache notices an edit of the file that holds a kernel, but not of the files with the intrinsics it
