@@ -72,6 +72,7 @@ def settings(monkeypatch):
     """Each test starts from the default and leaves it behind."""
     monkeypatch.delenv(threads.GENERAL_VARIABLE, raising=False)
     monkeypatch.setattr(threads, "_alone_until", 0.0)
+    monkeypatch.setattr(threads, "_patience", 20.0)
     monkeypatch.setattr(threads, "_chosen", None)
     monkeypatch.delenv(threads.VARIABLE, raising=False)
     monkeypatch.setattr(numba.config, "NUMBA_NUM_THREADS", 8)
@@ -248,10 +249,18 @@ def test_a_team_that_waited_in_vain_is_not_asked_again_for_a_while(monkeypatch):
     busy = 0.005
     threads.run(_nothing, 2, (), np.zeros(1))
     assert threads.usable_threads() == 1
-    now += threads._PATIENCE * 0.005 - 0.001
+    now += 20 * 0.005 - 0.001
     assert threads.usable_threads() == 1
     now += 0.002
     assert threads.usable_threads() == 2
+    threads.run(_nothing, 2, (), np.zeros(1))
+    now += 40 * 0.005 - 0.001
+    assert threads.usable_threads() == 1
+    now, busy = now + 0.002, 0.010
+    for _ in range(100):  # a team that gains
+        threads.run(_nothing, 2, (), np.zeros(1))
+        assert threads.usable_threads() == 2
+    assert threads._patience == 20
 
 
 @kernel

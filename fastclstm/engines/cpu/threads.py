@@ -31,14 +31,15 @@ _SAFE_LAYERS = ("tbb", "omp")
 _HEADER = [0] * HEADER
 _LOSS = 0.2
 """Share of a call's time that its own thread may be without a processor before teams are given up for a while."""
-_PATIENCE = 40
-"""How many times as long as what was lost."""
+_PATIENCE = 20.0, 640.0
+"""How many times as long as what was lost, at least and at most: twice the last after a loss, less after each gain."""
 
 _chosen: int | None = None
 _forked = False
 _at_work: dict[int, None] = {}
 """Python threads that are in `run`."""
 _alone_until = 0.0
+_patience, _ = _PATIENCE
 
 
 def _after_fork() -> None:
@@ -172,10 +173,10 @@ def run(kernel: Kernel, team: int, variant: tuple[int, ...], *arguments: np.ndar
     """Run a kernel on some arrays by up to `team` threads.
 
     Where others keep the processors busy, threads of a team wait for each other's turns: then the caller's thread is
-    without a processor for a good part of the call, asleep or not, and computes alone for a while, forty times as long
-    as it lost, so that asking a team again costs little.
+    without a processor for a good part of the call, asleep or not, and computes alone for a while, many times as long
+    as it lost, so that asking a team again costs little; and more the more often that is in vain.
     """
-    global _alone_until
+    global _alone_until, _patience
     tables = [argument if isinstance(argument, Table) else table(argument) for argument in arguments]
     address, function = kernel.function(variant, tables)
     job = array("q", [*_HEADER, *chain.from_iterable([table.place for table in tables])])
@@ -192,8 +193,12 @@ def run(kernel: Kernel, team: int, variant: tuple[int, ...], *arguments: np.ndar
         run_team(address, place, team)
         now = time.perf_counter()
         lost = now - start - (time.thread_time() - used)
+        least, most = _PATIENCE
         if lost > _LOSS * (now - start):
-            _alone_until = now + _PATIENCE * lost
+            _alone_until = now + _patience * lost
+            _patience = min(most, 2 * _patience)
+        else:
+            _patience = max(least, 0.9 * _patience)
     finally:
         if not nested:
             _at_work.pop(me, None)
