@@ -389,6 +389,27 @@ def test_moving_statistics_are_no_gradients():
     assert not any("moving" in n for n in layer.trainable_parameters)
 
 
+def test_inference_folds_the_statistics_into_the_kernels_once(monkeypatch):
+    folded, fold = [], functional.convlstm.ConvLSTMCall._with_normalization
+    monkeypatch.setattr(
+        functional.convlstm.ConvLSTMCall, "_with_normalization", lambda call: (folded.append(call), fold(call))[1]
+    )
+    cell = ConvLSTM2DCell(C, F, 3, normalization="batch", seed=0, dtype="float64")
+    x, state = normal(B, H, W, C), (normal(B, H, W, F), normal(B, H, W, F))
+    before = [cell.step(x, *state)[0] for _ in range(3)]
+    assert len(folded) == 1
+    np.testing.assert_array_equal(before[0], before[2])
+    for name in ("moving_mean", "moving_variance", "gamma", "beta", "kernel", "recurrent_kernel", "bias"):
+        setattr(cell, name, 1.25 * getattr(cell, name) + 0.125)
+        h, _ = cell.step(x, *state)
+        cell.engine = "reference"
+        close(h, cell.step(x, *state)[0])
+        cell.engine = None
+        assert np.abs(h - before[0]).max() > 1e-3
+        before[0] = h
+    assert len(folded) == 8
+
+
 # Regularizers, constraints, freezing
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,10 @@ from fastclstm.spec import GATES, NORMALIZED_PARTS, ConvLSTMSpec, ConvSpec
 
 Arrays = dict[str, np.ndarray]
 Convolution = Callable[..., np.ndarray]
-"""An engine's conv2d: ``(spec, x, kernel, bias) -> y``."""
+"""An engine's conv2d: ``(spec, x, kernel, bias, *, algorithm) -> y``."""
 
 ConvolutionBackward = Callable[..., tuple[np.ndarray, np.ndarray, np.ndarray]]
-"""An engine's conv2d_backward: ``(spec, x, kernel, dy) -> (dx, dkernel, dbias)``."""
+"""An engine's conv2d_backward: ``(spec, x, kernel, dy, *, algorithm) -> (dx, dkernel, dbias)``."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Saved:
     """What `backward` needs of the forward pass."""
 
     conv2d: Convolution
+    """With the algorithm chosen."""
     x: np.ndarray
     kernel: np.ndarray
     recurrent_kernel: np.ndarray
@@ -34,6 +36,7 @@ class Saved:
     mask: np.ndarray | None
     normalization: Arrays | None
     dropout: Arrays | None
+    algorithm: str
     steps: list[tuple[np.ndarray, np.ndarray, np.ndarray | None, tuple[Normalized, ...]]] = field(default_factory=list)
     """Of each step the h and c it started from, its pre-activations (B, HO, WO, 4F), and how they were normalized;
     the pre-activations are None, and the normalized values empty, where they are to be computed again."""
@@ -71,6 +74,7 @@ def forward(
     *,
     normalization: Arrays | None = None,
     dropout: Arrays | None = None,
+    algorithm: str = "auto",
     save: bool | str = False,
     out: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, Saved | None]:
@@ -92,7 +96,8 @@ def forward(
     c = np.zeros(spec.state_shape, x.dtype) if c is None else c.copy()
     output = np.zeros(spec.state_shape, x.dtype)
     sequence = np.empty(spec.output_shape, x.dtype) if spec.return_sequences else None
-    saved = Saved(conv2d, x, kernel, recurrent_kernel, bias, peephole, mask, normalization, dropout)
+    conv2d = partial(conv2d, algorithm=algorithm)
+    saved = Saved(conv2d, x, kernel, recurrent_kernel, bias, peephole, mask, normalization, dropout, algorithm)
 
     for t in range(spec.T):
         z, normalized, h_t, c_t, valid = _step(spec, saved, t, h, c)
@@ -154,7 +159,7 @@ def backward(
         "peephole" and "normalization" a dict of the given weights' gradients, or None.
     """
     sigma, tanh, tanh_c = spec.recurrent_activation, spec.activation, spec.output_activation
-    x, peephole = saved.x, saved.peephole
+    x, peephole, conv2d_backward = saved.x, saved.peephole, partial(conv2d_backward, algorithm=saved.algorithm)
     zeros = np.zeros(spec.state_shape, x.dtype)
     dh, dc = (zeros if d is None else d for d in (dh, dc))
     doutput = zeros if spec.return_sequences or dy is None else dy

@@ -40,7 +40,7 @@ def conv2d(
 
 
 def conv2d_backward(
-    spec: ConvSpec, x: np.ndarray, kernel: np.ndarray, dy: np.ndarray | None
+    spec: ConvSpec, x: np.ndarray, kernel: np.ndarray, dy: np.ndarray | None, *, algorithm: str = "auto"
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Pull dy (B, HO, WO, F) back through `conv2d`: dx, dkernel, dbias.
 

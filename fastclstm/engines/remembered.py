@@ -44,6 +44,11 @@ def _frozen(array: np.ndarray) -> bool:
     return isinstance(owner, bytes)
 
 
+def immutable(array: np.ndarray) -> np.ndarray:
+    """Return a copy in memory that nobody can make writable again: nobody need look whether it is still the same."""
+    return np.ndarray(array.shape, array.dtype, array.tobytes())
+
+
 def remember(arrays: tuple[np.ndarray | None, ...], key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
     """Return ``make()``, and the same object again for the same arrays and key, as long as their bits are the same."""
     present = [array for array in arrays if array is not None]

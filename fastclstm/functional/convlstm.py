@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from fastclstm import dispatch
+from fastclstm.engines import remembered
 from fastclstm.functional.arguments import (
     Gradients,
     check_structure,
@@ -72,7 +73,8 @@ def convlstm2d(
         Of the input convolution, as in `conv2d`.
     recurrent_dilation : int or (int, int)
     activation, recurrent_activation, output_activation : str or (function, derivative)
-        On g; on i, f and o; on the new cell state (None: the same as `activation`).
+        On g; on i, f and o; on the new cell state (None: the same as `activation`). In float32 the cpu engine's gates
+        with the usual ones are never below 2^-40, 9e-13, where the sigmoid goes on towards 0.
     peephole : mapping, optional
         Weights under "i", "f" (applied to the old cell state) and "o" (applied to the new one): each (HO, WO, F)
         [elementwise, Shi et al. 2015], (F,) [a channel], or (K, K, F, F) [convolution, with optional "bias_i",
@@ -183,7 +185,9 @@ def convlstm2d_step(
     out : (h, c), optional
         NumPy arrays (B, HO, WO, F) that receive the new states: writeable, C-contiguous, of the dtype computed in.
         Their memory is their own, but the new c may be the old c itself. Where x and the states are C-contiguous
-        arrays of that dtype and the activations have names, the cpu engine then allocates nothing as large as a frame.
+        arrays of that dtype, the cpu engine then allocates nothing as large as a frame in calls after the first; but it
+        does with "softplus", "gelu" or activations of your own, "layer" and "group" normalization, convolutions as
+        peepholes and dropout masks, which NumPy computes, and for samples that are computed directly (see `conv2d`).
 
     Returns
     -------
@@ -338,9 +342,11 @@ class ConvLSTMCall:
         get, spec, normalization = self.arrays.get, self.spec, self.normalization
         weights = get("kernel"), get("recurrent_kernel"), get("bias")
         given = normalization is not None and any(name.startswith("mean") for name in normalization)
-        folds = all(w is None or isinstance(w, np.ndarray) for w in (*weights, *(normalization or {}).values()))
+        normalizers = tuple((normalization or {}).values())
+        folds = all(w is None or isinstance(w, np.ndarray) for w in (*weights, *normalizers))
         if given and not save and folds:
-            weights = self._with_normalization()
+            key = "normalized", spec.normalization, *(normalization or {})
+            weights = remembered.remember((*weights, *normalizers), key, self._with_normalization)
             spec, normalization = replace(spec, normalization=None), None
         return self.engine.convlstm2d(
             spec, get("x"), *weights, get("h"), get("c"), self.peephole, self.mask,
@@ -356,7 +362,9 @@ class ConvLSTMCall:
         bias = self.arrays.get("bias", np.zeros(4 * self.spec.F, self.dtype))
         if len(parts) == 1:
             bias = bias * scales[0]
-        return self.arrays["kernel"] * scales[0], self.arrays["recurrent_kernel"] * scales[-1], sum(shifts, bias)
+        folded = self.arrays["kernel"] * scales[0], self.arrays["recurrent_kernel"] * scales[-1], sum(shifts, bias)
+        kernel, recurrent, bias = map(remembered.immutable, folded)
+        return kernel, recurrent, bias
 
     def check_out(self, op: str, out: Any) -> None:
         """Raise TypeError or ValueError unless `out` is a pair of arrays that can receive the last h and c."""

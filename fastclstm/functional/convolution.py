@@ -42,7 +42,10 @@ def conv2d(
     padding_mode : "zeros" or "circular"
         What the padding holds.
     algorithm : "auto", "direct" or "winograd"
-        How the cpu engine computes; "direct" forbids the faster transforms, whose rounding differs slightly. Of the
+        How the cpu engine computes, gradients too; "direct" forbids the faster transforms, whose rounding differs
+        slightly. A sample that a transform would spoil is computed directly in any case: one that holds a NaN or an
+        infinity, or fill values among ordinary ones (its largest magnitude is above 256, and 256 times as large as that
+        of a sixteenth of its values); on the way back, where x, an initial state or a given gradient does. Of the
         cuda engine, how precise products are: "float32" ("auto"), "simt" (without tensor cores), "tf32", "bfloat16",
         "float16".
     engine : "cpu", "cuda" or "reference", optional
@@ -104,7 +107,7 @@ def conv2d_vjp(
 
     def pullback(dy: Any) -> Gradients:
         cotangent = read_cotangent("conv2d", "dy", dy, y.shape, y.dtype, read)
-        dx, dkernel, dbias = module.conv2d_backward(spec, arrays[0], arrays[1], cotangent)
+        dx, dkernel, dbias = module.conv2d_backward(spec, *arrays[:2], cotangent, algorithm=algorithm)
         gradients = {"x": restore(dx), "kernel": restore(dkernel)}
         if bias is not None:
             gradients["bias"] = restore(dbias)

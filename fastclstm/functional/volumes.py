@@ -156,7 +156,7 @@ class Conv3DCall:
             for part in self._chunks():
                 dgathered, dk, db = self.engine.conv2d_backward(
                     self.spec.frame.with_batch(len(part)), self._gather(part), self.kernel,
-                    frames[part.start : part.stop],
+                    frames[part.start : part.stop], algorithm=self.algorithm,
                 )  # fmt: skip
                 dkernel += dk
                 dbias += db

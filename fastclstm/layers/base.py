@@ -14,6 +14,7 @@ from typing import Any, Self
 import numpy as np
 
 from fastclstm import dispatch
+from fastclstm.engines import remembered
 from fastclstm.io import weights
 from fastclstm.io.bounds import shown
 from fastclstm.nn import constraints, initializers, regularizers
@@ -108,7 +109,7 @@ class Layer(Described):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._parameters = {name: _immutable(array) for name, array in self._parameters.items()}
+        self._parameters = {name: remembered.immutable(array) for name, array in self._parameters.items()}
 
     def __repr__(self) -> str:
         fields = dataclasses.fields(self)
@@ -308,7 +309,7 @@ class Layer(Described):
         old = self._parameters[key]
         array = dispatch.as_numpy(op, name or key, value)
         expect_shape(op, name or key, array.shape, old.shape, "fixed by the layer's options")
-        return _immutable(array.astype(old.dtype, copy=False))
+        return remembered.immutable(array.astype(old.dtype, copy=False))
 
     def _keep_gradients(self, gradients: Mapping[str, np.ndarray]) -> None:
         """Keep for `get_gradients` those of `gradients`, by full name, that are of trainable parameters."""
@@ -344,11 +345,6 @@ def penalized(owner: Layer, key: str, gradient: Any) -> Any:
     """Return the gradient of a layer's parameter with that of its penalty."""
     regularizer = owner._regularizers.get(key)
     return gradient if regularizer is None else gradient + regularizer.gradient(owner._parameters[key])
-
-
-def _immutable(array: np.ndarray) -> np.ndarray:
-    """Return a copy in memory that nobody can make writable again, so that engines may pack it once."""
-    return np.ndarray(array.shape, array.dtype, array.tobytes())
 
 
 def layer_dtype(op: str, dtype: Any) -> str:

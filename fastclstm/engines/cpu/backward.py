@@ -10,12 +10,12 @@ import math
 from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import numpy as np
 
-from fastclstm.engines.cpu import packing, plans
+from fastclstm.engines.cpu import outliers, packing, plans
 from fastclstm.engines.cpu.fused_steps import Steps
 from fastclstm.engines.cpu.gate_gradients import GateGradients
 from fastclstm.engines.cpu.input_gradient import InputGradient
@@ -23,7 +23,7 @@ from fastclstm.engines.cpu.kernels import gates, vmath
 from fastclstm.engines.cpu.kernels.schedule import NOTHING, Slots, slots
 from fastclstm.engines.cpu.launch import team_size
 from fastclstm.engines.cpu.weight_gradient import WeightGradient
-from fastclstm.spec import PEEPHOLE_GATES, ConvLSTMSpec, ConvSpec
+from fastclstm.spec import PEEPHOLE_GATES, ConvLSTMSpec
 
 Arrays = dict[str, np.ndarray]
 Pair = tuple[np.ndarray | None, np.ndarray | None]
@@ -74,7 +74,7 @@ class Saved:
     c: np.ndarray
     """Cell states at which pieces begin, but the first."""
     direct: np.ndarray
-    """The images (B,) that took the direct algorithm, because of a NaN."""
+    """The images (B,) that took the direct algorithm, because of what `outliers` finds."""
     kept: list[Kept] = field(default_factory=list)
     """What all steps leave, until the way back uses it up."""
 
@@ -130,17 +130,15 @@ def _keep(spec: ConvLSTMSpec, B: int, T: int, dtype: np.dtype) -> Kept:
     return Kept(memory, *parts)
 
 
-def _groups(spec: ConvLSTMSpec, itemsize: int) -> list[slice]:
-    """The images that are taken forward again together."""
+def _group_size(spec: ConvLSTMSpec, itemsize: int) -> int:
+    """How many images are taken forward again together, at most."""
     step = spec.B * spec.HO * spec.WO * 4 * spec.F * itemsize
-    count = min(spec.B, max(1, -(-step // STEP_BYTES)))
-    edges = [spec.B * n // count for n in range(count + 1)] if count else []
-    return list(map(slice, edges, edges[1:]))
+    return max(1, -(-spec.B // max(1, -(-step // STEP_BYTES))))
 
 
 def piece_length(spec: ConvLSTMSpec, itemsize: int) -> int:
     """The steps of a piece for which the states of all images and the gates of one group are smallest together."""
-    groups = max(1, len(_groups(spec, itemsize)))
+    groups = max(1, -(-spec.B // _group_size(spec, itemsize)))
     pieces = [2 * -(-spec.T // length) + 5 * length / groups for length in range(1, spec.T + 1)]
     return pieces.index(min(pieces)) + 1
 
@@ -204,7 +202,8 @@ def backward(
     except IndexError:
         kept = way.pull_back_pieces()
     else:
-        way.pull_back(slice(0, spec.B), 0, kept, last=True)
+        for images, direct in way.runs:
+            way.pull_back(images, 0, kept.of(images), direct, last=images.stop == spec.B)
     if kept.memory.nbytes <= SPARE_BYTES:
         _spare.append(kept.memory)
     del kept
@@ -218,8 +217,11 @@ class _WayBack:
         self, spec: ConvLSTMSpec, saved: Saved, dy: np.ndarray | None, dh: np.ndarray | None, dc: np.ndarray | None
     ):
         x, dtype = saved.x, saved.x.dtype
-        if saved.mask is not None:  # what is masked must not be read, were it NaN
-            x = np.where(saved.mask[:, :: -1 if spec.go_backwards else 1, None, None, None], x, dtype.type(0))
+        mask = None if saved.mask is None else saved.mask[:, :: -1 if spec.go_backwards else 1]
+        self.runs = outliers.runs(saved.direct | _spoilt(saved, mask, dy, dh, dc))
+        """Images one after another, and whether they take the direct way."""
+        if mask is not None:  # what is masked must not be read, were it NaN
+            x = np.where(mask[:, :, None, None, None], x, dtype.type(0))
         self._spec, self._saved, self._x, self._dx = spec, saved, x, np.empty_like(x)
         self._dh, self._dc = (np.zeros(spec.state_shape, dtype) if d is None else d.copy() for d in (dh, dc))
         self._dy = dy if spec.return_sequences else None
@@ -230,65 +232,72 @@ class _WayBack:
         self._gates = GateGradients(
             gates.is_standard(spec), gates.cell(spec, saved.peephole), spec.HO * spec.WO, dtype, peephole
         )
-        self._kernels = _kernel_gradients(spec, saved.algorithm, spec.B * spec.T, dtype)
-        self._recurrent, self._inputs = (  # at most two sizes of groups each
-            cache(partial(_input_gradient, spec, saved.algorithm, conv, kernel))
+        ways = saved.algorithm, "direct"
+        self._recurrent, self._inputs = (
+            cache(lambda direct, conv=conv, kernel=kernel: InputGradient(conv, kernel, ways[direct]))
             for conv, kernel in zip((spec.recurrent, spec.input), saved.kernels, strict=True)
         )
+        self._kernels = {
+            direct: _kernel_gradients(spec, ways[direct], spec.B * spec.T, dtype)
+            for direct in sorted({direct for _, direct in self.runs} or {False})
+        }
 
     def pull_back_pieces(self) -> Kept:
         """Take all pieces forward again and back, the last one first; return the memory that it took."""
         spec, saved, dtype = self._spec, self._saved, self._x.dtype
-        groups = _groups(spec, dtype.itemsize)
-        most = max((part.stop - part.start for part in groups), default=0)
+        size = _group_size(spec, dtype.itemsize)
+        most = min(size, max(images.stop - images.start for images, _ in self.runs))
         kept = _keep(spec, most, saved.length, dtype)
         states = np.empty((most, min(2, saved.length), *spec.state_shape[1:]), dtype)
         steps = cache(lambda m: Steps(spec, m, saved.kernels, saved.bias, saved.peephole, remember=False))
-        for part in groups:
+        groups = [
+            (slice(start, min(start + size, images.stop)), direct)
+            for images, direct in self.runs
+            for start in range(images.start, images.stop, size)
+        ]
+        for part, direct in groups:
             ours = kept.of(slice(0, part.stop - part.start))
             for piece in reversed(range(saved.h.shape[1] + 1)):
-                _run_piece(spec, saved, steps(saved.m), part, piece, ours, states[: len(ours.c)])
-                for b in np.flatnonzero(saved.direct[part]).tolist():
-                    one = slice(part.start + b, part.start + b + 1)
-                    _run_piece(spec, saved, steps(0), one, piece, ours.of(slice(b, b + 1)), states[:1])
                 last = piece == 0 and part.stop == spec.B
+                _run_piece(spec, saved, steps(0 if direct else saved.m), part, piece, ours, states[: len(ours.c)])
                 if last:
                     steps.cache_clear()  # packed kernels are large
-                self.pull_back(part, piece, ours, last=last)
+                self.pull_back(part, piece, ours, direct, last=last)
         return kept
 
-    def pull_back(self, images: slice, piece: int, kept: Kept, *, last: bool) -> None:
-        """Take some images back through one piece; `last`: nothing comes after it."""
+    def pull_back(self, images: slice, piece: int, kept: Kept, direct: bool, *, last: bool) -> None:
+        """Take some images back through one piece, the direct way or not; `last`: nothing comes after it."""
         spec, saved, B = self._spec, self._saved, images.stop - images.start
         first = piece * saved.length
         count = min(saved.length, spec.T - first)
-        team, h_start, recurrent = _team(spec, B), saved.start_of(images, piece)[0], self._recurrent(B)
+        team, h_start, recurrent = _team(spec, B), saved.start_of(images, piece)[0], self._recurrent(direct)
         dh, dc, dz, h = slots(self._dh[images]), slots(self._dc[images]), slots(kept.gates), slots(kept.c)
         dy = slots(None if self._dy is None else self._dy[images, first:])
         for t in reversed(range(count)):
             gates_t, c_t = dz.after(0, t), h.after(0, t)
             arrays = {"gates": gates_t, "dz": gates_t, "c": c_t, "h": c_t, "dh": dh, "dc": dc}
             if saved.mask is not None:
-                self._masked_step(images, first, t, kept, arrays, h_start)
+                self._masked_step(images, first, t, kept, arrays, h_start, recurrent)
                 continue
             before = NOTHING if t == 0 else dz.after(0, t - 1)
             self._gates.pull_back(B, team, dy=dy.after(0, t), before=before, **arrays)
             if t == 0:
                 kept.c[:, 0] = 0 if h_start is None else h_start
             if first + t > 0 or saved.given_state:
-                recurrent.pull_back(gates_t, dh, 1)
+                recurrent.pull_back(gates_t, dh, B, 1, team)
         if last:
             del recurrent  # its packed kernel is large
             self._recurrent.cache_clear()
         dx, x = (slots(a[images], spec.go_backwards).after(0, first) for a in (self._dx, self._x))
-        self._inputs(B).pull_back(dz, dx, count)
+        self._inputs(direct).pull_back(dz, dx, B, count, team)
         sources = {"kernel": x, "recurrent_kernel": h}
-        for names, job in self._kernels:
+        for names, job in self._kernels[direct]:
             job.add(tuple(sources[name] for name in names), dz, B, count, team)
 
     def _masked_step(
-        self, images: slice, first: int, t: int, kept: Kept, arrays: dict[str, Slots], h_start: np.ndarray | None
-    ) -> None:
+        self, images: slice, first: int, t: int, kept: Kept, arrays: dict[str, Slots], h_start: np.ndarray | None,
+        recurrent: InputGradient,
+    ) -> None:  # fmt: skip
         """Take back the images whose step t of a piece counts; the gradients of the others' states stay."""
         assert self._saved.mask is not None
         mask = self._saved.mask[images, first:]
@@ -305,7 +314,7 @@ class _WayBack:
                 kept.c[b, t] = 0 if h_start is None else h_start[b]
         doutput[valid] = 0
         dh_new = np.empty_like(dh)
-        self._recurrent(len(dh)).pull_back(arrays["dz"], slots(dh_new), 1)
+        recurrent.pull_back(arrays["dz"], slots(dh_new), len(dh), 1, _team(self._spec, len(dh)))
         np.copyto(dh, dh_new, where=valid[:, np.newaxis, np.newaxis, np.newaxis])
 
     def gradients(self) -> dict[str, Any]:
@@ -313,8 +322,10 @@ class _WayBack:
         self._inputs.cache_clear()
         dbias, dpeephole = self._gates.result()
         result: dict[str, Any] = {"x": self._dx, "bias": dbias, "h": None, "c": None, "peephole": None}
-        for names, job in self._kernels:
-            result |= zip(names, job.result(), strict=True)
+        for jobs in self._kernels.values():
+            for names, job in jobs:
+                for name, gradient in zip(names, job.result(), strict=True):
+                    result[name] = result[name] + gradient if name in result else gradient
         if self._saved.given_state:
             result |= {"h": self._dh, "c": self._dc}
         if dpeephole is not None:
@@ -322,14 +333,17 @@ class _WayBack:
         return result
 
 
+def _spoilt(saved: Saved, mask: np.ndarray | None, *gradients: np.ndarray | None) -> np.ndarray:
+    """Which images Winograd's transforms would spoil on the way back."""
+    if saved.algorithm == "direct":
+        return saved.direct
+    found = [outliers.find(a) for a in (*saved.first, *gradients) if a is not None]
+    return np.logical_or.reduce([outliers.find(saved.x, mask), *found])
+
+
 def _team(spec: ConvLSTMSpec, B: int) -> int:
     """Threads for a step of B images."""
     return team_size(B * spec.recurrent.flops // max(1, spec.B))
-
-
-def _input_gradient(spec: ConvLSTMSpec, algorithm: str, conv: ConvSpec, kernel: np.ndarray, B: int) -> InputGradient:
-    """The way back through one convolution of B images."""
-    return InputGradient(conv.with_batch(B), kernel, algorithm, _team(spec, B))
 
 
 def _kernel_gradients(

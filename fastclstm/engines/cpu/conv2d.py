@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from fastclstm.engines import recurrence
-from fastclstm.engines.cpu import launch, plans
+from fastclstm.engines.cpu import launch, outliers, plans
 from fastclstm.engines.cpu.input_gradient import InputGradient
 from fastclstm.engines.cpu.kernels.gates import CELL
 from fastclstm.engines.cpu.kernels.schedule import slots
@@ -20,27 +20,38 @@ def conv2d(
     """Convolve x (B, H, W, C) with kernel (KH, KW, C, F): y (B, HO, WO, F)."""
     y = np.empty((spec.B, spec.HO, spec.WO, spec.F), x.dtype)
     m = plans.choose("conv2d", (spec,), algorithm, x.itemsize)
-    if y.size:
-        cell = np.zeros(1, CELL)
-        cell["F"] = spec.F
-        team = team_size(spec.flops)
-        columns = launch.pack((kernel,), bias, np.ones(1), m)
-        plan = plans.plan((spec,), m, "store", len(columns.groups), x.itemsize, team)
-        trouble = launch.run(plan, columns, cell, spec.B, 1, team, x=slots(x), h=slots(y))
-        if m and trouble.any():  # a tile spreads what is not finite beyond its receptive field
-            y[trouble] = conv2d(spec.with_batch(trouble.sum()), x[trouble], kernel, bias, algorithm="direct")
+    if not y.size:
+        return y
+    spoilt = outliers.find(x) if outliers.spoil(m) else np.zeros(spec.B, np.bool_)
+    if spoilt.all():
+        m = 0
+    cell = np.zeros(1, CELL)
+    cell["F"] = spec.F
+    team = team_size(spec.flops)
+    columns = launch.pack((kernel,), bias, np.ones(1), m)
+    plan = plans.plan((spec,), m, "store", len(columns.groups), x.itemsize, team)
+    spoilt |= launch.run(plan, columns, cell, spec.B, 1, team, x=slots(x), h=slots(y))
+    if m and spoilt.any():
+        y[spoilt] = conv2d(spec.with_batch(int(spoilt.sum())), x[spoilt], kernel, bias, algorithm="direct")
     return y
 
 
 def conv2d_backward(
-    spec: ConvSpec, x: np.ndarray, kernel: np.ndarray, dy: np.ndarray | None
+    spec: ConvSpec, x: np.ndarray, kernel: np.ndarray, dy: np.ndarray | None, *, algorithm: str = "auto"
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Pull dy (B, HO, WO, F) back through `conv2d`: dx, dkernel, dbias."""
     if dy is None or dy.size == 0:
         return np.zeros_like(x), np.zeros_like(kernel), np.zeros(spec.F, x.dtype)
-    team = team_size(spec.flops)
-    dx = np.empty_like(x)
-    InputGradient(spec, kernel, "auto", team).pull_back(slots(dy), slots(dx), 1)
-    gradient = WeightGradient((spec,), x.dtype, 1)
-    gradient.add((slots(x),), slots(dy), spec.B, 1, team)
-    return dx, gradient.result()[0], recurrence.total(dy, (0, 1, 2))
+    dx, dkernel, dbias = np.empty_like(x), np.zeros_like(kernel), recurrence.total(dy, (0, 1, 2))
+    direct = algorithm == "direct" or not plans.fits((spec,))
+    runs = outliers.runs(np.zeros(spec.B, np.bool_) if direct else outliers.find(x) | outliers.find(dy))
+    for spoilt in sorted({spoilt for _, spoilt in runs}):
+        way = "direct" if spoilt else algorithm
+        inputs, kernels = InputGradient(spec, kernel, way), WeightGradient((spec,), x.dtype, 1, way)
+        for images in (images for images, kind in runs if kind == spoilt):
+            B = images.stop - images.start
+            team = team_size(spec.with_batch(B).flops)
+            inputs.pull_back(slots(dy[images]), slots(dx[images]), B, 1, team)
+            kernels.add((slots(x[images]),), slots(dy[images]), B, 1, team)
+        dkernel += kernels.result()[0]
+    return dx, dkernel, dbias

@@ -6,13 +6,12 @@ over this engine's convolutions.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import numpy as np
 
 from fastclstm.engines import recurrence
-from fastclstm.engines.cpu import backward, plans
+from fastclstm.engines.cpu import backward, outliers, plans
 from fastclstm.engines.cpu.conv2d import conv2d, conv2d_backward
 from fastclstm.engines.cpu.fused_steps import Steps
 from fastclstm.engines.cpu.kernels import gates
@@ -47,11 +46,11 @@ def convlstm2d(
     """
     m = plans.choose("convlstm2d", (spec.recurrent, spec.input), algorithm, x.itemsize)
     if dropout is not None or not _is_fused(spec) or (save and not backward.fits(spec)):
-        convolution = partial(conv2d, algorithm="auto" if m else "direct")
         arguments = x, kernel, recurrent_kernel, bias, h, c, peephole, mask
         return recurrence.forward(
-            spec, convolution, *arguments, normalization=normalization, dropout=dropout, save=save, out=out
-        )
+            spec, conv2d, *arguments, normalization=normalization, dropout=dropout, save=save, out=out,
+            algorithm="direct" if algorithm == "direct" else "auto",
+        )  # fmt: skip
     length = backward.piece_length(spec, x.itemsize) if save == "states" else spec.T
     return _fused(spec, m, x, (recurrent_kernel, kernel), bias, (h, c), peephole, mask, algorithm, save, length, out)
 
@@ -81,6 +80,10 @@ def _fused(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, backward.Saved | None]:  # fmt: skip
     """Do it with the fused kernels, from the `first` h and c on; length: steps of a piece, where states are saved."""
     dtype, state = x.dtype, spec.state_shape
+    spoilt = np.zeros(spec.B, np.bool_)
+    if outliers.spoil(m):
+        spoilt = outliers.find(x, mask) if first[0] is None else outliers.find(x, mask) | outliers.find(first[0])
+        m = 0 if spoilt.all() else m
     h_last, c_last = (np.empty(state, dtype), np.empty(state, dtype)) if out is None else out
     if m and first[1] is not None and np.may_share_memory(first[1], c_last):
         first = first[0], first[1].copy()
@@ -108,13 +111,13 @@ def _fused(
     output = separate if separate is not None else h_states if spec.return_sequences else h_last
     if out is None and np.may_share_memory(output, h_last):
         output = output.copy()
-    trouble = np.isnan(c_last.min((1, 2, 3))) if m else np.zeros(0, np.bool_)
-    if trouble.any():  # a tile spreads a NaN beyond its receptive field; a cell that it reached stays NaN
-        h, c, mask = (None if array is None else array[trouble] for array in (*first, mask))
-        *again, saved_again = _fused(spec.with_batch(int(trouble.sum())), 0, x[trouble], kernels, bias, (h, c),
+    spoilt |= np.isnan(c_last.min((1, 2, 3))) if m else False  # a cell that a NaN reached stays NaN
+    if m and spoilt.any():
+        h, c, mask = (None if array is None else array[spoilt] for array in (*first, mask))
+        *again, saved_again = _fused(spec.with_batch(int(spoilt.sum())), 0, x[spoilt], kernels, bias, (h, c),
                                      peephole, mask, algorithm, save, length, None)  # fmt: skip
         for whole, part in zip((output, h_last, c_last), again, strict=True):
-            whole[trouble] = part
+            whole[spoilt] = part
         if saved is not None and saved_again is not None:
-            saved.replace(trouble, saved_again)
+            saved.replace(spoilt, saved_again)
     return output, h_last, c_last, saved

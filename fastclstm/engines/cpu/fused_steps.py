@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from fastclstm.engines.cpu import launch, plans
+from fastclstm.engines import remembered
+from fastclstm.engines.cpu import launch, packing, plans
 from fastclstm.engines.cpu.kernels import gates
 from fastclstm.engines.cpu.kernels.schedule import NOTHING, Slots
 from fastclstm.spec import ConvLSTMSpec
@@ -19,9 +20,21 @@ class Steps:
     ):  # fmt: skip
         """Pack the recurrent and the input kernel; remember them where the same ones will come again."""
         self._spec, self._m, self._itemsize, self._peephole = spec, m, kernels[0].itemsize, peephole
-        self._cell, self._standard = gates.cell(spec, peephole), gates.is_standard(spec)
-        scales = gates.SCALES if self._standard else np.ones(4)
-        self._columns = launch.pack(kernels, bias, scales, m, remember=remember)
+        self._cell = gates.cell(spec, peephole)
+
+        def pack() -> tuple[bool, packing.Columns]:
+            if gates.is_standard(spec):
+                with np.errstate(over="ignore"):
+                    columns = launch.pack(kernels, bias, gates.SCALES, m, remember=False)
+                if np.isfinite(columns.weights).all():
+                    return True, columns
+            # Weights above 1.2e38 (float64: 6e307) cannot carry the scales.
+            return False, launch.pack(kernels, bias, np.ones(4), m, remember=False)
+
+        self._standard: bool
+        self._columns: packing.Columns
+        key = m, gates.is_standard(spec)
+        self._standard, self._columns = remembered.remember((*kernels, bias), key, pack) if remember else pack()
 
     def run(
         self, B: int, T: int, *, x: Slots, h_first: Slots, c_first: Slots, h: Slots, c: Slots, y: Slots = NOTHING,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from functools import lru_cache
 
@@ -16,7 +17,7 @@ from fastclstm.engines.cpu.kernels.schedule import Slots, slots
 from fastclstm.spec import ConvSpec
 
 FOLDED_BYTES = 8 << 20
-"""Size of what the taps of a kernel add, before it is folded, at most; more than one step never waits."""
+"""Size of what the taps of a kernel add, before it is folded, at most; more than one step of an image never waits."""
 
 
 class InputGradient:
@@ -26,39 +27,47 @@ class InputGradient:
     few, what each tap of the kernel adds, as further channels of a 1×1 convolution, is folded.
     """
 
-    def __init__(self, spec: ConvSpec, kernel: np.ndarray, algorithm: str, team: int):
-        self._spec, self._dtype, self.team = spec, kernel.dtype, team
+    def __init__(self, spec: ConvSpec, kernel: np.ndarray, algorithm: str):
+        """Choose the way, for as many images as `spec` has, and pack the kernel."""
+        self._spec, self._dtype, self._kernel = spec, kernel.dtype, kernel
         self._source = table(np.array([source(spec)], SOURCE))
-        inner, m, self._folds = _way_back(spec, algorithm, kernel.itemsize, plans.TILES)
+        self._inner, self._m, self._folds = _way_back(spec, algorithm, kernel.itemsize, plans.TILES)
         if self._folds:
             kernel = kernel.reshape(1, 1, -1, spec.F)
         self._cell = np.zeros(1, CELL)
-        self._cell["F"] = inner.F
-        self._columns = launch.pack((kernel,), None, np.ones(1), m, transposed=True, remember=False)
-        self._plan = plans.plan((inner,), m, "store", len(self._columns.groups), kernel.itemsize, team)
+        self._cell["F"] = self._inner.F
+        self._columns = launch.pack((kernel,), None, np.ones(1), self._m, transposed=True, remember=False)
 
-    def pull_back(self, dy: Slots, dx: Slots, T: int) -> None:
+    def pull_back(self, dy: Slots, dx: Slots, B: int, T: int, team: int) -> None:
         """Compute T steps of B images: dx (B, T, H, W, C) of dy (B, T, HO, WO, F)."""
         if not self._folds:
-            self._run(dy, dx, T)
+            trouble = self._run(dy, dx, B, T, team)
+            if self._m and trouble.any():  # dy, or transformed weights, are not finite
+                direct = InputGradient(self._spec, self._kernel, "direct")
+                for b in np.flatnonzero(trouble).tolist():
+                    direct.pull_back(dy.after(b, 0), dx.after(b, 0), 1, T, team)
             return
         spec = self._spec
-        step = spec.B * spec.HO * spec.WO * spec.KH * spec.KW * spec.C * self._dtype.itemsize
-        at_once = max(1, min(T, FOLDED_BYTES // step))
-        shape = (spec.B, at_once, spec.HO, spec.WO, spec.KH * spec.KW * spec.C)
+        image = spec.HO * spec.WO * spec.KH * spec.KW * spec.C * self._dtype.itemsize
+        at_once = max(1, FOLDED_BYTES // image)
+        images = min(B, at_once)
+        steps = min(T, at_once // images)
+        shape = (images, steps, spec.HO, spec.WO, spec.KH * spec.KW * spec.C)
         work = np.zeros(1, col2im.WORK)
         size = math.prod(shape) * self._dtype.itemsize
         address, memory = launch.borrow(size)
         taps = slots(memory[:size].view(self._dtype).reshape(shape))
-        for t in range(0, T, at_once):
-            count = min(at_once, T - t)
-            self._run(dy.after(0, t), taps, count)
-            work[0] = (spec.B, count, spec.HO, spec.WO, *taps[:3], *dx.after(0, t)[:3])
-            threads.run(col2im.fold, self.team, (), np.empty(0, self._dtype), work, self._source)
+        for b, t in itertools.product(range(0, B, images), range(0, T, steps)):
+            count = min(images, B - b), min(steps, T - t)
+            self._run(dy.after(b, t), taps, *count, team)
+            work[0] = (*count, spec.HO, spec.WO, *taps[:3], *dx.after(b, t)[:3])
+            threads.run(col2im.fold, team, (), np.empty(0, self._dtype), work, self._source)
         launch.give_back(address, memory)
 
-    def _run(self, dy: Slots, dx: Slots, T: int) -> None:
-        launch.run(self._plan, self._columns, self._cell, self._spec.B, T, self.team, x=dy, h=dx)
+    def _run(self, dy: Slots, dx: Slots, B: int, T: int, team: int) -> np.ndarray:
+        inner, groups = self._inner.with_batch(B), len(self._columns.groups)
+        plan = plans.plan((inner,), self._m, "store", groups, self._dtype.itemsize, team)
+        return launch.run(plan, self._columns, self._cell, B, T, team, x=dy, h=dx)
 
 
 @lru_cache(maxsize=64)

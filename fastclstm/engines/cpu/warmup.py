@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numba import types
 
-from fastclstm.engines.cpu import launch, packing, plans
+from fastclstm.engines.cpu import launch, outliers, packing, plans
 from fastclstm.engines.cpu.conv2d import conv2d_backward
 from fastclstm.engines.cpu.convlstm2d import convlstm2d, convlstm2d_backward
 from fastclstm.engines.cpu.kernels import gates
@@ -66,6 +66,7 @@ def _forward(dtype: str) -> Iterator[tuple[str, Callable[[], Any]]]:
         "transform of kernels",
         partial(launch.pack, (np.ones((3, 3, 1, 1), dtype),), None, np.ones(1), 2, remember=False),
     )
+    yield "search for fill values", partial(outliers.find, np.ones(outliers.SMALL + 1, dtype))
     volume = np.ones((1, 1, 1, 1, 1), dtype)
     pool = PoolSpec.infer(volume.shape, 1)
     yield "pooling", partial(max_pool3d, pool, volume, False)

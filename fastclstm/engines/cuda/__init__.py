@@ -46,10 +46,13 @@ def conv2d(spec: ConvSpec, x: Array, kernel: Array, bias: Array | None, *, algor
         return place.give(_conv2d.conv2d(spec, place.take(x), plain(kernel), plain(bias), algorithm=algorithm))
 
 
-def conv2d_backward(spec: ConvSpec, x: Array, kernel: Array, dy: Array | None) -> tuple[Any, Any, Any]:
+def conv2d_backward(
+    spec: ConvSpec, x: Array, kernel: Array, dy: Array | None, *, algorithm: str = "auto"
+) -> tuple[Any, Any, Any]:
     """Pull dy (B, HO, WO, F) back through `conv2d`: dx, dkernel, dbias."""
     with _at(x) as place:
-        return place.give(_conv2d.conv2d_backward(spec, place.take(x), plain(kernel), place.take(dy)))
+        arrays = place.take(x), plain(kernel), place.take(dy)
+        return place.give(_conv2d.conv2d_backward(spec, *arrays, algorithm=algorithm))
 
 
 def convlstm2d(
@@ -88,11 +91,7 @@ def convlstm2d(
         if not isinstance(x, np.ndarray):
             raise
         arguments: Any = x, kernel, recurrent_kernel, bias, h, c, peephole, mask
-
-        def convolution(spec: ConvSpec, *arrays: Any) -> np.ndarray:
-            return conv2d(spec, *arrays, algorithm=algorithm)
-
-        return recurrence.forward(spec, convolution, *arguments, **options, out=out)
+        return recurrence.forward(spec, conv2d, *arguments, **options, algorithm=algorithm, out=out)
     if out is not None:
         for array, last_one in zip(out, (h_last, c_last), strict=True):
             np.copyto(array, last_one)

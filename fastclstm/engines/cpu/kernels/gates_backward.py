@@ -54,12 +54,19 @@ def _any_output(cell, c):
 
 
 @inline
+def _slope(gate):
+    """Derivative of a sigmoid by its value: nothing passes where that is the least that `exp2_gate` leaves."""
+    least = 2.0**-vmath.LIMIT_DOUBLE if simd.is_double(gate) else 2.0**-vmath.LIMIT_SINGLE
+    return simd.select_less(simd.broadcast(gate, least), gate, gate * (1.0 - gate), simd.broadcast(gate, 0.0))
+
+
+@inline
 def _standard(like, step, cell, sums, pixel, k, count, i, f, g, o, c, dh, dc):
     """The dz of i, f, g, o and the dc of the step before, with tanh, sigmoid, tanh and nothing else."""
     y = _tanh(simd.fma(f, c, i * g))
-    dz_o = dh * y * (o * (1.0 - o))
+    dz_o = dh * y * _slope(o)
     dc = simd.fma(dh * o, 1.0 - y * y, dc)
-    return dc * g * (i * (1.0 - i)), dc * c * (f * (1.0 - f)), dc * i * (1.0 - g * g), dz_o, dc * f
+    return dc * g * _slope(i), dc * c * _slope(f), dc * i * (1.0 - g * g), dz_o, dc * f
 
 
 @inline

@@ -76,10 +76,13 @@ def _magic(x):
     return MAGIC_DOUBLE if simd.is_double(x) else MAGIC_SINGLE
 
 
+LIMIT_SINGLE, LIMIT_DOUBLE = 40.0, 330.0
+
+
 @inline
 def exp2_gate(x):
     """2**x with x limited to ±40 (float64: ±330), so that products of three such terms stay finite."""
-    limit = 330.0 if simd.is_double(x) else 40.0
+    limit = LIMIT_DOUBLE if simd.is_double(x) else LIMIT_SINGLE
     x = simd.maximum(-limit, simd.minimum(limit, x))
     magic = _magic(x)
     rounded = x + magic
