@@ -52,7 +52,10 @@ def _cpu() -> Iterator[tuple[str, str]]:
     yield "processor", f"{processor_name()}, {threads.available_processors()} usable here"
     yield "vectors", f"{simd.lanes(4)} float32 or {simd.lanes(8)} float64, {32 * simd.lanes(4)} bits"
     yield "threads", f"{threads.get_num_threads()}, layer {threads.threading_layer()}"
-    yield "kernel cache", str(cpu_compilation.cache_folder() or _NO_CACHE)
+    folder = cpu_compilation.cache_folder()
+    ours, others = cpu_compilation.kernels_on_disk()
+    beside = f", {others} for other processors" if others else ""
+    yield "kernel cache", _NO_CACHE if folder is None else f"{folder}: {ours} kernels for this processor{beside}"
 
 
 def _cuda() -> str:
