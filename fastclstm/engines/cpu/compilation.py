@@ -165,7 +165,18 @@ def kept(py_func: Any, name: str, variant: str = "", **options: Any) -> Any:
 # ------------------------------------------------------------------------------- what kernels are made of
 
 
-class _InlinedLibrary(JITCodeLibrary):
+class _AlignedLibrary(JITCodeLibrary):
+    """Code whose functions align their stack to whole vectors: spilt ones that cross cache lines cost up to a third."""
+
+    def add_ir_module(self, ir_module: Any) -> None:
+        for function in ir_module.functions:
+            if not function.is_declaration:
+                function.attributes.add("nounwind")  # llvmlite writes attributes where there is one in its set
+                function.attributes.alignstack = 64
+        super().add_ir_module(ir_module)
+
+
+class _InlinedLibrary(_AlignedLibrary):
     """Code that only ever becomes part of a kernel's: not optimized as a whole by itself, nor made machine code."""
 
     def _optimize_final_module(self) -> None:
@@ -190,7 +201,7 @@ class _NoEnvironments:
         pass
 
 
-class _KernelLibrary(JITCodeLibrary):
+class _KernelLibrary(_AlignedLibrary):
     """A kernel's code: optimized once, where Numba has a pass before for reference counts, of which there are none."""
 
     def _optimize_final_module(self) -> None:
