@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import pkgutil
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -146,8 +148,12 @@ def _refuse_tracing() -> None:
 
 @cache
 def _leave_untraced(rules: ModuleType) -> None:
-    """Tell torch.compile to call this package, and what compiles its kernels, and to trace nothing in them."""
-    for name in (__package__, "numba", "llvmlite"):
+    """Tell torch.compile to call this package, and what compiles its kernels, and to trace nothing in them.
+
+    Only the adapters, and the checks of shapes that they call, are for it to trace: they compute by an operator.
+    """
+    rooms = {room.name for room in pkgutil.iter_modules([os.path.dirname(__file__)])} - {"adapters", "spec"}
+    for name in (*(f"{__package__}.{room}" for room in sorted(rooms)), "numba", "llvmlite"):
         rules.add(name)
 
 
