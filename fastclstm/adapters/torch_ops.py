@@ -26,8 +26,7 @@ try:
 except ImportError as error:
     raise ImportError(f"fastclstm.adapters.torch needs PyTorch: pip install 'fastclstm[torch]' ({error})") from error
 
-_MAPPINGS = ("peephole", "normalization_weights")
-"""Arguments of `functional.convlstm2d` whose weights come in one list, named by the options."""
+_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # PyTorch before 2.7 has none
 
 _saved: dict[int, ConvLSTMPullback] = {}
 """The way back of each forward call whose byte is alive, by the byte's address."""
@@ -90,7 +89,7 @@ def run(x: Tensor, weights: Mapping[str, Tensor], state: Any, options: str, *, m
     save = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in differentiable)
     y, h, c, _ = convlstm2d(
         x, weights["kernel"], weights["recurrent_kernel"], weights.get("bias"), h, c, mask, *dropout, further, options,
-        go_backwards, return_sequences, save and not torch.compiler.is_exporting(),
+        go_backwards, return_sequences, save and not _is_exporting(),
     )  # fmt: skip
     return y, h, c
 
