@@ -178,7 +178,7 @@ def exportable(op: str, name: str, value: Any) -> Any:
     if value.requires_grad:
         if sys.modules["torch"].is_grad_enabled():
             raise TypeError(f"{op}: {name} requires grad, but fastclstm is no part of PyTorch's graph; to train, use "
-                            "fastclstm.adapters.torch, or wrap convlstm2d_vjp or its like in a torch.autograd.Function; "
+                            "fastclstm.adapters.torch or wrap convlstm2d_vjp or its like in a torch.autograd.Function; "
                             f"for inference alone, call it under torch.no_grad() or pass {name}.detach()")  # fmt: skip
         value = value.detach()
     return value.resolve_conj().resolve_neg()
