@@ -77,8 +77,8 @@ def accelerate(model: torch.nn.Module, *, dialects: Sequence[Dialect] = (), retu
     A call that the comparison has not covered goes to the module's own ``forward``: with further arguments, such as
     initial states; in training mode where it has dropout or batch normalization; for gradients where the module's own
     are others (the published "seyongk" cuts them off). Hooks on a swapped module are called, those within it not: such
-    a module is left. Results are contiguous; under autocast they are computed and returned in float32. What decides how a
-    module is called and what it returns, such as its attribute batch_first, must be set before.
+    a module is left. Results are contiguous; under autocast they are computed and returned in float32. What decides how
+    a module is called and what it returns, such as its attribute batch_first, must be set before.
 
     Parameters
     ----------
