@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import pkgutil
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -149,8 +151,12 @@ def _refuse_tracing() -> None:
 
 @cache
 def _leave_untraced(rules: ModuleType) -> None:
-    """Tell torch.compile to call this package, and what compiles its kernels, and to trace nothing in them."""
-    for name in (__package__, "numba", "llvmlite"):
+    """Tell torch.compile to call this package, and what compiles its kernels, and to trace nothing in them.
+
+    Only the adapters, and the checks of shapes that they call, are for it to trace: they compute by an operator.
+    """
+    rooms = {room.name for room in pkgutil.iter_modules([os.path.dirname(__file__)])} - {"adapters", "spec"}
+    for name in (*(f"{__package__}.{room}" for room in sorted(rooms)), "numba", "llvmlite"):
         rules.add(name)
 
 
@@ -174,9 +180,9 @@ def exportable(op: str, name: str, value: Any) -> Any:
                         "where torch traces or exports from a function under torch.compiler.disable")  # fmt: skip
     if value.requires_grad:
         if sys.modules["torch"].is_grad_enabled():
-            raise TypeError(f"{op}: {name} requires grad, but fastclstm is no part of PyTorch's graph; to train, wrap "
-                            f"convlstm2d_vjp or its like in a torch.autograd.Function; for inference alone, call it "
-                            f"under torch.no_grad() or pass {name}.detach()")  # fmt: skip
+            raise TypeError(f"{op}: {name} requires grad, but fastclstm is no part of PyTorch's graph; to train, use "
+                            "fastclstm.adapters.torch or wrap convlstm2d_vjp or its like in a torch.autograd.Function; "
+                            f"for inference alone, call it under torch.no_grad() or pass {name}.detach()")  # fmt: skip
         value = value.detach()
     return value.resolve_conj().resolve_neg()
 

@@ -32,10 +32,15 @@ def submodules(package: str, *names: str) -> dict[str, str]:
     return {name: f"{package}.{name}" for name in names}
 
 
-def moved(module: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
-    """Return a module's ``__getattr__`` for names that live elsewhere now: a DeprecationWarning says where."""
+def moved(module: str, homes: Mapping[str, str], here: Mapping[str, str] | None = None) -> Callable[[str], Any]:
+    """Return a module's ``__getattr__`` for names that live elsewhere now: a DeprecationWarning says where.
+
+    Names of `here` are the module's own, imported from their homes when first used.
+    """
 
     def __getattr__(name: str) -> Any:
+        if here is not None and name in here:
+            return _found(module, name, here)
         value = _found(module, name, homes)
         told = f"{module}.{name} is {homes[name]}.{name} now"
         warnings.warn(told, DeprecationWarning, stacklevel=2)

@@ -156,8 +156,8 @@ def test_bfloat16_of_torch_comes_in_as_float32(torch):
 
 def test_no_gradient_is_cut_off_unasked(torch):
     x = torch.from_numpy(X).requires_grad_()
-    with pytest.raises(TypeError, match=r"^convlstm2d: x requires grad, .* no part of PyTorch's graph; to train, wrap "
-                                        r"convlstm2d_vjp .* in a torch.autograd.Function; for inference"):  # fmt: skip
+    with pytest.raises(TypeError, match=r"^convlstm2d: x requires grad, .* no part of PyTorch's graph; to train, use "
+                                        r"fastclstm.adapters.torch or wrap convlstm2d_vjp .*; for inf"):  # fmt: skip
         functional.convlstm2d(x, *WEIGHTS)
     with pytest.raises(TypeError, match=r"^ConvLSTM2D: x requires grad, "):
         ConvLSTM2D(1, 2, kernel_size=3)(x)
