@@ -105,7 +105,8 @@ class _Notice:
         timer = threading.Timer(max(0.0, SILENT_SECONDS - self._seconds), self._say)
         timer.daemon = True
         start = time.perf_counter()
-        if not self._said and sys.stderr is not None and sys.stderr.isatty():
+        stream = sys.stderr
+        if not self._said and stream is not None and not stream.closed and stream.isatty():
             timer.start()
         try:
             yield

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fastclstm.engines import recurrence
-from fastclstm.engines.cpu import backward, outliers, plans
+from fastclstm.engines.cpu import backward, launch, outliers, plans
 from fastclstm.engines.cpu.conv2d import conv2d, conv2d_backward
 from fastclstm.engines.cpu.fused_steps import Steps
 from fastclstm.engines.cpu.kernels import gates
@@ -85,8 +85,12 @@ def _fused(
         spoilt = outliers.find(x, mask) if first[0] is None else outliers.find(x, mask) | outliers.find(first[0])
         m = 0 if spoilt.all() else m
     h_last, c_last = (np.empty(state, dtype), np.empty(state, dtype)) if out is None else out
-    if m and first[1] is not None and np.may_share_memory(first[1], c_last):
-        first = first[0], first[1].copy()
+    borrowed = None
+    if m and first[1] is not None and np.may_share_memory(first[1], c_last):  # a tile reads what others wrote over
+        borrowed = launch.borrow(c_last.nbytes)
+        copy = borrowed[1][: c_last.nbytes].view(dtype).reshape(state)
+        np.copyto(copy, first[1])
+        first = first[0], copy
     # Where no step is skipped the outputs are the hidden states, and are kept only once.
     separate = np.empty(spec.output_shape, dtype) if mask is not None else None
     ordered = np.ascontiguousarray(mask[:, ::-1]) if mask is not None and spec.go_backwards else mask
@@ -120,4 +124,6 @@ def _fused(
             whole[spoilt] = part
         if saved is not None and saved_again is not None:
             saved.replace(spoilt, saved_again)
+    if borrowed is not None:
+        launch.give_back(*borrowed)
     return output, h_last, c_last, saved
