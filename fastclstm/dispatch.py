@@ -137,14 +137,18 @@ def on_gpu(value: Any) -> bool:
 
 
 def _refuse_tracing() -> None:
-    """Raise TypeError where torch.compile traces the call; with fullgraph=False it breaks the graph and calls again.
+    """Raise TypeError where torch.compile or torch.jit traces the call.
 
-    That call is not traced, and nothing in this package from then on.
+    With fullgraph=False torch.compile breaks the graph and calls again: that call is not traced, and nothing in this
+    package from then on.
     """
     compiler = getattr(sys.modules.get("torch"), "compiler", None)
     if compiler is not None and compiler.is_compiling():
         raise TypeError("fastclstm computes outside of PyTorch, where torch.compile cannot follow; call it from a "
                         "function under torch.compiler.disable, and leave fullgraph=False")  # fmt: skip
+    if compiler is not None and sys.modules["torch"].jit.is_tracing():
+        raise TypeError("fastclstm computes outside of PyTorch: torch.jit.trace, and ONNX exports by it, would keep "
+                        "the output of this one call for every input; trace the parts before and after it")  # fmt: skip
     if (rules := sys.modules.get("torch._dynamo.trace_rules")) is not None:
         _leave_untraced(rules)
 
@@ -178,6 +182,10 @@ def exportable(op: str, name: str, value: Any) -> Any:
     if value.is_meta or _is(value, "torch._subclasses.fake_tensor", "FakeTensor"):
         raise TypeError(f"{op}: {name} is a tensor without values (meta or FakeTensor); call fastclstm with real ones, "
                         "where torch traces or exports from a function under torch.compiler.disable")  # fmt: skip
+    if _is_transformed(value):
+        raise TypeError(f"{op}: {name} is transformed by torch.func (vmap, jvp, functionalize) or has a forward-mode "
+                        "tangent, which fastclstm would lose; for gradients wrap convlstm2d_vjp or its like in a "
+                        "torch.autograd.Function, for batches call it on all of them at once")  # fmt: skip
     if value.requires_grad:
         if sys.modules["torch"].is_grad_enabled():
             raise TypeError(f"{op}: {name} requires grad, but fastclstm is no part of PyTorch's graph; to train, use "
@@ -185,6 +193,16 @@ def exportable(op: str, name: str, value: Any) -> Any:
                             f"for inference alone, call it under torch.no_grad() or pass {name}.detach()")  # fmt: skip
         value = value.detach()
     return value.resolve_conj().resolve_neg()
+
+
+def _is_transformed(tensor: Any) -> bool:
+    """Return whether a tensor stands for others, or carries a tangent: its memory is not its values, or not all."""
+    torch = sys.modules["torch"]
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor) or torch._is_functional_tensor(tensor)
+    forward = sys.modules.get("torch.autograd.forward_ad")
+    if wrapped or forward is None or forward._current_level < 0:
+        return bool(wrapped)
+    return forward.unpack_dual(tensor).tangent is not None
 
 
 def of_engine(value: Any) -> bool:
@@ -223,7 +241,8 @@ def _exported(op: str, name: str, value: Any) -> Any:
         if device in _DLPACK_CPU_DEVICES:
             if _is_short(dtype):
                 return value
-            return np.from_dlpack(value.float() if str(dtype) == "torch.bfloat16" else value)
+            narrow = str(dtype).startswith(("torch.bfloat16", "torch.float8"))  # which NumPy has not
+            return np.from_dlpack(value.float() if narrow else value)
     except (BufferError, RuntimeError, TypeError, ValueError) as error:
         raise TypeError(f"{op}: {name} cannot be read as a NumPy array: {error}") from error
     raise TypeError(f"{op}: {name} lives on DLPack device {device}, not in the processor's memory; move it to the CPU")

@@ -33,6 +33,9 @@ _AXES = {2: ("height", "width"), 3: ("time", "height", "width")}
 LARGEST = 2**31 - 1
 """Of all sizes, strides and paddings: kernels multiply them in 64 bits."""
 
+UNKNOWN = 2**30
+"""Height and width for frames that are not known yet: so large that no option is too large for them."""
+
 LARGEST_PADDED, MOST_PADDING = 2**24, 16
 """Values beyond which a padded frame may be only so many times as large as the frame and the kernel themselves."""
 

@@ -745,3 +745,43 @@ def test_the_legacy_order_is_of_certain_layers(options):
         LegacyOrder(layer)
     with pytest.raises(TypeError, match="layer must be a ConvLSTM2D, got MaxPooling3D"):
         LegacyOrder(MaxPooling3D())
+
+
+@pytest.mark.parametrize("prefix", ["encoder", "module.encoder", "encoder."])
+def test_data_parallel_s_module_is_left_out_in_memory_too(prefix):
+    plain = joint(prefix="encoder.") | {"head.weight": np.zeros(3)}
+    state = {f"module.{name}": array for name, array in plain.items()}
+    expected = from_torch(plain, prefix="encoder").parameters
+    for name, array in from_torch(state, prefix=prefix).parameters.items():
+        np.testing.assert_array_equal(array, expected[name])
+
+
+@pytest.mark.parametrize(("x", "y"), [
+    (np.zeros((0, 2, 1, 4, 4)), np.zeros((0, 2, 2, 4, 4))), (np.ones((1, 2, 1, 4, 4)), np.zeros((1, 2, 2, 4, 4))),
+    (np.full((1, 2, 1, 4, 4), np.nan), np.full((1, 2, 2, 4, 4), np.nan)),
+])  # fmt: skip
+def test_a_check_that_tells_nothing(x, y):
+    with pytest.raises(ValueError, match=r"^from_torch: check's x and y must be finite, and y not all 0"):
+        from_torch(joint(), check=(x, y))
+    with pytest.raises(TypeError, match=r"got tuple of 3$"):
+        from_torch(joint(), check=(x, y, y))
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_check_of_half_precision(dtype):
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    state = {name: rng.normal(0, 0.5, np.shape(array)) for name, array in joint().items()}
+    layer = from_torch(state)
+    x = torch.from_numpy(rng.normal(size=(1, 3, layer.in_channels, 8, 8))).to(getattr(torch, dtype))
+    y = torch.from_numpy(layer(x.double().numpy())).to(getattr(torch, dtype))
+    from_torch(state, check=(x, y))
+    with pytest.raises(ValueError, match="gates='ifog' agrees"):
+        from_torch(state, gates="ifgo", check=(x, y))
+
+
+def test_your_own_dialect_that_fits_nothing_is_shown():
+    message = r"'your own' has conv\.weight in each of its cells cells\.\{layer\}$"
+    with pytest.raises(ValueError, match=message):
+        from_torch(joint(), cells="cells.{layer}", joint="conv")

@@ -191,8 +191,42 @@ def test_tensors_without_values(torch):
         fake = torch.zeros(3)
     with pytest.raises(TypeError, match=message):
         dispatch.as_numpy("op", "x", fake)
-    with pytest.raises(TypeError, match=r"^convlstm2d: x cannot be read as a NumPy array: "):
-        torch.vmap(lambda x: functional.convlstm2d(x, *WEIGHTS))(torch.from_numpy(X[np.newaxis]))
+
+
+def test_what_transforms_tensors_is_refused(torch):
+    """It would see constants, or DLPack the memory of what merely stands for the values."""
+    x = torch.from_numpy(X)
+
+    def call(x):
+        return functional.convlstm2d(x, *WEIGHTS)
+
+    message = r"^convlstm2d: x is transformed by torch\.func .* wrap convlstm2d_vjp or its like"
+    for transformed in (
+        lambda: torch.vmap(call)(x[np.newaxis]),
+        lambda: torch.func.functionalize(call)(x),
+        lambda: torch.func.jvp(call, (x,), (x,)),
+        lambda: torch.func.jacfwd(call)(x),
+    ):
+        with pytest.raises(TypeError, match=message):
+            transformed()
+    forward_ad = torch.autograd.forward_ad
+    with forward_ad.dual_level():
+        with pytest.raises(TypeError, match=message):
+            call(forward_ad.make_dual(x, x))
+        np.testing.assert_array_equal(call(x).numpy(), functional.convlstm2d(X, *WEIGHTS))  # x has no tangent
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_trace_would_keep_one_output(torch):
+    with pytest.raises(
+        TypeError, match=r"torch\.jit\.trace, and ONNX exports by it, would keep the output of this one"
+    ):
+        torch.jit.trace(lambda x: functional.convlstm2d(x, *WEIGHTS), torch.from_numpy(X))
+
+
+def test_float8_is_float32(torch):
+    x = torch.from_numpy(X).to(torch.float8_e4m3fn)
+    np.testing.assert_array_equal(dispatch.as_numpy("op", "x", x), x.float().numpy())
 
 
 COMPILED = """

@@ -1,7 +1,7 @@
 """Files made to do harm, and files damaged at random: each is read or refused by name, at a cost that its size bounds.
 
 They are read in processes of their own, with limits on memory and time. PyTorch's files have their attacks in
-test_io_torch_files.
+test_hostile_torch.
 """
 
 import json
@@ -24,6 +24,7 @@ from fastclstm.layers import ConvLSTM2D, Dense, LayerNormalization, TimeDistribu
 from fastclstm.models import EncoderForecaster, Sequential
 
 pytest.importorskip("resource", reason="limits of POSIX")
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
 MB = 1 << 20

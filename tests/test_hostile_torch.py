@@ -17,6 +17,8 @@ import pytest
 from fastclstm.convert.torch import from_torch
 from fastclstm.io import torch_files
 
+pytestmark = pytest.mark.slow
+
 LIMIT_S = 10
 SLACK = 24 << 20
 """Bytes that reading may take beyond ten times the file's size: 16 MiB are free, the rest is the allocator's."""

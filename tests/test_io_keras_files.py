@@ -303,3 +303,13 @@ def test_missing_file_and_h5py(tmp_path, monkeypatch):
     (tmp_path / "w.h5").write_bytes(b"\x89HDF\r\n\x1a\n")
     with pytest.raises(ImportError, match=r"w\.h5 needs h5py: pip install 'fastclstm\[h5\]'"):
         keras_files.read(tmp_path / "w.h5")
+
+
+@pytest.mark.parametrize("filters", [{"shuffle": True}, {"fletcher32": True}, {"shuffle": True, "fletcher32": True}])
+def test_filters_that_pack_nothing(tmp_path, filters):
+    h5py = pytest.importorskip("h5py")
+    numbers = np.arange(24.0).reshape(4, 6)
+    with h5py.File(tmp_path / "w.h5", "w") as file:
+        file.create_dataset("layers/dense/vars/0", data=numbers, chunks=(3, 4), **filters)
+    (array,) = keras_files.read(tmp_path / "w.h5").arrays["layers/dense"]
+    np.testing.assert_array_equal(array, numbers)

@@ -3,6 +3,7 @@ import collections
 import datetime
 import functools
 import io
+import os
 import pathlib
 import pickle
 import re
@@ -497,3 +498,27 @@ def test_no_torch_is_loaded(path):
         f"import sys; from fastclstm.io import torch_files as t; t.read({str(path)!r}); print('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "weights.pt")
+    with pytest.raises(OSError, match=r"weights\.pt: it is not a regular file; copy it into one$"):
+        torch_files.read(tmp_path / "weights.pt")
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("history", [
+    {"loss": [np.float64(n) for n in range(300_000)]},
+    {"steps": [{"step": n, "loss": n / 3, "rate": 0.1, "seconds": n / 7, "epoch": 1} for n in range(200_000)]},
+], ids=["numbers of NumPy", "dictionaries"])  # fmt: skip
+def test_long_histories_are_not_taken_for_attacks(torch, path, history):
+    torch.save({"state_dict": {"weight": torch.ones(2)}, **history}, path)
+    equal(torch_files.read(path), {"weight": torch.ones(2)})
+
+
+def test_what_costs_more_names_the_remedy(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", b"(" + 400_000 * b"]" + b"l.")
+    with pytest.raises(ValueError, match=r"write the tensors alone: torch\.save\(model\.state_dict\(\), path\)$"):
+        torch_files.read(path)

@@ -2,7 +2,6 @@
 
 import ast
 import importlib
-import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -49,11 +48,16 @@ for room in {rooms!r}:
 
 @pytest.mark.parametrize("room", ["convert", "io", "nn"])
 def test_so_is_all_that_stands_in_it(room):
-    package = importlib.import_module(f"fastclstm.{room}")
-    files = {path.stem for path in Path(package.__file__).parent.glob("*.py")} - {"__init__"}
-    listed = {name for name in dir(package) if name in files}
-    assert all(inspect.ismodule(getattr(package, name)) for name in listed)
-    assert files - listed <= {"described"}
+    """In a process of its own: what another test has imported stands there in any case."""
+    code = f"""
+import inspect, pathlib, fastclstm
+package = fastclstm.{room}
+files = {{path.stem for path in pathlib.Path(package.__file__).parent.glob("*.py")}} - {{"__init__"}}
+missing = files - set(dir(package))
+assert missing <= {{"torch_cells", "torch_dialects", "torch_recognition"}}, missing
+assert all(inspect.ismodule(getattr(package, name)) for name in files - missing)
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=Path(fastclstm.__file__).parents[1], check=True)
 
 
 def test_type_checkers_know_every_public_name():

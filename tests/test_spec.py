@@ -455,3 +455,13 @@ def test_rates():
     for value in (1, -0.1, float("nan"), "0.5", True, None):
         with pytest.raises(ValueError, match=r"op: dropout must be a number in \[0, 1\), the share .* got"):
             rate("op", "dropout", value)
+
+
+@pytest.mark.parametrize("options", [{"padding": 400}, {"dilation": 400}])
+def test_frames_that_are_not_known_yet_are_not_too_small(options):
+    """What is too much for frames of 8 × 8 is not for those of 1024 × 1024: the call tells, not the constructor."""
+    from fastclstm.layers import Conv2D, ConvLSTM2D
+
+    for layer in Conv2D(64, 1, 3, **{"padding": "same", **options}), ConvLSTM2D(64, 1, 3, **options):
+        with pytest.raises(ValueError, match="frames of 8 × 8 pixels would be padded to"):
+            layer(np.zeros((1, 1, 8, 8, 64), np.float32))

@@ -56,7 +56,7 @@ def from_torch(
         The order of the gates in the module's weights, as in "ifgo" or "fiog"; None: the dialect's.
     check : (x, y), optional
         An input of the module and its output, in eval mode; the layer's output must agree to a thousandth of the
-        largest value.
+        largest value, to eight roundings where y is of half precision.
     legacy_order : bool
         Of a bidirectional "seyongk": outputs and states in the order in which the published module has them, see
         `LegacyOrder`.
@@ -97,7 +97,10 @@ def from_torch(
     rows, options = _rows(dialect, gates, options)
     path = os.fspath(source) if isinstance(source, str | os.PathLike) else None
     try:
-        found = recognize(_state_dict(source, key), rows, prefix)
+        state = _state_dict(source, key)
+        if not any(str(name).startswith(prefix) for name in state):
+            prefix = prefix.removeprefix("module.")
+        found = recognize(state, rows, prefix)
 
         def make(row: Dialect) -> ConvLSTM2D | LegacyOrder:
             return _layer(found._replace(row=row), legacy_order, options | {"data_format": data_format})
@@ -187,8 +190,7 @@ def _state_dict(source: Any, key: str | None) -> Mapping[str, Any]:
     if not isinstance(source, Mapping):
         raise TypeError(f"from_torch: source must be a path, a mapping of names to tensors or arrays, or a module, "
                         f"got {type(source).__name__}")  # fmt: skip
-    state: Mapping[str, Any] = torch_files.find_state_dict("from_torch: the source", source, key, _tensors)
-    return state
+    return torch_files.plain_names(torch_files.find_state_dict("from_torch: the source", source, key, _tensors))
 
 
 def _tensors(value: Any) -> dict[str, Any]:
@@ -200,9 +202,8 @@ def _tensors(value: Any) -> dict[str, Any]:
 
 
 def _array(name: str, value: Any) -> np.ndarray:
-    if hasattr(value, "detach"):  # a tensor, perhaps a parameter, perhaps on another device
+    if hasattr(value, "detach") and not value.is_meta:  # a tensor, perhaps a parameter, perhaps on another device
         value = value.detach().cpu()
-        value = value.float() if str(value.dtype) == "torch.bfloat16" else value
     return dispatch.as_numpy("from_torch", name, value)
 
 
@@ -263,8 +264,8 @@ def _native(row: Dialect, place: str, cells: Mapping[Index, Arrays]) -> tuple[Ar
     return parameters, decided
 
 
-_AGREEMENT = 1e-3
-"""How far an output may be from the one that is given, as a share of its largest value."""
+_AGREEMENT = {"float16": 2**-7, "bfloat16": 2**-4}
+"""How far an output may be from the one that is given, by its dtype, as a share of its largest value; else 1e-3."""
 
 _NO_ORDER_AGREES = (
     "no order of the gates agrees; perhaps activation=…, recurrent_activation=… or padding=… is another, "
@@ -275,14 +276,18 @@ _NO_ORDER_AGREES = (
 def _compare(check: tuple[Any, Any], row: Dialect, make: Callable[[Dialect], ConvLSTM2D | LegacyOrder]) -> None:
     """Raise ValueError where the layer that `make` makes of a row does not give the output that is given."""
     if not (isinstance(check, tuple | list) and len(check) == 2):
+        count = f" of {len(check)}" if isinstance(check, tuple | list) else ""
         raise TypeError(f"from_torch: check must be (x, y), an input of the module and its output, "
-                        f"got {type(check).__name__}")  # fmt: skip
+                        f"got {type(check).__name__}{count}")  # fmt: skip
     x, y = (_array(f"check's {name}", value) for name, value in zip("xy", check, strict=True))
+    if not (np.isfinite(x).all() and np.isfinite(y).all() and np.any(y)):
+        raise ValueError("from_torch: check's x and y must be finite, and y not all 0; without values nothing is told")
+    agreement = _AGREEMENT.get(str(getattr(check[1], "dtype", "")).removeprefix("torch."), 1e-3)
     y = y.astype(np.float64)
     difference = _difference(make(row), x, y)
-    if difference <= _AGREEMENT:
+    if difference <= agreement:
         return
-    agree = [other.gates for other in row.reordered() if _difference(make(other), x, y) <= _AGREEMENT]
+    agree = [other.gates for other in row.reordered() if _difference(make(other), x, y) <= agreement]
     advice = f"gates={agree[0]!r} agrees" if agree else _NO_ORDER_AGREES
     raise ValueError(f"from_torch: the layer's output differs from check's y by up to {difference:.2g} of its largest "
                      f"value with gates={row.gates!r}; {advice}")  # fmt: skip
@@ -296,4 +301,4 @@ def _difference(layer: ConvLSTM2D | LegacyOrder, x: np.ndarray, y: np.ndarray) -
         raise ValueError(
             f"from_torch: check's y has shape {y.shape}, but the layer's output for its x {np.shape(output)}"
         )
-    return float(np.max(np.abs(output - y), initial=0) / max(np.max(np.abs(y), initial=0), np.finfo(np.float64).tiny))
+    return float(np.max(np.abs(output - y)) / np.max(np.abs(y)))

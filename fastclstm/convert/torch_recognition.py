@@ -85,6 +85,10 @@ def _nearest(state: Mapping[str, Any], rows: list[Dialect], candidates: list[Rec
     names = [name for name in state if isinstance(name, str) and name.startswith(start)]
     if any(name.endswith("recurrent_kernel") for name in names):
         return "these are the parameters of a layer of fastclstm; hand them to its set_parameters"
+    if len(rows) == 1:
+        row = rows[0]
+        place = shown([row.cells] if isinstance(row.cells, str) else row.cells, 2)
+        return f"got {_few(names)}; {row.name!r} has {_few([*row.required])} in each of its cells {place:.80}"
     known = ", ".join(row.name for row in rows)
     return f"got {_few(names)}; known are {known}; describe others yourself with cells=…, joint=… or split=…"
 

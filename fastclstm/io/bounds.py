@@ -25,14 +25,20 @@ class Refused(ValueError):
 class Bounds:
     """What reading the file `path` may cost.
 
+    Parameters
+    ----------
+    path : path
+    remedy : str
+        What to do where it costs more, as errors say.
+
     Raises
     ------
     OSError
         The file is missing, is no regular file or cannot be read.
     """
 
-    def __init__(self, path: str | os.PathLike[str]):
-        self.name = os.fspath(path)
+    def __init__(self, path: str | os.PathLike[str], remedy: str = "write it anew without compression if you trust it"):
+        self.name, self._remedy = os.fspath(path), remedy
         status = os.stat(self.name)
         if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):  # to open a pipe is to wait
             raise OSError(f"cannot read {self.name}: it is not a regular file; copy it into one")
@@ -47,7 +53,7 @@ class Bounds:
         if self.spent + cost > self.most:
             raise Refused(
                 f"{self.name} is refused: with {what} it takes {self.spent + cost:,} bytes of memory, but a file of "
-                f"{self.size:,} bytes may take {self.most:,}; write it anew without compression if you trust it"
+                f"{self.size:,} bytes may take {self.most:,}; {self._remedy}"
             )
 
     def spend(self, what: str, cost: int) -> None:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastclstm.io.bounds import Bounds, Refused, shown
+from fastclstm.io.kinds import told
 
 Path = str | os.PathLike[str]
 Arrays = dict[str, list[np.ndarray]]
@@ -33,6 +34,9 @@ _DEFLATE, _SHUFFLE, _CHECKSUM = 1, 2, 3
 """HDF5's numbers for the filters that its chunks may have passed, in one of these orders."""
 _FILTERS: tuple[list[int], ...] = (
     [],
+    [_SHUFFLE],
+    [_CHECKSUM],
+    [_SHUFFLE, _CHECKSUM],
     [_DEFLATE],
     [_SHUFFLE, _DEFLATE],
     [_DEFLATE, _CHECKSUM],
@@ -80,7 +84,7 @@ def read(path: Path) -> KerasFile:
         return _read_hdf5(bounds)
     if start.lstrip().startswith(b"{"):
         raise Refused(f"{name} is a JSON description, which has no weights; {_RESAVE}")
-    raise ValueError(f"{name} is damaged or no file of a Keras model; {_RESAVE}")
+    raise ValueError(f"{name} is damaged or no file of a Keras model{told(name)}; {_RESAVE}")
 
 
 def layer_paths(class_names: Iterable[str]) -> list[str]:
@@ -104,6 +108,8 @@ def layer_paths(class_names: Iterable[str]) -> list[str]:
 def _read_zip(bounds: Bounds) -> KerasFile:
     name = bounds.name
     with _telling(name), zipfile.ZipFile(name) as archive:
+        if "config.json" not in archive.NameToInfo:
+            raise ValueError(f"it has no config.json{told(name)}")
         config = bounds.json("config.json", bounds.member(archive, "config.json"))
         metadata = bounds.json("metadata.json", bounds.member(archive, "metadata.json"))
         version = str(metadata.get("keras_version", "3"))
@@ -228,7 +234,7 @@ class _Reader:
         dataset.id.chunk_iter(stored.append)
         if len(stored) != math.prod(-(-n // c) for n, c in zip(dataset.shape, chunk, strict=True)):
             raise ValueError(f"{path} lacks chunks of its shape {dataset.shape}")
-        for part in stored if filters else ():
+        for part in stored if _DEFLATE in filters else ():
             if part.size > self._bounds.size:
                 raise ValueError(f"a chunk of {path} reaches beyond its end")
             skipped, packed = dataset.id.read_direct_chunk(part.chunk_offset)

@@ -18,8 +18,8 @@ from fastclstm.io.bounds import Bounds, Refused
 LONGEST_NAME = 1000
 """Of dictionary keys and of globals, in characters."""
 
-_EACH, _ITEM, _TUPLE, _LIST, _DICT, _OBJECT = 8, 48, 56, 80, 200, 120
-"""Bytes that an opcode, an item of a dictionary and what is built cost, rounded up."""
+_EACH, _TUPLE, _LIST, _DICT, _INERT, _GLOBAL = 8, 56, 80, 80, 72, 120
+"""Bytes that an opcode and what is built cost, rounded up; what is put into dictionaries comes on top."""
 _LARGEST_GAP = 1000
 """Of the numbers in the memo, which count on."""
 _NOTHING = object()
@@ -227,19 +227,22 @@ class _Machine:
         self._fill(target, zip(items[::2], items[1::2], strict=True))
 
     def _fill(self, target: dict[str, Any], pairs: Iterable[tuple[Any, Any]]) -> None:
+        before = sys.getsizeof(target)
         for key, value in pairs:
-            self._spend(_ITEM)
             if type(key) is str and len(key) <= LONGEST_NAME:
                 target[key] = value
+                if (size := sys.getsizeof(target)) != before:
+                    self._spend(size - before)
+                    before = size
 
     def name(self, argument: str) -> None:
-        self._push(Global(argument.replace(" ", ".", 1)), _OBJECT + len(argument))
+        self._push(Global(argument.replace(" ", ".", 1)), _GLOBAL + len(argument))
 
     def name_on_stack(self, _: Any) -> None:
         name, module = self._stack.pop(), self._stack.pop()
         if not (type(name) is type(module) is str and len(name) + len(module) <= LONGEST_NAME):
             raise Damaged("it imports what has no name")
-        self._push(Global(f"{module}.{name}"), _OBJECT + len(name) + len(module))
+        self._push(Global(f"{module}.{name}"), _GLOBAL + len(name) + len(module))
 
     def called(self, _: Any) -> None:
         arguments, function = self._stack.pop(), self._stack.pop()
@@ -257,7 +260,7 @@ class _Machine:
         self._make(Global(argument.replace(" ", ".", 1)), tuple(self._marked()))
 
     def _make(self, function: Any, arguments: Any) -> None:
-        self._spend(_OBJECT)
+        self._spend(_INERT)
         if not (isinstance(function, Global | Inert) and type(arguments) is tuple):
             raise Damaged("it calls what is no function")
         if isinstance(function, Inert):
@@ -277,7 +280,7 @@ class _Machine:
         made: dict[str, Any] = {}
         self._spend(_DICT)
         if type(items) is list:
-            self._spend(_ITEM * len(items))
+            self._spend(_EACH * len(items))  # it may be asked to for one list again and again
             self._fill(made, ((p[0], p[1]) for p in items if type(p) in (list, tuple) and len(p) == 2))
         return made
 
@@ -293,7 +296,7 @@ class _Machine:
         pid = self._stack.pop() if argument is None else argument
         if self._refer is None:
             raise Damaged("it refers to what is not there")
-        self._push(self._refer(pid), _OBJECT)
+        self._push(self._refer(pid), _GLOBAL)
 
 
 _DICTIONARIES = {"collections.OrderedDict", "builtins.dict", "__builtin__.dict"}

@@ -17,6 +17,7 @@ import numpy as np
 
 from fastclstm.io import pickles
 from fastclstm.io.bounds import Bounds, Refused, shown
+from fastclstm.io.kinds import told
 from fastclstm.io.pickles import Damaged, Global, Inert
 
 Path = str | os.PathLike[str]
@@ -76,19 +77,21 @@ def read(path: Path, key: str | None = None) -> dict[str, np.ndarray]:
     ...     read(f"{folder}/w.safetensors")["weight"].shape
     (2, 3)
     """
-    name = os.fspath(path)
+    bounds = Bounds(path, f"write the tensors alone: {_RESAVE}")
+    name = bounds.name
     with open(name, "rb") as file:
         start = file.read(64)
     if start[8:9] == b"{":
         _refuse_own(name)
         if key is not None:
             raise ValueError(f"{name} is a safetensors file, which has no entry {key!r}; leave key out")
-        return _plain_names(_read_safetensors(name))
+        return _locked(_read_safetensors(name))
     if start.startswith(_ZIP_MAGIC):
-        return _plain_names(_read_zip(name, key))
+        return _locked(_read_zip(bounds, key))
     if start[:1] == b"\x80" and _LEGACY_MAGIC in start:
-        return _plain_names(_read_legacy(name, key))
-    raise ValueError(f"{name} is damaged or neither a PyTorch nor a safetensors file; write one with {_RESAVE}")
+        return _locked(_read_legacy(bounds, key))
+    raise ValueError(f"{name} is damaged or neither a PyTorch nor a safetensors file{told(name)}; "
+                     f"write one with {_RESAVE}")  # fmt: skip
 
 
 def find_state_dict(name: str, content: Any, key: str | None, tensors: Callable[[Any], dict[str, Any]]) -> Any:
@@ -265,16 +268,17 @@ def _chosen(name: str, content: Any, key: str | None) -> dict[str, _Tensor]:
 
 
 @contextmanager
-def _reading(name: str) -> Iterator[Bounds]:
-    """Give what the file may cost; turn what damage can raise into ValueError."""
+def _telling(name: str) -> Iterator[None]:
+    """Turn what a damaged file can raise into an error that names it."""
     try:
-        yield Bounds(name)
+        yield
     except (Damaged, zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, struct.error) as error:
         raise ValueError(f"{name} is damaged or not a PyTorch file: {error}; copy or write it anew") from error
 
 
-def _read_zip(name: str, key: str | None) -> dict[str, np.ndarray]:
-    with _reading(name) as bounds, _archive(name) as (archive, folder):
+def _read_zip(bounds: Bounds, key: str | None) -> dict[str, np.ndarray]:
+    name = bounds.name
+    with _telling(name), _archive(name) as (archive, folder):
         content = _unpickle(BytesIO(_record(bounds, archive, f"{folder}/data.pkl")), bounds)
         tensors = _chosen(name, content, key)
         entry = f"{folder}/byteorder"
@@ -298,7 +302,8 @@ def _archive(name: str) -> Iterator[tuple[zipfile.ZipFile, str]]:
     with archive:
         folders = [entry.removesuffix("/data.pkl") for entry in archive.NameToInfo if entry.endswith("/data.pkl")]
         if len(folders) != 1:
-            raise Damaged(f"it has {len(folders)} entries …/data.pkl instead of one")
+            what = "" if folders else told(name)
+            raise Damaged(f"it has {len(folders)} entries …/data.pkl instead of one{what}")
         if sum(info.compress_size for info in archive.filelist) > os.path.getsize(name):
             raise Damaged("its entries together are larger than the file")
         yield archive, folders[0]
@@ -319,11 +324,12 @@ def _record(bounds: Bounds, archive: zipfile.ZipFile, entry: str) -> bytes:
         raise Damaged(str(error)) from error
 
 
-def _read_legacy(name: str, key: str | None) -> dict[str, np.ndarray]:
+def _read_legacy(bounds: Bounds, key: str | None) -> dict[str, np.ndarray]:
     """Read PyTorch's format from before version 1.6: five pickles, then the storages' numbers one after another."""
-    with _reading(name) as bounds:
-        with open(name, "rb") as opened:
-            data = opened.read()
+    name = bounds.name
+    with open(name, "rb") as opened:
+        data = opened.read()
+    with _telling(name):
         storages: dict[str, _Storage] = {}
 
         def refer(pid: Any) -> Any:
@@ -433,9 +439,20 @@ def _read_safetensors(name: str) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _plain_names(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Leave out the ``module.`` of DataParallel, and make all arrays read-only."""
-    shared = all(name.startswith("module.") for name in arrays)
+def _locked(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Make arrays read-only, and leave out what `plain_names` does."""
     for array in arrays.values():
         array.flags.writeable = False
-    return {name.removeprefix("module.") if shared else name: array for name, array in arrays.items()}
+    return plain_names(arrays)
+
+
+def plain_names(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out the ``module.`` of DataParallel, where all names begin with it.
+
+    Examples
+    --------
+    >>> plain_names({"module.weight": 1, "module.bias": 2})
+    {'weight': 1, 'bias': 2}
+    """
+    shared = all(name.startswith("module.") for name in tensors)
+    return {name.removeprefix("module.") if shared else name: tensor for name, tensor in tensors.items()}

@@ -17,6 +17,7 @@ import numpy as np
 from fastclstm import __version__
 from fastclstm.io.bounds import Bounds, Refused
 from fastclstm.io.files import replacing
+from fastclstm.io.kinds import told
 
 FORMAT = "fastclstm"
 FORMAT_VERSION = 1
@@ -61,7 +62,8 @@ def load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
             header = _header(bounds, (file.metadata() or {}).get(FORMAT))
             arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, AttributeError, KeyError, TypeError, OverflowError) as error:  # of dtypes NumPy has not
-        raise ValueError(f"{name} is damaged or not a safetensors file: {str(error)[:200]}") from error
+        why = told(name) or f": {str(error)[:200]}"
+        raise ValueError(f"{name} is damaged or not a safetensors file{why}") from error
     return arrays, header
 
 

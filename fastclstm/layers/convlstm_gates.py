@@ -14,7 +14,7 @@ from fastclstm.layers.convlstm_options import ConvLSTMLayer
 from fastclstm.layers.gate_weights import GateWeights
 from fastclstm.layers.states import State
 from fastclstm.nn import activations, initializers
-from fastclstm.spec import NORMALIZED_PARTS, PEEPHOLE_GATES, ConvLSTMSpec, ConvSpec, Shape, choice, integers
+from fastclstm.spec import NORMALIZED_PARTS, PEEPHOLE_GATES, UNKNOWN, ConvLSTMSpec, ConvSpec, Shape, choice, integers
 
 Outputs = tuple[np.ndarray, np.ndarray, np.ndarray]
 
@@ -198,9 +198,9 @@ class ConvLSTMGates(ConvLSTMLayer):
     def _check_options(self) -> None:
         """Raise now, not at the first call, where an option is wrong for every input."""
         op = "ConvLSTM2D"
-        dilation = integers(op, "dilation", self.dilation, 2, 1)
-        integers(op, "recurrent_dilation", self.recurrent_dilation, 2, 1)
-        frame = self.frame_size or tuple(k * d for k, d in zip(self.kernel_size, dilation, strict=True))
+        for name in ("dilation", "recurrent_dilation"):
+            integers(op, name, getattr(self, name), 2, 1)
+        frame = self.frame_size or (UNKNOWN, UNKNOWN)
         options = self._options()
         choice(op, "algorithm", options.pop("algorithm"), dispatch.algorithms(self.engine))
         del options["engine"]

@@ -12,7 +12,7 @@ from fastclstm import dispatch, functional
 from fastclstm.layers.activation import activate, check_activation, gpu_knows
 from fastclstm.layers.array_layer import ArrayLayer, FrameLayer, Pullback
 from fastclstm.layers.base import Parameter, layer_dtype
-from fastclstm.spec import DATA_FORMATS, Conv3DSpec, ConvSpec, Shape, choice, flag, integers
+from fastclstm.spec import DATA_FORMATS, UNKNOWN, Conv3DSpec, ConvSpec, Shape, choice, flag, integers
 
 
 @dataclass(eq=False, repr=False)
@@ -53,7 +53,7 @@ class _Convolution(ArrayLayer):
         (self.in_channels,) = integers(op, "in_channels", self.in_channels, 1, 1)
         (self.out_channels,) = integers(op, "out_channels", self.out_channels, 1, 1)
         self.kernel_size = integers(op, "kernel_size", self.kernel_size, self._rank, 1)
-        dilation = integers(op, "dilation", self.dilation, self._rank, 1)
+        integers(op, "dilation", self.dilation, self._rank, 1)
         flag(op, "use_bias", self.use_bias)
         self.dtype = layer_dtype(op, self.dtype)
         choice(op, "data_format", self.data_format, DATA_FORMATS)
@@ -66,8 +66,7 @@ class _Convolution(ArrayLayer):
         if self.use_bias:
             self._add_parameter("bias", shape[-1:], self.bias_initializer, rng, self.dtype,
                                 regularizer=self.bias_regularizer, constraint=self.bias_constraint)  # fmt: skip
-        size = (k * d for k, d in zip(self.kernel_size, dilation, strict=True))
-        self._geometry((1, *size, self.in_channels))  # wrong options are errors now, not at the first call
+        self._geometry((1, *(self._rank * [UNKNOWN]), self.in_channels))  # wrong options are errors now, not later
 
     def _geometry(self, shape: Shape) -> Any:
         """Return the geometry for a channels-last shape; raise ValueError where that does not fit."""
