@@ -12,6 +12,7 @@ import ctypes
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
@@ -64,6 +65,8 @@ class Kernel:
                 return self._compiled[key]
 
     def _compile(self, variant: tuple[int, ...], arrays: Sequence[np.ndarray]) -> tuple[int, Any]:
+        if numba.config.DISABLE_JIT:
+            raise RuntimeError("fastclstm: NUMBA_DISABLE_JIT=1 leaves no kernels: unset it, or use engine='reference'")
         kinds = [types.Array(numpy_support.from_dtype(array.dtype), array.ndim, "C") for array in arrays]
         entry = _entry(self._function, _arguments(variant, kinds))
         told = repr((variant, [(array.dtype.descr, array.ndim) for array in arrays]))
