@@ -1,5 +1,6 @@
 """The kernels' cache on disk: right code or none, whatever happens to its files."""
 
+import io
 import json
 import os
 import platform
@@ -272,6 +273,15 @@ def test_compiling_says_so_once_on_a_terminal_after_some_silence(monkeypatch, ca
             with notice.compiling():
                 threading.Event().wait(0.04 if not terminal else 0.2)
         assert capsys.readouterr().err.count("compiling kernels") == terminal
+
+
+def test_stderr_may_be_none_or_closed_or_anything_that_writes(monkeypatch):
+    closed = io.StringIO()
+    closed.close()
+    for stream in (None, closed, SimpleNamespace(write=print)):
+        monkeypatch.setattr(sys, "stderr", stream)
+        with compilation._Notice().compiling():
+            pass
 
 
 def test_code_with_addresses_of_this_process_is_not_kept(tmp_path):
