@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fastclstm import functional
-from fastclstm.engines.cpu import backward, convlstm2d_backward
+from fastclstm.engines.cpu import backward, convlstm2d_backward, launch, threads, weight_gradient
 from fastclstm.engines.cpu.kernels import vmath
 from fastclstm.functional.convlstm import ConvLSTMCall
 
@@ -95,6 +95,30 @@ def test_steps_taken_again_give_the_same_gradients(monkeypatch, options, algorit
         monkeypatch.setattr(backward, "STEP_BYTES", images * 10 * 9 * 24 * 4)
         monkeypatch.setattr(backward, "piece_length", lambda *_, steps=steps: steps)
         assert_close(train(arguments, cotangents, **options, recompute=True), expected, 3e-6)
+
+
+@pytest.mark.parametrize("algorithm", ["direct", "winograd"])
+def test_the_way_back_is_cut_into_pieces_with_the_same_bits(monkeypatch, algorithm):
+    """Between pieces a Ctrl-C is heard: each step of x's gradient, each gathered block of the kernels' is one."""
+    arguments, cotangents = problem(B=2, T=7, H=24, W=23, C=9)  # as many channels as are worth a convolution of dz
+    _, expected = train(arguments, cotangents, algorithm=algorithm)
+    launched, run = [], threads.run
+
+    def counted(kernel, *rest):
+        launched.append(kernel.name)
+        run(kernel, *rest)
+
+    monkeypatch.setattr(threads, "run", counted)
+    monkeypatch.setattr(launch, "PIECE_FLOPS", 1)
+    monkeypatch.setattr(launch, "PIECE_SECONDS", 0)
+    monkeypatch.setattr(weight_gradient, "SCRATCH_BYTES", 1 << 19)
+    weight_gradient._direct_plan.cache_clear()
+    _, pieces = train(arguments, cotangents, algorithm=algorithm)
+    weight_gradient._direct_plan.cache_clear()
+    assert_same(pieces, expected)
+    stores, adds = launched.count(f"{algorithm}.store"), launched.count(f"weight_gradient.add_{algorithm}")
+    assert stores == 7 + 7
+    assert adds > 3
 
 
 def test_what_is_kept():

@@ -1,5 +1,6 @@
 """The kernels' cache on disk: right code or none, whatever happens to its files."""
 
+import io
 import json
 import os
 import platform
@@ -8,15 +9,19 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from numba import types
 from numba.core.caching import NullCache
 
 from fastclstm.engines import disk_cache
 from fastclstm.engines.cpu import compilation
+from fastclstm.engines.cpu.kernels.entry import Kernel, table
 
 ROOT = Path(__file__).parents[1]
 
@@ -270,6 +275,15 @@ def test_compiling_says_so_once_on_a_terminal_after_some_silence(monkeypatch, ca
         assert capsys.readouterr().err.count("compiling kernels") == terminal
 
 
+def test_stderr_may_be_none_or_closed_or_anything_that_writes(monkeypatch):
+    closed = io.StringIO()
+    closed.close()
+    for stream in (None, closed, SimpleNamespace(write=print)):
+        monkeypatch.setattr(sys, "stderr", stream)
+        with compilation._Notice().compiling():
+            pass
+
+
 def test_code_with_addresses_of_this_process_is_not_kept(tmp_path):
     cached = compilation._KernelCache("run", "", tmp_path)
     cached.save_overload("signature", SimpleNamespace(library=SimpleNamespace(has_dynamic_globals=True)))
@@ -287,3 +301,31 @@ def test_kernels_align_their_stack():
     dispatcher.compile((types.int64, types.int64))
     (text,) = dispatcher.inspect_llvm().values()
     assert "alignstack=64" in text
+
+
+def test_python_threads_compile_a_kernel_once(monkeypatch):
+    compiled, barrier = [], threading.Barrier(4)
+
+    def compile_slowly(self, variant, arrays):
+        compiled.append(variant)
+        time.sleep(0.05)
+        return 0, None
+
+    monkeypatch.setattr(Kernel, "_compile", compile_slowly)
+    kernel, tables = Kernel(lambda job, worker: None, "nothing"), [table(np.zeros(1))]
+
+    def ask():
+        barrier.wait()
+        return kernel.function((1,), tables)
+
+    with ThreadPoolExecutor(4) as pool:
+        results = [job.result() for job in [pool.submit(ask) for _ in range(4)]]
+    assert compiled == [(1,)]
+    assert results == [(0, None)] * 4
+
+
+def test_without_a_compiler_the_remedy_is_named():
+    code = "import numpy as np, fastclstm; fastclstm.conv2d(np.ones((1, 4, 4, 1)), np.ones((3, 3, 1, 1)), engine='cpu')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, cwd=ROOT,
+                          env=os.environ | {"NUMBA_DISABLE_JIT": "1"})  # fmt: skip
+    assert "RuntimeError: fastclstm: NUMBA_DISABLE_JIT=1" in done.stderr, done.stderr

@@ -68,12 +68,19 @@ def test_what_is_an_outlier(size, dtype):
     mostly = ordinary.copy()
     mostly[1, : size[0] * 9 // 10] = -9999
     assert outliers.find(mostly)[1]
+    for fill, left in ((-9999, size[2] * 2), (65535, size[2] * 2), (1e7, 3), (9.97e36, 1)):
+        all_but_some = np.full(ordinary.shape, fill, dtype)
+        all_but_some[1].reshape(-1)[:left] = 0.5
+        found = fill > 1e6 or left > ordinary[0].size / 256
+        assert outliers.find(all_but_some).tolist() == [False, found, False], (fill, left)
     for harmless in (
         ordinary,
         filled(ordinary, 255)[0],
         filled(280 + 20 * ordinary, -9999)[0],  # kelvin: what a tile errs is as small as theirs are large
         1e30 * ordinary,
         5000 + 0 * ordinary,
+        np.where(np.arange(ordinary.size).reshape(ordinary.shape) % 17, 300, 0 * ordinary),  # kelvin, some missing
+        np.where(np.arange(ordinary.size).reshape(ordinary.shape) % 17, 4000, 0 * ordinary),  # counts of 12 bits
         np.random.default_rng(0).integers(0, 256, ordinary.shape).astype(dtype),
     ):
         assert not outliers.find(harmless).any()
@@ -85,7 +92,7 @@ def test_every_scalar_is_looked_at_and_counted_once(scalars):
         array = np.zeros((2, scalars), np.float32)
         array[1, at] = np.nan
         assert outliers.find(array).tolist() == [False, True]
-    array = np.full((2, scalars), 1e6, np.float32)
+    array = np.full((2, scalars), 4000, np.float32)
     most = scalars // 16  # a sixteenth may be small
     array[0, :most] = array[1, : most + 1] = 1
     assert outliers.find(array).tolist() == [False, scalars > 1]  # one alone is not among others

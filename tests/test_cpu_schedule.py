@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fastclstm import functional
-from fastclstm.engines.cpu import plans, threads
+from fastclstm.engines.cpu import launch, plans, threads
 from fastclstm.engines.cpu.kernels import schedule
 from fastclstm.engines.cpu.kernels.entry import kernel
 from fastclstm.engines.cpu.kernels.schedule import first_piece, next_piece, piece_done, place, wait_for_neighbours
@@ -163,3 +163,30 @@ def test_the_bits_of_long_sequences_do_not_depend_on_the_workers(algorithm, B, m
         results.append(functional.convlstm2d(x, kernel, recurrent_kernel, algorithm=algorithm, return_sequences=False))
     for other in results[1:]:
         np.testing.assert_array_equal(results[0], other)
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_bits_of_drawn_calls_do_not_depend_on_the_workers(seed, monkeypatch):
+    """Outputs and gradients: even kernels, recurrent ones larger than the input's, dilation, circles, masks, pieces."""
+    rng = np.random.default_rng(seed)
+    monkeypatch.setattr(launch, "SERIAL_FLOPS", 1)
+    monkeypatch.setattr(launch, "PIECE_FLOPS", int(rng.choice([1, 10**5, 10**10])))
+    monkeypatch.setattr(launch, "PIECE_SECONDS", 1e-4)
+    B, T, H, W, C, F = (int(rng.integers(1, most)) for most in (6, 9, 40, 40, 18, 20))
+    k, recurrent_k = (3, 3) if seed % 2 else rng.integers(1, 7, 2)
+    x, kernel = rng.standard_normal((B, T, H, W, C), np.float32), rng.standard_normal((k, k, C, 4 * F), np.float32)
+    recurrent = rng.standard_normal((recurrent_k, recurrent_k, F, 4 * F), np.float32) / recurrent_k
+    options = {
+        "algorithm": "winograd" if seed % 2 else "direct", "go_backwards": bool(rng.random() < 0.5),
+        "padding_mode": "circular" if rng.random() < 0.4 else "zeros", "recompute": bool(rng.random() < 0.5),
+        "return_sequences": bool(rng.random() < 0.5), "mask": rng.random((B, T)) < rng.choice([0.6, 1.0]),
+        "recurrent_dilation": 1 if seed % 2 else int(rng.integers(1, 4)),
+    }  # fmt: skip
+    results = []
+    for workers in (1, 3, 8):
+        monkeypatch.setattr(threads, "usable_threads", lambda workers=workers: workers)
+        y, pull = functional.convlstm2d_vjp(x, kernel, recurrent, **options)
+        results.append({"y": y, **pull(np.cos(y))})
+    for other in results[1:]:
+        for name, value in results[0].items():
+            np.testing.assert_array_equal(other[name], value, name)

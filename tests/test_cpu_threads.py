@@ -219,14 +219,16 @@ def _nothing(job, worker, values):
 def test_alone_where_threads_cannot_be_created(monkeypatch):
     """As under a container's limit on processes."""
 
-    def fail(self):
+    def fail(*_):
         raise RuntimeError("can't start new thread")
 
     threads._can_start.cache_clear()
-    monkeypatch.setattr(threading.Thread, "start", fail)
+    monkeypatch.setattr(threads, "threading_layer", fail)  # some start their threads when they are asked
     fastclstm.set_num_threads(4)
+    with ThreadPoolExecutor(1) as pool:
+        usable = pool.submit(lambda: monkeypatch.setattr(threading.Thread, "start", fail) or threads.usable_threads())
     try:
-        assert threads.usable_threads() == 1
+        assert threads.usable_threads() == usable.result() == 1
     finally:
         threads._can_start.cache_clear()
 
@@ -304,6 +306,18 @@ def test_bits_do_not_depend_on_the_thread_count(layer):
         print(teams, threads.threading_layer(), numba.get_num_threads())
     """, NUMBA_THREADING_LAYER=layer)  # fmt: skip
     assert printed.strip() == f"[2, 3, 4, 2, 3, 4] {layer} 4"
+
+
+@pytest.mark.parametrize("limit", [{"OMP_THREAD_LIMIT": "1"}, {"OMP_THREAD_LIMIT": "3"}, {"OMP_DYNAMIC": "true"}])
+def test_a_layer_with_fewer_threads_than_workers(limit):
+    """Several workers of a team take turns on one thread: the first must not wait for those that come after it."""
+    printed = in_process("""
+        expected = alone()
+        for _ in range(3):
+            np.testing.assert_array_equal(compute(), expected)
+        print(teams)
+    """, NUMBA_THREADING_LAYER="omp", **limit)  # fmt: skip
+    assert printed.strip() == "[4, 4, 4]"
 
 
 def test_settings_of_numba_are_left_alone():

@@ -93,6 +93,13 @@ SILENT_SECONDS = 2.0
 """Compiling for longer than that, a process says so."""
 
 
+def _is_terminal(stream: Any) -> bool:
+    try:
+        return bool(stream.isatty())
+    except (AttributeError, OSError, ValueError):  # none, somebody's own with little more than write, or closed
+        return False
+
+
 class _Notice:
     """Says on a terminal, once, that kernels are being compiled, when that has taken some time."""
 
@@ -105,8 +112,7 @@ class _Notice:
         timer = threading.Timer(max(0.0, SILENT_SECONDS - self._seconds), self._say)
         timer.daemon = True
         start = time.perf_counter()
-        stream = sys.stderr
-        if not self._said and stream is not None and not stream.closed and stream.isatty():
+        if not self._said and _is_terminal(sys.stderr):
             timer.start()
         try:
             yield

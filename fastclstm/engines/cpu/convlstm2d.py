@@ -86,7 +86,7 @@ def _fused(
         m = 0 if spoilt.all() else m
     h_last, c_last = (np.empty(state, dtype), np.empty(state, dtype)) if out is None else out
     borrowed = None
-    if m and first[1] is not None and np.may_share_memory(first[1], c_last):  # a tile reads what others wrote over
+    if m and first[1] is not None and np.may_share_memory(first[1], c_last):  # what is spoilt begins there again
         borrowed = launch.borrow(c_last.nbytes)
         copy = borrowed[1][: c_last.nbytes].view(dtype).reshape(state)
         np.copyto(copy, first[1])

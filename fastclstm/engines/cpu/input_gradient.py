@@ -67,7 +67,7 @@ class InputGradient:
     def _run(self, dy: Slots, dx: Slots, B: int, T: int, team: int) -> np.ndarray:
         inner, groups = self._inner.with_batch(B), len(self._columns.groups)
         plan = plans.plan((inner,), self._m, "store", groups, self._dtype.itemsize, team)
-        return launch.run(plan, self._columns, self._cell, B, T, team, x=dy, h=dx)
+        return launch.run(plan, self._columns, self._cell, B, T, team, x=dy, h=dx, step_flops=inner.flops)
 
 
 @lru_cache(maxsize=64)

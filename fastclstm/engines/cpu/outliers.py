@@ -11,7 +11,7 @@ from fastclstm.engines.cpu.kernels import simd
 from fastclstm.engines.cpu.kernels.outliers import CHUNK, measure
 
 BOUND = 256.0
-"""A sample is computed directly where its largest |x| is above that, and so many times as large as some of the others.
+"""A sample is computed directly where its largest |x| is above that, and far larger than some of the others.
 
 What a tile errs is relative to its largest |x|, wherever in the tile that is: with kernels that make outputs of order 1
 of inputs of order 1, measured in float32 next to a corner of fill values M, F(4×4, 3×3) 4e-7·M and F(4×4, 5×5) 6e-7·M,
@@ -20,8 +20,15 @@ in windows that hold none of them. So M = 256 costs 1e-4 and 1.6e-4, where input
 each pixel at a tile's rim has a point of its own.
 """
 
-SHARE = 1 / 16
-"""The share of a sample's scalars that is "some": what is large all together, as kelvins or counts are, stays fast."""
+RATIOS = BOUND, 2.0**12, 2.0**20, 2.0**40
+RARE = 16.0
+"""What "far larger than some" is: by one of these ratios than more than the share RARE / ratio of a sample's scalars.
+
+What is large all together, as kelvins or counts are, stays fast, and so do scaled gradients: of a normal distribution
+about 4 / ratio is that small. The more harm fill values do, the fewer others need be left: −9999 is found where more
+than a sixteenth of a sample is ordinary (a 256th, where that is below 2.4), 1e20 beside a single scalar. A ratio that
+the largest |x| itself does not reach is not looked at: next to 300 even zeros get no error above 1.2e-4.
+"""
 
 SMALL = 1 << 16
 """Scalars that NumPy reads twice before a kernel has been started."""
@@ -47,11 +54,12 @@ def find(array: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
     frames = array.reshape(B, T, -1)
     largest, _ = _measure(frames, np.where(counted, 0, -1))
     extreme = ~np.isfinite(largest)
-    suspect = (largest > BOUND) & ~extreme
-    if suspect.any():
-        limits = np.where(suspect, largest, -BOUND)[:, np.newaxis] / BOUND
-        _, below = _measure(frames, np.where(counted, limits, -1))
-        extreme |= below > SHARE * counted.sum(1) * frames.shape[2]
+    for ratio in RATIOS:
+        suspect = (largest > ratio) & ~extreme
+        if suspect.any():
+            limits = np.where(suspect, largest, -ratio)[:, np.newaxis] / ratio
+            _, below = _measure(frames, np.where(counted, limits, -1))
+            extreme |= below > RARE / ratio * counted.sum(1) * frames.shape[2]
     return extreme
 
 

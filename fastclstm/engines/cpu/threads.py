@@ -143,9 +143,11 @@ def usable_threads() -> int:
     others = len(_at_work.keys() - {threading.get_ident()})  # Python threads that compute too share the processors
     if count // (1 + others) < 2 or time.perf_counter() < _alone_until:
         return 1
+    if not _can_start(count):  # before the layer is asked for anything: some start their threads then
+        return 1
     if threading.current_thread() is not threading.main_thread() and threading_layer() not in _SAFE_LAYERS:
         return 1
-    return count // (1 + others) if _can_start(count) else 1
+    return count // (1 + others)
 
 
 def threading_layer() -> str:

@@ -32,6 +32,10 @@ class _Plan(NamedTuple):
     tables: Table
     """`WORK`, the sources and the runs."""
     runs: np.ndarray
+    items: int
+    """Blocks or tiles of a frame."""
+    gathered: int
+    """How many of them at once."""
     sums_shape: tuple[int, ...]
     scratch_scalars: int
     patch_scalars: int
@@ -49,14 +53,20 @@ class WeightGradient:
         self._sums = np.zeros(self._plan.sums_shape, dtype)
 
     def add(self, inputs: tuple[Slots, ...], dz: Slots, B: int, T: int, team: int) -> None:
-        """Add what T steps of B images contribute: inputs (B, T, H, W, C) of each convolution, dz (B, T, HO, WO, F)."""
+        """Add what T steps of B images contribute: inputs (B, T, H, W, C) of each convolution, dz (B, T, HO, WO, F).
+
+        Much work is done in pieces, between which Python gets to answer a Ctrl-C.
+        """
         plan = self._plan
         frames = np.zeros(1, FRAMES)
         itemsize = self._dtype.itemsize
         places = (*dz[:3], *(field for slot in (*inputs, *inputs)[:2] for field in slot[:3]))
         address, memory = launch.borrow((plan.scratch_scalars + team * plan.patch_scalars) * itemsize)
-        frames[0] = (T, B * T, *places, address)
-        threads.run(plan.kernel, team, plan.variant, frames, plan.tables, self._sums.reshape(-1))
+        flops = sum(spec.flops // max(1, spec.B) for spec in self._specs) / plan.items
+        piece = max(1, int(launch.PIECE_FLOPS / flops / plan.gathered)) * plan.gathered
+        for first in range(0, B * T * plan.items, piece):
+            frames[0] = (T, first, min(first + piece, B * T * plan.items), *places, address)
+            threads.run(plan.kernel, team, plan.variant, frames, plan.tables, self._sums.reshape(-1))
         launch.give_back(address, memory)
 
     def result(self) -> list[np.ndarray]:
@@ -141,7 +151,7 @@ def _direct_plan(specs: tuple[ConvSpec, ...], frames: int, itemsize: int) -> _Pl
                    pairs=pairs, item=item, gradients=at)  # fmt: skip
     listed = np.array(runs, np.int64)
     tables = table(work, sources, listed)
-    return _Plan(add_direct, (), tables, listed, (pairs, row, width), item * count, 0)
+    return _Plan(add_direct, (), tables, listed, parts, count, (pairs, row, width), item * count, 0)
 
 
 @lru_cache(maxsize=64)
@@ -166,4 +176,5 @@ def _winograd_plan(specs: tuple[ConvSpec, ...], m: int, frames: int, itemsize: i
                    patches=points * point, patch_size=points * lanes)  # fmt: skip
     runs = np.array([(0, 0, channels, chunk, 0)], np.int64)
     tables = table(work, sources, runs)
-    return _Plan(add_winograd, (m, k), tables, runs, (points, pairs, rows, width), points * point, points * lanes)
+    return _Plan(add_winograd, (m, k), tables, runs, tiles_x * tiles_y, count, (points, pairs, rows, width),
+                 points * point, points * lanes)  # fmt: skip

@@ -12,15 +12,17 @@ import ctypes
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
+from numba.core.compiler_lock import global_compiler_lock
 from numba.extending import intrinsic
 from numba.np import numpy_support
 from numba.np.arrayobj import populate_array
 
 from fastclstm.engines.cpu.compilation import KernelCompiler, inline, kept, notice
-from fastclstm.engines.cpu.kernels.team import HEADER, leave
+from fastclstm.engines.cpu.kernels.team import HEADER, begin, leave
 
 
 class Table(NamedTuple):
@@ -57,9 +59,14 @@ class Kernel:
             return self._compiled[key]
         except KeyError:
             arrays = [array for table in tables for array in table.arrays]
-            return self._compiled.setdefault(key, self._compile(variant, arrays))
+            with global_compiler_lock:  # Python threads that want the same kernel have it compiled once
+                if key not in self._compiled:
+                    self._compiled[key] = self._compile(variant, arrays)
+                return self._compiled[key]
 
     def _compile(self, variant: tuple[int, ...], arrays: Sequence[np.ndarray]) -> tuple[int, Any]:
+        if numba.config.DISABLE_JIT:
+            raise RuntimeError("fastclstm: NUMBA_DISABLE_JIT=1 leaves no kernels: unset it, or use engine='reference'")
         kinds = [types.Array(numpy_support.from_dtype(array.dtype), array.ndim, "C") for array in arrays]
         entry = _entry(self._function, _arguments(variant, kinds))
         told = repr((variant, [(array.dtype.descr, array.ndim) for array in arrays]))
@@ -78,6 +85,7 @@ def kernel(py_func: Any, name: str | None = None) -> Kernel:
 
 def _entry(function: Any, arguments: Any) -> Any:
     def entry(job, worker):
+        begin(job, worker)
         function(*arguments(job, worker))
         leave(job, worker)
 

@@ -7,7 +7,8 @@ holds up one piece, not its share. Who waits spins for some microseconds and the
 processor. Every element of a result has one piece that writes it, so no bit depends on the number of threads.
 
 The last to leave a call is its first worker: threading layers end a parallel region with a barrier that spins, and a
-worker that sleeps until the others are through meets them there.
+worker that sleeps until the others are through meets them there. For those that have not begun it does not wait long:
+a layer may run several workers on one thread, one after the other (OMP_THREAD_LIMIT, OMP_DYNAMIC, oneTBB).
 """
 
 from __future__ import annotations
@@ -23,15 +24,18 @@ from numba.extending import intrinsic
 from fastclstm.engines.cpu.compilation import inline, kept
 from fastclstm.engines.cpu.kernels.simd import INT32, INT64, IS_ARM
 
-WORKERS, TICKET, DONE, LEFT = range(0, 32, 8)
-"""Where in a job's header of int64 is what: workers, pieces claimed and done, workers gone."""
+WORKERS, TICKET, DONE, BEGUN, LEFT = range(0, 40, 8)
+"""Where in a job's header of int64 is what: workers, pieces claimed and done, workers but the first begun and gone."""
 
-HEADER = 32
+HEADER = 40
 
 SPINS = 4000
 """How often a worker looks before it sleeps: some 50 to 200 µs."""
 
 SLEEP_MICROSECONDS = 50
+
+PATIENCE = 400
+"""How often the first worker sleeps for others that have not begun: some 20 to 60 ms."""
 
 
 @intrinsic
@@ -96,15 +100,21 @@ def _call(typingctx, function, job, worker):
 
 
 @inline
+def _rest(looks):
+    """Pass the time between two of many looks."""
+    if looks < SPINS:
+        _pause()
+    else:
+        _sleep()
+
+
+@inline
 def wait(address, count):
     """Wait until the counter at an address has come to `count`."""
-    spins = 0
+    looks = 0
     while look(address) < count:
-        spins += 1
-        if spins < SPINS:
-            _pause()
-        else:
-            _sleep()
+        looks += 1
+        _rest(looks)
 
 
 @inline
@@ -146,14 +156,25 @@ def done(job):
 
 
 @inline
+def begin(job, worker):
+    """Say that a worker is there."""
+    if worker != 0:
+        add(job + 8 * BEGUN, 1)
+
+
+@inline
 def leave(job, worker):
     """Say that a worker is through; the first one waits for the others."""
-    workers = workers_of(job)
-    if workers > 1:
-        if worker == 0:
-            wait(job + 8 * LEFT, workers - 1)
-        else:
-            add(job + 8 * LEFT, 1)
+    if worker != 0:
+        add(job + 8 * LEFT, 1)
+        return
+    others, looks = workers_of(job) - 1, 0
+    while True:
+        gone = look(job + 8 * LEFT)
+        if gone >= others or (looks >= SPINS + PATIENCE and gone >= look(job + 8 * BEGUN)):
+            break
+        looks += 1
+        _rest(looks)
 
 
 # Numba's own functions for these two hold an address, which keeps code that calls them from the disk.

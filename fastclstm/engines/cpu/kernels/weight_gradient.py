@@ -25,7 +25,7 @@ from fastclstm.engines.cpu.kernels.winograd import CHUNK0, CHUNK1, CHUNK2, CHUNK
 
 FRAMES = np.dtype([
     ("T", np.int64),  # steps of an image
-    ("frames", np.int64),  # of all images
+    ("first", np.int64), ("last", np.int64),  # blocks or tiles of all frames to add; first: a multiple of `count`
     *((f"{name}{field}", kind) for name in ("dz", "source0", "source1")
       for field, kind in (("", np.uint64), ("_image", np.int64), ("_step", np.int64))),
     ("scratch", np.uint64),
@@ -165,10 +165,10 @@ def _add_blocks(frames, work, sources, runs, sums, first, count, q):
 @kernel
 def add_direct(job, worker, frames, works, sources, runs, sums):
     """Bring the sums [pair][row][two vectors] up to date."""
-    work, count = works[0], frames[0].frames * works[0].parts
+    work, last = works[0], frames[0].last
     piece, begun = claim(job), 0
-    for first in range(0, count, work.count):
-        blocks = min(work.count, count - first)
+    for first in range(frames[0].first, last, work.count):
+        blocks = min(work.count, last - first)
         while piece < begun + blocks:
             wait_for_all(job, begun)
             _gather_block(sums, frames[0], work, sources, first + piece - begun, piece - begun)
@@ -226,14 +226,14 @@ def _add_tiles(frames, work, runs, sums, count, n):
 @kernel
 def add_winograd(m, k, job, worker, frames, works, sources, runs, sums):
     """Bring the sums [point][pair][row][two vectors] up to date."""
-    work, count = works[0], frames[0].frames * works[0].tiles
+    work, last = works[0], frames[0].last
     patch = simd.shift(simd.at(sums, frames[0].scratch), work.patches + worker * work.patch_size)
     panels = (m + k - 1) * (m + k - 1) * work.pairs
     size = max(1, panels // (4 * workers_of(job)))
     pieces = (panels + size - 1) // size
     piece, begun = claim(job), 0
-    for first in range(0, count, work.count):
-        tiles = min(work.count, count - first)
+    for first in range(frames[0].first, last, work.count):
+        tiles = min(work.count, last - first)
         while piece < begun + tiles:
             wait_for_all(job, begun)
             _gather_tile(m, k, sums, frames[0], work, sources, first + piece - begun, piece - begun, patch)
