@@ -21,7 +21,7 @@ _BYTE = np.dtype(np.uint8)
 SERIAL_FLOPS = 2_000_000
 """Below this much work a second thread costs more than it saves."""
 
-PIECE_FLOPS = 10_000_000_000
+PIECE_FLOPS = 25_000_000_000
 PIECE_SECONDS = 0.15
 """Size of the first piece of a sequence that is computed in pieces, and how long the others last."""
 
@@ -104,7 +104,7 @@ def run(
     share = -(-plan.scratch_bytes // 4096) * 4096 + LINE * 5  # workers at different cache sets
     progress = packing.aligned_empty(plan.units * (1 + plan.blocks) * LINE if team > 1 else 0, _BYTE)
     tables = plan.tables, columns.tables, table(cell), NO_MASK if mask is None else table(np.ascontiguousarray(mask))
-    t, count = 0, T if step_flops * T <= PIECE_FLOPS else max(1, PIECE_FLOPS // step_flops)
+    now, t, count = team, 0, T if step_flops * T <= PIECE_FLOPS else max(1, PIECE_FLOPS // step_flops)
     address, memory = borrow(share * team)
     rest = (
         plan.units, plan.blocks, plan.parts, mask is not None, fresh,
@@ -117,10 +117,10 @@ def run(
             progress.fill(0)
         flow = array("q", (B, t, min(count, T - t), *rest))
         flows = NO_FLOWS._replace(place=(flow.buffer_info()[0], 1))
-        threads.run(plan.kernel, team, plan.variant, flows, *tables)
+        threads.run(plan.kernel, now, plan.variant, flows, *tables)
         t += count
         if t < T:
-            team = min(team, threads.usable_threads())
+            now = min(team, threads.usable_threads())
             count = max(1, min(4 * count, int(count * PIECE_SECONDS / (time.perf_counter() - start))))
     give_back(address, memory)
     return trouble != 0

@@ -33,6 +33,8 @@ _LOSS = 0.2
 """Share of a call's time that its own thread may be without a processor before teams are given up for a while."""
 _PATIENCE = 20.0, 640.0
 """How many times as long as what was lost, at least and at most: twice the last after a loss, less after each gain."""
+_SLICE = 0.005
+"""Seconds lost that count, at most: about those that a neighbour has the processor; a long call loses many times so."""
 
 _chosen: int | None = None
 _forked = False
@@ -197,7 +199,7 @@ def run(kernel: Kernel, team: int, variant: tuple[int, ...], *arguments: np.ndar
         lost = now - start - (time.thread_time() - used)
         least, most = _PATIENCE
         if lost > _LOSS * (now - start):
-            _alone_until = now + _patience * lost
+            _alone_until = now + _patience * min(lost, _SLICE)
             _patience = min(most, 2 * _patience)
         else:
             _patience = max(least, 0.9 * _patience)
