@@ -88,12 +88,13 @@ def pack(
 
 def run(
     plan: Plan, columns: packing.Columns, cell: np.ndarray, B: int, T: int, team: int, *,
-    x: Slots, h: Slots, h_first: Slots = NOTHING, c: Slots = NOTHING, c_first: Slots = NOTHING, y: Slots = NOTHING,
-    y_first: Slots = NOTHING, gates: Slots = NOTHING, fresh: bool = True, mask: np.ndarray | None = None,
-    step_flops: int = 0,
+    h: Slots, x: Slots = NOTHING, zx: Slots = NOTHING, h_first: Slots = NOTHING, c: Slots = NOTHING,
+    c_first: Slots = NOTHING, y: Slots = NOTHING, y_first: Slots = NOTHING, gates: Slots = NOTHING, fresh: bool = True,
+    mask: np.ndarray | None = None, step_flops: int = 0,
 ) -> np.ndarray:  # fmt: skip
     """Run T steps on B images with up to `team` threads, writing to the memory of h, c, y and gates.
 
+    zx (B, T, HO, WO, 4F) is what is added to the pre-activations of a ConvLSTM, besides the convolutions of the plan.
     What only stores columns (conv2d) returns where (B,) anything written to h is infinite or NaN.
 
     Between pieces of the sequence Python gets to answer a Ctrl-C; step_flops, the floating-point operations of a step,
@@ -108,7 +109,7 @@ def run(
     address, memory = borrow(share * team)
     rest = (
         plan.units, plan.blocks, plan.parts, mask is not None, fresh,
-        *x[:3], *h_first[:3], *h[:3], *c_first[:3], *c[:3], *y_first[:3], *y[:3], *gates[:3], h.kept, c.kept,
+        *x[:3], *zx[:3], *h_first[:3], *h[:3], *c_first[:3], *c[:3], *y_first[:3], *y[:3], *gates[:3], h.kept, c.kept,
         trouble.ctypes.data, address, share, progress.ctypes.data if team > 1 else 0,
     )  # fmt: skip
     while t < T:

@@ -11,7 +11,7 @@ import numpy as np
 from fastclstm.engines.cpu.compilation import inline
 from fastclstm.engines.cpu.kernels import simd, vmath
 from fastclstm.engines.cpu.kernels.padding import clear_run, copy_run
-from fastclstm.engines.cpu.kernels.schedule import c_after, c_before, gates_at, h_after, h_before, y_at
+from fastclstm.engines.cpu.kernels.schedule import c_after, c_before, gates_at, h_after, h_before, y_at, zx_at
 from fastclstm.nn.activations import TABLE
 from fastclstm.spec import PEEPHOLE_GATES, ConvLSTMSpec
 
@@ -169,7 +169,7 @@ def _updating(gates_of):
     def update(like, flow, cell, group, z, pixels, count, b, t):
         """Make new states of the z of `count` pixels, as `store`."""
         h_new, y, gates = h_after(flow, b, t), y_at(flow, b, t), gates_at(flow, b, t)
-        c_old, c_new = c_before(flow, b, t), c_after(flow, b, t)
+        c_old, c_new, zx = c_before(flow, b, t), c_after(flow, b, t), zx_at(flow, b, t)
         width, first, filters = group[2], group[3], group[4]
         columns = group[1] * simd.vector_lanes(z)
         for r in range(count):
@@ -181,6 +181,11 @@ def _updating(gates_of):
             c = take(simd.shift(simd.at(like, c_old), index), filters)
             z_i, z_f = simd.load(z_r), simd.load(simd.shift(z_r, width))
             z_g, z_o = simd.load(simd.shift(z_r, 2 * width)), simd.load(simd.shift(z_r, 3 * width))
+            if zx != 0:
+                added = simd.shift(simd.at(like, zx), 4 * pixel * cell.F + first)
+                z_i, z_f = z_i + take(added, filters), z_f + take(simd.shift(added, cell.F), filters)
+                added = simd.shift(added, 2 * cell.F)
+                z_g, z_o = z_g + take(added, filters), z_o + take(simd.shift(added, cell.F), filters)
             kept_index, weights = 4 * pixel * cell.F + first, pixel * cell.peephole_pixel + first
             c, h = gates_of(like, cell, gates, kept_index, weights, filters, z_i, z_f, z_g, z_o, c)
             put(simd.shift(simd.at(like, c_new), index), c, filters)

@@ -10,16 +10,17 @@ from fastclstm.spec import ConvSpec
 
 SOURCE = np.dtype([(name, np.int64) for name in (
     "H", "W", "C", "KH", "KW", "top", "left", "stride_y", "stride_x", "dilation_y", "dilation_x", "circular",
+    "hidden",  # 1: it is the hidden state, which the step before left
     "scratch",  # index of this source's piece of the scratch memory
 )])  # fmt: skip
 """One convolved input of a time step (x, and in a ConvLSTM h): its frame and the geometry of its kernel."""
 
 
-def source(spec: ConvSpec) -> tuple[int, ...]:
+def source(spec: ConvSpec, hidden: bool = False) -> tuple[int, ...]:
     """Fields of `SOURCE` for the input of a convolution."""
     (top, _), (left, _) = spec.padding
     return (spec.H, spec.W, spec.C, spec.KH, spec.KW, top, left, *spec.strides, *spec.dilation,
-            int(spec.padding_mode == "circular"), 0)  # fmt: skip
+            int(spec.padding_mode == "circular"), int(hidden), 0)  # fmt: skip
 
 
 @inline

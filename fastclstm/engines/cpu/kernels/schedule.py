@@ -22,7 +22,7 @@ FLOW = np.dtype([
     ("units", np.int64), ("blocks", np.int64), ("parts", np.int64),
     ("masked", np.int64),
     ("fresh", np.int64),  # 1: the sequence starts from states of zeros
-    *((f"{name}{field}", kind) for name in ("x", "h_first", "h", "c_first", "c", "y_first", "y", "gates")
+    *((f"{name}{field}", kind) for name in ("x", "zx", "h_first", "h", "c_first", "c", "y_first", "y", "gates")
       for field, kind in (("", np.uint64), ("_image", np.int64), ("_step", np.int64))),  # address, strides in bytes
     ("h_slots", np.int64), ("c_slots", np.int64),  # steps kept: the t-th is in slot t % slots
     ("trouble", np.uint64),  # address of a number for each image: 1 where a stored column is infinite or NaN
@@ -123,14 +123,25 @@ def c_after(flow, b, t):
 
 @inline
 def source_at(flow, sources, s, b, t):
-    """Address of the frame of image b that source s reads at step t: of two sources h is the first, x the last."""
-    return h_before(flow, b, t) if s < len(sources) - 1 else x_at(flow, b, t)
+    """Address of the frame of image b that source s reads at step t."""
+    return h_before(flow, b, t) if sources[s].hidden else x_at(flow, b, t)
 
 
 @inline
 def skipped_sources(flow, sources, t):
-    """Count of the sources that add nothing: 1 where the hidden state is zeros."""
-    return len(sources) - 1 if flow.fresh and t == 0 else 0
+    """Count of the sources, the first ones, that add nothing: the hidden state where it is zeros and x is there."""
+    if not flow.fresh or t > 0:
+        return 0
+    for s in range(len(sources)):
+        if not sources[s].hidden:
+            return s
+    return 0
+
+
+@inline
+def zx_at(flow, b, t):
+    """Address of what the convolution of x, done beforehand, adds to the pre-activations of image b; 0: nothing."""
+    return _address(flow.zx, flow.zx_image, flow.zx_step, b, t) if flow.zx != 0 else np.uint64(0)
 
 
 @inline
@@ -191,7 +202,7 @@ def place(flow, piece):
 @inline
 def wait_for_neighbours(flow, job, sources, neighbours, unit, block, t):
     """Wait for the blocks that left what this one reads at step t, or read what it will write over."""
-    if t == flow.first_step or len(sources) == 1 or workers_of(job) == 1:
+    if t == flow.first_step or not sources[0].hidden or workers_of(job) == 1:
         return
     for n in range(neighbours[block, 0], neighbours[block, 1]):
         wait(_line(flow, flow.units + unit * flow.blocks + n), flow.parts * (t - flow.first_step))
@@ -200,7 +211,7 @@ def wait_for_neighbours(flow, job, sources, neighbours, unit, block, t):
 @inline
 def piece_done(flow, job, sources, unit, block):
     """Tell those that wait for a block."""
-    if len(sources) > 1 and workers_of(job) > 1:
+    if sources[0].hidden and workers_of(job) > 1:
         add(_line(flow, flow.units + unit * flow.blocks + block), 1)
 
 
