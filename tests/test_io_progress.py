@@ -13,6 +13,15 @@ class Terminal(io.StringIO):
         return True
 
 
+class Small:
+    """Somebody's own, with little more than `write`."""
+
+    closed = True
+
+    def write(self, text):
+        return len(text)
+
+
 def shown(monkeypatch, stream, quiet):
     monkeypatch.setattr(sys, "stderr", stream)
     with progress_bar(total=None, unit=" step", quiet=quiet) as bar:
@@ -47,6 +56,6 @@ def test_where_it_is_shown(monkeypatch, stream, quiet, is_shown):
 def test_without_stderr_there_is_none(monkeypatch, quiet, capsys):
     closed = Terminal()
     closed.close()
-    for stream in (None, closed):
+    for stream in (None, closed, Small()):
         shown(monkeypatch, stream, quiet)
         assert capsys.readouterr().out == "a line\n"

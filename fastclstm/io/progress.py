@@ -13,9 +13,17 @@ def progress_bar(*args: Any, quiet: bool | None = None, **options: Any) -> Any:
     """
     from tqdm import tqdm
 
-    stream = sys.stderr
-    shown = not quiet and stream is not None and not stream.closed and (quiet is False or stream.isatty())
+    shown = not quiet and _is_open(sys.stderr) and (quiet is False or sys.stderr.isatty())
     return tqdm(*args, disable=not shown, **options)
+
+
+def _is_open(stream: Any) -> bool:
+    """Whether a stream can be asked whether it is a terminal: somebody's own may have little more than `write`."""
+    try:
+        stream.isatty()
+    except (AttributeError, OSError, ValueError):
+        return False
+    return True
 
 
 def say(text: str) -> None:
