@@ -364,6 +364,24 @@ def fma(typingctx, a, b, c):
     return a(a, a, a), codegen
 
 
+@intrinsic
+def quotient(typingctx, a, b):
+    """a / b, b a normal number whose reciprocal is one too, by the quickest way that errs by two roundings at most."""
+
+    def codegen(context, builder, sig, args):
+        a, b = args
+        if a.type.element != ir.FloatType() or "avx512f" not in FEATURES:
+            return builder.fdiv(a, b)
+        every = ir.IntType(16)(-1)
+        function_type = ir.FunctionType(a.type, [a.type, a.type, every.type])
+        near = cgutils.get_or_insert_function(builder.module, function_type, "llvm.x86.avx512.rcp14.ps.512")
+        guess = builder.call(near, [b, constant(a.type, 0.0), every])
+        error = emit_fma(builder, builder.fneg(b), guess, constant(a.type, 1.0))
+        return builder.fmul(a, emit_fma(builder, guess, error, guess))
+
+    return a(a, a), codegen
+
+
 def _bounded(predicate: str):
     """Codegen of min or max that keeps a NaN of the second argument (one instruction on x86)."""
 

@@ -90,6 +90,12 @@ def exp2_gate(x):
 
 
 @inline
+def ratio(a, b):
+    """a / b for b between 1 and 2**120 (float64: any), to about one more rounding."""
+    return simd.quotient(a, b)
+
+
+@inline
 def _reduce(x):
     """Return (n, r) with x = n·log(2) + r, n an integer and |r| <= log(2) / 2."""
     magic = _magic(x)
