@@ -122,8 +122,9 @@ def _run(finish):
         height, width = min(work.block_height, work.HO - y0), min(work.block_width, work.WO - x0)
         count = height * width
         pixels = simd.at(segments, scratch + work.pixels)
-        for r in range(count):
-            pixels[r] = (y0 + r // width) * work.WO + x0 + r % width
+        for y in range(height):
+            for x in range(width):
+                pixels[y * width + x] = (y0 + y) * work.WO + x0 + x
         if flow.masked and not mask[b, t]:
             for g in range(group0, group1):
                 skip_step(like, flow, cell, groups[g], pixels, count, b, t)
@@ -148,11 +149,11 @@ def _run(finish):
             else:
                 inputs1 = inputs
             offsets = simd.at(segments, scratch + (work.offsets0 if s == 0 else work.offsets1))
-            for r in range(count + MAX_ROWS):
-                inside = min(r, count - 1)
-                offsets[r] = (
-                    row0 + inside // width * src.stride_y * patch_width + inside % width * src.stride_x
-                ) * src.C
+            for y in range(height):
+                for x in range(width):
+                    offsets[y * width + x] = (row0 + y * src.stride_y * patch_width + x * src.stride_x) * src.C
+            for r in range(count, count + MAX_ROWS):
+                offsets[r] = offsets[count - 1]
         lines = simd.at(like, scratch + work.z)
         z = z_after(lines)
         step = simd.vector_lanes(z)

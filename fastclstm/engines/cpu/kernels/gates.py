@@ -120,10 +120,10 @@ def _standard(cell, peeps, z_i, z_f, z_g, z_o, c):
     """
     i, f, g, o = 1.0 + vmath.exp2_gate(z_i), 1.0 + vmath.exp2_gate(z_f), vmath.exp2_gate(z_g), vmath.exp2_gate(z_o)
     a, gain, o = i * (1.0 + g), 1.0 - g, 1.0 + o
-    c = vmath.ratio(simd.fma(c, a, gain * f), a * f)
+    c = simd.quotient(simd.fma(c, a, gain * f), a * f)
     e = vmath.exp2_gate(c * (-2.0 * vmath.LOG2E))
     one = simd.broadcast(c, 1.0)
-    return c, vmath.ratio(1.0 - e, o * (1.0 + e)), one / i, one / f, gain / (1.0 + g), one / o
+    return c, simd.quotient(1.0 - e, o * (1.0 + e)), one / i, one / f, gain / (1.0 + g), one / o
 
 
 @inline
@@ -134,14 +134,14 @@ def _standard_peeping(cell, peeps, z_i, z_f, z_g, z_o, c):
         z_i, z_f = simd.fma(scaled, simd.load(peeps[0]), z_i), simd.fma(scaled, simd.load(peeps[1]), z_f)
     i, f, g = 1.0 + vmath.exp2_gate(z_i), 1.0 + vmath.exp2_gate(z_f), vmath.exp2_gate(z_g)
     a, gain = i * (1.0 + g), 1.0 - g
-    c = vmath.ratio(simd.fma(c, a, gain * f), a * f)
+    c = simd.quotient(simd.fma(c, a, gain * f), a * f)
     c = simd.maximum(-cell.clip, simd.minimum(cell.clip, c))
     if cell.peephole_o != 0:
         z_o = simd.fma(c * -vmath.LOG2E, simd.load(peeps[2]), z_o)
     o = 1.0 + vmath.exp2_gate(z_o)
     e = vmath.exp2_gate(c * (-2.0 * vmath.LOG2E))
     one = simd.broadcast(c, 1.0)
-    return c, vmath.ratio(1.0 - e, o * (1.0 + e)), one / i, one / f, gain / (1.0 + g), one / o
+    return c, simd.quotient(1.0 - e, o * (1.0 + e)), one / i, one / f, gain / (1.0 + g), one / o
 
 
 @inline
@@ -214,19 +214,18 @@ def _gather(like, flow, cell, group, lines, z, pixels, count, c_old, zx):
         pixel = pixels[r]
         if pixel < 0:
             continue
-        z_r, line = simd.shift(z, r * columns), simd.shift(lines, at)
-        z_i, z_f = simd.load(z_r), simd.load(simd.shift(z_r, width))
-        z_g, z_o = simd.load(simd.shift(z_r, 2 * width)), simd.load(simd.shift(z_r, 3 * width))
-        if zx != 0:
-            added = simd.shift(simd.at(like, zx), 4 * pixel * F + first)
-            z_i = z_i + simd.load_some(added, filters)
-            z_f = z_f + simd.load_some(simd.shift(added, F), filters)
-            z_g = z_g + simd.load_some(simd.shift(added, 2 * F), filters)
-            z_o = z_o + simd.load_some(simd.shift(added, 3 * F), filters)
-        simd.store(line, z_i)  # what is too much will be overwritten by the next pixel
-        simd.store(simd.shift(line, pitch), z_f)
-        simd.store(simd.shift(line, 2 * pitch), z_g)
-        simd.store(simd.shift(line, 3 * pitch), z_o)
+        # What is copied too much will be overwritten by the next pixel.
+        for gate in range(4):
+            line, origin = simd.shift(lines, gate * pitch + at), simd.shift(z, r * columns + gate * width)
+            if zx != 0:
+                added = simd.shift(simd.at(like, zx), (4 * pixel + gate) * F + first)
+                simd.store(line, simd.load(origin) + simd.load_some(added, filters))
+            elif 4 * width <= step:
+                simd.copy_quarters(1, line, origin)
+            elif 2 * width <= step:
+                simd.copy_quarters(2, line, origin)
+            else:
+                simd.copy_quarters(4, line, origin)
         at += filters
     if cell.peephole_i != 0 and cell.peephole_pixel == 0:
         w_i = simd.load_some(simd.shift(simd.at(like, cell.peephole_i), first), filters)
