@@ -31,10 +31,11 @@ def of_vectors(function):
     return apply
 
 
-EXP, TANH, SIGMOID, EXPM1, GATE, ACTIVATE = map(of_vectors, (
+EXP, TANH, SIGMOID, EXPM1, GATE, RATIO, ACTIVATE = map(of_vectors, (
     numba.njit(lambda code, x: vmath.exp(x)), numba.njit(lambda code, x: vmath.tanh(x)),
     numba.njit(lambda code, x: vmath.sigmoid(x)), numba.njit(lambda code, x: vmath.expm1_negative(x)),
-    numba.njit(lambda code, x: vmath.exp2_gate(x)), vmath.activate,
+    numba.njit(lambda code, x: vmath.exp2_gate(x)),
+    numba.njit(lambda code, x: simd.quotient(simd.broadcast(x, code), x)), vmath.activate,
 ))  # fmt: skip
 
 
@@ -124,9 +125,25 @@ def test_gate_exponential(dtype):
     x = np.linspace(-limit, limit, 30_001).astype(dtype)
     relative = GATE(x) / np.exp2(x.astype(WIDER[dtype])) - 1
     assert np.abs(relative).max() <= 2 * np.finfo(dtype).eps
-    far = GATE(np.array([1.5 * limit, np.inf, -1.5 * limit, -np.inf, np.nan, 0], dtype))
-    np.testing.assert_array_equal(far, np.array([2.0**limit, 2.0**limit, 2.0**-limit, 2.0**-limit, np.nan, 1], dtype))
+    far = GATE(np.array([1.5 * limit, 1e30, np.inf, np.nan, 0], dtype))
+    np.testing.assert_array_equal(far, np.array([2.0**limit, 2.0**limit, 2.0**limit, np.nan, 1], dtype))
     assert np.isfinite(far[0] ** 3)  # the gates multiply three
+    low = GATE(np.array([-1.5 * limit, -100 * limit, -1e30, -np.inf], dtype))
+    assert ((low >= 0) & (low <= 2.0**-limit)).all()
+
+
+@every_dtype
+def test_ratio(dtype):
+    """Two roundings, of all denominators that the gates have; infinities and NaN as of a division."""
+    limit = 120 if dtype == np.float32 else 990
+    b = np.concatenate([np.linspace(1, 4, 10_001), np.geomspace(1, 2.0**limit, 10_001)]).astype(dtype)
+    for a in (1.0, 1.7, -1.9):
+        expected = np.array(a, dtype).astype(WIDER[dtype]) / b
+        result = RATIO(b, float(dtype(a))).astype(WIDER[dtype])
+        assert (np.abs(result - expected) <= 1.5 * np.finfo(dtype).eps * np.abs(expected)).all()
+    for a in (0.0, np.inf, -np.inf, np.nan):
+        np.testing.assert_array_equal(RATIO(b, a), np.full_like(b, a))
+    assert np.isnan(RATIO(np.array([np.nan], dtype), 1.0)).all()
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")

@@ -43,7 +43,11 @@ class Steps:
         """Run T steps of B images from the first states on; mask (B, T) in the order of processing, kept: gates."""
         spec = self._spec.with_batch(B)
         team = launch.team_size(spec.flops // spec.T)
-        finish = "update_any" if not self._standard else "update" if kept is NOTHING else "update_and_keep"
+        finish = "update" if kept is NOTHING else "update_and_keep"
+        if not self._standard:
+            finish = "update_any"
+        elif not gates.is_plain(spec):
+            finish = "update_peeping"
         plan = plans.plan(
             (spec.recurrent, spec.input), self._m, finish, len(self._columns.groups), self._itemsize, team
         )

@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from fastclstm.engines.cpu.kernels import direct, simd, winograd
+from fastclstm.engines.cpu.kernels import direct, gates, simd, winograd
 from fastclstm.engines.cpu.kernels.entry import table
 from fastclstm.engines.cpu.kernels.padding import SOURCE, source
 from fastclstm.engines.cpu.kernels.schedule import Plan
@@ -114,7 +114,7 @@ def direct_plan(specs: tuple[ConvSpec, ...], finish: str, groups: int, itemsize:
     work = np.zeros(1, direct.WORK)
     indices = _aligned((height * width + direct.MAX_ROWS) * 8)
     tile_rows = height * width + direct.MAX_ROWS if len(panels) > 2 else direct.MAX_ROWS
-    z, pixels = at, at + _aligned((tile_rows + 4) * 4 * simd.VECTOR_BYTES)
+    z, pixels = at, at + _aligned(gates.z_bytes(tile_rows, itemsize))
     parts = min(groups, -(-threads // max(1, B * blocks_x * blocks_y)))
     work[0] = (HO, WO, height, width, blocks_x, z, pixels, pixels + indices, pixels + 2 * indices)
     reach = -(-_reach(specs[0])[0] // height)
@@ -207,7 +207,7 @@ def winograd_plan(specs: tuple[ConvSpec, ...], m: int, finish: str, groups: int,
     points, chunks = (m + k - 1) ** 2, -(-block_tiles // chunk)
     vector = lanes * itemsize
     sizes = (points * (chunks * chunk * len(channels) + 1) * vector, chunks * chunk * (4 * points + 1) * vector,
-             (m * m + 1) * 4 * vector, block_tiles * m * m * 8, points * vector)  # fmt: skip
+             gates.z_bytes(m * m, itemsize), block_tiles * m * m * 8, points * vector)  # fmt: skip
     places = np.concatenate([[0], np.cumsum([-(-size // 64) * 64 + 64 for size in sizes])])
     work = np.zeros(1, winograd.WORK)
     work[0] = (HO, WO, tiles_x, tiles, unit_tiles, block_tiles, chunk, *places[:5])

@@ -13,7 +13,7 @@ from numba.extending import intrinsic
 from fastclstm.engines.cpu.compilation import inline
 from fastclstm.engines.cpu.kernels import simd
 from fastclstm.engines.cpu.kernels.entry import kernel
-from fastclstm.engines.cpu.kernels.gates import FINISHES, skip_step
+from fastclstm.engines.cpu.kernels.gates import FINISHES, line_pixels, skip_step, z_after
 from fastclstm.engines.cpu.kernels.padding import copy_patch
 from fastclstm.engines.cpu.kernels.schedule import (
     first_piece,
@@ -122,8 +122,9 @@ def _run(finish):
         height, width = min(work.block_height, work.HO - y0), min(work.block_width, work.WO - x0)
         count = height * width
         pixels = simd.at(segments, scratch + work.pixels)
-        for r in range(count):
-            pixels[r] = (y0 + r // width) * work.WO + x0 + r % width
+        for y in range(height):
+            for x in range(width):
+                pixels[y * width + x] = (y0 + y) * work.WO + x0 + x
         if flow.masked and not mask[b, t]:
             for g in range(group0, group1):
                 skip_step(like, flow, cell, groups[g], pixels, count, b, t)
@@ -148,12 +149,13 @@ def _run(finish):
             else:
                 inputs1 = inputs
             offsets = simd.at(segments, scratch + (work.offsets0 if s == 0 else work.offsets1))
-            for r in range(count + MAX_ROWS):
-                inside = min(r, count - 1)
-                offsets[r] = (
-                    row0 + inside // width * src.stride_y * patch_width + inside % width * src.stride_x
-                ) * src.C
-        z = simd.at(like, scratch + work.z)
+            for y in range(height):
+                for x in range(width):
+                    offsets[y * width + x] = (row0 + y * src.stride_y * patch_width + x * src.stride_x) * src.C
+            for r in range(count, count + MAX_ROWS):
+                offsets[r] = offsets[count - 1]
+        lines = simd.at(like, scratch + work.z)
+        z = z_after(lines)
         step = simd.vector_lanes(z)
         segment = simd.pointer(segments)
         last_panel = len(panels) - 2
@@ -167,9 +169,11 @@ def _run(finish):
             rows = _rows(vectors)
             panel_weights = simd.shift(simd.pointer(weights), group[0])
             group_bias = simd.shift(simd.pointer(bias), group[5])
+            at_once = line_pixels(group[4], step)
             for p in range(last_panel + 1):
+                begun = 0  # the first pixel whose columns wait for `finish`
                 for r in range(0, count, rows):
-                    sums = simd.shift(z, r * columns if last_panel > 0 else 0)
+                    sums = simd.shift(z, (r if last_panel > 0 else r - begun) * columns)
                     for n in range(panels[p], panels[p + 1]):
                         if n < first_pass:
                             continue
@@ -179,8 +183,11 @@ def _run(finish):
                         offsets = simd.at(segments, scratch + (work.offsets0 if s == 0 else work.offsets1) + 8 * r)
                         _tile(vectors, begin, 0 if n == first_pass else columns, sums, base, offsets, segment,
                               passes[n, 1], passes[n, 2], panel_weights)  # fmt: skip
-                    if p == last_panel:
-                        finish(like, flow, cell, group, sums, simd.shift(pixels, r), min(rows, count - r), b, t)
+                    if p == last_panel and (r + rows >= count or r + 2 * rows - begun > at_once):
+                        waiting = simd.shift(z, begun * columns if last_panel > 0 else 0)
+                        finish(like, flow, cell, group, lines, waiting, simd.shift(pixels, begun),
+                               min(r + rows, count) - begun, b, t)  # fmt: skip
+                        begun = r + rows
 
     def run(
         job, worker, flows, works, sources, neighbours, panels, passes, segments, groups, weights, bias, cells, mask

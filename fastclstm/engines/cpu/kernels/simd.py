@@ -31,6 +31,7 @@ FEATURES = _cpu_features()
 IS_ARM = binding.get_process_triple().startswith(("aarch64", "arm64"))
 HAS_FMA = IS_ARM or "fma" in FEATURES or "avx512f" in FEATURES
 VECTOR_BYTES = 64 if "avx512f" in FEATURES else 32 if {"avx2", "fma"} <= FEATURES else 16
+HAS_SCALING = {"avx512f", "avx512dq"} <= FEATURES
 REGISTERS = 32 if "avx512f" in FEATURES or IS_ARM else 16
 
 INT32, INT64 = ir.IntType(32), ir.IntType(64)
@@ -279,6 +280,19 @@ def store(typingctx, base, value):
     return types.void(base, value), codegen
 
 
+@intrinsic(prefer_literal=True)
+def copy_quarters(typingctx, quarters, target, origin):
+    """Copy one, two or four quarters of a vector between pointers."""
+
+    def codegen(context, builder, sig, args):
+        whole = llvm_vector(origin.dtype)
+        part = ir.VectorType(whole.element, max(1, whole.count * quarters.literal_value // 4))
+        emit_store(builder, emit_load(builder, args[2], part), args[1])
+        return context.get_dummy_value()
+
+    return types.void(quarters, target, origin), codegen
+
+
 def _lane_mask(builder: ir.IRBuilder, count: ir.Value, vector: ir.VectorType) -> ir.Value:
     """Mask of the first `count` lanes."""
     narrow = ir.VectorType(INT32, vector.count)
@@ -362,6 +376,68 @@ def fma(typingctx, a, b, c):
         return emit_fma(builder, *args)
 
     return a(a, a, a), codegen
+
+
+def _call_512(builder: ir.IRBuilder, name: str, *args: ir.Value) -> ir.Value:
+    """Call an intrinsic of AVX-512 that makes vectors of float32 and ends with (vector, mask of 16 lanes, *rest)."""
+    function_type = ir.FunctionType(args[0].type, [arg.type for arg in args])
+    function = cgutils.get_or_insert_function(builder.module, function_type, f"llvm.x86.avx512.{name}.ps.512")
+    return builder.call(function, args)
+
+
+_EVERY_LANE, _CURRENT_ROUNDING = ir.IntType(16)(-1), INT32(4)
+
+
+@intrinsic
+def quotient(typingctx, a, b):
+    """a / b by the quickest way that errs by two roundings at most; 1 / b must be a normal number."""
+
+    def codegen(context, builder, sig, args):
+        a, b = args
+        if not (HAS_SCALING and a.type.element == ir.FloatType()):
+            return builder.fdiv(a, b)
+        guess = _call_512(builder, "rcp14", b, constant(a.type, 0.0), _EVERY_LANE)
+        error = emit_fma(builder, builder.fneg(b), guess, constant(a.type, 1.0))
+        return builder.fmul(a, emit_fma(builder, guess, error, guess))
+
+    return a(a, a), codegen
+
+
+@intrinsic
+def can_scale(typingctx, x):
+    """Whether the machine has `fraction` and `scale` for a vector: a constant."""
+    answer = HAS_SCALING and x.scalar == types.float32
+
+    def codegen(context, builder, sig, args):
+        return ir.Constant(ir.IntType(1), int(answer))
+
+    return types.boolean(x), codegen
+
+
+@intrinsic
+def fraction(typingctx, x):
+    """X less the nearest integer; 0 of infinities."""
+
+    def codegen(context, builder, sig, args):
+        x = args[0]
+        if not HAS_SCALING or x.type.element != ir.FloatType():
+            return x
+        return _call_512(builder, "mask.reduce", x, INT32(0), x, _EVERY_LANE, _CURRENT_ROUNDING)
+
+    return x(x), codegen
+
+
+@intrinsic
+def scale(typingctx, x, n):
+    """X · 2**n for integers n."""
+
+    def codegen(context, builder, sig, args):
+        x, n = args
+        if not HAS_SCALING or x.type.element != ir.FloatType():
+            return x
+        return _call_512(builder, "mask.scalef", x, n, x, _EVERY_LANE, _CURRENT_ROUNDING)
+
+    return x(x, x), codegen
 
 
 def _bounded(predicate: str):

@@ -40,7 +40,7 @@ def _expm1_coefficients(degree: int) -> tuple[float, ...]:
     return tuple(1 / factorial(power) for power in range(2, degree + 1))
 
 
-_EXP2 = {ir.FloatType(): _exp2_coefficients(6), ir.DoubleType(): _taylor_exp2(13)}
+_EXP2 = {ir.FloatType(): _exp2_coefficients(5), ir.DoubleType(): _taylor_exp2(13)}
 _EXPM1 = {ir.FloatType(): _expm1_coefficients(8), ir.DoubleType(): _expm1_coefficients(14)}
 
 
@@ -81,9 +81,16 @@ LIMIT_SINGLE, LIMIT_DOUBLE = 40.0, 330.0
 
 @inline
 def exp2_gate(x):
-    """2**x with x limited to ±40 (float64: ±330), so that products of three such terms stay finite."""
+    """2**x with x limited to 40 (float64: 330), so that products of three such terms stay finite.
+
+    Below -40 (-330) the result may be that of the limit.
+    """
     limit = LIMIT_DOUBLE if simd.is_double(x) else LIMIT_SINGLE
-    x = simd.maximum(-limit, simd.minimum(limit, x))
+    x = simd.minimum(limit, x)
+    if simd.can_scale(x):
+        r = simd.fraction(x)
+        return simd.scale(_exp2_polynomial(r), x - r)
+    x = simd.maximum(-limit, x)
     magic = _magic(x)
     rounded = x + magic
     return _exp2_polynomial(x - (rounded - magic)) * simd.power_of_two(rounded)

@@ -18,7 +18,7 @@ from numba.extending import intrinsic
 from fastclstm.engines.cpu.compilation import inline
 from fastclstm.engines.cpu.kernels import simd
 from fastclstm.engines.cpu.kernels.entry import kernel
-from fastclstm.engines.cpu.kernels.gates import FINISHES, skip_step, take
+from fastclstm.engines.cpu.kernels.gates import FINISHES, line_pixels, skip_step, take, z_after
 from fastclstm.engines.cpu.kernels.padding import copy_run
 from fastclstm.engines.cpu.kernels.schedule import (
     first_piece,
@@ -344,7 +344,8 @@ def _run(finish):
         side = m * m
         points = (m + k - 1) * (m + k - 1)
         inputs, products = simd.at(like, scratch + work.inputs), simd.at(like, scratch + work.products)
-        z, patch = simd.at(like, scratch + work.z), simd.at(like, scratch + work.patch)
+        lines, patch = simd.at(like, scratch + work.z), simd.at(like, scratch + work.patch)
+        z = z_after(lines)
         pixels = simd.at(channels, scratch + work.pixels)
         step = simd.vector_lanes(z)
         chunks = (count + chunk - 1) // chunk
@@ -389,17 +390,22 @@ def _run(finish):
                         _multiply(chunk, rows_in, used, counts, blocks, result, tile_size, points * step,
                                   simd.shift(ahead, q % 2 * step))  # fmt: skip
                     panel_weights = ahead
+            held = 0  # pixels whose columns wait for `finish`
+            at_once = line_pixels(group[4], step)
             for n in range(count):
                 b = (first + n) // work.tiles
-                tile_pixels = simd.shift(pixels, n * side)
                 if flow.masked and not mask[b, t]:
-                    skip_step(like, flow, cell, group, tile_pixels, side, b, t)
+                    skip_step(like, flow, cell, group, simd.shift(pixels, n * side), side, b, t)
                     continue
                 for v in range(vectors):
                     tile_products = simd.shift(products, n * tile_size + v * points * step)
-                    vector_bias, target = simd.shift(group_bias, v * step), simd.shift(z, v * step)
+                    vector_bias, target = simd.shift(group_bias, v * step), simd.shift(z, (held * vectors + v) * step)
                     transform_output(m, k, tile_products, vector_bias, target, vectors * step)
-                finish(like, flow, cell, group, z, tile_pixels, side, b, t)
+                held += side
+                if n + 1 == count or (first + n + 1) // work.tiles != b or held + side > at_once:
+                    begun = simd.shift(pixels, (n + 1) * side - held)
+                    finish(like, flow, cell, group, lines, z, begun, held, b, t)
+                    held = 0
 
     def run(m, k, job, worker, flows, works, sources, neighbours, channels, groups, weights, bias, cells, mask):
         flow = flows[0]
