@@ -14,7 +14,7 @@ from fastclstm.engines.cpu.compilation import inline
 from fastclstm.engines.cpu.kernels import simd
 from fastclstm.engines.cpu.kernels.entry import kernel
 from fastclstm.engines.cpu.kernels.gates import FINISHES, skip_step
-from fastclstm.engines.cpu.kernels.padding import copy_patch
+from fastclstm.engines.cpu.kernels.padding import copy_patch, copy_run
 from fastclstm.engines.cpu.kernels.schedule import (
     first_piece,
     next_piece,
@@ -158,7 +158,7 @@ def _run(finish):
         segment = simd.pointer(segments)
         last_panel = len(panels) - 2
         first_pass = 0
-        while passes[first_pass, 0] < skipped:
+        while first_pass < len(passes) and passes[first_pass, 0] < skipped:
             first_pass += 1
         for g in range(group0, group1):
             group = groups[g]
@@ -180,6 +180,9 @@ def _run(finish):
                         _tile(vectors, begin, 0 if n == first_pass else columns, sums, base, offsets, segment,
                               passes[n, 1], passes[n, 2], panel_weights)  # fmt: skip
                     if p == last_panel:
+                        if first_pass == len(passes):  # nothing is convolved
+                            for i in range(rows):
+                                copy_run(simd.shift(sums, i * columns), group_bias, columns)
                         finish(like, flow, cell, group, sums, simd.shift(pixels, r), min(rows, count - r), b, t)
 
     def run(
