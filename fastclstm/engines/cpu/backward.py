@@ -63,8 +63,8 @@ class Saved:
     peephole: Arrays | None
     mask: np.ndarray | None
     algorithm: str
-    m: int
-    """Of Winograd in the forward pass; 0: direct."""
+    ways: plans.Ways
+    """The algorithms of the forward pass."""
     first: Pair
     """The initial h and c, where they were given."""
     length: int
@@ -105,12 +105,13 @@ def fits(spec: ConvLSTMSpec) -> bool:
 
 def start(
     spec: ConvLSTMSpec, x: np.ndarray, kernels: tuple[np.ndarray, np.ndarray], bias: np.ndarray | None, first: Pair,
-    peephole: Arrays | None, mask: np.ndarray | None, algorithm: str, m: int, length: int, *, states_only: bool,
+    peephole: Arrays | None, mask: np.ndarray | None, algorithm: str, ways: plans.Ways, length: int, *,
+    states_only: bool,
 ) -> Saved:  # fmt: skip
     """Memory for the forward pass to fill: for what all steps leave, or only for states every `length` steps."""
     B, *frame = spec.state_shape
     h, c = (np.empty((B, -(-spec.T // length) - 1, *frame), x.dtype) for _ in range(2))
-    saved = Saved(x, kernels, bias, peephole, mask, algorithm, m, first, length, h, c, np.zeros(B, np.bool_))
+    saved = Saved(x, kernels, bias, peephole, mask, algorithm, ways, first, length, h, c, np.zeros(B, np.bool_))
     if not states_only:
         saved.kept.append(_keep(spec, B, spec.T, x.dtype))
     return saved
@@ -249,7 +250,7 @@ class _WayBack:
         most = min(size, max(images.stop - images.start for images, _ in self.runs))
         kept = _keep(spec, most, saved.length, dtype)
         states = np.empty((most, min(2, saved.length), *spec.state_shape[1:]), dtype)
-        steps = cache(lambda m: Steps(spec, m, saved.kernels, saved.bias, saved.peephole, remember=False))
+        steps = cache(lambda ways: Steps(spec, ways, saved.kernels, saved.bias, saved.peephole, remember=False))
         groups = [
             (slice(start, min(start + size, images.stop)), direct)
             for images, direct in self.runs
@@ -257,9 +258,10 @@ class _WayBack:
         ]
         for part, direct in groups:
             ours = kept.of(slice(0, part.stop - part.start))
+            ways = plans.DIRECT if direct else saved.ways
             for piece in reversed(range(saved.h.shape[1] + 1)):
                 last = piece == 0 and part.stop == spec.B
-                _run_piece(spec, saved, steps(0 if direct else saved.m), part, piece, ours, states[: len(ours.c)])
+                _run_piece(spec, saved, steps(ways), part, piece, ours, states[: len(ours.c)])
                 if last:
                     steps.cache_clear()  # packed kernels are large
                 self.pull_back(part, piece, ours, direct, last=last)

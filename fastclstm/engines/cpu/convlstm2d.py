@@ -44,7 +44,7 @@ def convlstm2d(
 
     `out` are arrays for the last h, whose memory the output of a single step shares, and the last c, which may be `c`.
     """
-    m = plans.choose("convlstm2d", (spec.recurrent, spec.input), algorithm, x.itemsize)
+    ways = plans.choose_ways(spec.recurrent, spec.input, algorithm, x.itemsize)
     if dropout is not None or not _is_fused(spec) or (save and not backward.fits(spec)):
         arguments = x, kernel, recurrent_kernel, bias, h, c, peephole, mask
         return recurrence.forward(
@@ -52,7 +52,7 @@ def convlstm2d(
             algorithm="direct" if algorithm == "direct" else "auto",
         )  # fmt: skip
     length = backward.piece_length(spec, x.itemsize) if save == "states" else spec.T
-    return _fused(spec, m, x, (recurrent_kernel, kernel), bias, (h, c), peephole, mask, algorithm, save, length, out)
+    return _fused(spec, ways, x, (recurrent_kernel, kernel), bias, (h, c), peephole, mask, algorithm, save, length, out)
 
 
 def convlstm2d_backward(
@@ -74,19 +74,20 @@ def _is_fused(spec: ConvLSTMSpec) -> bool:
 
 
 def _fused(
-    spec: ConvLSTMSpec, m: int, x: np.ndarray, kernels: tuple[np.ndarray, np.ndarray], bias: np.ndarray | None,
+    spec: ConvLSTMSpec, ways: plans.Ways, x: np.ndarray, kernels: tuple[np.ndarray, np.ndarray], bias: np.ndarray | None,
     first: backward.Pair, peephole: Arrays | None, mask: np.ndarray | None, algorithm: str, save: bool | str,
     length: int, out: tuple[np.ndarray, np.ndarray] | None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, backward.Saved | None]:  # fmt: skip
     """Do it with the fused kernels, from the `first` h and c on; length: steps of a piece, where states are saved."""
     dtype, state = x.dtype, spec.state_shape
     spoilt = np.zeros(spec.B, np.bool_)
-    if outliers.spoil(m):
-        spoilt = outliers.find(x, mask) if first[0] is None else outliers.find(x, mask) | outliers.find(first[0])
-        m = 0 if spoilt.all() else m
+    for spoils, array, steps_of in ((ways.of_x, x, mask), (ways.h, first[0], None)):
+        if array is not None and outliers.spoil(spoils):
+            spoilt |= outliers.find(array, steps_of)
+    ways = plans.DIRECT if spoilt.all() else ways
     h_last, c_last = (np.empty(state, dtype), np.empty(state, dtype)) if out is None else out
     borrowed = None
-    if m and first[1] is not None and np.may_share_memory(first[1], c_last):  # what is spoilt begins there again
+    if ways.transform and first[1] is not None and np.may_share_memory(first[1], c_last):  # what is spoilt begins there again
         borrowed = launch.borrow(c_last.nbytes)
         copy = borrowed[1][: c_last.nbytes].view(dtype).reshape(state)
         np.copyto(copy, first[1])
@@ -98,10 +99,10 @@ def _fused(
     h_states = h_last[:, np.newaxis] if kept == 1 else np.empty((spec.B, kept, *state[1:]), dtype)
     saved = None
     if save:
-        saved = backward.start(spec, x, kernels, bias, first, peephole, ordered, algorithm, m, length,
+        saved = backward.start(spec, x, kernels, bias, first, peephole, ordered, algorithm, ways, length,
                                states_only=save == "states")  # fmt: skip
     if c_last.size:
-        steps = Steps(spec, m, kernels, bias, peephole, remember=not save)
+        steps = Steps(spec, ways, kernels, bias, peephole, remember=not save)
         if saved is not None:
             backward.run_forward(spec, saved, steps, h_states, c_last, separate)
         else:
@@ -115,10 +116,10 @@ def _fused(
     output = separate if separate is not None else h_states if spec.return_sequences else h_last
     if out is None and np.may_share_memory(output, h_last):
         output = output.copy()
-    spoilt |= np.isnan(c_last.min((1, 2, 3))) if m else False  # a cell that a NaN reached stays NaN
-    if m and spoilt.any():
+    spoilt |= np.isnan(c_last.min((1, 2, 3))) if ways.transform else False  # a cell that a NaN reached stays NaN
+    if ways.transform and spoilt.any():
         h, c, mask = (None if array is None else array[spoilt] for array in (*first, mask))
-        *again, saved_again = _fused(spec.with_batch(int(spoilt.sum())), 0, x[spoilt], kernels, bias, (h, c),
+        *again, saved_again = _fused(spec.with_batch(int(spoilt.sum())), plans.DIRECT, x[spoilt], kernels, bias, (h, c),
                                      peephole, mask, algorithm, save, length, None)  # fmt: skip
         for whole, part in zip((output, h_last, c_last), again, strict=True):
             whole[spoilt] = part

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from array import array
 from collections import deque
+from collections.abc import Callable
 
 import numpy as np
 
@@ -90,11 +91,12 @@ def run(
     plan: Plan, columns: packing.Columns, cell: np.ndarray, B: int, T: int, team: int, *,
     h: Slots, x: Slots = NOTHING, zx: Slots = NOTHING, h_first: Slots = NOTHING, c: Slots = NOTHING,
     c_first: Slots = NOTHING, y: Slots = NOTHING, y_first: Slots = NOTHING, gates: Slots = NOTHING, fresh: bool = True,
-    mask: np.ndarray | None = None, step_flops: int = 0,
+    mask: np.ndarray | None = None, step_flops: int = 0, convolve: Callable[[int, int], object] | None = None,
 ) -> np.ndarray:  # fmt: skip
     """Run T steps on B images with up to `team` threads, writing to the memory of h, c, y and gates.
 
-    zx (B, T, HO, WO, 4F) is what is added to the pre-activations of a ConvLSTM, besides the convolutions of the plan.
+    zx (B, steps, HO, WO, 4F) is what is added to the pre-activations of a ConvLSTM, besides the convolutions of the
+    plan: `convolve(t, count)` fills it, before each piece, with those of the steps from t on, as many as it has.
     What only stores columns (conv2d) returns where (B,) anything written to h is infinite or NaN.
 
     Between pieces of the sequence Python gets to answer a Ctrl-C; step_flops, the floating-point operations of a step,
@@ -105,23 +107,27 @@ def run(
     share = -(-plan.scratch_bytes // 4096) * 4096 + LINE * 5  # workers at different cache sets
     progress = packing.aligned_empty(plan.units * (1 + plan.blocks) * LINE if team > 1 else 0, _BYTE)
     tables = plan.tables, columns.tables, table(cell), NO_MASK if mask is None else table(np.ascontiguousarray(mask))
-    now, t, count = team, 0, T if step_flops * T <= PIECE_FLOPS else max(1, PIECE_FLOPS // step_flops)
+    most = T if convolve is None else zx.kept
+    now, t, count = team, 0, most if step_flops * most <= PIECE_FLOPS else max(1, PIECE_FLOPS // step_flops)
     address, memory = borrow(share * team)
     rest = (
         plan.units, plan.blocks, plan.parts, mask is not None, fresh,
-        *x[:3], *zx[:3], *h_first[:3], *h[:3], *c_first[:3], *c[:3], *y_first[:3], *y[:3], *gates[:3], h.kept, c.kept,
+        *x[:3], *h_first[:3], *h[:3], *c_first[:3], *c[:3], *y_first[:3], *y[:3], *gates[:3], h.kept, c.kept,
         trouble.ctypes.data, address, share, progress.ctypes.data if team > 1 else 0,
     )  # fmt: skip
     while t < T:
         start = time.perf_counter()
+        count = min(count, T - t)
+        if convolve is not None:
+            convolve(t, count)
         if team > 1:
             progress.fill(0)
-        flow = array("q", (B, t, min(count, T - t), *rest))
+        flow = array("q", (B, t, count, *rest, *zx.after(0, -t)[:3]))
         flows = NO_FLOWS._replace(place=(flow.buffer_info()[0], 1))
         threads.run(plan.kernel, now, plan.variant, flows, *tables)
         t += count
         if t < T:
             now = min(team, threads.usable_threads())
-            count = max(1, min(4 * count, int(count * PIECE_SECONDS / (time.perf_counter() - start))))
+            count = max(1, min(most, 4 * count, int(count * PIECE_SECONDS / (time.perf_counter() - start))))
     give_back(address, memory)
     return trouble != 0

@@ -14,7 +14,7 @@ from fastclstm.engines.cpu.compilation import inline
 from fastclstm.engines.cpu.kernels import simd
 from fastclstm.engines.cpu.kernels.entry import kernel
 from fastclstm.engines.cpu.kernels.gates import FINISHES, line_pixels, skip_step, z_after
-from fastclstm.engines.cpu.kernels.padding import copy_patch
+from fastclstm.engines.cpu.kernels.padding import copy_patch, copy_run
 from fastclstm.engines.cpu.kernels.schedule import (
     first_piece,
     next_piece,
@@ -160,7 +160,7 @@ def _run(finish):
         segment = simd.pointer(segments)
         last_panel = len(panels) - 2
         first_pass = 0
-        while passes[first_pass, 0] < skipped:
+        while first_pass < len(passes) and passes[first_pass, 0] < skipped:
             first_pass += 1
         for g in range(group0, group1):
             group = groups[g]
@@ -183,11 +183,15 @@ def _run(finish):
                         offsets = simd.at(segments, scratch + (work.offsets0 if s == 0 else work.offsets1) + 8 * r)
                         _tile(vectors, begin, 0 if n == first_pass else columns, sums, base, offsets, segment,
                               passes[n, 1], passes[n, 2], panel_weights)  # fmt: skip
-                    if p == last_panel and (r + rows >= count or r + 2 * rows - begun > at_once):
-                        waiting = simd.shift(z, begun * columns if last_panel > 0 else 0)
-                        finish(like, flow, cell, group, lines, waiting, simd.shift(pixels, begun),
-                               min(r + rows, count) - begun, b, t)  # fmt: skip
-                        begun = r + rows
+                    if p == last_panel:
+                        if first_pass == len(passes):  # nothing is convolved
+                            for i in range(rows):
+                                copy_run(simd.shift(sums, i * columns), group_bias, columns)
+                        if r + rows >= count or r + 2 * rows - begun > at_once:
+                            waiting = simd.shift(z, begun * columns if last_panel > 0 else 0)
+                            finish(like, flow, cell, group, lines, waiting, simd.shift(pixels, begun),
+                                   min(r + rows, count) - begun, b, t)  # fmt: skip
+                            begun = r + rows
 
     def run(
         job, worker, flows, works, sources, neighbours, panels, passes, segments, groups, weights, bias, cells, mask

@@ -22,12 +22,13 @@ FLOW = np.dtype([
     ("units", np.int64), ("blocks", np.int64), ("parts", np.int64),
     ("masked", np.int64),
     ("fresh", np.int64),  # 1: the sequence starts from states of zeros
-    *((f"{name}{field}", kind) for name in ("x", "zx", "h_first", "h", "c_first", "c", "y_first", "y", "gates")
+    *((f"{name}{field}", kind) for name in ("x", "h_first", "h", "c_first", "c", "y_first", "y", "gates")
       for field, kind in (("", np.uint64), ("_image", np.int64), ("_step", np.int64))),  # address, strides in bytes
     ("h_slots", np.int64), ("c_slots", np.int64),  # steps kept: the t-th is in slot t % slots
     ("trouble", np.uint64),  # address of a number for each image: 1 where a stored column is infinite or NaN
     ("scratch", np.uint64), ("scratch_worker", np.int64),
     ("progress", np.int64),  # address of `LINE` counters: pieces claimed of each unit, parts done of each block
+    ("zx", np.uint64), ("zx_image", np.int64), ("zx_step", np.int64),
 ])  # fmt: skip
 """Where a sequence's arrays are and how its work is cut."""
 
@@ -129,13 +130,12 @@ def source_at(flow, sources, s, b, t):
 
 @inline
 def skipped_sources(flow, sources, t):
-    """Count of the sources, the first ones, that add nothing: the hidden state where it is zeros and x is there."""
-    if not flow.fresh or t > 0:
-        return 0
-    for s in range(len(sources)):
-        if not sources[s].hidden:
-            return s
-    return 0
+    """Count of the sources, the first ones, that add nothing: the hidden state where it is zeros."""
+    skipped = 0
+    if flow.fresh and t == 0:
+        while skipped < len(sources) and sources[skipped].hidden:
+            skipped += 1
+    return skipped
 
 
 @inline
