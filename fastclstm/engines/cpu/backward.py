@@ -22,6 +22,7 @@ from fastclstm.engines.cpu.input_gradient import InputGradient
 from fastclstm.engines.cpu.kernels import gates, vmath
 from fastclstm.engines.cpu.kernels.schedule import NOTHING, Slots, slots
 from fastclstm.engines.cpu.launch import team_size
+from fastclstm.engines.cpu.tiles import Tile
 from fastclstm.engines.cpu.weight_gradient import WeightGradient
 from fastclstm.spec import PEEPHOLE_GATES, ConvLSTMSpec
 
@@ -63,8 +64,8 @@ class Saved:
     peephole: Arrays | None
     mask: np.ndarray | None
     algorithm: str
-    m: int
-    """Of Winograd in the forward pass; 0: direct."""
+    m: Tile | None
+    """Of Winograd in the forward pass; None: direct."""
     first: Pair
     """The initial h and c, where they were given."""
     length: int
@@ -105,7 +106,7 @@ def fits(spec: ConvLSTMSpec) -> bool:
 
 def start(
     spec: ConvLSTMSpec, x: np.ndarray, kernels: tuple[np.ndarray, np.ndarray], bias: np.ndarray | None, first: Pair,
-    peephole: Arrays | None, mask: np.ndarray | None, algorithm: str, m: int, length: int, *, states_only: bool,
+    peephole: Arrays | None, mask: np.ndarray | None, algorithm: str, m: Tile | None, length: int, *, states_only: bool,
 ) -> Saved:  # fmt: skip
     """Memory for the forward pass to fill: for what all steps leave, or only for states every `length` steps."""
     B, *frame = spec.state_shape
@@ -259,7 +260,7 @@ class _WayBack:
             ours = kept.of(slice(0, part.stop - part.start))
             for piece in reversed(range(saved.h.shape[1] + 1)):
                 last = piece == 0 and part.stop == spec.B
-                _run_piece(spec, saved, steps(0 if direct else saved.m), part, piece, ours, states[: len(ours.c)])
+                _run_piece(spec, saved, steps(None if direct else saved.m), part, piece, ours, states[: len(ours.c)])
                 if last:
                     steps.cache_clear()  # packed kernels are large
                 self.pull_back(part, piece, ours, direct, last=last)

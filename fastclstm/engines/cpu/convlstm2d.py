@@ -16,6 +16,7 @@ from fastclstm.engines.cpu.conv2d import conv2d, conv2d_backward
 from fastclstm.engines.cpu.fused_steps import Steps
 from fastclstm.engines.cpu.kernels import gates
 from fastclstm.engines.cpu.kernels.schedule import slots
+from fastclstm.engines.cpu.tiles import Tile
 from fastclstm.spec import ConvLSTMSpec
 
 Arrays = dict[str, np.ndarray]
@@ -74,7 +75,7 @@ def _is_fused(spec: ConvLSTMSpec) -> bool:
 
 
 def _fused(
-    spec: ConvLSTMSpec, m: int, x: np.ndarray, kernels: tuple[np.ndarray, np.ndarray], bias: np.ndarray | None,
+    spec: ConvLSTMSpec, m: Tile | None, x: np.ndarray, kernels: tuple[np.ndarray, np.ndarray], bias: np.ndarray | None,
     first: backward.Pair, peephole: Arrays | None, mask: np.ndarray | None, algorithm: str, save: bool | str,
     length: int, out: tuple[np.ndarray, np.ndarray] | None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, backward.Saved | None]:  # fmt: skip
@@ -83,7 +84,7 @@ def _fused(
     spoilt = np.zeros(spec.B, np.bool_)
     if outliers.spoil(m):
         spoilt = outliers.find(x, mask) if first[0] is None else outliers.find(x, mask) | outliers.find(first[0])
-        m = 0 if spoilt.all() else m
+        m = None if spoilt.all() else m
     h_last, c_last = (np.empty(state, dtype), np.empty(state, dtype)) if out is None else out
     borrowed = None
     if m and first[1] is not None and np.may_share_memory(first[1], c_last):  # what is spoilt begins there again
@@ -118,7 +119,7 @@ def _fused(
     spoilt |= np.isnan(c_last.min((1, 2, 3))) if m else False  # a cell that a NaN reached stays NaN
     if m and spoilt.any():
         h, c, mask = (None if array is None else array[spoilt] for array in (*first, mask))
-        *again, saved_again = _fused(spec.with_batch(int(spoilt.sum())), 0, x[spoilt], kernels, bias, (h, c),
+        *again, saved_again = _fused(spec.with_batch(int(spoilt.sum())), None, x[spoilt], kernels, bias, (h, c),
                                      peephole, mask, algorithm, save, length, None)  # fmt: skip
         for whole, part in zip((output, h_last, c_last), again, strict=True):
             whole[spoilt] = part

@@ -8,14 +8,15 @@ from fastclstm.engines import remembered
 from fastclstm.engines.cpu import launch, packing, plans
 from fastclstm.engines.cpu.kernels import gates
 from fastclstm.engines.cpu.kernels.schedule import NOTHING, Slots
+from fastclstm.engines.cpu.tiles import Tile
 from fastclstm.spec import ConvLSTMSpec
 
 
 class Steps:
-    """The fused kernels of a ConvLSTM with Winograd tiles of m×m, or direct ones (m = 0)."""
+    """The fused kernels of a ConvLSTM with Winograd's tiles, or direct ones (m is None)."""
 
     def __init__(
-        self, spec: ConvLSTMSpec, m: int, kernels: tuple[np.ndarray, np.ndarray], bias: np.ndarray | None,
+        self, spec: ConvLSTMSpec, m: Tile | None, kernels: tuple[np.ndarray, np.ndarray], bias: np.ndarray | None,
         peephole: dict[str, np.ndarray] | None, *, remember: bool,
     ):  # fmt: skip
         """Pack the recurrent and the input kernel; remember them where the same ones will come again."""

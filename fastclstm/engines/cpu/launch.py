@@ -9,9 +9,10 @@ from collections import deque
 import numpy as np
 
 from fastclstm.engines import remembered
-from fastclstm.engines.cpu import packing, plans, threads, transforms
+from fastclstm.engines.cpu import packing, threads, transforms
 from fastclstm.engines.cpu.kernels.entry import table
 from fastclstm.engines.cpu.kernels.schedule import FLOW, LINE, NOTHING, Plan, Slots
+from fastclstm.engines.cpu.tiles import Tile
 
 NO_MASK = table(np.ones((0, 0), np.bool_))
 
@@ -61,8 +62,8 @@ def team_size(flops: int) -> int:
 
 
 def pack(
-    kernels: tuple[np.ndarray, ...], bias: np.ndarray | None, scales: np.ndarray, m: int, *, transposed: bool = False,
-    remember: bool = True,
+    kernels: tuple[np.ndarray, ...], bias: np.ndarray | None, scales: np.ndarray, m: Tile | None, *,
+    transposed: bool = False, remember: bool = True,
 ) -> packing.Columns:  # fmt: skip
     """Pack the kernels of a sum of convolutions: the gates of the last axis times `scales`, rounded once.
 
@@ -77,9 +78,8 @@ def pack(
         if not m:
             rows = np.concatenate([k.reshape(-1, gates, k.shape[3] // gates) for k in taps])
             return packing.pack(rows, scales, line)
-        k, F = taps[0].shape[0], taps[0].shape[3] // gates
-        columns = packing.lay_out(plans.points(m, k), sum(t.shape[2] for t in taps), gates, F, line, dtype,
-                                  paired=True)  # fmt: skip
+        F = taps[0].shape[3] // gates
+        columns = packing.lay_out(m.points, transforms.rows(taps, m), gates, F, line, dtype, paired=True)
         transforms.transform(taps, scales, m, columns)
         return columns
 
