@@ -20,6 +20,7 @@ from bench.render import OURS, insert, load
 from fastclstm.engines.cpu import launch, plans
 from fastclstm.engines.cpu.kernels import simd
 from fastclstm.engines.cpu.kernels.schedule import Plan
+from fastclstm.engines.cpu.tiles import Tile
 from fastclstm.spec import ConvSpec
 
 THREADS = (2, 4, 8, 16, 32, 64)
@@ -63,10 +64,10 @@ def play(pieces: np.ndarray, neighbours: np.ndarray, units: int, parts: int, ste
     return now
 
 
-def _rows(plan: Plan, m: int) -> np.ndarray:
+def _rows(plan: Plan, tile: Tile | None) -> np.ndarray:
     """Estimate the work of each block of a unit, in rows of its matrix products."""
     work, blocks = plan.work[0], np.arange(plan.blocks)
-    if m:
+    if tile:
         tiles = np.minimum(work["block_tiles"], work["unit_tiles"] - blocks * work["block_tiles"])
         rows = -(-tiles // work["chunk"]) * (work["chunk"] + 0.75)  # as the plan weighs them
     else:
@@ -81,10 +82,10 @@ def predict(case: ConvLSTMCase, threads: int, row_seconds: float = 1.0) -> float
         ConvSpec.infer((case.B, case.H, case.W, channels), (case.K, case.K, channels, 4 * case.F))
         for channels in (case.F, case.C)
     )
-    m = plans.choose("convlstm2d", specs, "auto", 4)
+    tile = plans.choose("convlstm2d", specs, "auto", 4)
     threads = max(1, min(threads, int(1e9 * case.work / case.T) // launch.SERIAL_FLOPS))
-    plan = plans.plan(specs, m, "update", -(-case.F // simd.lanes(4)), 4, threads)
-    pieces = _rows(plan, m) * row_seconds / plan.parts
+    plan = plans.plan(specs, tile, "update", -(-case.F // simd.lanes(4)), 4, threads)
+    pieces = _rows(plan, tile) * row_seconds / plan.parts
     neighbours = plan.tables.arrays[2]
     return play(pieces, neighbours, plan.units, plan.parts, case.T, min(threads, plan.pieces))
 

@@ -24,7 +24,7 @@ def conv2d(
         return y
     spoilt = outliers.find(x) if outliers.spoil(m) else np.zeros(spec.B, np.bool_)
     if spoilt.all():
-        m = 0
+        m = None
     cell = np.zeros(1, CELL)
     cell["F"] = spec.F
     team = team_size(spec.flops)

@@ -74,20 +74,21 @@ def _is_fused(spec: ConvLSTMSpec) -> bool:
 
 
 def _fused(
-    spec: ConvLSTMSpec, ways: plans.Ways, x: np.ndarray, kernels: tuple[np.ndarray, np.ndarray], bias: np.ndarray | None,
-    first: backward.Pair, peephole: Arrays | None, mask: np.ndarray | None, algorithm: str, save: bool | str,
+    spec: ConvLSTMSpec, ways: plans.Ways, x: np.ndarray, kernels: tuple[np.ndarray, np.ndarray],
+    bias: np.ndarray | None, first: backward.Pair, peephole: Arrays | None, mask: np.ndarray | None, algorithm: str, save: bool | str,
     length: int, out: tuple[np.ndarray, np.ndarray] | None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, backward.Saved | None]:  # fmt: skip
     """Do it with the fused kernels, from the `first` h and c on; length: steps of a piece, where states are saved."""
     dtype, state = x.dtype, spec.state_shape
     spoilt = np.zeros(spec.B, np.bool_)
-    for spoils, array, steps_of in ((ways.of_x, x, mask), (ways.h, first[0], None)):
+    for spoils, array, steps_of in ((ways.x, x, mask), (ways.h, first[0], None)):
         if array is not None and outliers.spoil(spoils):
             spoilt |= outliers.find(array, steps_of)
     ways = plans.DIRECT if spoilt.all() else ways
     h_last, c_last = (np.empty(state, dtype), np.empty(state, dtype)) if out is None else out
     borrowed = None
-    if ways.transform and first[1] is not None and np.may_share_memory(first[1], c_last):  # what is spoilt begins there again
+    if ways.transform and first[1] is not None and np.may_share_memory(first[1], c_last):
+        # What is spoilt begins there again.
         borrowed = launch.borrow(c_last.nbytes)
         copy = borrowed[1][: c_last.nbytes].view(dtype).reshape(state)
         np.copyto(copy, first[1])

@@ -8,8 +8,8 @@ import numpy as np
 
 from fastclstm.engines import remembered
 from fastclstm.engines.cpu import launch, packing, plans
-from fastclstm.engines.cpu.kernels import gates, simd
-from fastclstm.engines.cpu.kernels.schedule import NOTHING, Slots, slots
+from fastclstm.engines.cpu.kernels import gates
+from fastclstm.engines.cpu.kernels.schedule import NOTHING, Slots
 from fastclstm.spec import ConvLSTMSpec
 
 AHEAD_BYTES = 8 << 20
@@ -86,11 +86,9 @@ class Steps:
         spec, (_, columns, before) = self._spec.with_batch(B), self._packed
         itemsize, flops = self._dtype.itemsize, spec.flops // spec.T
         team = launch.team_size(flops)
-        if before is None or self._ways.x is None:
-            plan = plans.plan(
-                (spec.recurrent, spec.input), self._ways.h, finish, len(columns.groups), itemsize, team
-            )
-            launch.run(plan, columns, self._cell, B, T, team, x=x, **arrays, fresh=fresh, mask=mask, step_flops=flops)
+        if before is None:
+            plan = plans.plan((spec.recurrent, spec.input), self._ways.h, finish, len(columns.groups), itemsize, team)
+            launch.run(plan, columns, self._cell, B, T, team, fresh, mask, flops, None, x=x, **arrays)
             return
         cell = self._cell.copy()
         cell["F"] = 4 * spec.F
@@ -109,15 +107,14 @@ class Steps:
                        step_flops=inputs.flops)  # fmt: skip
 
         plan = plans.plan((spec.recurrent,), self._ways.h, finish, len(columns.groups), itemsize, team)
-        launch.run(plan, columns, self._cell, B, T, team, zx=zx, convolve=convolve, **arrays, fresh=fresh, mask=mask,
-                   step_flops=flops)  # fmt: skip
+        launch.run(plan, columns, self._cell, B, T, team, fresh, mask, flops, convolve, zx=zx, **arrays)
 
 
 def _pack(
     ways: plans.Ways, kernels: tuple[np.ndarray, np.ndarray], bias: np.ndarray | None, scales: np.ndarray
 ) -> tuple[packing.Columns, packing.Columns | None]:
     """Pack the recurrent and the input kernel, each gate times its scale: together or, if x goes before, apart."""
-    if ways.x is None:
+    if not ways.before:
         return launch.pack(kernels, bias, scales, ways.h, remember=False), None
     recurrent, kernel = kernels
     line = np.repeat(scales, kernel.shape[3] // 4)  # what is stored has no gates

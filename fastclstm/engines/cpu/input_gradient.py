@@ -8,12 +8,13 @@ from functools import lru_cache
 
 import numpy as np
 
-from fastclstm.engines.cpu import launch, plans, threads
+from fastclstm.engines.cpu import launch, plans, threads, tiles
 from fastclstm.engines.cpu.kernels import col2im, simd
 from fastclstm.engines.cpu.kernels.entry import table
 from fastclstm.engines.cpu.kernels.gates import CELL
 from fastclstm.engines.cpu.kernels.padding import SOURCE, source
 from fastclstm.engines.cpu.kernels.schedule import Slots, slots
+from fastclstm.engines.cpu.tiles import Tile
 from fastclstm.spec import ConvSpec
 
 FOLDED_BYTES = 8 << 20
@@ -31,7 +32,7 @@ class InputGradient:
         """Choose the way, for as many images as `spec` has, and pack the kernel."""
         self._spec, self._dtype, self._kernel = spec, kernel.dtype, kernel
         self._source = table(np.array([source(spec)], SOURCE))
-        self._inner, self._m, self._folds = _way_back(spec, algorithm, kernel.itemsize, plans.TILES)
+        self._inner, self._m, self._folds = _way_back(spec, algorithm, kernel.itemsize, tiles.choices(spec.KH, spec.KW))
         if self._folds:
             kernel = kernel.reshape(1, 1, -1, spec.F)
         self._cell = np.zeros(1, CELL)
@@ -71,15 +72,17 @@ class InputGradient:
 
 
 @lru_cache(maxsize=64)
-def _way_back(spec: ConvSpec, algorithm: str, itemsize: int, tiles: tuple[int, ...]) -> tuple[ConvSpec, int, bool]:
-    """The convolution of dy, its Winograd tile of the given ones (0: direct), and whether its results are folded."""
+def _way_back(
+    spec: ConvSpec, algorithm: str, itemsize: int, choices: tuple[Tile, ...]
+) -> tuple[ConvSpec, Tile | None, bool]:
+    """The convolution of dy, its Winograd tile of the given ones (None: direct), and whether its results are folded."""
     taps = ConvSpec.infer((spec.B, spec.HO, spec.WO, spec.F), (1, 1, spec.F, spec.KH * spec.KW * spec.C))
     inner = _transposed(spec)
     if inner is None:
-        return taps, 0, True
+        return taps, None, True
     m = plans.choose("conv2d", (inner,), algorithm if plans.fits((inner,)) else "auto", itemsize)
     if algorithm != "winograd" and _fold_cost(spec, taps, itemsize) < plans.cost((inner,), m, itemsize):
-        return taps, 0, True
+        return taps, None, True
     return inner, m, False
 
 

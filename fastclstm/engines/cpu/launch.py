@@ -10,9 +10,10 @@ from collections.abc import Callable
 import numpy as np
 
 from fastclstm.engines import remembered
-from fastclstm.engines.cpu import packing, plans, threads, transforms
+from fastclstm.engines.cpu import packing, threads, transforms
 from fastclstm.engines.cpu.kernels.entry import table
 from fastclstm.engines.cpu.kernels.schedule import FLOW, LINE, NOTHING, Plan, Slots
+from fastclstm.engines.cpu.tiles import Tile
 
 NO_MASK = table(np.ones((0, 0), np.bool_))
 
@@ -62,8 +63,8 @@ def team_size(flops: int) -> int:
 
 
 def pack(
-    kernels: tuple[np.ndarray, ...], bias: np.ndarray | None, scales: np.ndarray, m: int, *, transposed: bool = False,
-    remember: bool = True,
+    kernels: tuple[np.ndarray, ...], bias: np.ndarray | None, scales: np.ndarray, m: Tile | None, *,
+    transposed: bool = False, remember: bool = True,
 ) -> packing.Columns:  # fmt: skip
     """Pack the kernels of a sum of convolutions: the gates of the last axis times `scales`, rounded once.
 
@@ -78,9 +79,8 @@ def pack(
         if not m:
             rows = np.concatenate([k.reshape(-1, gates, k.shape[3] // gates) for k in taps])
             return packing.pack(rows, scales, line)
-        k, F = taps[0].shape[0], taps[0].shape[3] // gates
-        columns = packing.lay_out(plans.points(m, k), sum(t.shape[2] for t in taps), gates, F, line, dtype,
-                                  paired=True)  # fmt: skip
+        F = taps[0].shape[3] // gates
+        columns = packing.lay_out(m.points, transforms.rows(taps, m), gates, F, line, dtype, paired=True)
         transforms.transform(taps, scales, m, columns)
         return columns
 
@@ -88,10 +88,10 @@ def pack(
 
 
 def run(
-    plan: Plan, columns: packing.Columns, cell: np.ndarray, B: int, T: int, team: int, *,
+    plan: Plan, columns: packing.Columns, cell: np.ndarray, B: int, T: int, team: int, fresh: bool = True,
+    mask: np.ndarray | None = None, step_flops: int = 0, convolve: Callable[[int, int], object] | None = None, *,
     h: Slots, x: Slots = NOTHING, zx: Slots = NOTHING, h_first: Slots = NOTHING, c: Slots = NOTHING,
-    c_first: Slots = NOTHING, y: Slots = NOTHING, y_first: Slots = NOTHING, gates: Slots = NOTHING, fresh: bool = True,
-    mask: np.ndarray | None = None, step_flops: int = 0, convolve: Callable[[int, int], object] | None = None,
+    c_first: Slots = NOTHING, y: Slots = NOTHING, y_first: Slots = NOTHING, gates: Slots = NOTHING,
 ) -> np.ndarray:  # fmt: skip
     """Run T steps on B images with up to `team` threads, writing to the memory of h, c, y and gates.
 

@@ -9,6 +9,7 @@ import numpy as np
 from fastclstm.engines.cpu import launch, threads
 from fastclstm.engines.cpu.kernels import simd
 from fastclstm.engines.cpu.kernels.outliers import CHUNK, measure
+from fastclstm.engines.cpu.tiles import Tile
 
 BOUND = 256.0
 """A sample is computed directly where its largest |x| is above that, and far larger than some of the others.
@@ -37,9 +38,9 @@ FLOPS = 8
 """Reading a scalar takes as long as so many operations, for the number of threads."""
 
 
-def spoil(m: int) -> bool:
-    """Whether such values reach beyond their receptive fields where tiles are m×m."""
-    return m > 2
+def spoil(tile: Tile | None) -> bool:
+    """Whether such values reach beyond their receptive fields: on an axis of one tap nothing is transformed."""
+    return tile is not None and max(m for m, k in ((tile.m_y, tile.k_y), (tile.m_x, tile.k_x), (0, 2)) if k > 1) > 2
 
 
 def find(array: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:

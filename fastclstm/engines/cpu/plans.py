@@ -2,63 +2,60 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 
+from fastclstm.engines.cpu import tiles
 from fastclstm.engines.cpu.kernels import direct, gates, simd, winograd
 from fastclstm.engines.cpu.kernels.entry import table
 from fastclstm.engines.cpu.kernels.padding import SOURCE, source
 from fastclstm.engines.cpu.kernels.schedule import Plan
+from fastclstm.engines.cpu.tiles import Tile
 from fastclstm.spec import ConvSpec
-
-SIZES = (3, 5)
-"""Sizes of kernels that have Winograd's transforms."""
-
-TILES = (2, 4)
-"""Outputs of a Winograd tile on each axis: the choices of m."""
 
 
 def fits(specs: tuple[ConvSpec, ...]) -> bool:
-    """Whether the convolutions can be computed together: square kernels of one size, 3 or 5, stride and dilation 1."""
-    size = specs[0].KH
-    return size in SIZES and all(
-        (size, size) == (spec.KH, spec.KW) and max(*spec.strides, *spec.dilation) == 1 for spec in specs
+    """Whether tiles can compute the convolutions together: kernels of one size, stride 1 and one dilation."""
+    first = specs[0]
+    return all(
+        (spec.KH, spec.KW) == (first.KH, first.KW)
+        and max(spec.strides) == 1
+        and tiles.dilation(spec) == tiles.dilation(first)
+        for spec in specs
     )
 
 
-def choose(op: str, specs: tuple[ConvSpec, ...], algorithm: str, itemsize: int) -> int:
-    """Outputs of a Winograd tile on each axis; 0: direct. Raises ValueError where Winograd was asked for in vain.
+def choose(op: str, specs: tuple[ConvSpec, ...], algorithm: str, itemsize: int) -> Tile | None:
+    """Winograd's tile; None: direct. Raises ValueError where Winograd was asked for in vain.
 
     "auto" takes the smallest estimate of the costs. "winograd" chooses the tile as for a single image, so that its
     results do not depend on how a batch is split.
     """
     if algorithm == "direct" or (algorithm == "auto" and not fits(specs)):
-        return 0
+        return None
     if not fits(specs):
         raise ValueError(
-            f"{op}: algorithm='winograd' needs square kernels of 3 or 5, one size for all convolutions, with stride "
-            f"and dilation 1, got {[(s.KH, s.KW, s.strides, s.dilation) for s in specs]}; use 'auto' or 'direct'"
+            f"{op}: algorithm='winograd' needs stride 1, and one kernel size and dilation for all convolutions, "
+            f"got {[(s.KH, s.KW, s.strides, s.dilation) for s in specs]}; use 'auto' or 'direct'"
         )
     if algorithm == "winograd":
         specs = tuple(spec.with_batch(1) for spec in specs)
-    choices = TILES if algorithm == "winograd" else (*TILES, 0)
-    return min(choices, key=lambda m: cost(specs, m, itemsize))
+    choices = tiles.choices(specs[0].KH, specs[0].KW)
+    return _cheapest(specs, choices if algorithm == "winograd" else (None, *choices), itemsize)
 
 
 class Ways(NamedTuple):
     """The algorithms of a ConvLSTM's convolutions, as of `choose`."""
 
-    h: int
-    x: int | None
-    """None: as that of h, whose transforms and sums it shares. Else x is convolved beforehand, many steps at once."""
-
-    @property
-    def of_x(self) -> int:
-        """The algorithm that x takes, however."""
-        return self.h if self.x is None else self.x
+    h: Tile | None
+    x: Tile | None
+    before: bool = False
+    """Whether x is convolved beforehand, many steps at once; else it shares h's algorithm, transforms and sums."""
 
     @property
     def transform(self) -> bool:
@@ -66,7 +63,7 @@ class Ways(NamedTuple):
         return bool(self.h or self.x)
 
 
-DIRECT = Ways(0, None)
+DIRECT = Ways(None, None)
 """What forbids the transforms."""
 
 
@@ -81,8 +78,8 @@ CALLS = 40_000
 
 The two were fitted to 160 cells of 8 steps, timed both ways on one thread of an Emerald Rapids: frames of 8² to 64², 1
 to 8 images, 1 to 256 channels, 4 to 128 filters, kernels 1, 3 and 5, strides, dilations. Geometric mean of what the
-choice loses against the better way 1.1 %, at most 13 % (64→16, k5, 8²). Where the geometries agree together is faster by
-5 % (256→64) to 45 % (4→16) on frames of 16² and more, apart by 7 % to 33 % at 8² with one image and much to convolve
+choice loses against the better way 1.1 %, at most 13 % (64→16, k5, 8²). Where the geometries agree together is faster
+by 5 % (256→64) to 45 % (4→16) on frames of 16² and more, apart by 7 % to 33 % at 8² with one image and much to convolve
 (64→64: 0.93, 256→64: 0.77; k5 0.81, 0.73). Where they do not, apart takes 0.30 to 0.99 of direct convolution; of small
 cells with strides (16²: 1→16, 64→16) 1.2 to 1.3, and is not taken.
 """
@@ -98,7 +95,8 @@ def choose_ways(recurrent: ConvSpec, inputs: ConvSpec, algorithm: str, itemsize:
     both = recurrent, inputs
     fitting = [fits((conv,)) for conv in both]
     if algorithm == "direct" or not any(fitting):
-        return Ways(choose("convlstm2d", both, algorithm, itemsize), None)
+        together = choose("convlstm2d", both, algorithm, itemsize)
+        return Ways(together, together)
     if algorithm == "winograd":
         both = recurrent.with_batch(1), inputs.with_batch(1)
     one, many = both[:1], (both[1].with_batch(AHEAD * both[1].B),)
@@ -107,23 +105,28 @@ def choose_ways(recurrent: ConvSpec, inputs: ConvSpec, algorithm: str, itemsize:
         for convs, fit in zip((one, many), fitting, strict=True)
     )
     if algorithm == "winograd" and not fits(both):
-        return Ways(h, x)
+        return Ways(h, x, before=True)
     together = choose("convlstm2d", both, algorithm, itemsize)
     vectors = both[0].B * recurrent.HO * recurrent.WO * -(-recurrent.F // simd.lanes(itemsize))
     apart = cost(one, h, itemsize) + cost(many, x, itemsize) / AHEAD + TRANSFER * vectors + CALLS
-    return Ways(together, None) if cost(both, together, itemsize) <= apart else Ways(h, x)
+    return Ways(together, together) if cost(both, together, itemsize) <= apart else Ways(h, x, before=True)
 
 
-def cost(specs: tuple[ConvSpec, ...], m: int, itemsize: int) -> float:
-    """Estimate the work of one step in multiply-adds of vectors, with Winograd tiles of m×m or directly (m = 0)."""
+@lru_cache(maxsize=256)
+def _cheapest(specs: tuple[ConvSpec, ...], choices: tuple[Tile | None, ...], itemsize: int) -> Tile | None:
+    return min(choices, key=lambda tile: cost(specs, tile, itemsize))
+
+
+def cost(specs: tuple[ConvSpec, ...], tile: Tile | None, itemsize: int) -> float:
+    """Estimate the work of one step in multiply-adds of vectors, with Winograd's tiles or directly (None)."""
     images = specs[0].B
-    return winograd_cost(specs, m, images, itemsize) if m else direct_cost(specs, images, itemsize)
+    return winograd_cost(specs, tile, images, itemsize) if tile else direct_cost(specs, images, itemsize)
 
 
-def plan(specs: tuple[ConvSpec, ...], m: int, finish: str, groups: int, itemsize: int, threads: int) -> Plan:
-    """Plan the sum of convolutions, with Winograd tiles of m×m or directly (m = 0), for up to so many threads."""
-    if m:
-        return winograd_plan(specs, m, finish, groups, itemsize, threads)
+def plan(specs: tuple[ConvSpec, ...], tile: Tile | None, finish: str, groups: int, itemsize: int, threads: int) -> Plan:
+    """Plan the sum of convolutions, with Winograd's tiles or directly (None), for up to so many threads."""
+    if tile:
+        return winograd_plan(specs, tile, finish, groups, itemsize, threads)
     return direct_plan(specs, finish, groups, itemsize, threads)
 
 
@@ -144,17 +147,16 @@ def direct_cost(specs: tuple[ConvSpec, ...], images: int, itemsize: int) -> floa
     return rows * sum(s.KH * s.KW * s.C for s in specs) * vectors / 0.85
 
 
-def winograd_cost(specs: tuple[ConvSpec, ...], m: int, images: int, itemsize: int) -> float:
+def winograd_cost(specs: tuple[ConvSpec, ...], tile: Tile, images: int, itemsize: int) -> float:
     """Estimate the work of one step in multiply-adds of vectors, from measurements (see `direct_cost`)."""
-    lanes = simd.lanes(itemsize)
-    spec = specs[0]
-    tiles = images * -(-spec.HO // m) * -(-spec.WO // m)
-    points = (m + spec.KH - 1) ** 2
+    lanes, spec = simd.lanes(itemsize), specs[0]
+    count = images * math.prod(grid(spec, tile))
+    pieces = len(tiles.pieces(spec.KH, spec.KW, tile))
     vectors = -(-spec.F // (2 * lanes)) * 2
-    rows = max(-(-tiles // winograd.CHUNKS[-1]) * winograd.CHUNKS[-1], STREAMING_ROWS)
-    products = rows * points * sum(s.C for s in specs) * vectors / 0.9
-    inputs = 30 * tiles * points * sum(-(-s.C // lanes) for s in specs)
-    outputs = 5 * tiles * points * vectors
+    rows = max(-(-count // winograd.CHUNKS[-1]) * winograd.CHUNKS[-1], STREAMING_ROWS)
+    products = rows * tile.points * pieces * sum(s.C for s in specs) * vectors / 0.9
+    inputs = 30 * count * tile.points * pieces * sum(-(-s.C // lanes) for s in specs)
+    outputs = 5 * count * tile.points * vectors
     return products + inputs + outputs
 
 
@@ -242,24 +244,40 @@ def _weight_order(specs: Sequence[ConvSpec], block_width: int) -> tuple[np.ndarr
 # ----------------------------------------------------------------------------------------------------------- Winograd
 
 
-def points(m: int, k: int) -> int:
-    """Count of the points of F(m×m, k×k): α²."""
-    return (m + k - 1) ** 2
+def grid(spec: ConvSpec, tile: Tile) -> tuple[int, int]:
+    """Rows and columns of the tiles of an image."""
+    d_y, d_x = tiles.dilation(spec)
+    return tiles.along(spec.HO, tile.m_y, d_y), tiles.along(spec.WO, tile.m_x, d_x)
+
+
+def tile_sources(specs: tuple[ConvSpec, ...], tile: Tile, *, hidden: bool = False) -> np.ndarray:
+    """What the tiles read: of each convolution, piece by piece, a `SOURCE`; hidden: the first one reads h."""
+    sources = []
+    for n, spec in enumerate(specs):
+        d_y, d_x = tiles.dilation(spec)
+        (_, after_y), (_, after_x) = spec.padding
+        for y, x in tiles.pieces(spec.KH, spec.KW, tile):
+            pads = ((spec.padding[0][0] - y.first * d_y, after_y), (spec.padding[1][0] - x.first * d_x, after_x))
+            piece = replace(spec, padding=pads, dilation=(d_y, d_x))
+            sources.append(source(piece, hidden and n == 0))
+    return np.array(sources, SOURCE)
 
 
 @lru_cache(maxsize=256)
-def winograd_plan(specs: tuple[ConvSpec, ...], m: int, finish: str, groups: int, itemsize: int, threads: int) -> Plan:
-    """Plan the sum of the convolutions `specs` (same output grid, own inputs) in tiles of m×m outputs."""
-    B, HO, WO, k = specs[0].B, specs[0].HO, specs[0].WO, specs[0].KH
+def winograd_plan(
+    specs: tuple[ConvSpec, ...], tile: Tile, finish: str, groups: int, itemsize: int, threads: int
+) -> Plan:
+    """Plan the sum of the convolutions `specs` (same output grid, own inputs) in Winograd's tiles."""
+    B, HO, WO = specs[0].B, specs[0].HO, specs[0].WO
     lanes = simd.lanes(itemsize)
-    tiles_y, tiles_x = -(-HO // m), -(-WO // m)
-    tiles = tiles_y * tiles_x
-    images = min(B, -(-winograd.BLOCK_TILES // tiles))  # of one unit
+    tiles_y, tiles_x = grid(specs[0], tile)
+    count = tiles_y * tiles_x
+    images = min(B, -(-winograd.BLOCK_TILES // count))  # of one unit
     units = -(-B // images)
     by_unit = units % threads == 0 or units >= 8 * threads
     if not by_unit:
         images, units = B, 1
-    unit_tiles = images * tiles
+    unit_tiles = images * count
     blocks = max(1, round(unit_tiles / winograd.BLOCK_TILES))
     if not by_unit and blocks < 4 * threads:
         blocks = -(-blocks // threads) * threads
@@ -268,37 +286,37 @@ def winograd_plan(specs: tuple[ConvSpec, ...], m: int, finish: str, groups: int,
     parts = min(groups, -(-threads // (units * blocks)))
     chunk = min(winograd.CHUNKS, key=lambda rows: -(-block_tiles // rows) * (rows + 0.75))
 
-    hidden = [n == 0 and finish != "store" for n in range(len(specs))]
-    sources = np.array([source(*pair) for pair in zip(specs, hidden, strict=True)], SOURCE)
-    channels = [min(lanes, spec.C - c) for spec in specs for c in range(0, spec.C, lanes)]
-    points, chunks = (m + k - 1) ** 2, -(-block_tiles // chunk)
+    sources = tile_sources(specs, tile, hidden=finish != "store")
+    channels = [min(lanes, C - c) for C in sources["C"].tolist() for c in range(0, C, lanes)]
+    points, chunks, side = tile.points, -(-block_tiles // chunk), tile.outputs
     vector = lanes * itemsize
     sizes = (points * (chunks * chunk * len(channels) + 1) * vector, chunks * chunk * (4 * points + 1) * vector,
-             gates.z_bytes(m * m, itemsize), block_tiles * m * m * 8, points * vector)  # fmt: skip
+             gates.z_bytes(side, itemsize), block_tiles * side * 8, points * vector)  # fmt: skip
     places = np.concatenate([[0], np.cumsum([-(-size // 64) * 64 + 64 for size in sizes])])
     work = np.zeros(1, winograd.WORK)
-    work[0] = (HO, WO, tiles_x, tiles, unit_tiles, block_tiles, chunk, *places[:5])
-    neighbours = _neighbours_of_tiles(specs[0], m, tiles_x, tiles, unit_tiles, block_tiles)
+    work[0] = (HO, WO, tiles_x, count, unit_tiles, block_tiles, chunk, *places[:5])
+    neighbours = _neighbours_of_tiles(specs[0], tile, tiles_x, count, unit_tiles, block_tiles)
     tables = table(work, sources, neighbours, np.array(channels, np.int64))
-    return Plan(winograd.RUN[finish], (m, k), work, tables, int(places[5]), units, len(neighbours),
+    return Plan(winograd.RUN[finish], tuple(tile), work, tables, int(places[5]), units, len(neighbours),
                 parts)  # fmt: skip
 
 
 def _neighbours_of_tiles(
-    spec: ConvSpec, m: int, tiles_x: int, tiles: int, unit_tiles: int, block_tiles: int
+    spec: ConvSpec, tile: Tile, tiles_x: int, count: int, unit_tiles: int, block_tiles: int
 ) -> np.ndarray:
     """Of each block of tiles (image by image, row by row) the blocks with tiles that its convolution reaches."""
     first = np.arange(0, unit_tiles, block_tiles)
     last = np.minimum(first + block_tiles, unit_tiles) - 1
-    rows = -(-_reach(spec)[0] // m)
-    if spec.padding_mode == "circular":
-        rows = tiles // tiles_x
+    interleaved = tiles.dilation(spec)[0]
+    rows = count // tiles_x
+    bands = rows if spec.padding_mode == "circular" else -(-_reach(spec)[0] // (tile.m_y * interleaved))
 
-    def row(tile: np.ndarray, step: int) -> np.ndarray:
-        return np.clip(tile % tiles // tiles_x + step, 0, tiles // tiles_x - 1)
+    def row(index: np.ndarray, step: int) -> np.ndarray:
+        """First row of tiles of the band, `interleaved` rows, that many steps away."""
+        return np.clip((index % count // tiles_x // interleaved + step) * interleaved, 0, rows)
 
-    start = first // tiles * tiles + row(first, -rows) * tiles_x
-    stop = np.minimum(last // tiles * tiles + row(last, rows) * tiles_x + tiles_x, unit_tiles)
+    start = first // count * count + row(first, -bands) * tiles_x
+    stop = np.minimum(last // count * count + row(last, bands + 1) * tiles_x, unit_tiles)
     return np.stack([start // block_tiles, -(-stop // block_tiles)], 1)
 
 

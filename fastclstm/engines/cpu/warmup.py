@@ -11,21 +11,22 @@ from typing import Any
 import numpy as np
 from numba import types
 
-from fastclstm.engines.cpu import launch, outliers, packing, plans
+from fastclstm.engines.cpu import launch, outliers, packing, plans, tiles
 from fastclstm.engines.cpu.conv2d import conv2d_backward
 from fastclstm.engines.cpu.convlstm2d import convlstm2d, convlstm2d_backward
 from fastclstm.engines.cpu.kernels import gates
 from fastclstm.engines.cpu.kernels.entry import table
 from fastclstm.engines.cpu.kernels.team import run_team
 from fastclstm.engines.cpu.max_pool3d import max_pool3d, max_pool3d_backward
+from fastclstm.engines.cpu.tiles import Tile
 from fastclstm.nn import activations
 from fastclstm.spec import ConvLSTMSpec, ConvSpec, PoolSpec
 
 DTYPES = ("float32", "float64")
 
 _FORWARD = {"convolution": "store", "ConvLSTM": "update", "ConvLSTM of any kind": "update_any"}
-_ALGORITHMS = ((0, 3), *((m, k) for k in plans.SIZES for m in plans.TILES))
-"""Winograd's m and k; m = 0: direct, of any size."""
+_TILES = (None, *tiles.choices(3, 3), *tiles.choices(5, 5))
+"""Of Winograd for the usual kernels; None: direct, for any."""
 
 
 def steps(*dtypes: str, forward_only: bool = False) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -58,13 +59,13 @@ def _compile_one(dtypes: tuple[str, ...], forward_only: bool, index: int) -> str
 
 
 def _forward(dtype: str) -> Iterator[tuple[str, Callable[[], Any]]]:
-    for m, k in _ALGORITHMS:
-        how = f"Winograd F({m}×{m}, {k}×{k})" if m else "direct"
+    for tile in _TILES:
+        how = f"Winograd {tile}" if tile else "direct"
         for name, finish in _FORWARD.items():
-            yield f"{name}, {how}", partial(_compile_sequence, dtype, m, k, finish)
+            yield f"{name}, {how}", partial(_compile_sequence, dtype, tile, finish)
     yield (
         "transform of kernels",
-        partial(launch.pack, (np.ones((3, 3, 1, 1), dtype),), None, np.ones(1), 2, remember=False),
+        partial(launch.pack, (np.ones((3, 3, 1, 1), dtype),), None, np.ones(1), _TILES[1], remember=False),
     )
     yield "search for fill values", partial(outliers.find, np.ones(outliers.SMALL + 1, dtype))
     volume = np.ones((1, 1, 1, 1, 1), dtype)
@@ -74,11 +75,11 @@ def _forward(dtype: str) -> Iterator[tuple[str, Callable[[], Any]]]:
 
 
 def _backward(dtype: str) -> Iterator[tuple[str, Callable[[], Any]]]:
-    for m, k in _ALGORITHMS:
-        how = f"Winograd F({m}×{m}, {k}×{k})" if m else "direct"
-        yield f"ConvLSTM in training, {how}", partial(_compile_sequence, dtype, m, k, "update_and_keep")
-        yield f"gradient of kernels, {how}", partial(_train, dtype, m, k, None)
-    yield "gradient of gates of any kind", partial(_train, dtype, 0, 3, 1.0)
+    for tile in _TILES:
+        how = f"Winograd {tile}" if tile else "direct"
+        yield f"ConvLSTM in training, {how}", partial(_compile_sequence, dtype, tile, "update_and_keep")
+        yield f"gradient of kernels, {how}", partial(_train, dtype, tile, None)
+    yield "gradient of gates of any kind", partial(_train, dtype, None, 1.0)
     image = np.ones((1, 3, 3, 1), dtype)
     strided = ConvSpec.infer(image.shape, (3, 3, 1, 1), strides=2)
     pulled = image, np.ones((3, 3, 1, 1), dtype), np.ones((1, 2, 2, 1), dtype)
@@ -89,22 +90,23 @@ def _backward(dtype: str) -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "gradient of overlapping pooling", partial(max_pool3d_backward, overlapping, indices, volume)
 
 
-def _compile_sequence(dtype: str, m: int, k: int, finish: str) -> None:
-    spec = ConvSpec.infer((1, 8, 8, 1), (k, k, 1, 1))
+def _compile_sequence(dtype: str, tile: Tile | None, finish: str) -> None:
+    k_y, k_x = (tile.k_y, tile.k_x) if tile else (3, 3)
+    spec = ConvSpec.infer((1, 8, 8, 1), (k_y, k_x, 1, 1))
     columns = packing.lay_out(1, 1, 1, 1, None, np.dtype(dtype))
-    plan = plans.plan((spec,), m, finish, 1, np.dtype(dtype).itemsize, 1)
+    plan = plans.plan((spec,), tile, finish, 1, np.dtype(dtype).itemsize, 1)
     tables = launch.NO_FLOWS, plan.tables, columns.tables, table(np.zeros(1, gates.CELL)), launch.NO_MASK
     plan.kernel.function(plan.variant, tables)
 
 
-def _train(dtype: str, m: int, k: int, cell_clip: float | None) -> None:
-    """Take one small step forward and backward, on a frame for which tiles of m×m are chosen."""
-    size = {0: 3, 2: 4, 4: 32}[m]
+def _train(dtype: str, tile: Tile | None, cell_clip: float | None) -> None:
+    """Take one small step forward and backward, on a frame for which such tiles are chosen."""
+    size, k = ({2: 4, 4: 32}[tile.m_y], tile.k_y) if tile else (3, 3)
     x, kernel = np.ones((1, 1, size, size, 1), dtype), np.ones((k, k, 1, 4), dtype)
     sigmoid, tanh = activations.get("sigmoid"), activations.get("tanh")
     spec = ConvLSTMSpec.infer(x.shape, kernel.shape, kernel.shape, activation=tanh, recurrent_activation=sigmoid,
                               output_activation=tanh, cell_clip=cell_clip)  # fmt: skip
-    algorithm = "winograd" if m else "direct"
+    algorithm = "winograd" if tile else "direct"
     *_, saved = convlstm2d(spec, x, kernel, kernel, None, None, None, None, None, algorithm=algorithm, save=True)
     assert saved is not None
     convlstm2d_backward(spec, saved, x, None, None)

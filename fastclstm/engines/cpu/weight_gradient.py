@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 
-from fastclstm.engines.cpu import launch, plans, threads, transforms
+from fastclstm.engines.cpu import launch, plans, threads, tiles, transforms
 from fastclstm.engines.cpu.kernels import simd
 from fastclstm.engines.cpu.kernels.entry import Kernel, Table, table
 from fastclstm.engines.cpu.kernels.padding import SOURCE, source
 from fastclstm.engines.cpu.kernels.schedule import Slots
 from fastclstm.engines.cpu.kernels.weight_gradient import FRAMES, WORK, add_direct, add_winograd
 from fastclstm.engines.cpu.kernels.winograd import CHUNKS
+from fastclstm.engines.cpu.tiles import Tile
 from fastclstm.spec import ConvSpec
 
 BLOCK_PIXELS = 512
@@ -46,10 +48,10 @@ class WeightGradient:
 
     def __init__(self, specs: tuple[ConvSpec, ...], dtype: np.dtype, T: int, algorithm: str = "auto"):
         self._specs, self._dtype = specs, dtype
-        self._m = choose(specs, T, algorithm, dtype.itemsize)
-        tiles = specs[0].B * T
-        self._plan = (_winograd_plan(specs, self._m, tiles, dtype.itemsize) if self._m else
-                      _direct_plan(specs, tiles, dtype.itemsize))  # fmt: skip
+        self._tile = choose(specs, T, algorithm, dtype.itemsize)
+        frames = specs[0].B * T
+        self._plan = (_winograd_plan(specs, self._tile, frames, dtype.itemsize) if self._tile else
+                      _direct_plan(specs, frames, dtype.itemsize))  # fmt: skip
         self._sums = np.zeros(self._plan.sums_shape, dtype)
 
     def add(self, inputs: tuple[Slots, ...], dz: Slots, B: int, T: int, team: int) -> None:
@@ -71,9 +73,9 @@ class WeightGradient:
 
     def result(self) -> list[np.ndarray]:
         """Return the gradients (KH, KW, C, F) of the kernels."""
-        if self._m:
+        if self._tile:
             gradients = [np.empty((spec.KH, spec.KW, spec.C, spec.F), self._dtype) for spec in self._specs]
-            transforms.pull_back(self._sums, self._m, gradients)
+            transforms.pull_back(self._sums, self._tile, gradients)
             return gradients
         matrix = self._sums.swapaxes(0, 1).reshape(self._sums.shape[1], -1)[:, : self._specs[0].F]
         return [
@@ -83,25 +85,26 @@ class WeightGradient:
         ]  # fmt: skip
 
 
-def choose(specs: tuple[ConvSpec, ...], T: int, algorithm: str, itemsize: int) -> int:
-    """Outputs of a Winograd tile on each axis; 0: direct."""
+def choose(specs: tuple[ConvSpec, ...], T: int, algorithm: str, itemsize: int) -> Tile | None:
+    """Winograd's tile; None: direct."""
     if algorithm == "direct" or not plans.fits(specs):
-        return 0
-    costs = {m: _winograd_cost(specs, m, T, itemsize) for m in plans.TILES}
+        return None
+    costs: dict[Tile | None, float] = {
+        tile: _winograd_cost(specs, tile, T, itemsize) for tile in tiles.choices(specs[0].KH, specs[0].KW)
+    }
     if algorithm == "auto":
-        costs[0] = T * plans.direct_cost(specs, specs[0].B, itemsize)
-    return min(costs, key=lambda m: costs[m])
+        costs[None] = T * plans.direct_cost(specs, specs[0].B, itemsize)
+    return min(costs, key=lambda tile: costs[tile])
 
 
-def _winograd_cost(specs: tuple[ConvSpec, ...], m: int, T: int, itemsize: int) -> float:
+def _winograd_cost(specs: tuple[ConvSpec, ...], tile: Tile, T: int, itemsize: int) -> float:
     """Estimate the work in multiply-adds of vectors (see `plans.direct_cost`)."""
     lanes, spec = simd.lanes(itemsize), specs[0]
-    tiles = T * spec.B * -(-spec.HO // m) * -(-spec.WO // m)
-    points = (m + spec.KH - 1) ** 2
-    rows, vectors = sum(s.C for s in specs), -(-spec.F // lanes)
-    transforms = 10 * tiles * points * (vectors + sum(-(-s.C // lanes) for s in specs))
-    visits = (4 * -(-tiles // BLOCK_TILES) + 40) * points * rows * vectors
-    return tiles * points * rows * vectors / 0.9 + transforms + visits
+    count, pieces = T * spec.B * math.prod(plans.grid(spec, tile)), len(tiles.pieces(spec.KH, spec.KW, tile))
+    rows, vectors = pieces * sum(s.C for s in specs), -(-spec.F // lanes)
+    transforms = 10 * count * tile.points * (vectors + pieces * sum(-(-s.C // lanes) for s in specs))
+    visits = (4 * -(-count // BLOCK_TILES) + 40) * tile.points * rows * vectors
+    return count * tile.points * rows * vectors / 0.9 + transforms + visits
 
 
 def _chunk(rows: int) -> int:
@@ -155,26 +158,26 @@ def _direct_plan(specs: tuple[ConvSpec, ...], frames: int, itemsize: int) -> _Pl
 
 
 @lru_cache(maxsize=64)
-def _winograd_plan(specs: tuple[ConvSpec, ...], m: int, frames: int, itemsize: int) -> _Plan:
+def _winograd_plan(specs: tuple[ConvSpec, ...], tile: Tile, frames: int, itemsize: int) -> _Plan:
     spec, lanes = specs[0], simd.lanes(itemsize)
-    k = spec.KH
-    points, pairs, width = (m + k - 1) ** 2, _pairs(spec.F, itemsize), 2 * lanes
-    gradient = ConvSpec(spec.B, spec.HO, spec.WO, spec.F, 1, 1, 1, spec.HO, spec.WO, (1, 1), (1, 1), ((0, 0), (0, 0)),
-                        "zeros")  # fmt: skip
-    sources = np.array([source(s) for s in (*specs, gradient)], SOURCE)
-    channels = sum(s.C for s in specs)
+    points, pairs, width = tile.points, _pairs(spec.F, itemsize), 2 * lanes
+    gradient = ConvSpec(spec.B, spec.HO, spec.WO, spec.F, 1, 1, 1, spec.HO, spec.WO, (1, 1), tiles.dilation(spec),
+                        ((0, 0), (0, 0)), "zeros")  # fmt: skip
+    inputs = plans.tile_sources(specs, tile)
+    sources = np.append(inputs, np.array([source(gradient)], SOURCE))
+    channels = int(inputs["C"].sum())
     chunk = _chunk(channels)
     rows = -(-channels // chunk) * chunk
     pitch = (-(-channels // lanes) + 1 | 1) * lanes  # an odd number of vectors: tiles in different sets of the cache
-    tiles_x, tiles_y = -(-spec.WO // m), -(-spec.HO // m)
+    tiles_y, tiles_x = plans.grid(spec, tile)
     size = points * (pitch + pairs * width)
     count = max(8, min(frames * tiles_x * tiles_y, BLOCK_TILES, SCRATCH_BYTES // (size * itemsize)))
     gradients = count * pitch + lanes
     point = (gradients + pairs * count * width) // lanes * lanes + 2 * lanes
     work = _record(HO=spec.HO, WO=spec.WO, columns=spec.F, tiles_x=tiles_x, tiles=tiles_x * tiles_y,
-                   count=count, rows=rows, pairs=pairs, point=point, pitch=pitch, gradients=gradients,
-                   patches=points * point, patch_size=points * lanes)  # fmt: skip
+                   pieces=len(inputs) // len(specs), count=count, rows=rows, pairs=pairs, point=point, pitch=pitch,
+                   gradients=gradients, patches=points * point, patch_size=points * lanes)  # fmt: skip
     runs = np.array([(0, 0, channels, chunk, 0)], np.int64)
     tables = table(work, sources, runs)
-    return _Plan(add_winograd, (m, k), tables, runs, tiles_x * tiles_y, count, (points, pairs, rows, width),
+    return _Plan(add_winograd, tuple(tile), tables, runs, tiles_x * tiles_y, count, (points, pairs, rows, width),
                  points * point, points * lanes)  # fmt: skip

@@ -15,48 +15,50 @@ COLUMNS = 16
 WORK = np.dtype([
     ("kernel", np.uint64),  # address
     *((f"{axis}_stride", np.int64) for axis in ("y", "x", "row", "column")),  # in scalars
+    ("KH", np.int64), ("KW", np.int64), ("skipped_y", np.int64), ("skipped_x", np.int64),  # of a piece's taps
     ("rows", np.int64), ("first_row", np.int64), ("all_rows", np.int64),  # of this kernel, its place among all
     ("gates", np.int64), ("filters", np.int64),
 ])  # fmt: skip
 
 
 @inline
-def _combine(matrix, row, values, apart, result):
-    """Σ_i matrix[row, i] · values[i·apart], for `COLUMNS` columns, to result."""
+def _combine(matrix, row, first, count, values, apart, result):
+    """Σ_i matrix[row, first + i] · values[i·apart], i < count, for `COLUMNS` columns, to result."""
     step = simd.vector_lanes(values)
     for f in range(0, COLUMNS, step):
         total = simd.zeros(values)
-        for i in range(matrix.shape[1]):
+        for i in range(count):
             value = simd.load(simd.shift(values, i * apart + f))
-            total = simd.fma(simd.broadcast(value, matrix[row, i]), value, total)
+            total = simd.fma(simd.broadcast(value, matrix[row, first + i]), value, total)
         simd.store(simd.shift(result, f), total)
 
 
 @inline
-def _transform_columns(like, work, G, scale, first, count, taps, half):
-    """Read the taps of `count` columns of one row, and apply G to their first axis."""
-    alpha, k = G.shape
+def _transform_columns(like, work, G_y, scale, first, count, taps, half):
+    """Read the taps of `count` columns of one row, and apply G_y to their first axis."""
     source = simd.at(like, work.kernel)
-    for i in range(k):
-        for j in range(k):
+    for i in range(work.KH):
+        for j in range(work.KW):
             at = first + i * work.y_stride + j * work.x_stride
-            tap = simd.shift(taps, (i * k + j) * COLUMNS)
+            tap = simd.shift(taps, (i * work.KW + j) * COLUMNS)
             for f in range(count):
                 tap[f] = source[at + f * work.column_stride] * scale
-    for a in range(alpha):
-        for j in range(k):
-            _combine(G, a, simd.shift(taps, j * COLUMNS), k * COLUMNS, simd.shift(half, (a * k + j) * COLUMNS))
+    for a in range(G_y.shape[0]):
+        for j in range(work.KW):
+            target = simd.shift(half, (a * work.KW + j) * COLUMNS)
+            _combine(G_y, a, work.skipped_y, work.KH, simd.shift(taps, j * COLUMNS), work.KW * COLUMNS, target)
 
 
 @kernel
-def transform(job, worker, works, G, scales, groups, weights):
+def transform(job, worker, works, G_y, G_x, scales, groups, weights):
     """Transform the kernels of rows and groups of columns."""
     work, like = works[0], weights
-    alpha, k = G.shape
-    width = 2 * simd.vector_lanes(simd.pointer(weights))
-    room = np.zeros((25 + 40 + 1, COLUMNS))
+    height, width = G_y.shape[0], G_x.shape[0]
+    lanes = 2 * simd.vector_lanes(simd.pointer(weights))
+    room = np.zeros(((work.KH + height) * work.KW + 1, COLUMNS))
     taps = simd.pointer(room)
-    half, line = simd.shift(taps, 25 * COLUMNS), simd.shift(taps, 65 * COLUMNS)
+    half = simd.shift(taps, work.KH * work.KW * COLUMNS)
+    line = simd.shift(half, height * work.KW * COLUMNS)
     pieces = len(groups) * work.rows
     size = grain(job, pieces)
     n = next_item(job, -1, size)
@@ -69,15 +71,16 @@ def transform(job, worker, works, G, scales, groups, weights):
             for f0 in range(0, filters, COLUMNS):
                 count = min(COLUMNS, filters - f0)
                 first = row * work.row_stride + (gate * work.filters + first_filter + f0) * work.column_stride
-                _transform_columns(like, work, G, scales[gate], first, count, taps, half)
+                _transform_columns(like, work, G_y, scales[gate], first, count, taps, half)
                 column = gate * gate_width + f0
-                for p in range(alpha * alpha):
-                    _combine(G, p % alpha, simd.shift(half, p // alpha * k * COLUMNS), COLUMNS, line)
+                for p in range(height * width):
+                    from_half = simd.shift(half, p // width * work.KW * COLUMNS)
+                    _combine(G_x, p % width, work.skipped_x, work.KW, from_half, COLUMNS, line)
                     f = 0
                     while f < count:  # panel by panel
-                        at = (column + f) % width
-                        panel = (p * pairs + (column + f) // width) * work.all_rows + work.first_row + row
-                        place, end = simd.shift(target, panel * width + at), min(count, f + width - at)
+                        at = (column + f) % lanes
+                        panel = (p * pairs + (column + f) // lanes) * work.all_rows + work.first_row + row
+                        place, end = simd.shift(target, panel * lanes + at), min(count, f + lanes - at)
                         for i in range(end - f):
                             place[i] = line[f + i]
                         f = end
@@ -85,36 +88,39 @@ def transform(job, worker, works, G, scales, groups, weights):
 
 
 @kernel
-def pull_back(job, worker, works, G_T, sums):
+def pull_back(job, worker, works, G_T_y, G_T_x, sums):
     """Of each kernel's row, and `COLUMNS` columns, bring the sums of all points back to the taps."""
     work, like = works[0], sums
-    k, alpha = G_T.shape
-    room = np.zeros((64 + 40 + 1, COLUMNS))
+    height, width = G_T_y.shape[1], G_T_x.shape[1]
+    room = np.zeros(((height + work.KH) * width + 1, COLUMNS))
     values = simd.pointer(room)
-    half, line = simd.shift(values, 64 * COLUMNS), simd.shift(values, 104 * COLUMNS)
-    _, pairs, rows, width = sums.shape
+    half = simd.shift(values, height * width * COLUMNS)
+    line = simd.shift(half, work.KH * width * COLUMNS)
+    _, pairs, rows, lanes = sums.shape
     target = simd.at(like, work.kernel)
     size = grain(job, work.rows)
     n = next_item(job, -1, size)
     while n < work.rows:
         for f0 in range(0, work.filters, COLUMNS):
             count = min(COLUMNS, work.filters - f0)
-            for p in range(alpha * alpha):
+            for p in range(height * width):
                 value, f = simd.shift(values, p * COLUMNS), 0
                 while f < count:  # panel by panel
-                    at = (f0 + f) % width
-                    panel = (p * pairs + (f0 + f) // width) * rows + work.first_row + n
-                    source, end = simd.shift(simd.pointer(sums), panel * width + at), min(count, f + width - at)
+                    at = (f0 + f) % lanes
+                    panel = (p * pairs + (f0 + f) // lanes) * rows + work.first_row + n
+                    source, end = simd.shift(simd.pointer(sums), panel * lanes + at), min(count, f + lanes - at)
                     for i in range(end - f):
                         value[f + i] = source[i]
                     f = end
-            for i in range(k):
-                for b in range(alpha):
-                    place = (i * alpha + b) * COLUMNS
-                    _combine(G_T, i, simd.shift(values, b * COLUMNS), alpha * COLUMNS, simd.shift(half, place))
-            for i in range(k):
-                for j in range(k):
-                    _combine(G_T, j, simd.shift(half, i * alpha * COLUMNS), COLUMNS, line)
+            for i in range(work.KH):
+                for b in range(width):
+                    place = simd.shift(half, (i * width + b) * COLUMNS)
+                    column = simd.shift(values, b * COLUMNS)
+                    _combine(G_T_y, work.skipped_y + i, 0, height, column, width * COLUMNS, place)
+            for i in range(work.KH):
+                for j in range(work.KW):
+                    from_half = simd.shift(half, i * width * COLUMNS)
+                    _combine(G_T_x, work.skipped_x + j, 0, width, from_half, COLUMNS, line)
                     at = n * work.row_stride + i * work.y_stride + j * work.x_stride + f0 * work.column_stride
                     for f in range(count):
                         target[at + f * work.column_stride] = line[f]

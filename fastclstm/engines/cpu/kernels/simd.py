@@ -390,7 +390,7 @@ _EVERY_LANE, _CURRENT_ROUNDING = ir.IntType(16)(-1), INT32(4)
 
 @intrinsic
 def quotient(typingctx, a, b):
-    """a / b by the quickest way that errs by two roundings at most; 1 / b must be a normal number."""
+    """A / b by the quickest way that errs by two roundings at most; 1 / b must be a normal number."""
 
     def codegen(context, builder, sig, args):
         a, b = args

@@ -5,8 +5,8 @@ Both algorithms take turns at two phases. The inputs and the gradient of a block
 date by the one thread that owns it. So results depend on the thread count in no bit.
 
 Direct: dW[k, l] = Σ x[i·s + k·d, j·s + l·d]ᵀ dz[i, j]. Winograd: the transpose of the forward algorithm,
-dW = Gᵀ [Σ_tiles (Bᵀ x B)ᵀ (A dz Aᵀ)] G, where Aᵀ, G and Bᵀ are those of F(m×m, k×k), and the sum of each point of the
-transformed tile is a matrix product.
+dW = Gᵀ [Σ_tiles (Bᵀ x B)ᵀ (A dz Aᵀ)] G, where Aᵀ, G and Bᵀ are those of F(m_y×m_x, k_y×k_x), and the sum of each point
+of the transformed tile is a matrix product; a kernel's pieces are further rows of it.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ WORK = np.dtype([(name, np.int64) for name in (
     "HO", "WO", "columns",
     "height", "parts",  # direct: rows of a block, blocks of a frame
     "tiles_x", "tiles",  # Winograd: tiles of a frame
+    "pieces",  # Winograd: sources of an input
     "count",  # blocks or tiles gathered at once
     "rows", "pairs",  # of the sums: pairs of vectors
     "item", "point",  # direct: scalars of a gathered block; Winograd: of a point's tiles
@@ -187,22 +188,25 @@ def add_direct(job, worker, frames, works, sources, runs, sums):
 
 
 @inline
-def _gather_tile(m, k, like, frames, work, sources, index, slot, patch):
+def _gather_tile(m_y, m_x, k_y, k_x, like, frames, work, sources, index, slot, patch):
     """Transform the inputs of one tile, [point][tile][channel], and its gradients, [point][vector][tile]."""
     n, tile = index // work.tiles, index % work.tiles
-    ty, tx = tile // work.tiles_x * m, tile % work.tiles_x * m
+    gradient = sources[len(sources) - 1]
+    ty = winograd.corner(m_y, gradient.dilation_y, tile // work.tiles_x)
+    tx = winograd.corner(m_x, gradient.dilation_x, tile % work.tiles_x)
     base = simd.at(like, frames.scratch)
     step = simd.vector_lanes(base)
     target = simd.shift(base, slot * work.pitch)
     for s in range(len(sources) - 1):
         src = sources[s]
-        frame = simd.at(like, _source_frame(frames, s, n))
-        winograd.transform_tile(m, k, src, frame, ty - src.top, tx - src.left, target, step, work.point, patch)
+        frame = simd.at(like, _source_frame(frames, s // work.pieces, n))
+        y0, x0 = ty - src.top, tx - src.left
+        winograd.transform_tile(m_y, m_x, k_y, k_x, src, frame, y0, x0, target, step, work.point, patch)
         target = simd.shift(target, src.C)  # over the zeros that end the channels before
     target = simd.shift(base, work.gradients + slot * step)
     frame = simd.at(like, _gradient_frame(frames, n))
-    gradient = sources[len(sources) - 1]
-    winograd.transform_gradient_tile(m, k, gradient, frame, ty, tx, target, work.count * step, work.point, patch)
+    winograd.transform_gradient_tile(m_y, m_x, k_y, k_x, gradient, frame, ty, tx, target, work.count * step,
+                                     work.point, patch)  # fmt: skip
 
 
 @inline
@@ -224,11 +228,11 @@ def _add_tiles(frames, work, runs, sums, count, n):
 
 
 @kernel
-def add_winograd(m, k, job, worker, frames, works, sources, runs, sums):
+def add_winograd(m_y, m_x, k_y, k_x, job, worker, frames, works, sources, runs, sums):
     """Bring the sums [point][pair][row][two vectors] up to date."""
     work, last = works[0], frames[0].last
     patch = simd.shift(simd.at(sums, frames[0].scratch), work.patches + worker * work.patch_size)
-    panels = (m + k - 1) * (m + k - 1) * work.pairs
+    panels = (m_y + k_y - 1) * (m_x + k_x - 1) * work.pairs
     size = max(1, panels // (4 * workers_of(job)))
     pieces = (panels + size - 1) // size
     piece, begun = claim(job), 0
@@ -236,7 +240,9 @@ def add_winograd(m, k, job, worker, frames, works, sources, runs, sums):
         tiles = min(work.count, last - first)
         while piece < begun + tiles:
             wait_for_all(job, begun)
-            _gather_tile(m, k, sums, frames[0], work, sources, first + piece - begun, piece - begun, patch)
+            _gather_tile(
+                m_y, m_x, k_y, k_x, sums, frames[0], work, sources, first + piece - begun, piece - begun, patch
+            )
             done(job)
             piece = claim(job)
         begun += tiles

@@ -1,8 +1,10 @@
-"""Winograd convolution F(m×m, k×k): fewer multiplications, for square kernels of 3 or 5 with stride and dilation 1.
+"""Winograd convolution F(m_y×m_x, k_y×k_x): fewer multiplications, for kernels of stride 1.
 
-Each tile of m×m outputs is Aᵀ[(G w Gᵀ) ∘ (Bᵀ x B)]A (Lavin & Gray 2016). Bᵀ x B of a block of tiles, for all channels,
-is written once; then for each group of columns one matrix product a point (an element of the α×α transformed tile,
-α = m + k − 1) runs over the channels, and the transform Aᵀ · A hands pre-activations straight to the gates.
+Each tile of m_y×m_x outputs is Aᵀ[(G w Gᵀ) ∘ (Bᵀ x B)]A (Lavin & Gray 2016), each axis with matrices of its own. Bᵀ x B
+of a block of tiles, for all channels, is written once; then for each group of columns one matrix product a point (an
+element of the α_y×α_x transformed tile, α = m + k − 1) runs over the channels, and the transform Aᵀ · A hands
+pre-activations straight to the gates. A piece of a larger kernel is a source of its own, with its origin: further
+channels of the same product. The pixels of a tile are a dilation apart.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from numba.extending import intrinsic
 from fastclstm.engines.cpu.compilation import inline
 from fastclstm.engines.cpu.kernels import simd
 from fastclstm.engines.cpu.kernels.entry import kernel
-from fastclstm.engines.cpu.kernels.gates import FINISHES, line_pixels, skip_step, take, z_after
+from fastclstm.engines.cpu.kernels.gates import FINISHES, line_pixels, skip_step, z_after
 from fastclstm.engines.cpu.kernels.padding import copy_run
 from fastclstm.engines.cpu.kernels.schedule import (
     first_piece,
@@ -63,9 +65,11 @@ class Transforms(NamedTuple):
     B_T: np.ndarray
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=32)
 def transforms(m: int, k: int) -> Transforms:
     """Compute the matrices (m, α), (α, k) and (α, α) exactly, by Cook and Toom's algorithm, and round them once."""
+    if k == 1:
+        return Transforms(np.eye(m), np.ones((m, 1)), np.eye(m))
     points = [Fraction(point) for point in POINTS[m + k - 1]]
     finite = len(points)
     alpha = finite + 1
@@ -131,19 +135,19 @@ def _apply(builder, matrix, values):
     return [_combine(builder, row, values) for row in rows]
 
 
-def _transform_square(builder, matrix, tile):
-    """Matrix · tile · matrixᵀ for a square of vectors."""
-    columns = [_apply(builder, matrix, [row[j] for row in tile]) for j in range(len(tile[0]))]
-    return [_apply(builder, matrix, [column[i] for column in columns]) for i in range(len(matrix))]
+def _transform(builder, down, across, tile):
+    """Down · tile · acrossᵀ for a rectangle of vectors."""
+    columns = [_apply(builder, down, [row[j] for row in tile]) for j in range(len(tile[0]))]
+    return [_apply(builder, across, [column[i] for column in columns]) for i in range(len(down))]
 
 
-def _read_and_transform(matrix, masked, ahead):
-    """Codegen of a transform that reads a square of pixels and asks for the `ahead` pixels right of it."""
-    side = matrix.shape[1]
+def _read_and_transform(down, across, masked, ahead):
+    """Codegen of a transform that reads a rectangle of pixels and asks for the `ahead` pixels right of it."""
+    height, width = down.shape[1], across.shape[1]
 
     def codegen(context, builder, sig, args):
-        _, _, _, origin, row, column, count, target, point = args
-        vector = simd.llvm_vector(sig.args[3].dtype)
+        origin, row, column, count, target, point = args[5:]
+        vector = simd.llvm_vector(sig.args[5].dtype)
 
         def at(base, step, index):
             return builder.gep(base, [builder.mul(step, simd.INT64(index))])
@@ -153,56 +157,67 @@ def _read_and_transform(matrix, masked, ahead):
                 return simd.emit_load_some(builder, pointer, vector, count)
             return simd.emit_load(builder, pointer, vector)
 
-        tile = [[read(at(at(origin, row, i), column, j)) for j in range(side)] for i in range(side)]
-        for i in range(side):
-            for j in range(side, side + ahead):
+        tile = [[read(at(at(origin, row, i), column, j)) for j in range(width)] for i in range(height)]
+        for i in range(height):
+            for j in range(width, width + ahead):
                 simd.emit_prefetch(builder, at(at(origin, row, i), column, j), 3)
-        for i, line in enumerate(_transform_square(builder, matrix, tile)):
+        for i, line in enumerate(_transform(builder, down, across, tile)):
             for j, value in enumerate(line):
-                simd.emit_store(builder, value, at(target, point, i * len(matrix) + j))
+                simd.emit_store(builder, value, at(target, point, i * len(across) + j))
         return context.get_dummy_value()
 
     return codegen
 
 
-@intrinsic(prefer_literal=True)
-def transform_input(typingctx, m, k, some, origin, row, column, count, target, point):
-    """target[p] = (Bᵀ x B)[p] of the α×α pixels at origin, for a vector of channels (`some`: only the first `count`).
+def _matrices(name, m_y, m_x, k_y, k_x):
+    """One of the matrices for both axes, by literal numbers."""
+    axes = (m_y.literal_value, k_y.literal_value), (m_x.literal_value, k_x.literal_value)
+    return [getattr(transforms(m, k), name) for m, k in axes]
 
-    row, column: scalars between pixels; point: scalars between the α² results.
+
+@intrinsic(prefer_literal=True)
+def transform_input(typingctx, m_y, m_x, k_y, k_x, some, origin, row, column, count, target, point):
+    """target[p] = (Bᵀ x B)[p] of the α_y×α_x pixels at origin, for a vector of channels (`some`: the first `count`).
+
+    row, column: scalars between pixels; point: scalars between the results.
     """
-    matrix = transforms(m.literal_value, k.literal_value).B_T
-    # The tile to the right begins m pixels on: those of its pixels that are not read here will be wanted.
-    codegen = _read_and_transform(matrix, bool(some.literal_value), m.literal_value)
-    return types.void(m, k, some, origin, types.intp, types.intp, types.intp, target, types.intp), codegen
+    # The tile to the right begins m_x pixels on: those of its pixels that are not read here will be wanted.
+    down, across = _matrices("B_T", m_y, m_x, k_y, k_x)
+    codegen = _read_and_transform(down, across, bool(some.literal_value), m_x.literal_value)
+    return types.void(m_y, m_x, k_y, k_x, some, origin, types.intp, types.intp, types.intp, target, types.intp), codegen
 
 
 @intrinsic(prefer_literal=True)
-def transform_gradient(typingctx, m, k, some, origin, row, column, count, target, point):
-    """target[p] = (A dy Aᵀ)[p] of the m×m gradients at origin, as `transform_input`."""
-    matrix = transforms(m.literal_value, k.literal_value).A_T.T
-    codegen = _read_and_transform(matrix, bool(some.literal_value), m.literal_value)
-    return types.void(m, k, some, origin, types.intp, types.intp, types.intp, target, types.intp), codegen
+def transform_gradient(typingctx, m_y, m_x, k_y, k_x, some, origin, row, column, count, target, point):
+    """target[p] = (A dy Aᵀ)[p] of the m_y×m_x gradients at origin, as `transform_input`."""
+    down, across = _matrices("A_T", m_y, m_x, k_y, k_x)
+    codegen = _read_and_transform(down.T, across.T, bool(some.literal_value), m_x.literal_value)
+    return types.void(m_y, m_x, k_y, k_x, some, origin, types.intp, types.intp, types.intp, target, types.intp), codegen
 
 
 @intrinsic(prefer_literal=True)
-def transform_output(typingctx, m, k, products, bias, target, pixel):
-    """target[i·m + j] = (Aᵀ M A)[i, j] + bias of the α² vectors M at products; pixel: scalars between the results."""
-    matrix = transforms(m.literal_value, k.literal_value).A_T
-    side, alpha = matrix.shape
+def transform_output(typingctx, m_y, m_x, k_y, k_x, products, bias, target, pixel):
+    """target[i·m_x + j] = (Aᵀ M A)[i, j] + bias of the vectors M at products; pixel: scalars between the results."""
+    down, across = _matrices("A_T", m_y, m_x, k_y, k_x)
+    height, width = down.shape[1], across.shape[1]
     vector = simd.llvm_vector(products.dtype)
 
     def codegen(context, builder, sig, args):
-        _, _, products, bias, target, pixel = args
-        tile = [[simd.emit_load(builder, products, vector, i * alpha + j) for j in range(alpha)] for i in range(alpha)]
-        tile[ONE][ONE] = builder.fadd(tile[ONE][ONE], simd.emit_load(builder, bias, vector))
-        for i, line in enumerate(_transform_square(builder, matrix, tile)):
+        products, bias, target, pixel = args[4:]
+        tile = [[simd.emit_load(builder, products, vector, i * width + j) for j in range(width)] for i in range(height)]
+        added = simd.emit_load(builder, bias, vector)
+        for i in (
+            range(height) if k_y.literal_value == 1 else (ONE,)
+        ):  # an axis that is not transformed has no such point
+            for j in range(width) if k_x.literal_value == 1 else (ONE,):
+                tile[i][j] = builder.fadd(tile[i][j], added)
+        for i, line in enumerate(_transform(builder, down, across, tile)):
             for j, value in enumerate(line):
-                place = builder.gep(target, [builder.mul(pixel, simd.INT64(i * side + j))])
+                place = builder.gep(target, [builder.mul(pixel, simd.INT64(i * len(across) + j))])
                 simd.emit_store(builder, value, place)
         return context.get_dummy_value()
 
-    return types.void(m, k, products, bias, target, types.intp), codegen
+    return types.void(m_y, m_x, k_y, k_x, products, bias, target, types.intp), codegen
 
 
 @intrinsic(prefer_literal=True)
@@ -263,66 +278,74 @@ def _multiply(chunk, inputs, weights, channels, blocks, result, row, column, pre
 
 
 @inline
-def _pixels(src, frame, y0, x0, side, c, count, patch):
-    """Where to read channels c .. c + count of the side×side pixels at (y0, x0), and the scalars between pixels.
-
-    At the edges of the frame they are copied to `patch`, with what the padding holds.
-    """
-    if y0 >= 0 and x0 >= 0 and y0 + side <= src.H and x0 + side <= src.W:
-        return simd.shift(frame, (y0 * src.W + x0) * src.C + c), src.W * src.C, src.C
-    step = simd.vector_lanes(patch)
-    for i in range(side):
-        y = (y0 + i) % src.H if src.circular else y0 + i
-        line = simd.shift(frame, y * src.W * src.C + c)
-        for j in range(side):
-            x = (x0 + j) % src.W if src.circular else x0 + j
-            value = simd.zeros(patch)
-            if y >= 0 and y < src.H and x >= 0 and x < src.W:
-                value = take(simd.shift(line, x * src.C), count)
-            simd.store(simd.shift(patch, (i * side + j) * step), value)
-    return patch, side * step, step
+def corner(m, dilation, index):
+    """First output of a tile on an axis: `dilation` interleaved ones, then those m outputs of each further on."""
+    return index // dilation * (m * dilation) + index % dilation
 
 
 @inline
-def transform_tile(m, k, src, frame, y0, x0, inputs, block_size, point, patch):
-    """Transform the α×α pixels of a frame at (y0, x0), all channels, a block of channels at a time."""
+def _is_inside(src, y0, x0, height, width):
+    """Whether height×width pixels, a dilation apart, are all on the frame."""
+    y1, x1 = y0 + (height - 1) * src.dilation_y, x0 + (width - 1) * src.dilation_x
+    return y0 >= 0 and x0 >= 0 and y1 < src.H and x1 < src.W
+
+
+@inline
+def _copy_pixels(src, frame, y0, x0, height, width, c, count, patch):
+    """Copy channels c .. c + count of the height×width pixels from (y0, x0) on, or what the padding holds there."""
+    step = simd.vector_lanes(patch)
+    for i in range(height):
+        y = y0 + i * src.dilation_y
+        if src.circular:
+            y = y % src.H
+        for j in range(width):
+            x = x0 + j * src.dilation_x
+            if src.circular:
+                x = x % src.W
+            pixel = simd.shift(patch, (i * width + j) * step)
+            simd.store(pixel, simd.zeros(pixel))
+            if y >= 0 and y < src.H and x >= 0 and x < src.W:
+                copy_run(pixel, simd.shift(frame, (y * src.W + x) * src.C + c), count)
+
+
+@inline
+def transform_tile(m_y, m_x, k_y, k_x, src, frame, y0, x0, inputs, block_size, point, patch):
+    """Transform the α_y×α_x pixels of a frame from (y0, x0) on, all channels, a block of channels at a time."""
     step = simd.vector_lanes(inputs)
-    alpha = m + k - 1
-    inside = y0 >= 0 and x0 >= 0 and y0 + alpha <= src.H and x0 + alpha <= src.W
+    height, width = m_y + k_y - 1, m_x + k_x - 1
+    inside = _is_inside(src, y0, x0, height, width)
+    row, column = src.dilation_y * src.W * src.C, src.dilation_x * src.C
     for c in range(0, src.C, step):
         count = min(step, src.C - c)
         target = simd.shift(inputs, c // step * block_size)
         if inside:
             origin = simd.shift(frame, (y0 * src.W + x0) * src.C + c)
             if count < step:
-                transform_input(m, k, 1, origin, src.W * src.C, src.C, count, target, point)
+                transform_input(m_y, m_x, k_y, k_x, 1, origin, row, column, count, target, point)
             else:
-                transform_input(m, k, 0, origin, src.W * src.C, src.C, count, target, point)
+                transform_input(m_y, m_x, k_y, k_x, 0, origin, row, column, count, target, point)
             continue
-        for i in range(alpha):
-            for j in range(alpha):
-                y, x = y0 + i, x0 + j
-                if src.circular:
-                    y, x = y % src.H, x % src.W
-                pixel = simd.shift(patch, (i * alpha + j) * step)
-                simd.store(pixel, simd.zeros(pixel))
-                if y >= 0 and y < src.H and x >= 0 and x < src.W:
-                    copy_run(pixel, simd.shift(frame, (y * src.W + x) * src.C + c), count)
-        transform_input(m, k, 0, patch, alpha * step, step, step, target, point)
+        _copy_pixels(src, frame, y0, x0, height, width, c, count, patch)
+        transform_input(m_y, m_x, k_y, k_x, 0, patch, width * step, step, step, target, point)
 
 
 @inline
-def transform_gradient_tile(m, k, src, frame, y0, x0, inputs, block_size, point, patch):
-    """Transform the m×m gradients of a frame at (y0, x0), all channels, a block of channels at a time."""
+def transform_gradient_tile(m_y, m_x, k_y, k_x, src, frame, y0, x0, inputs, block_size, point, patch):
+    """Transform the m_y×m_x gradients of a frame from (y0, x0) on, all channels, a block of channels at a time."""
     step = simd.vector_lanes(inputs)
+    inside = _is_inside(src, y0, x0, m_y, m_x)
+    row, column = src.dilation_y * src.W * src.C, src.dilation_x * src.C
     for c in range(0, src.C, step):
         count = min(step, src.C - c)
-        origin, row, column = _pixels(src, frame, y0, x0, m, c, count, patch)
         target = simd.shift(inputs, c // step * block_size)
-        if count < step:
-            transform_gradient(m, k, 1, origin, row, column, count, target, point)
+        origin = simd.shift(frame, (y0 * src.W + x0) * src.C + c)
+        if not inside:
+            _copy_pixels(src, frame, y0, x0, m_y, m_x, c, count, patch)
+            transform_gradient(m_y, m_x, k_y, k_x, 0, patch, m_x * step, step, step, target, point)
+        elif count < step:
+            transform_gradient(m_y, m_x, k_y, k_x, 1, origin, row, column, count, target, point)
         else:
-            transform_gradient(m, k, 0, origin, row, column, count, target, point)
+            transform_gradient(m_y, m_x, k_y, k_x, 0, origin, row, column, count, target, point)
 
 
 def _run(finish):
@@ -330,8 +353,9 @@ def _run(finish):
 
     @inline
     def run_block(
-        m, k, flow, work, sources, groups, channels, weights, bias, cell, mask, scratch, unit, t, block, part
-    ):
+        m_y, m_x, k_y, k_x, flow, work, sources, groups, channels, weights, bias, cell, mask, scratch, unit, t, block,
+        part,
+    ):  # fmt: skip
         """Compute one block of tiles of a unit at step t, for a part of the groups."""
         like = weights
         group0, group1 = len(groups) * part // flow.parts, len(groups) * (part + 1) // flow.parts
@@ -341,8 +365,8 @@ def _run(finish):
         if count <= 0:
             return
         chunk = work.chunk
-        side = m * m
-        points = (m + k - 1) * (m + k - 1)
+        side = m_y * m_x
+        points = (m_y + k_y - 1) * (m_x + k_x - 1)
         inputs, products = simd.at(like, scratch + work.inputs), simd.at(like, scratch + work.products)
         lines, patch = simd.at(like, scratch + work.z), simd.at(like, scratch + work.patch)
         z = z_after(lines)
@@ -360,16 +384,18 @@ def _run(finish):
             rows += sources[s].C
         for n in range(count):
             b, tile = (first + n) // work.tiles, (first + n) % work.tiles
-            ty, tx = tile // work.tiles_x * m, tile % work.tiles_x * m
-            for i in range(m):
-                for j in range(m):
-                    outside = ty + i >= work.HO or tx + j >= work.WO
-                    pixels[n * side + i * m + j] = -1 if outside else (ty + i) * work.WO + tx + j
+            ty = corner(m_y, sources[0].dilation_y, tile // work.tiles_x)
+            tx = corner(m_x, sources[0].dilation_x, tile % work.tiles_x)
+            for i in range(m_y):
+                for j in range(m_x):
+                    y, x = ty + i * sources[0].dilation_y, tx + j * sources[0].dilation_x
+                    pixels[n * side + i * m_x + j] = y * work.WO + x if y < work.HO and x < work.WO else -1
             block_n = simd.shift(inputs, n // chunk * chunk_size + (n % chunk + skipped_blocks * chunk) * step)
             for s in range(skipped, len(sources)):
                 src = sources[s]
                 frame = simd.at(like, source_at(flow, sources, s, b, t))
-                transform_tile(m, k, src, frame, ty - src.top, tx - src.left, block_n, chunk * step, point, patch)
+                transform_tile(m_y, m_x, k_y, k_x, src, frame, ty - src.top, tx - src.left, block_n, chunk * step,
+                               point, patch)  # fmt: skip
                 block_n = simd.shift(block_n, (src.C + step - 1) // step * chunk * step)
         blocks = len(channels) - skipped_blocks
         counts = simd.shift(simd.pointer(channels), skipped_blocks)
@@ -400,14 +426,16 @@ def _run(finish):
                 for v in range(vectors):
                     tile_products = simd.shift(products, n * tile_size + v * points * step)
                     vector_bias, target = simd.shift(group_bias, v * step), simd.shift(z, (held * vectors + v) * step)
-                    transform_output(m, k, tile_products, vector_bias, target, vectors * step)
+                    transform_output(m_y, m_x, k_y, k_x, tile_products, vector_bias, target, vectors * step)
                 held += side
                 if n + 1 == count or (first + n + 1) // work.tiles != b or held + side > at_once:
                     begun = simd.shift(pixels, (n + 1) * side - held)
                     finish(like, flow, cell, group, lines, z, begun, held, b, t)
                     held = 0
 
-    def run(m, k, job, worker, flows, works, sources, neighbours, channels, groups, weights, bias, cells, mask):
+    def run(
+        m_y, m_x, k_y, k_x, job, worker, flows, works, sources, neighbours, channels, groups, weights, bias, cells, mask
+    ):
         flow = flows[0]
         scratch = worker_scratch(flow, worker)
         unit, piece, helped = first_piece()
@@ -417,12 +445,12 @@ def _run(finish):
                 break
             t, block, part = place(flow, piece)
             wait_for_neighbours(flow, job, sources, neighbours, unit, block, t)
-            run_block(m, k, flow, works[0], sources, groups, channels, weights, bias, cells[0], mask, scratch,
-                       unit, t, block, part)  # fmt: skip
+            run_block(m_y, m_x, k_y, k_x, flow, works[0], sources, groups, channels, weights, bias, cells[0], mask,
+                      scratch, unit, t, block, part)  # fmt: skip
             piece_done(flow, job, sources, unit, block)
 
     return run
 
 
 RUN = {name: kernel(_run(finish), f"winograd.{name}") for name, finish in FINISHES.items()}
-"""Compute a piece of a sequence with F(m×m, k×k), by what becomes of the columns."""
+"""Compute a piece of a sequence with F(m_y×m_x, k_y×k_x), by what becomes of the columns."""
