@@ -106,7 +106,7 @@ def direct_plan(specs: tuple[ConvSpec, ...], finish: str, groups: int, itemsize:
     sources = np.zeros(len(specs), SOURCE)
     at = 0
     for n, spec in enumerate(specs):
-        sources[n] = source(spec, hidden=n == 0 and finish != "store")
+        sources[n] = source(spec, hidden=n == 0 and (finish != "store" or len(specs) > 1))
         sources[n]["scratch"] = at
         rows = (height - 1) * spec.strides[0] + (spec.KH - 1) * spec.dilation[0] + 1
         columns = (width - 1) * spec.strides[1] + (spec.KW - 1) * spec.dilation[1] + 1
@@ -201,7 +201,7 @@ def winograd_plan(specs: tuple[ConvSpec, ...], m: int, finish: str, groups: int,
     parts = min(groups, -(-threads // (units * blocks)))
     chunk = min(winograd.CHUNKS, key=lambda rows: -(-block_tiles // rows) * (rows + 0.75))
 
-    hidden = [n == 0 and finish != "store" for n in range(len(specs))]
+    hidden = [n == 0 and (finish != "store" or len(specs) > 1) for n in range(len(specs))]
     sources = np.array([source(*pair) for pair in zip(specs, hidden, strict=True)], SOURCE)
     channels = [min(lanes, spec.C - c) for spec in specs for c in range(0, spec.C, lanes)]
     points, chunks = (m + k - 1) ** 2, -(-block_tiles // chunk)
