@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fastclstm.engines import recurrence
-from fastclstm.engines.cpu import backward, launch, outliers, plans
+from fastclstm.engines.cpu import backward, launch, outliers, plans, stepwise
 from fastclstm.engines.cpu.conv2d import conv2d, conv2d_backward
 from fastclstm.engines.cpu.fused_steps import Steps
 from fastclstm.engines.cpu.kernels import gates
@@ -37,7 +37,7 @@ def convlstm2d(
     algorithm: str = "auto",
     save: bool | str = False,
     out: tuple[np.ndarray, np.ndarray] | None = None,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, recurrence.Saved | backward.Saved | None]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, recurrence.Saved | backward.Saved | stepwise.Saved | None]:
     """Run a ConvLSTM over x (B, T, H, W, C): output, last h, last c and, with `save`, what backward needs.
 
     save="states" keeps only some states, from which backward takes the steps between them forward again.
@@ -46,6 +46,11 @@ def convlstm2d(
     """
     ways = plans.choose_ways(spec.recurrent, spec.input, algorithm, x.itemsize)
     if dropout is not None or not _is_fused(spec) or (save and not backward.fits(spec)):
+        if stepwise.knows(spec):
+            inputs = stepwise.Inputs(
+                x, (recurrent_kernel, kernel), bias, (h, c), peephole, mask, normalization, dropout, algorithm
+            )
+            return stepwise.forward(spec, inputs, save, out)
         arguments = x, kernel, recurrent_kernel, bias, h, c, peephole, mask
         return recurrence.forward(
             spec, conv2d, *arguments, normalization=normalization, dropout=dropout, save=save, out=out,
@@ -57,7 +62,7 @@ def convlstm2d(
 
 def convlstm2d_backward(
     spec: ConvLSTMSpec,
-    saved: recurrence.Saved | backward.Saved,
+    saved: recurrence.Saved | backward.Saved | stepwise.Saved,
     dy: np.ndarray | None,
     dh: np.ndarray | None,
     dc: np.ndarray | None,
@@ -65,6 +70,8 @@ def convlstm2d_backward(
     """Pull gradients of the output, the last h and the last c back through time: see `recurrence.backward`."""
     if isinstance(saved, backward.Saved):
         return backward.backward(spec, saved, dy, dh, dc)
+    if isinstance(saved, stepwise.Saved):
+        return stepwise.backward(spec, saved, dy, dh, dc)
     return recurrence.backward(spec, conv2d_backward, saved, dy, dh, dc)
 
 
@@ -75,8 +82,8 @@ def _is_fused(spec: ConvLSTMSpec) -> bool:
 
 def _fused(
     spec: ConvLSTMSpec, ways: plans.Ways, x: np.ndarray, kernels: tuple[np.ndarray, np.ndarray],
-    bias: np.ndarray | None, first: backward.Pair, peephole: Arrays | None, mask: np.ndarray | None, algorithm: str, save: bool | str,
-    length: int, out: tuple[np.ndarray, np.ndarray] | None,
+    bias: np.ndarray | None, first: backward.Pair, peephole: Arrays | None, mask: np.ndarray | None, algorithm: str,
+    save: bool | str, length: int, out: tuple[np.ndarray, np.ndarray] | None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, backward.Saved | None]:  # fmt: skip
     """Do it with the fused kernels, from the `first` h and c on; length: steps of a piece, where states are saved."""
     dtype, state = x.dtype, spec.state_shape

@@ -175,7 +175,7 @@ def direct_plan(specs: tuple[ConvSpec, ...], finish: str, groups: int, itemsize:
     sources = np.zeros(len(specs), SOURCE)
     at = 0
     for n, spec in enumerate(specs):
-        sources[n] = source(spec, hidden=n == 0 and finish != "store")
+        sources[n] = source(spec, hidden=n == 0 and (finish != "store" or len(specs) > 1))
         sources[n]["scratch"] = at
         rows = (height - 1) * spec.strides[0] + (spec.KH - 1) * spec.dilation[0] + 1
         columns = (width - 1) * spec.strides[1] + (spec.KW - 1) * spec.dilation[1] + 1
@@ -286,7 +286,7 @@ def winograd_plan(
     parts = min(groups, -(-threads // (units * blocks)))
     chunk = min(winograd.CHUNKS, key=lambda rows: -(-block_tiles // rows) * (rows + 0.75))
 
-    sources = tile_sources(specs, tile, hidden=finish != "store")
+    sources = tile_sources(specs, tile, hidden=finish != "store" or len(specs) > 1)
     channels = [min(lanes, C - c) for C in sources["C"].tolist() for c in range(0, C, lanes)]
     points, chunks, side = tile.points, -(-block_tiles // chunk), tile.outputs
     vector = lanes * itemsize

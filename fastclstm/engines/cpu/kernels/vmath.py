@@ -5,7 +5,8 @@ exp, tanh and sigmoid err by at most 4 ULP over the whole line; NaN stays NaN, i
 
 from __future__ import annotations
 
-from math import factorial, log
+from math import cos, erfc, factorial, fsum, log, pi, sqrt, tan
+from math import exp as exponential
 from typing import Any
 
 import numpy as np
@@ -151,7 +152,7 @@ def sigmoid(x):
 
 ACTIVATION_CODES = {
     "tanh": 0, "sigmoid": 1, "linear": 2, "relu": 3, "hard_sigmoid": 4, "hard_sigmoid_keras2": 5, "leaky_relu": 6,
-    "elu": 7, "selu": 8, "silu": 9, "softsign": 10, "exponential": 11,
+    "elu": 7, "selu": 8, "silu": 9, "softsign": 10, "exponential": 11, "gelu": 12, "softplus": 13,
 }  # fmt: skip
 """Number of each activation that kernels compute; the others are computed by NumPy."""
 
@@ -188,10 +189,16 @@ def activate(code, x):
         return x / (1.0 + simd.absolute(x))
     if code == 11:
         return exp(x)
+    if code == 12:
+        return gelu(x)
+    if code == 13:
+        return softplus(x)
     return x
 
 
-DERIVATIVE_CODES = frozenset(ACTIVATION_CODES.values()) - {ACTIVATION_CODES["silu"]}
+DERIVATIVE_CODES = frozenset(
+    code for name, code in ACTIVATION_CODES.items() if name not in ("silu", "gelu", "softplus")
+)
 """Numbers of the activations whose derivative follows from their value."""
 
 
@@ -228,3 +235,108 @@ def _inside(y, slope):
     """`slope` where 0 < y < 1, else 0."""
     zero, one = simd.broadcast(y, 0.0), simd.broadcast(y, 1.0)
     return simd.select_less(zero, y, simd.select_less(y, one, simd.broadcast(y, slope), zero), zero)
+
+
+# ------------------------------------------------------------------------- activations whose slope needs their input
+
+
+def _scaled_erfc(a: float) -> float:
+    """exp(a²) erfc(a) for a >= 0: where that would lose digits by its continued fraction."""
+    if a < 1:
+        return exponential(a * a) * erfc(a)
+    rest = a
+    for n in range(200, 0, -1):
+        rest = a + n / 2 / rest
+    return 1 / (sqrt(pi) * rest)
+
+
+TAIL = 2.5
+"""Where the polynomial of the tail has its middle."""
+
+
+def _tail_coefficients(degree: int) -> tuple[float, ...]:
+    """Coefficients in s = (a - TAIL) / (a + TAIL), a >= 0, of (1 + 2a) exp(a²) erfc(a), at Chebyshev nodes.
+
+    Sums are rounded once: of so high a degree the coefficients would lose digits otherwise.
+    """
+    n = degree + 1
+    odd = range(1, 2 * n, 2)  # nodes are cos(odd · unit)
+    unit = pi / (2 * n)
+    places = [TAIL / tan(m * unit / 2) ** 2 for m in odd]
+    values = [(1 + 2 * a) * _scaled_erfc(a) for a in places]
+    weights = [
+        fsum(v * cos(k * m % (4 * n) * unit) for v, m in zip(values, odd, strict=True)) * (1 + (k > 0)) / n
+        for k in range(n)
+    ]
+    powers = [np.pad(chebyshev.cheb2poly([0] * k + [1]), (0, degree - k)) for k in range(n)]
+    return tuple(fsum(w * row[i] for w, row in zip(weights, powers, strict=True)) for i in range(n))
+
+
+def _logarithm_coefficients(degree: int) -> tuple[float, ...]:
+    """Coefficients in u = s² <= 1/9 of atanh(s) / s: Taylor's."""
+    return tuple(1 / (2 * power + 1) for power in range(degree + 1))
+
+
+_TAIL = {ir.FloatType(): _tail_coefficients(11), ir.DoubleType(): _tail_coefficients(24)}
+_LOGARITHM = {ir.FloatType(): _logarithm_coefficients(7), ir.DoubleType(): _logarithm_coefficients(15)}
+
+
+@intrinsic
+def _tail_polynomial(typingctx, s):
+    """(1 + 2a) exp(a²) erfc(a) of s = (a - TAIL) / (a + TAIL)."""
+
+    def codegen(context, builder, sig, args):
+        return _horner(builder, args[0], _TAIL[args[0].type.element])
+
+    return s(s), codegen
+
+
+@intrinsic
+def _logarithm_polynomial(typingctx, u):
+    """atanh(s) / s of u = s² <= 1/9."""
+
+    def codegen(context, builder, sig, args):
+        return _horner(builder, args[0], _LOGARITHM[args[0].type.element])
+
+    return u(u), codegen
+
+
+@inline
+def _normal(x):
+    """Return Φ(x), with relative accuracy in the lower tail, and exp(-x²/2)."""
+    x = simd.maximum(-40.0, simd.minimum(40.0, x))
+    square = x * x
+    rest = simd.fma(x, x, -square)  # what rounding took of the square
+    bell = exp(-0.5 * square) * (1.0 - 0.5 * rest)
+    a = simd.absolute(x) * 0.7071067811865476
+    tail = 0.5 * bell * _tail_polynomial((a - TAIL) / (a + TAIL)) / (1.0 + 2.0 * a)
+    return simd.select_less(x, simd.broadcast(x, 0.0), tail, 1.0 - tail), bell
+
+
+@inline
+def gelu(x):
+    """x Φ(x); NaN stays."""
+    below, _ = _normal(x)
+    return simd.maximum(-40.0, x) * below
+
+
+@inline
+def softplus(x):
+    """log(1 + exp(x)), accurate down to the smallest numbers."""
+    e = exp(-simd.absolute(x))
+    s = e / (e + 2.0)
+    return simd.maximum(0.0, x) + 2.0 * s * _logarithm_polynomial(s * s)
+
+
+@inline
+def slope(code, x, y):
+    """Derivative of the activation with number `code` at x, where its value is y."""
+    if code == 9:
+        s = sigmoid(x)
+        return simd.fma(simd.maximum(-1000.0, simd.minimum(1000.0, x)) * s, 1.0 - s, s)
+    if code == 12:
+        below, bell = _normal(x)
+        return simd.fma(simd.maximum(-40.0, simd.minimum(40.0, x)) * bell, simd.broadcast(x, 0.3989422804014327), below)
+    if code == 13:
+        return sigmoid(x)
+    return derivative(code, y)

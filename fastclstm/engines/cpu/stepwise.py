@@ -1,0 +1,582 @@
+"""A ConvLSTM step by step on the cpu engine: convolutions into pre-activations, then kernels over these, and back.
+
+What one kernel for all of a step cannot do goes this way: normalization, whose statistics need all of z; in-cell dropout,
+with which each gate sees inputs of its own; and the training of activations whose slope does not follow from their value.
+What a step keeps for the way back is z, of which everything else is computed again, and the cell state.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from fastclstm.engines.cpu import backward as fused
+from fastclstm.engines.cpu import launch, outliers, packing, plans, threads
+from fastclstm.engines.cpu.input_gradient import InputGradient
+from fastclstm.engines.cpu.kernels import cell_steps, gates, simd
+from fastclstm.engines.cpu.kernels.schedule import NOTHING, Slots, slots
+from fastclstm.engines.cpu.normalizing import Normalizing, Statistics
+from fastclstm.spec import GATES, PEEPHOLE_GATES, ConvLSTMSpec, ConvSpec
+
+Arrays = dict[str, np.ndarray]
+Pair = tuple[np.ndarray | None, np.ndarray | None]
+
+CHUNK_BYTES = 2048
+"""Size of a line of a chunk, about."""
+
+STRIP_PIXELS = 64
+"""Pixels whose sums are taken together, about."""
+
+PIECE_BYTES = 4 << 20
+"""Pre-activations of the steps whose frames are convolved together where they are not kept, about."""
+
+CELL_FLOPS = 200
+"""Computing one value of a new state takes as long as so many operations, for the number of threads."""
+
+_BOUNDED = {"sigmoid", "tanh", "hard_sigmoid", "hard_sigmoid_keras2", "softsign"}
+"""Activations whose states need not be searched for what Winograd's transforms would spoil."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a call was given."""
+
+    x: np.ndarray
+    kernels: tuple[np.ndarray, np.ndarray]
+    """The recurrent and the input kernel."""
+    bias: np.ndarray | None
+    first: Pair
+    peephole: Arrays | None
+    mask: np.ndarray | None
+    normalization: Arrays | None
+    dropout: Arrays | None
+    algorithm: str
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What the way back needs of the forward pass, steps in the order of processing."""
+
+    inputs: Inputs
+    direct: np.ndarray
+    """The images (B,) that took direct convolutions, because of what `outliers` finds."""
+    statistics: list[tuple[Statistics, ...]] = field(default_factory=list)
+    """Of each step, of each part that is normalized."""
+    kept: list[tuple[np.ndarray, np.ndarray | None, np.ndarray]] = field(default_factory=list)
+    """z, zh where it is normalized separately, and c (B, T + 1, HO, WO, F), until the way back uses them up."""
+    states: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+    """h (B, T, HO, WO, F) and c, where they are all that is kept."""
+
+    @property
+    def steps(self) -> list[tuple[tuple[Statistics, ...]]]:
+        """The statistics as `recurrence.Saved` holds them."""
+        return [(found,) for found in self.statistics]
+
+
+def knows(spec: ConvLSTMSpec) -> bool:
+    """Whether there are kernels for everything that the cell does."""
+    return spec.B > 0 and spec.peephole != "conv" and gates.activation_codes(spec) is not None
+
+
+def _one_gate(spec: ConvSpec) -> ConvSpec:
+    return replace(spec, F=spec.F // len(GATES))
+
+
+class _Convolution:
+    """A sum of convolutions whose result is stored, planned and packed."""
+
+    def __init__(
+        self,
+        specs: tuple[ConvSpec, ...],
+        kernels: tuple[np.ndarray, ...],
+        bias: np.ndarray | None,
+        algorithm: str,
+        *,
+        remember: bool,
+    ):
+        self._specs, self._kernels, self._bias, self._remember = specs, kernels, bias, remember
+        self._m = plans.choose("convlstm2d", specs, algorithm if plans.fits(specs) or algorithm == "direct" else "auto",
+                               kernels[0].itemsize)  # fmt: skip
+        self._packed = cache(lambda m: launch.pack(kernels, bias, np.ones(1), m, remember=remember))
+        self._cell = np.zeros(1, gates.CELL)
+        self._cell["F"] = specs[0].F
+
+    def run(
+        self,
+        target: Slots,
+        B: int,
+        T: int,
+        direct: np.ndarray,
+        *,
+        x: Slots = NOTHING,
+        h: Slots = NOTHING,
+        fresh: bool = False,
+    ) -> None:
+        """Store T steps of B images in `target`; those that are `direct`, and all where infinities come out, directly.
+
+        x are the frames of a single convolution; of two h those of the first.
+        """
+        m = 0 if direct.all() else self._m
+        trouble = self._run(m, target, B, T, x, h, fresh)
+        if m:
+            for b in np.flatnonzero(trouble | direct).tolist():
+                self._run(0, target.after(b, 0), 1, T, x.after(b, 0), h.after(b, 0), fresh)
+
+    def _run(self, m: int, target: Slots, B: int, T: int, x: Slots, h: Slots, fresh: bool) -> np.ndarray:
+        specs = tuple(spec.with_batch(B) for spec in self._specs)
+        flops, columns = sum(spec.flops for spec in specs), self._packed(m)
+        team = launch.team_size(flops)
+        plan = plans.plan(specs, m, "store", len(columns.groups), self._kernels[0].itemsize, team)
+        return launch.run(
+            plan, columns, self._cell, B, T, team, x=x, h=target, h_first=h, fresh=fresh, step_flops=flops
+        )
+
+
+class _Cell:
+    """Everything of a call but its states: convolutions, tables and the record that kernels read."""
+
+    def __init__(self, spec: ConvLSTMSpec, inputs: Inputs, direct: np.ndarray, *, remember: bool):
+        x, dtype, mask = inputs.x, inputs.x.dtype, inputs.mask
+        self.spec, self.inputs, self.dtype, self.direct = spec, inputs, dtype, direct
+        self.planar = inputs.dropout is not None
+        """Whether z lies gate by gate, (4, B, T, HO, WO, F), each the result of convolutions of its own."""
+        self.masks = inputs.dropout or {}
+        ordered = x if mask is None else np.where(mask[:, :, None, None, None], x, dtype.type(0))
+        self.x = ordered[:, ::-1] if spec.go_backwards else ordered
+        steps = np.ones((spec.T, spec.B), np.int64) if mask is None else mask.T.astype(np.int64)
+        self.valid = np.ascontiguousarray(steps[::-1] if spec.go_backwards else steps)
+        pixels, F = spec.HO * spec.WO, spec.F
+        chunk = min(max(1, CHUNK_BYTES // (F * dtype.itemsize)), pixels)
+        strip = -(-STRIP_PIXELS // chunk) * chunk
+        strips = [min(strip, pixels - first) for first in range(0, pixels, strip)]
+        self.normalizing = Normalizing(spec, inputs.normalization, inputs.bias, strips, dtype)
+        self.separate = len(self.normalizing.parts) == 2
+        codes = gates.activation_codes(spec)
+        assert codes is not None
+        self.like = np.empty(0, dtype)
+        self._step = np.zeros(1, cell_steps.STEP)
+        self.put(
+            B=spec.B, pixels=pixels, F=F, chunk=chunk, strip=strip, strips=len(strips), recurrent_activation=codes[0],
+            activation=codes[1], output_activation=codes[2], clip=np.inf if spec.cell_clip is None else spec.cell_clip,
+            pixel=F if self.planar else 4 * F,
+        )  # fmt: skip
+        if len(self.normalizing.parts):
+            self.put(statistics_image=4 * F if self.normalizing.per_image else 0,
+                     weights_pixel=4 * F if self.normalizing.elementwise else 0)  # fmt: skip
+        self.peepholes = None
+        if inputs.peephole is not None:
+            whole = np.stack([inputs.peephole[gate].reshape(-1) for gate in PEEPHOLE_GATES])
+            self.peepholes = np.ascontiguousarray(whole if spec.peephole == "elementwise" else np.tile(whole, chunk))
+            self.put(peephole=self.peepholes.ctypes.data, peephole_size=self.peepholes.shape[1],
+                     peephole_pixel=F if spec.peephole == "elementwise" else 0)  # fmt: skip
+        self.team = launch.team_size(CELL_FLOPS * spec.B * pixels * F)
+        pitch = -(-chunk * F // 16) * 16 + 32  # lines at different places of the cache
+        self.rows = packing.aligned_empty(self.team * cell_steps.LINES * pitch, dtype).reshape(self.team, -1)
+        self._plan_convolutions(remember)
+
+    def _plan_convolutions(self, remember: bool) -> None:
+        spec, inputs = self.spec, self.inputs
+        (recurrent, kernel), algorithm = inputs.kernels, inputs.algorithm
+        bias = None if self.separate else inputs.bias
+        specs = spec.recurrent, spec.input
+        alike = plans.fits(specs) or not any(plans.fits((part,)) for part in specs)
+        self.joint = alike and not self.separate and not self.planar
+        """Whether the convolutions of x and h are summed by one kernel."""
+        one: Callable[..., _Convolution] = lambda *job: _Convolution(*job, algorithm, remember=remember)  # noqa: E731
+        if self.joint:
+            self._both = one(specs, inputs.kernels, bias)
+            return
+        if not self.planar:
+            self._of_x, self._of_h = [one((spec.input,), (kernel,), bias)], [one((spec.recurrent,), (recurrent,), None)]
+            return
+        kernels, recurrents = (list(map(np.ascontiguousarray, np.split(k, 4, -1))) for k in (kernel, recurrent))
+        biases = [None] * 4 if bias is None else list(map(np.ascontiguousarray, np.split(bias, 4)))
+        self._of_x = [one((_one_gate(spec.input),), (k,), b) for k, b in zip(kernels, biases, strict=True)]
+        self._of_h = [one((_one_gate(spec.recurrent),), (k,), None) for k in recurrents]
+
+    def put(self, **values: Any) -> None:
+        """Set fields of the record."""
+        record = self._step[0]
+        for name, value in values.items():
+            record[name] = value
+
+    def place(self, **arrays: Slots) -> None:
+        """Set where arrays of the states' kind are."""
+        record = self._step[0]
+        for name, slot in arrays.items():
+            record[name], record[f"{name}_image"] = slot.address, slot.image
+
+    def place_z(self, name: str, array: np.ndarray | None, t: int) -> None:
+        """Set where pre-activations of a step are."""
+        record = self._step[0]
+        if array is None:
+            record[name] = 0
+            return
+        here = array[:, :, t] if self.planar else array[:, t]
+        record[name], record[f"{name}_image"] = here.ctypes.data, here.strides[1 if self.planar else 0]
+        record[f"{name}_gate"] = here.strides[0] // here.itemsize if self.planar else self.spec.F
+
+    def empty_z(self, T: int) -> np.ndarray:
+        """Memory for pre-activations of T steps."""
+        spec = self.spec
+        frame = spec.B, T, spec.HO, spec.WO
+        shape = (4, *frame, spec.F) if self.planar else (*frame, 4 * spec.F)
+        return packing.aligned_empty(math.prod(shape), self.dtype).reshape(shape)
+
+    def _gates_of(self, z: np.ndarray, t: int) -> list[Slots]:
+        return [slots(gate[:, t:]) for gate in z] if self.planar else [slots(z[:, t:])]
+
+    def masked(self, name: str, frames: np.ndarray, gate: int) -> np.ndarray:
+        """Frames (B, T, …), a new array where there is dropout, as a gate sees them."""
+        if name not in self.masks:
+            return np.ascontiguousarray(frames)
+        return frames * self.masks[name][gate][:, np.newaxis]
+
+    def convolve_x(self, z: np.ndarray, first: int, count: int) -> None:
+        """Convolve the frames of some steps together."""
+        if self.joint:
+            return
+        frames = self.x[:, first : first + count]
+        plain = None if "x" in self.masks else np.ascontiguousarray(frames)
+        for gate, (convolution, target) in enumerate(zip(self._of_x, self._gates_of(z, 0), strict=True)):
+            seen = self.masked("x", frames, gate) if plain is None else plain
+            convolution.run(target, self.spec.B, count, self.direct, x=slots(seen))
+
+    def convolve_h(
+        self,
+        z: np.ndarray,
+        zh: np.ndarray | None,
+        j: int,
+        jh: int,
+        t: int,
+        h: np.ndarray | None,
+        masked: np.ndarray | None,
+    ) -> None:
+        """Convolve h (B, HO, WO, F), None: zeros, to z (with x) or zh, at their steps j and jh; t: of the sequence."""
+        B, direct = self.spec.B, self.direct
+        if h is not None and not {self.spec.recurrent_activation.name, self.spec.output_activation.name} <= _BOUNDED:
+            direct = direct | outliers.find(h)
+        hidden = NOTHING if h is None else Slots(h.ctypes.data, h.strides[0], 0, 1)
+        if self.joint:
+            frame = self.x[:, t]
+            self._both.run(
+                slots(z[:, j:]),
+                B,
+                1,
+                direct,
+                x=Slots(frame.ctypes.data, frame.strides[0], 0, 1),
+                h=hidden,
+                fresh=h is None,
+            )
+            return
+        assert zh is not None
+        if h is None:
+            zh[(slice(None),) * (2 if self.planar else 1) + (jh,)] = 0
+            return
+        for gate, (convolution, target) in enumerate(zip(self._of_h, self._gates_of(zh, jh), strict=True)):
+            seen = hidden if masked is None else slots(masked[gate])
+            convolution.run(target, B, 1, direct, x=seen)
+
+    def normalize(self, t: int) -> tuple[Statistics, ...]:
+        """Take the statistics of a step whose pre-activations are placed."""
+        n, found = self.normalizing, []
+        for part in range(len(n.parts)):
+            if not n.given:
+                record = self._step.copy()
+                if self.separate:
+                    for end in ("", "_image", "_gate"):
+                        record[f"z{end}"] = record[f"zh{end}" if part else f"z{end}"]
+                    record["zh"] = 0
+                threads.run(
+                    cell_steps.measure, self.team, (), self.like, record, self.valid[t], n.sums[part].reshape(-1)
+                )
+            found.append(n.statistics(part, self.valid[t]))
+            n.use(part, found[-1])
+        if found and not n.given and not self.separate:
+            self.put(zh=0)  # it was added
+        return tuple(found)
+
+    def run(self, kernel: Any, t: int, *rest: np.ndarray) -> None:
+        """Run a kernel on a step."""
+        threads.run(kernel, self.team, (), self.like, self._step, *rest[:1], self.valid[t], *rest[1:])
+
+
+def forward(
+    spec: ConvLSTMSpec, inputs: Inputs, save: bool | str, out: tuple[np.ndarray, np.ndarray] | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, Saved | None]:  # fmt: skip
+    """Run a ConvLSTM: output, last h, last c and, with `save`, what `backward` needs: see `convlstm2d`."""
+    x, dtype, mask, T, state = inputs.x, inputs.x.dtype, inputs.mask, spec.T, spec.state_shape
+    direct = np.zeros(spec.B, np.bool_)
+    if inputs.algorithm != "direct":
+        direct |= outliers.find(x, mask)
+        direct |= False if inputs.first[0] is None else outliers.find(inputs.first[0])
+    saved = Saved(inputs, direct)
+    cell = _Cell(spec, inputs, direct, remember=not save)
+    keep = save is True
+    step_bytes = 4 * math.prod(state) * dtype.itemsize
+    length = T if keep else 1 if cell.joint else min(T, max(1, PIECE_BYTES // step_bytes))
+    z = cell.empty_z(length)
+    zh = None if cell.joint else cell.empty_z(T if keep and cell.separate else 1)
+
+    h_first, c_first = inputs.first
+    sequence = np.empty((spec.B, T, *state[1:]), dtype) if spec.return_sequences else None
+    everything = save == "states"
+    own = everything or mask is not None or sequence is None
+    h = np.empty((spec.B, T if everything else 1, *state[1:]), dtype) if own else sequence
+    assert h is not None
+    y = None if sequence is h or (mask is None and sequence is None) else sequence
+    if mask is not None and sequence is None:
+        y = np.empty((spec.B, 1, *state[1:]), dtype)
+    c = np.empty((spec.B, T + 1 if save else 1, *state[1:]), dtype)
+    c[:, 0] = 0 if c_first is None else c_first
+    start = h_first
+    if mask is not None and h_first is None:
+        start = np.zeros(state, dtype)
+    if start is not None and h.shape[1] == 1:
+        h[:, 0] = start
+    masked = None
+    if "h" in cell.masks:
+        masks = cell.masks["h"]
+        masked = np.empty(masks.shape, dtype) if start is None else masks * start
+        cell.put(masks=masks.ctypes.data, masked=masked.ctypes.data)
+    for t in range(T):
+        j, hidden, slot = t % length, h[:, (t - 1) % h.shape[1]], t % h.shape[1]
+        if j == 0:
+            cell.convolve_x(z, t, min(length, T - t))
+        before = hidden if t else start
+        jh = t if zh is not None and zh.shape[-4] == T else 0
+        cell.convolve_h(z, zh, j, jh, t, before, masked)
+        cell.place_z("z", z, j)
+        cell.place_z("zh", zh, jh)
+        if h_first is None and t == 0 and mask is None and not cell.separate:
+            cell.put(zh=0)
+        now, then = (t, t + 1) if save else (0, 0)
+        everywhere = slots(h[:, slot:])
+        cell.place(
+            c=slots(c[:, now:]), c_new=slots(c[:, then:]), h=everywhere,
+            h_before=everywhere if before is None or h.shape[1] == 1 else Slots(before.ctypes.data, before.strides[0], 0, 1),
+            y=NOTHING if y is None else slots(y[:, t % y.shape[1] :]),
+            y_before=NOTHING if y is None or t == 0 else slots(y[:, (t - 1) % y.shape[1] :]),
+        )  # fmt: skip
+        statistics = cell.normalize(t)
+        if save:
+            saved.statistics.append(statistics)
+        cell.run(cell_steps.forward, t, cell.normalizing.parts, cell.rows)
+    h_last, c_last = h[:, (T - 1) % h.shape[1]].copy(), np.ascontiguousarray(c[:, T if save else 0])
+    if save:
+        c_last = c_last.copy()
+    output = sequence
+    if output is None:
+        output = h_last.copy() if y is None else y[:, 0]
+    if out is not None:
+        np.copyto(out[0], h_last)
+        np.copyto(out[1], c_last)
+        h_last, c_last = out
+    if keep:
+        saved.kept.append((z, zh if cell.separate else None, c))
+    elif save:
+        saved.states.append((h, c))
+    return output, h_last, c_last, saved if save else None
+
+
+def backward(
+    spec: ConvLSTMSpec, saved: Saved, dy: np.ndarray | None, dh: np.ndarray | None, dc: np.ndarray | None
+) -> dict[str, Any]:
+    """Pull gradients of the output, the last h and the last c back through time: see `recurrence.backward`.
+
+    The gradients of an initial state that was not given are not computed: they are None.
+    """
+    way = _WayBack(spec, saved, dy, dh, dc)
+    if saved.states:
+        way.pull_back_pieces(*saved.states[0])
+    else:
+        try:
+            z, zh, c = saved.kept.pop()
+        except IndexError:  # they are used up
+            *_, again = forward(spec, saved.inputs, True, None)
+            assert again is not None
+            z, zh, c = again.kept.pop()
+        way.pull_back(z, zh, c, 0, saved.inputs.first[0])
+    return way.gradients()
+
+
+class _WayBack:
+    """The gradients so far, on the way back through the steps."""
+
+    def __init__(
+        self, spec: ConvLSTMSpec, saved: Saved, dy: np.ndarray | None, dh: np.ndarray | None, dc: np.ndarray | None
+    ):
+        inputs, dtype = saved.inputs, saved.inputs.x.dtype
+        spoilt = saved.direct.copy()
+        if inputs.algorithm != "direct":
+            for array in (inputs.first[0], dy, dh, dc):
+                spoilt |= False if array is None else outliers.find(array)
+        self._runs = outliers.runs(spoilt)
+        self._spec, self._saved, self._cell = spec, saved, _Cell(spec, inputs, saved.direct, remember=False)
+        cell = self._cell
+        self._dx = np.zeros_like(inputs.x) if cell.planar else np.empty_like(inputs.x)
+        self._dh, self._dc = (np.zeros(spec.state_shape, dtype) if d is None else d.copy() for d in (dh, dc))
+        self._dy = dy if spec.return_sequences else None
+        masked = inputs.mask is not None
+        self._doutput = np.zeros_like(self._dh) if masked else self._dh  # of what masked steps repeat
+        if dy is not None and not spec.return_sequences:
+            self._doutput += dy
+        strips = int(cell._step[0]["strips"])
+        self._sums = np.zeros((spec.B, strips, 7 * spec.F), dtype)
+        cell.put(sums=self._sums.ctypes.data)
+        self._dpeephole = None
+        if spec.peephole == "elementwise":
+            self._dpeephole = np.zeros((spec.B, 3, *spec.state_shape[1:]), dtype)
+            cell.put(dpeephole=self._dpeephole.ctypes.data)
+        if len(cell.normalizing.parts):
+            cell.normalizing.start_back(dtype)
+        self._da = cell.empty_z(1) if len(cell.normalizing.parts) else None
+        self._parts = np.zeros((4, *spec.state_shape), dtype) if "h" in cell.masks else None
+        ways = inputs.algorithm, "direct"
+        gate = _one_gate if cell.planar else (lambda conv: conv)
+        split = (lambda k: list(map(np.ascontiguousarray, np.split(k, 4, -1)))) if cell.planar else (lambda k: [k])
+        self._recurrent, self._inputs = (
+            cache(
+                lambda n, direct, conv=gate(conv), kernels=split(kernel): InputGradient(conv, kernels[n], ways[direct])
+            )
+            for conv, kernel in zip((spec.recurrent, spec.input), inputs.kernels, strict=True)
+        )
+        one = replace(spec, input=gate(spec.input), recurrent=gate(spec.recurrent))
+        self._kernels = {
+            (n, direct): self._kernel_gradients(one, ways[direct])
+            for n in range(4 if cell.planar else 1)
+            for direct in sorted({direct for _, direct in self._runs})
+        }
+
+    def _kernel_gradients(self, spec: ConvLSTMSpec, way: str) -> list[tuple[tuple[str, ...], Any]]:
+        jobs = fused._kernel_gradients(spec, way, spec.B * spec.T, self._cell.dtype)
+        if not self._cell.separate or len(jobs) == 2:
+            return jobs
+        alone = {"recurrent_kernel": spec.recurrent, "kernel": spec.input}
+        return [((n,), fused.WeightGradient((s,), self._cell.dtype, spec.B * spec.T, way)) for n, s in alone.items()]
+
+    def pull_back_pieces(self, h: np.ndarray, c: np.ndarray) -> None:
+        """Compute the pre-activations of some steps at a time again, from the states, and go back through them."""
+        spec, cell, T = self._spec, self._cell, self._spec.T
+        step = 4 * math.prod(spec.state_shape) * cell.dtype.itemsize
+        length = min(T, max(1, fused.STEP_BYTES // step))
+        z, zh = cell.empty_z(length), None if cell.joint else cell.empty_z(length)
+        first = self._saved.inputs.first[0]
+        if cell.inputs.mask is not None and first is None:
+            first = np.zeros(spec.state_shape, cell.dtype)
+        for start in reversed(range(0, T, length)):
+            count = min(length, T - start)
+            cell.convolve_x(z, start, count)
+            for j in range(count):
+                before = h[:, start + j - 1] if start + j else first
+                masked = None if "h" not in cell.masks or before is None else cell.masks["h"] * before
+                cell.convolve_h(z, zh, j, j, start + j, before, masked)
+            self.pull_back(z, zh, c[:, start : start + count + 1].copy(), start, h[:, start - 1] if start else first)
+
+    def pull_back(
+        self, z: np.ndarray, zh: np.ndarray | None, c: np.ndarray, first: int, h_start: np.ndarray | None
+    ) -> None:
+        """Take all images back through the steps of a piece; z, zh and c become dz, dzh and h."""
+        spec, saved, cell, B = self._spec, self._saved, self._cell, self._spec.B
+        n, valid = cell.normalizing, cell.valid
+        count, with_mask = c.shape[1] - 1, saved.inputs.mask is not None
+        given = any(state is not None for state in saved.inputs.first)
+        dz_h = zh if cell.separate else z
+        cell.place(dh=slots(self._dh), dc=slots(self._dc))
+        for j in reversed(range(count)):
+            t = first + j
+            cell.place_z("z", z, j)
+            cell.place_z("zh", zh, j)
+            cell.place_z("da", z if self._da is None else self._da, j if self._da is None else 0)
+            dy = NOTHING if self._dy is None else slots(self._dy[:, t:])
+            if with_mask:
+                self._doutput += 0 if self._dy is None else self._dy[:, t]
+                dy = slots(self._doutput)
+            cell.place(c=slots(c[:, j:]), h=slots(c[:, j + 1 :]), dy=dy)
+            for part, statistics in enumerate(saved.statistics[t]):
+                n.use(part, statistics)
+            cell.run(cell_steps.backward, t, n.parts, cell.rows)
+            for part, statistics in enumerate(saved.statistics[t]):
+                n.pull_back(part, statistics.count)
+                cell.run(cell_steps.backward_of_normalization, t, n.parts, np.array([part]))
+            steps = valid[t] != 0
+            if with_mask:
+                self._doutput[steps] = 0
+            if t > 0 or given:
+                self._pull_back_h(dz_h, j, t, steps)
+        c[:, 0] = 0 if h_start is None else h_start
+        if with_mask:
+            for j, b in zip(*np.nonzero(valid[first : first + count] == 0), strict=True):
+                c[b, j + 1] = c[b, j]
+        self._pull_back_inputs(z, dz_h, c, first, count)
+
+    def _pull_back_h(self, dz: np.ndarray, j: int, t: int, valid: np.ndarray) -> None:
+        cell, dh = self._cell, self._dh
+        keeps = not valid.all()
+        new = self._parts if self._parts is not None else np.empty_like(dh) if keeps or cell.planar else dh
+        for gate, source in enumerate(cell._gates_of(dz, j)):
+            target = new[gate] if self._parts is not None else new if gate == 0 else np.empty_like(dh)
+            for images, direct in self._runs:
+                B = images.stop - images.start
+                way = self._recurrent(gate, direct)
+                way.pull_back(source.after(images.start, 0), slots(target[images]), B, 1, fused._team(self._spec, B))
+            if gate > 0 and self._parts is None:
+                new += target
+        if self._parts is not None:
+            cell.put(masks=cell.masks["h"].ctypes.data, masked=self._parts.ctypes.data)
+            cell.run(cell_steps.combine, t)
+        elif new is not dh:
+            np.copyto(dh, new, where=valid[:, np.newaxis, np.newaxis, np.newaxis])
+
+    def _pull_back_inputs(self, dz_x: np.ndarray, dz_h: np.ndarray, h: np.ndarray, first: int, count: int) -> None:
+        """Gradients of the frames and of the kernels of a piece, whose hidden states h (B, count + 1, …) begin with."""
+        cell, spec = self._cell, self._spec
+        dx = (self._dx[:, ::-1] if spec.go_backwards else self._dx)[:, first : first + count]
+        frames = cell.x[:, first : first + count]
+        for gate, (of_x, of_h) in enumerate(zip(cell._gates_of(dz_x, 0), cell._gates_of(dz_h, 0), strict=True)):
+            seen = {
+                "kernel": frames if "x" not in cell.masks else cell.masked("x", frames, gate),
+                "recurrent_kernel": h if "h" not in cell.masks else cell.masked("h", h, gate),
+            }
+            target = np.empty(dx.shape, cell.dtype) if cell.planar else dx
+            for images, direct in self._runs:
+                B = images.stop - images.start
+                team, b = fused._team(spec, B), images.start
+                self._inputs(gate, direct).pull_back(of_x.after(b, 0), _steps(target[images]), B, count, team)
+                for names, job in self._kernels[gate, direct]:
+                    dz = of_x if names == ("kernel",) else of_h
+                    job.add(tuple(_steps(seen[name][images]) for name in names), dz.after(b, 0), B, count, team)
+            if cell.planar:
+                dx += target * cell.masks["x"][gate][:, np.newaxis] if "x" in cell.masks else target
+
+    def gradients(self) -> dict[str, Any]:
+        """Return all gradients, when every step has been taken back."""
+        spec, cell, F, dtype = self._spec, self._cell, self._spec.F, self._cell.dtype
+        sums = self._sums.sum((0, 1), np.float64).astype(dtype)
+        result: dict[str, Any] = {"x": self._dx, "bias": sums[: 4 * F], "h": None, "c": None, "peephole": None}
+        gates_of: dict[str, list[Any]] = {"kernel": [0] * 4, "recurrent_kernel": [0] * 4}
+        for (gate, _), jobs in self._kernels.items():
+            for names, job in jobs:
+                for name, gradient in zip(names, job.result(), strict=True):
+                    gates_of[name][gate] = gates_of[name][gate] + gradient
+        for name, found in gates_of.items():
+            result[name] = np.concatenate(found, -1) if cell.planar else found[0]
+        if any(state is not None for state in self._saved.inputs.first):
+            result |= {"h": self._dh, "c": self._dc}
+        if cell.peepholes is not None:
+            channels = sums[4 * F :].reshape(3, F)
+            of_pixels = None if self._dpeephole is None else self._dpeephole.sum(0, np.float64).astype(dtype)
+            result["peephole"] = dict(zip(PEEPHOLE_GATES, channels if of_pixels is None else of_pixels, strict=True))
+        parts = len(cell.normalizing.parts)
+        result["normalization"] = cell.normalizing.result(dtype) if parts else None
+        return result
+
+
+def _steps(array: np.ndarray) -> Slots:
+    """Describe an array (B, T, …) of contiguous frames, its steps in any order."""
+    return Slots(array.ctypes.data, array.strides[0], array.strides[1], array.shape[1])
