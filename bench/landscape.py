@@ -27,7 +27,7 @@ from typing import Any, ClassVar
 import numpy as np
 from tqdm import tqdm
 
-from bench import compare, peers, training
+from bench import compare, peers, ratios, training
 from bench.cases import Arrays
 from bench.cells import Unavailable
 from fastclstm.commands.info import processor_name
@@ -125,7 +125,9 @@ class Configuration:
         named = {name: activations.get(options.pop(name)) for name in ("activation", "recurrent_activation")}
         how = options.pop("normalization")
         if how is not None:
+            names = ("gamma", "beta", *(("mean", "variance") if how == "batch" else ()))
             options["normalization"] = normalizations.get(how)
+            options["normalization_shapes"] = dict.fromkeys(names, (4 * self.F,))
         shapes = self.shapes
         return ConvLSTMSpec.infer(shapes["x"], shapes["kernel"], shapes["recurrent_kernel"], **named, **options,
                                   output_activation=named["activation"])  # fmt: skip
@@ -348,19 +350,20 @@ def draw(seed: int, number: int, trained: bool, families: Sequence[str] = tuple(
     rng = np.random.default_rng([seed, number, trained])
     names = [name for name in families if trained or name != "dropout"]
     family = names[rng.integers(len(names))]
-    while True:
+    for _ in range(10_000):
         drawn = FAMILIES[family](rng)
         if trained and drawn.get("normalization") == "batch":
             continue  # its statistics are the batch's, step by step, or constants that nobody trains with
         configuration = Configuration(family, **drawn, training=trained)
         if bounded(configuration):
             return configuration
+    raise RuntimeError(f"nothing in the ranges of {family!r} is within the bounds")
 
 
 def _fixed() -> Iterator[Configuration]:
     """Yield what users really run, each family of issue 15's table and more."""
     make = Configuration
-    for sizes in ((8, 10, 64, 64, 1, 64), (2, 10, 64, 64, 64, 64), (4, 10, 32, 32, 32, 32), (1, 12, 128, 128, 16, 16)):
+    for sizes in ((2, 10, 64, 64, 1, 64), (1, 10, 64, 64, 64, 64), (4, 10, 32, 32, 32, 32), (1, 12, 128, 128, 16, 16)):
         yield make("usual", *sizes)
     yield make("usual", 8, 10, 16, 16, 16, 128, (5, 5))
     yield make("usual", 2, 10, 48, 48, 1, 40, (5, 5))
@@ -604,30 +607,6 @@ def judged(
     return told
 
 
-def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return what a reader asks first: how many, the geometric mean, the worst, the share from 1.3× on, the losses."""
-    ratios = sorted(run["ratio"] for run in runs if "ratio" in run)
-    if not ratios:
-        return {"count": 0}
-    return {
-        "count": len(ratios),
-        "geometric_mean": statistics.geometric_mean(ratios),
-        "worst": ratios[0],
-        "share_from_1.3": sum(ratio >= 1.3 for ratio in ratios) / len(ratios),
-        "losses": sorted(
-            ({"title": run["title"], "threads": run["threads"], "family": run["family"], "fastest": run["fastest"],
-              "ratio": run["ratio"]} for run in runs if run.get("ratio", 1) < 1),
-            key=lambda loss: loss["ratio"],
-        ),
-    }  # fmt: skip
-
-
-def groups(runs: Sequence[dict[str, Any]]) -> dict[tuple[bool, int], list[dict[str, Any]]]:
-    """Return the runs by whether they train and the number of threads."""
-    keys = sorted({(run["training"], run["threads"]) for run in runs})
-    return {key: [run for run in runs if (run["training"], run["threads"]) == key] for key in keys}
-
-
 def line(run: dict[str, Any]) -> str:
     """Return one line about a run."""
     head = f"{run['family']:13} {run['threads']}T  {run['title']:58}"
@@ -644,8 +623,8 @@ def line(run: dict[str, Any]) -> str:
 def told(runs: Sequence[dict[str, Any]]) -> str:
     """Return the closing lines: of each group its summary and its losses, then what failed or disagreed."""
     lines = []
-    for (trained, threads), members in groups(runs).items():
-        found = summary(members)
+    for (trained, threads), members in ratios.groups(runs).items():
+        found = ratios.summary(members)
         kind = "training" if trained else "inference"
         lines.append(f"\n{kind}, {threads} threads: {found['count']} configurations")
         if found["count"]:
@@ -653,16 +632,11 @@ def told(runs: Sequence[dict[str, Any]]) -> str:
                           f"{found['share_from_1.3']:.0%} at least 1.3×, {len(found['losses'])} below 1×")  # fmt: skip
             lines += [f"  {loss['ratio']:.2f}× {loss['family']}: {loss['title']} ({loss['fastest']})"
                       for loss in found["losses"]]  # fmt: skip
-    for run in wrong(runs):
+    for run in ratios.wrong(runs):
         lines += [f"!!! {line(run)}"] if "failure" in run else [
             f"!!! {run['title']}: {name}: {why}" for name, why in run["left_out"].items() if why.startswith("Wrong")
         ]  # fmt: skip
     return "\n".join(lines)
-
-
-def wrong(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the runs in which ours failed or a peer's result was another than ours."""
-    return [run for run in runs if "failure" in run or any(why.startswith("Wrong") for why in run["left_out"].values())]
 
 
 def chosen(options: argparse.Namespace) -> list[Configuration]:
@@ -675,6 +649,14 @@ def chosen(options: argparse.Namespace) -> list[Configuration]:
         if trained or options.only != ["dropout"]
     ]  # fmt: skip
     return [*([] if options.drawn_only else fixed), *drawn]
+
+
+def _write(path: Path, report: dict[str, Any]) -> None:
+    """Write a report so that whoever is stopped meanwhile leaves the one before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(json.dumps(report, indent=1) + "\n")
+    beside.replace(path)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -694,6 +676,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--peers", nargs="+", choices=forms, default=forms)
     parser.add_argument("--quick", action="store_true", help="just see whether it runs; no figure means anything")
     parser.add_argument("--out", type=Path, help="the JSON file to write; runs that are in it stay, or are replaced")
+    parser.add_argument("--missing", action="store_true", help="leave out what is in the file already")
     options = parser.parse_args(arguments)
     configurations = chosen(options)
     if options.quick:
@@ -707,31 +690,24 @@ def main(arguments: list[str] | None = None) -> None:
     earlier = json.loads(options.out.read_text()) if options.out and options.out.exists() else report | {"runs": []}
     if {name: earlier[name] for name in report} != report:
         raise SystemExit(f"{options.out} was measured on another machine or with other versions; write another")
+    known = {ratios.key(run) for run in earlier["runs"]} if options.missing else set()
     runs = []
     for threads in options.threads:
+        waiting = [one for one in configurations if (one.title, one.family, threads) not in known]
+        if not waiting:
+            continue
         with (
             tempfile.TemporaryDirectory() as folder,
             contextlib.closing(Crew(threads, options.peers, Path(folder))) as crew,
         ):
-            for configuration in tqdm(configurations, f"on {threads}", leave=False, disable=None):
+            for configuration in tqdm(waiting, f"on {threads}", leave=False, disable=None):
                 runs.append(measure(crew, configuration, options.rounds))
                 print(line(runs[-1]), flush=True)
                 if options.out:
-                    options.out.parent.mkdir(parents=True, exist_ok=True)
-                    options.out.write_text(json.dumps(joined(earlier, runs), indent=1) + "\n")
+                    _write(options.out, ratios.joined(earlier, runs))
     print(told(runs))
-    if wrong(runs):
+    if ratios.wrong(runs):
         sys.exit("ours failed, or a result is another than ours")
-
-
-def joined(earlier: dict[str, Any], runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return the report with `runs` in place of those of the same configuration and number of threads."""
-
-    def key(run: dict[str, Any]) -> tuple[Any, ...]:
-        return run["title"], run["family"], run["threads"]
-
-    table = {key(run): run for run in (*earlier["runs"], *runs)}
-    return earlier | {"runs": list(table.values())}
 
 
 if __name__ == "__main__":
