@@ -66,7 +66,7 @@ def channels_first(arrays: Arrays) -> Arrays:
         "kernel": arrays["kernel"].transpose(3, 2, 0, 1),
         "recurrent_kernel": arrays["recurrent_kernel"].transpose(3, 2, 0, 1),
     }
-    named = {name: np.ascontiguousarray(array) for name, array in turned.items()}
+    named: Arrays = {name: np.ascontiguousarray(array) for name, array in turned.items()}
     for name in ("bias", "mask", "normalization_weights"):
         if name in arrays:
             named[name] = arrays[name]
@@ -152,8 +152,7 @@ def torch_module(case: Any, split: bool, channels_last: bool) -> Any:
     import torch
 
     build, spec, weights = _Torch(), case.spec, channels_first(case.arrays())
-    dropout = weights.get("dropout_masks")
-    if not split and (dropout or not is_joint(spec)):
+    if not split and ("dropout_masks" in weights or not is_joint(spec)):
         raise Unavailable("no single convolution of cat[x, h] is the sum of both")
     wx, wh = (torch.from_numpy(weights[name]) for name in ("kernel", "recurrent_kernel"))
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -167,7 +166,7 @@ def torch_module(case: Any, split: bool, channels_last: bool) -> Any:
         tensor = torch.from_numpy(array)
         return tensor.contiguous(memory_format=memory_format) if tensor.ndim == 4 else tensor
 
-    dropout = {name: constant(mask) for name, mask in dropout.items()} if dropout else {}
+    dropout = {name: constant(mask) for name, mask in weights.get("dropout_masks", {}).items()}
     mask = torch.from_numpy(weights["mask"])[..., None, None, None] if "mask" in weights else None
     groups = {name: 4 if name in dropout else 1 for name in ("x", "h")}
 
@@ -222,10 +221,10 @@ class _Value:
     name: str
 
     def __add__(self, other: _Value) -> _Value:
-        return self.graph.add(self, other)  # type: ignore[no-any-return]
+        return self.graph.add(self, other)
 
     def __mul__(self, other: _Value) -> _Value:
-        return self.graph.multiply(self, other)  # type: ignore[no-any-return]
+        return self.graph.multiply(self, other)
 
 
 class _Onnx:
@@ -244,7 +243,9 @@ class _Onnx:
     def __init__(self) -> None:
         import onnx
 
-        self.onnx, self.nodes, self.constants = onnx, [], {}
+        self.onnx = onnx
+        self.nodes: list[Any] = []
+        self.constants: dict[str, np.ndarray] = {}
         self.names = map("v{}".format, iter(range(1 << 30)))
 
     def several(self, kind: str, inputs: list[_Value], count: int, **attributes: Any) -> list[_Value]:
@@ -348,7 +349,7 @@ def save_onnx(case: Any, path: Path) -> np.ndarray:
         outputs.append(build.node("Unsqueeze", h, first))
     result = build.several("Concat", outputs, 1, axis=1)[0]
     build.save(path, ("x", x), result, (spec.B, spec.T, spec.F, spec.HO, spec.WO))
-    return x  # type: ignore[no-any-return]
+    return x
 
 
 # ncnn ----------------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from bench import cases, peers
+from bench import cases, cells, peers
 from fastclstm.commands.info import processor_name
 
 OURS = "fastclstm"
@@ -92,7 +92,7 @@ def _work(pipe: Connection, name: str, case_name: str, threads: int, oracle: Pat
         prepared = implementation.prepare(case, threads)
         worst = peers.error(prepared, np.load(oracle, mmap_mode="r"))
         held_mb = held_memory(prepared.run, before)
-    except peers.Unavailable as reason:
+    except cells.Unavailable as reason:
         pipe.send(str(reason))
         return
     except Exception as reason:

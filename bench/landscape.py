@@ -19,7 +19,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, ClassVar
@@ -59,6 +59,9 @@ SETTLE_SECONDS = 0.03
 TURN_SECONDS = 0.06
 CONFIGURATION_SECONDS = 1.5
 """For all rounds after the first; as many of them are left out as this takes."""
+LEAST_ROUNDS = 3
+OTHERS, ATTEMPTS = 0.03, 4
+"""The share of the CPUs that other processes may have in a round, or it is repeated; at most so often."""
 LONG = 0.1
 """From this number of seconds on a run needs none before it that is not timed."""
 NEAR = 1.4
@@ -122,15 +125,17 @@ class Configuration:
     def spec(self) -> ConvLSTMSpec:
         """Geometry and options, checked, but for the arrays that options bring with them."""
         options = self.options
-        named = {name: activations.get(options.pop(name)) for name in ("activation", "recurrent_activation")}
+        activation, recurrent = (activations.get(options.pop(f"{kind}activation")) for kind in ("", "recurrent_"))
         how = options.pop("normalization")
         if how is not None:
             names = ("gamma", "beta", *(("mean", "variance") if how == "batch" else ()))
             options["normalization"] = normalizations.get(how)
             options["normalization_shapes"] = dict.fromkeys(names, (4 * self.F,))
         shapes = self.shapes
-        return ConvLSTMSpec.infer(shapes["x"], shapes["kernel"], shapes["recurrent_kernel"], **named, **options,
-                                  output_activation=named["activation"])  # fmt: skip
+        return ConvLSTMSpec.infer(
+            shapes["x"], shapes["kernel"], shapes["recurrent_kernel"], activation=activation,
+            recurrent_activation=recurrent, output_activation=activation, **options,
+        )  # fmt: skip
 
     def arrays(self) -> Arrays:
         """Return x, normal, and the weights, uniform in ±1/sqrt(fan_in), drawn by the configuration's name."""
@@ -235,7 +240,7 @@ def _chosen(rng: Rng, *values: Any) -> Any:
 
 def _any_sizes(rng: Rng, **fixed: Any) -> dict[str, Any]:
     """Return sizes of the usual kind: square frames and 3×3 kernels, most of the time."""
-    sizes = {name: _size(rng, *RANGES[name]) for name in ("B", "T", "H", "W", "C", "F")}
+    sizes: dict[str, Any] = {name: _size(rng, *RANGES[name]) for name in ("B", "T", "H", "W", "C", "F")}
     sizes["kernel"] = (3, 3) if rng.random() < 0.7 else (5, 5)
     if rng.random() < 0.6:
         sizes["W"] = sizes["H"]
@@ -247,7 +252,7 @@ def _few_filters(rng: Rng) -> dict[str, Any]:
 
 
 def _thin(rng: Rng) -> dict[str, Any]:
-    thin = {
+    thin: dict[int, dict[str, Any]] = {
         0: {"kernel": (1, 1)},
         1: {"recurrent_kernel": (1, 1)},
         2: {"kernel": (1, _size(rng, 2, 11))},
@@ -365,7 +370,7 @@ def _fixed() -> Iterator[Configuration]:
     make = Configuration
     for sizes in ((2, 10, 64, 64, 1, 64), (1, 10, 64, 64, 64, 64), (4, 10, 32, 32, 32, 32), (1, 12, 128, 128, 16, 16)):
         yield make("usual", *sizes)
-    yield make("usual", 8, 10, 16, 16, 16, 128, (5, 5))
+    yield make("usual", 2, 10, 16, 16, 16, 128, (5, 5))
     yield make("usual", 2, 10, 48, 48, 1, 40, (5, 5))
     for filters, size in ((3, 64), (4, 64), (8, 64), (12, 48), (10, 64), (20, 48)):
         yield make("few-filters", 4, 10, size, size, 1, filters)
@@ -376,7 +381,7 @@ def _fixed() -> Iterator[Configuration]:
     yield make("thin-kernels", 4, 10, 64, 64, 16, 32, (1, 3))
     yield make("thin-kernels", 4, 10, 64, 64, 16, 32, (7, 1))
     yield make("large-kernels", 2, 10, 48, 48, 12, 24, (7, 7))
-    yield make("large-kernels", 1, 10, 48, 48, 1, 64, (7, 7))
+    yield make("large-kernels", 1, 8, 48, 48, 1, 64, (7, 7))
     yield make("large-kernels", 2, 10, 32, 32, 16, 32, (9, 9))
     yield make("large-kernels", 1, 10, 32, 32, 8, 32, (11, 11))
     yield make("large-kernels", 2, 10, 32, 32, 8, 32, (6, 6))
@@ -411,7 +416,7 @@ def _fixed() -> Iterator[Configuration]:
 
 def _fixed_training() -> Iterator[Configuration]:
     def make(family: str, *sizes: Any, **options: Any) -> Configuration:
-        return Configuration(family, *sizes, **options, training=True)
+        return replace(Configuration(family, *sizes, **options), training=True)
 
     yield make("usual", 1, 10, 64, 64, 32, 32)
     yield make("usual", 2, 10, 64, 64, 1, 32)
@@ -514,6 +519,23 @@ def _measure(pipe: Connection, threads: int) -> None:
 # The run -------------------------------------------------------------------------------------------------------------
 
 
+_TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
+
+
+def _text(path: str) -> str:
+    """Return what a file of the system says, or where there is none, nothing."""
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
+
+
+def _busy_seconds() -> float:
+    """Return the seconds that all CPUs together have been busy, where the system tells."""
+    fields = [int(field) for field in _text("/proc/stat").partition("\n")[0].split()[1:9]]
+    return (sum(fields) - sum(fields[3:5])) / _TICKS  # without idle and waiting for a disk
+
+
 class Crew:
     """The processes of one number of threads: one that measures the machine, ours, and one a kind of peer."""
 
@@ -541,6 +563,22 @@ class Crew:
         """Return a measurement of the machine."""
         return float(self.machine.ask(what, SETTLE_SECONDS))
 
+    def round(self, names: Sequence[str], configuration: Configuration) -> dict[str, Any]:
+        """Let each of `names` be timed once; return that, the peak, and the share of the CPUs that others had."""
+        busy, own, begun = _busy_seconds(), self._own_seconds(), time.perf_counter()
+        seconds = {name: self.ask(name, None) for name in names}
+        peak = self.ask_machine(configuration.dtype)
+        room = (time.perf_counter() - begun) * (os.cpu_count() or 1)
+        if broken := [f"{name}: {answer}" for name, answer in seconds.items() if isinstance(answer, str)]:
+            raise RuntimeError(f"{configuration.title}: {', '.join(broken)}")
+        others = (_busy_seconds() - busy - (self._own_seconds() - own)) / room
+        return {"seconds": seconds, "peak": peak, "others": max(others, 0.0)}
+
+    def _own_seconds(self) -> float:
+        """Return the CPU seconds of this process and the crew's, where the system tells."""
+        pids = [os.getpid(), *(worker.process.pid for worker in (*self.workers.values(), self.machine))]
+        return sum(sum(map(int, _text(f"/proc/{pid}/stat").rpartition(")")[2].split()[11:13])) for pid in pids) / _TICKS
+
     def close(self) -> None:
         """Let all end."""
         for worker in (*self.workers.values(), self.machine):
@@ -565,31 +603,31 @@ def measure(crew: Crew, configuration: Configuration, rounds: int) -> dict[str, 
             else:
                 run["difference"][name] = said["difference"]
                 names.append(name)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    peaks = []
+    kept = [_quiet_round(crew, names, configuration)]
+    rivals = {name: seconds for name, seconds in kept[0]["seconds"].items() if name != OURS}
+    near = NEAR * min(rivals.values(), default=0.0)
+    names = [OURS, *(name for name, seconds in rivals.items() if seconds <= near)]
     begun = time.perf_counter()
-    for number in range(rounds):
-        peaks.append(crew.ask_machine(configuration.dtype))
-        for name in list(names):
-            answer = crew.ask(name, None)
-            if isinstance(answer, str):
-                raise RuntimeError(f"{configuration.title}: {name}: {answer}")
-            times[name].append(answer)
-        if number == 0:
-            rivals = {name: times[name][0] for name in names if name != OURS}
-            near = NEAR * min(rivals.values(), default=0.0)
-            names = [OURS, *(name for name, seconds in rivals.items() if seconds <= near)]
-            begun = time.perf_counter()
-        elif time.perf_counter() - begun > CONFIGURATION_SECONDS:
-            break
-    return run | {"seconds": times} | judged(configuration, times, statistics.median(peaks), crew.bandwidth)
+    while len(kept) < rounds and (len(kept) < LEAST_ROUNDS or time.perf_counter() - begun < CONFIGURATION_SECONDS):
+        kept.append(_quiet_round(crew, names, configuration))
+    times = {name: [one["seconds"][name] for one in kept if name in one["seconds"]] for name in kept[0]["seconds"]}
+    peak = statistics.median(one["peak"] for one in kept)
+    disturbed = {"disturbed": max(one["others"] for one in kept)}
+    return run | {"seconds": times} | disturbed | judged(configuration, times, peak, crew.bandwidth)
+
+
+def _quiet_round(crew: Crew, names: Sequence[str], configuration: Configuration) -> dict[str, Any]:
+    """Return a round in which other processes had next to nothing of the CPUs, or after some attempts the quietest."""
+    attempts: list[dict[str, Any]] = []
+    while not attempts or (attempts[-1]["others"] > OTHERS and len(attempts) < ATTEMPTS):
+        attempts.append(crew.round(names, configuration))
+    return min(attempts, key=lambda one: one["others"])
 
 
 def judged(
     configuration: Configuration, times: dict[str, list[float]], peak: float, bandwidth: float
 ) -> dict[str, Any]:
     """Return medians, the fastest peer and how many times as long as ours it takes, and the shares of the bounds."""
-    # A peer that took part in the first round only is compared with ours of that round.
     last = {name: statistics.median(seconds) for name, seconds in times.items()}
     ours = last[OURS]
     told = {
@@ -617,7 +655,8 @@ def line(run: dict[str, Any]) -> str:
     if "ratio" not in run:
         return f"{head} {ours}, no peer can do this; {shares}"
     peer = run["fastest"]
-    return f"{head} {ours} {run['milliseconds'][peer]:9.3f} {peer:25} {run['ratio']:6.2f}×  {shares}"
+    noise = f", others had {run['disturbed']:.0%} of the CPUs" if run["disturbed"] > OTHERS else ""
+    return f"{head} {ours} {run['milliseconds'][peer]:9.3f} {peer:25} {run['ratio']:6.2f}×  {shares}{noise}"
 
 
 def told(runs: Sequence[dict[str, Any]]) -> str:
@@ -676,7 +715,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--peers", nargs="+", choices=forms, default=forms)
     parser.add_argument("--quick", action="store_true", help="just see whether it runs; no figure means anything")
     parser.add_argument("--out", type=Path, help="the JSON file to write; runs that are in it stay, or are replaced")
-    parser.add_argument("--missing", action="store_true", help="leave out what is in the file already")
+    parser.add_argument("--missing", action="store_true", help="leave out what the file has, undisturbed")
     options = parser.parse_args(arguments)
     configurations = chosen(options)
     if options.quick:
@@ -690,7 +729,9 @@ def main(arguments: list[str] | None = None) -> None:
     earlier = json.loads(options.out.read_text()) if options.out and options.out.exists() else report | {"runs": []}
     if {name: earlier[name] for name in report} != report:
         raise SystemExit(f"{options.out} was measured on another machine or with other versions; write another")
-    known = {ratios.key(run) for run in earlier["runs"]} if options.missing else set()
+    known = (
+        {ratios.key(run) for run in earlier["runs"] if run.get("disturbed", 1) <= OTHERS} if options.missing else set()
+    )
     runs = []
     for threads in options.threads:
         waiting = [one for one in configurations if (one.title, one.family, threads) not in known]
