@@ -258,7 +258,7 @@ class _Onnx:
 
     def constant(self, array: Any) -> _Value:
         name = next(self.names)
-        self.constants[name] = np.ascontiguousarray(array)
+        self.constants[name] = np.array(array, order="C")
         return _Value(self, name)
 
     def add(self, a: _Value, b: _Value) -> _Value:
@@ -313,6 +313,8 @@ def save_onnx(case: Any, path: Path) -> np.ndarray:
     It convolves cat[x, h] at each step, or where that cannot be, all of x before the steps.
     """
     spec, build, arrays = case.spec, _Onnx(), channels_first(case.arrays())
+    if arrays["x"].dtype != np.float32:
+        raise Unavailable("the runtimes of ONNX convolve in float32 only")
     if "dropout_masks" in arrays:
         raise Unavailable("the ONNX graph is for inference: without dropout")
     weights: Arrays = {
@@ -480,19 +482,27 @@ def ncnn_convlstm(
     else:
         z = build.convolve(build.layer("Concat", x, h, options="0=0"), np.concatenate(kernels, 1), bias, spec.input)
     net, (h_name, c_name) = build.net(threads, list(step(build, spec, arrays, z, c)))
-    given, nothing = arrays["x"], np.zeros((spec.F, spec.HO, spec.WO), np.float32)
+
+    def owned(array: np.ndarray) -> Any:
+        """Return a Mat with memory of its own: one of an array is a view, whose channels do not lie as ncnn's do."""
+        channels, height, width = array.shape
+        mat = ncnn.Mat(width, height, channels)
+        mat.numpy()[...] = array
+        return mat
+
+    frames = [[owned(frame) for frame in sequence] for sequence in arrays["x"]]
+    zero = owned(np.zeros((spec.F, spec.HO, spec.WO), np.float32))
     mask = arrays.get("mask", np.ones((spec.B, spec.T), bool))
     order = [spec.source_step(t) for t in range(spec.T)]
 
     def run() -> list[list[Any]]:
         results = []
-        zero = ncnn.Mat(nothing)
-        for sequence, valid in zip(given, mask, strict=True):  # a Mat is a view: its array must live
+        for sequence, valid in zip(frames, mask, strict=True):
             h_mat, c_mat, outputs = zero, zero, []
             for t in order:
                 if valid[t]:
                     extractor = net.create_extractor()
-                    for name, mat in ((x.name, ncnn.Mat(sequence[t])), (h.name, h_mat), (c.name, c_mat)):
+                    for name, mat in ((x.name, sequence[t]), (h.name, h_mat), (c.name, c_mat)):
                         extractor.input(name, mat)
                     _, h_mat = extractor.extract(h_name, 1)  # 1: as it lies
                     _, c_mat = extractor.extract(c_name, 1)

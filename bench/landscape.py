@@ -673,7 +673,7 @@ def told(runs: Sequence[dict[str, Any]]) -> str:
                       for loss in found["losses"]]  # fmt: skip
     for run in ratios.wrong(runs):
         lines += [f"!!! {line(run)}"] if "failure" in run else [
-            f"!!! {run['title']}: {name}: {why}" for name, why in run["left_out"].items() if why.startswith("Wrong")
+            f"!!! {run['title']}: {name}: {why}" for name, why in ratios.broken(run).items()
         ]  # fmt: skip
     return "\n".join(lines)
 
@@ -748,7 +748,7 @@ def main(arguments: list[str] | None = None) -> None:
                     _write(options.out, ratios.joined(earlier, runs))
     print(told(runs))
     if ratios.wrong(runs):
-        sys.exit("ours failed, or a result is another than ours")
+        sys.exit("ours or a peer failed, or a result is another than ours")
 
 
 if __name__ == "__main__":

@@ -34,8 +34,13 @@ def groups(runs: Sequence[dict[str, Any]]) -> dict[tuple[bool, int], list[dict[s
 
 
 def wrong(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the runs in which ours failed or a peer's result was another than ours."""
-    return [run for run in runs if "failure" in run or any(why.startswith("Wrong") for why in run["left_out"].values())]
+    """Return the runs in which ours failed, or a peer did, or its result was another than ours."""
+    return [run for run in runs if "failure" in run or broken(run)]
+
+
+def broken(run: dict[str, Any]) -> dict[str, str]:
+    """Return the peers that stayed out for another reason than that they cannot do this."""
+    return {name: why for name, why in run["left_out"].items() if not why.startswith("Unavailable")}
 
 
 def key(run: dict[str, Any]) -> tuple[str, str, int]:
