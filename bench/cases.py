@@ -27,6 +27,7 @@ class ConvLSTMCase:
 
     op: ClassVar[str] = "convlstm2d"
     unit: ClassVar[str] = "GFLOP/s"
+    dtype: ClassVar[str] = "float32"
 
     name: str
     B: int
@@ -62,17 +63,21 @@ class ConvLSTMCase:
         return functional.convlstm2d(**arrays, engine="reference")
 
     @property
+    def options(self) -> dict[str, Any]:
+        """Arguments of `convlstm2d` beside the arrays."""
+        return {}
+
+    @property
+    def spec(self) -> ConvLSTMSpec:
+        """Geometry and options, checked."""
+        x = (self.B, self.T, self.H, self.W, self.C)
+        return ConvLSTMSpec.infer(x, self.kernel_shape, self.recurrent_kernel_shape, activation="tanh",
+                                  recurrent_activation="sigmoid", output_activation="tanh")  # fmt: skip
+
+    @property
     def work(self) -> float:
         """Billions of floating-point operations of the direct algorithm."""
-        spec = ConvLSTMSpec.infer(
-            (self.B, self.T, self.H, self.W, self.C),
-            self.kernel_shape,
-            self.recurrent_kernel_shape,
-            activation=None,
-            recurrent_activation=None,
-            output_activation=None,
-        )
-        return spec.flops / 1e9
+        return self.spec.flops / 1e9
 
     @property
     def title(self) -> str:

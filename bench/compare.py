@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from bench import cases, peers
+from bench import cases, cells, peers
 from fastclstm.commands.info import processor_name
 
 OURS = "fastclstm"
@@ -69,12 +69,12 @@ def held_memory(run: Callable[[], Any], before: float | None) -> float | None:
     return None if peak is None else peak - before
 
 
-def turn(run: Callable[[], Any], last: float) -> list[float]:
-    """Time one turn: a run to warm the caches unless a run is long, then runs until `_TURN_SECONDS` have passed."""
+def turn(run: Callable[[], Any], last: float, enough: float = _TURN_SECONDS) -> list[float]:
+    """Time one turn: a run to warm the caches unless a run is long, then runs until `enough` seconds have passed."""
     if last < 1:
         run()
     seconds: list[float] = []
-    while not seconds or (sum(seconds) < _TURN_SECONDS and len(seconds) < _TURN_RUNS):
+    while not seconds or (sum(seconds) < enough and len(seconds) < _TURN_RUNS):
         start = time.perf_counter()
         run()
         seconds.append(time.perf_counter() - start)
@@ -92,7 +92,7 @@ def _work(pipe: Connection, name: str, case_name: str, threads: int, oracle: Pat
         prepared = implementation.prepare(case, threads)
         worst = peers.error(prepared, np.load(oracle, mmap_mode="r"))
         held_mb = held_memory(prepared.run, before)
-    except peers.Unavailable as reason:
+    except cells.Unavailable as reason:
         pipe.send(str(reason))
         return
     except Exception as reason:
@@ -131,11 +131,11 @@ class Worker:
         except EOFError:
             self.ready = "its process died"
 
-    def ask(self) -> float:
-        """Let it compute once, on a quiet machine, and return its answer."""
-        time.sleep(_SETTLE_SECONDS)
-        self.pipe.send(True)
-        return float(self.pipe.recv())
+    def ask(self, message: Any = True, settle: float = _SETTLE_SECONDS) -> Any:
+        """Let it compute once, on a machine that has been quiet for a while, and return its answer."""
+        time.sleep(settle)
+        self.pipe.send(message)
+        return self.pipe.recv()
 
     def close(self) -> None:
         """Let it end."""

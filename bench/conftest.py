@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bench import cases, peers
+from bench import cases, cells, peers
 from fastclstm.commands.info import processor_name
 
 
@@ -56,7 +56,7 @@ def check_and_time(request: pytest.FixtureRequest, benchmark: Any) -> Callable[[
     def check_and_time(case: cases.Case, name: str, threads: int) -> None:
         try:
             prepared = peers.IMPLEMENTATIONS[case.op][name].prepare(case, threads)
-        except peers.Unavailable as reason:
+        except cells.Unavailable as reason:
             (pytest.fail if request.config.getoption("--peers") else pytest.skip)(f"{name}: {reason}")
         worst = peers.error(prepared, cases.oracle(case.name))
         benchmark.group = f"{case.name}: {case.title}"

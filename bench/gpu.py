@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import fastclstm
-from bench import cases, peers
+from bench import cases, cells
 from fastclstm import functional
 from fastclstm.engines.cuda import devices, recorded
 
@@ -195,7 +195,7 @@ def _module(case: cases.ConvLSTMCase, inputs: list[Any], precision: str, split: 
     import torch
 
     dtype = getattr(torch, precision, torch.float32)
-    module = peers.torch_convlstm(case.arrays(), split=split, channels_last=True).to("cuda", dtype)
+    module = cells.torch_module(case, split, channels_last=True).to("cuda", dtype)
     return module, [x.to(dtype) for x in inputs]
 
 

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import logging
 import os
 import platform
 import tempfile
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,19 +21,18 @@ from typing import Any
 import numpy as np
 
 import fastclstm
-from bench.cases import Arrays, Case, ConvLSTMCase, PoolCase
+from bench import cells
+from bench.cases import Case, ConvLSTMCase, PoolCase
+from bench.cells import Unavailable
 from fastclstm import functional
 
 TOLERANCE = 2e-5
 """Largest absolute error against the float64 oracle that an implementation may show before it is timed."""
 
 _DISTRIBUTIONS = (
-    "fastclstm", "numpy", "numba", "llvmlite", "torch", "onnx", "onnxruntime", "openvino", "keras", "jax", "jaxlib",
+    "fastclstm", "numpy", "numba", "llvmlite", "torch", "onnx", "onnxruntime", "openvino", "ncnn", "keras",
+    "jax", "jaxlib",
 )  # fmt: skip
-
-
-class Unavailable(Exception):
-    """An implementation cannot run in this process; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -109,75 +106,24 @@ def _fastclstm(case: Case, threads: int, **options: Any) -> Prepared:
         return Prepared(
             partial(functional.max_pool3d, **arrays, pool_size=case.pool_size, strides=case.stride, **options)
         )
-    return Prepared(partial(functional.convlstm2d, **arrays, **options))
+    return Prepared(partial(functional.convlstm2d, **arrays, **case.options, **options))
 
 
-# PyTorch and what is exported from it --------------------------------------------------------------------------------
-
-
-def _oihw(kernel: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(kernel.transpose(3, 2, 0, 1))
-
-
-def torch_convlstm(arrays: Arrays, split: bool, channels_last: bool) -> Any:
-    """Return a torch module ``x (B, T, C, H, W) -> (B, T, F, H, W)``; with channels_last both sides have C at the end.
-
-    With `split`, the convolution of x runs once for all time steps; otherwise one convolution of cat[x, h] a step.
-    """
-    import torch
-
-    functions = torch.nn.functional
-    wx, wh = (torch.from_numpy(_oihw(arrays[name])) for name in ("kernel", "recurrent_kernel"))
-    padding = wx.shape[-1] // 2
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-
-    def parameter(tensor: Any) -> Any:
-        return torch.nn.Parameter(tensor.contiguous(memory_format=memory_format), requires_grad=False)
-
-    class ConvLSTM(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.input = parameter(wx if split else torch.cat([wx, wh], 1))
-            self.recurrent = parameter(wh) if split else None
-            self.bias = torch.nn.Parameter(torch.from_numpy(arrays["bias"]), requires_grad=False)
-
-        def forward(self, x: Any) -> Any:
-            if channels_last:
-                x = x.permute(0, 1, 4, 2, 3)
-            B, T, C, H, W = x.shape
-            h = x.new_zeros(B, wh.shape[1], H, W).contiguous(memory_format=memory_format)
-            c = h
-            if split:
-                zx = functions.conv2d(x.reshape(B * T, C, H, W), self.input, self.bias, padding=padding)
-                zx = zx.unflatten(0, (B, T))
-            outputs = []
-            for t in range(T):
-                if split:
-                    z = functions.conv2d(h, self.recurrent, padding=padding) + zx[:, t]
-                else:
-                    z = functions.conv2d(torch.cat([x[:, t], h], 1), self.input, self.bias, padding=padding)
-                i, f, g, o = z.chunk(4, 1)
-                c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-                h = torch.sigmoid(o) * torch.tanh(c)
-                outputs.append(h.permute(0, 2, 3, 1) if channels_last else h)
-            return torch.stack(outputs, 1)
-
-    return ConvLSTM().eval()
+# PyTorch --------------------------------------------------------------------------------------------------------------
 
 
 def _torch(case: Case, threads: int, *, channels_last: bool, split: bool = False, compiled: bool = False) -> Prepared:
     import torch
 
     torch.set_num_threads(threads)
-    arrays = case.arrays()
-    x = torch.from_numpy(arrays["x"])
+    x = torch.from_numpy(case.arrays()["x"])
     if isinstance(case, PoolCase):
         x = x.permute(0, 4, 1, 2, 3)  # channels last in memory
         x = x if channels_last else x.contiguous()
         function = partial(torch.nn.functional.max_pool3d, kernel_size=case.pool_size, stride=case.stride)
     else:
         x = x if channels_last else x.permute(0, 1, 4, 2, 3).contiguous()
-        function = torch_convlstm(arrays, split, channels_last)
+        function = cells.torch_module(case, split, channels_last)
         function = torch.compile(function, dynamic=False) if compiled else function
 
     def run() -> Any:
@@ -192,20 +138,6 @@ def _torch(case: Case, threads: int, *, channels_last: bool, split: bool = False
     return Prepared(run, to_numpy)
 
 
-def _onnx(case: ConvLSTMCase, path: Path) -> np.ndarray:
-    """Write the graph, unrolled over time, to `path` and return its input (B, T, C, H, W)."""
-    import torch
-
-    arrays = case.arrays()
-    x = np.ascontiguousarray(arrays["x"].transpose(0, 1, 4, 2, 3))
-    module = torch_convlstm(arrays, split=False, channels_last=False)
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it tells of optional packages that are not installed
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        torch.onnx.export(module, (torch.from_numpy(x),), path, dynamo=True, verbose=False)
-    return x
-
-
 def _from_channels_first(result: np.ndarray) -> np.ndarray:
     return result.transpose(0, 1, 3, 4, 2)
 
@@ -218,7 +150,7 @@ def _onnxruntime(case: ConvLSTMCase, threads: int) -> Prepared:
     options.inter_op_num_threads = 1
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "convlstm.onnx"
-        x = _onnx(case, path)
+        x = cells.save_onnx(case, path)
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     feed = {session.get_inputs()[0].name: x}
     return Prepared(lambda: session.run(None, feed)[0], _from_channels_first)
@@ -235,9 +167,13 @@ def _openvino(case: ConvLSTMCase, threads: int) -> Prepared:
     }
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "convlstm.onnx"
-        x = _onnx(case, path)
+        x = cells.save_onnx(case, path)
         request = openvino.Core().compile_model(path, "CPU", settings).create_infer_request()
     return Prepared(lambda: request.infer({0: x}, share_inputs=True, share_outputs=True)[0], _from_channels_first)
+
+
+def _ncnn(case: ConvLSTMCase, threads: int, split: bool) -> Prepared:
+    return Prepared(*cells.ncnn_convlstm(case, threads, split))
 
 
 # Keras ---------------------------------------------------------------------------------------------------------------
@@ -299,11 +235,14 @@ IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {
         "numpy": Implementation((), partial(_fastclstm, engine="reference")),
         "torch": Implementation(("torch",), partial(_torch, channels_last=False)),
         "torch-channels-last": Implementation(("torch",), partial(_torch, channels_last=True)),
+        "torch-split": Implementation(("torch",), partial(_torch, channels_last=False, split=True)),
         "torch-split-channels-last": Implementation(("torch",), partial(_torch, channels_last=True, split=True)),
         "torch-compile": Implementation(("torch",), partial(_torch, channels_last=False, compiled=True)),
         "torch-compile-channels-last": Implementation(("torch",), partial(_torch, channels_last=True, compiled=True)),
-        "onnxruntime": Implementation(("torch", "onnx", "onnxscript", "onnxruntime"), _onnxruntime),
-        "openvino": Implementation(("torch", "onnx", "onnxscript", "openvino"), _openvino),
+        "onnxruntime": Implementation(("onnx", "onnxruntime"), _onnxruntime),
+        "openvino": Implementation(("onnx", "openvino"), _openvino),
+        "ncnn": Implementation(("ncnn",), partial(_ncnn, split=False)),
+        "ncnn-split": Implementation(("ncnn",), partial(_ncnn, split=True)),
         "keras-jax": Implementation(("jax", "keras"), _keras, {"KERAS_BACKEND": "jax"}),
         "keras-torch": Implementation(("torch", "keras"), _keras, {"KERAS_BACKEND": "torch"}),
     },

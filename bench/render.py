@@ -1,4 +1,4 @@
-"""Render saved comparisons: the README's table between its markers, and a bar plot."""
+"""Render saved comparisons: the README's table between its markers, and a bar plot; or a landscape, and its dots."""
 
 from __future__ import annotations
 
@@ -8,21 +8,23 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from bench import ratios
 from bench.cases import CASES
 
 OURS, DIRECT, AVX2 = "fastclstm", "fastclstm-direct", "fastclstm-avx2"
 
 FAMILIES = {
     "NumPy": ("numpy",),
-    "PyTorch eager": ("torch", "torch-channels-last", "torch-split-channels-last"),
+    "PyTorch eager": ("torch", "torch-channels-last", "torch-split", "torch-split-channels-last"),
     "torch.compile": ("torch-compile", "torch-compile-channels-last"),
     "ONNX Runtime": ("onnxruntime",),
     "OpenVINO": ("openvino",),
+    "ncnn": ("ncnn", "ncnn-split"),
     "Keras": ("keras-jax", "keras-torch"),
 }
 """The peers as the table shows them: of each family its fastest member."""
 
-_COLOURS = ("#c2410c", "#fb923c", "#94a3b8", "#1e3a8a", "#60a5fa", "#166534", "#4ade80", "#7e22ce")
+_COLOURS = ("#c2410c", "#fb923c", "#94a3b8", "#1e3a8a", "#60a5fa", "#166534", "#4ade80", "#7e22ce", "#0f172a")
 
 _EXPLANATION = (
     "Medians of {rounds} interleaved rounds on {processor}, {cpus} CPUs; of each family the fastest variant. “direct” "
@@ -150,15 +152,20 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("results", type=Path, nargs="+", help="JSON written by bench.compare")
     parser.add_argument("--readme", type=Path, help="the file with the markers; without it the table is printed")
     parser.add_argument("--plot", type=Path, help="the PNG to draw")
+    parser.add_argument("--landscape", action="store_true", help="the results are those of bench.landscape")
     options = parser.parse_args(arguments)
-    report = load(options.results)
+    report = (ratios.load if options.landscape else load)(options.results)
+    picture = None
     if options.plot:
-        plot(report, options.plot)
+        (ratios.dots if options.landscape else plot)(report, options.plot)
+        if options.readme:
+            picture = options.plot.absolute().relative_to(options.readme.absolute().parent).as_posix()
+    block = ratios.markdown(report, picture) if options.landscape else markdown(report, picture)
     if options.readme:
-        picture = options.plot and options.plot.absolute().relative_to(options.readme.absolute().parent).as_posix()
-        options.readme.write_text(insert(options.readme.read_text(), markdown(report, picture)))
+        name = "landscape" if options.landscape else "bench"
+        options.readme.write_text(insert(options.readme.read_text(), block, name))
     else:
-        print(markdown(report))
+        print(block)
 
 
 if __name__ == "__main__":

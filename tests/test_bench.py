@@ -1,3 +1,5 @@
+import dataclasses
+import itertools
 import json
 import math
 import signal
@@ -7,8 +9,9 @@ import numpy as np
 import pytest
 
 import fastclstm
-from bench import crowd, gpu, render, scaling, training
+from bench import cells, crowd, gpu, landscape, peers, ratios, render, scaling, training
 from bench.cases import CASES, ConvLSTMCase, PoolCase
+from fastclstm import functional
 
 
 @pytest.mark.parametrize(
@@ -204,6 +207,213 @@ def test_neighbours_are_busy_until_they_are_ended_whatever_happens():
     with pytest.raises(RuntimeError, match="in the crowd"):
         fail()
     assert [process.returncode for process in processes] == [-signal.SIGKILL] * 2
+
+
+# --- The landscape ---
+
+SMALL = {"B": 2, "T": 3, "H": 7, "W": 6, "C": 2, "F": 3}
+
+
+def test_drawing_is_decided_by_seed_and_number():
+    drawn = [landscape.draw(5, number, number % 2 == 1) for number in range(12)]
+    assert drawn == [landscape.draw(5, number, number % 2 == 1) for number in range(12)]
+    assert len(set(drawn)) == 12
+    assert landscape.draw(6, 0, False) != drawn[0]
+    arrays = drawn[0].arrays()
+    np.testing.assert_array_equal(arrays["kernel"], drawn[0].arrays()["kernel"])
+
+
+@pytest.mark.parametrize("family", landscape.FAMILIES)
+def test_what_is_drawn_lies_in_the_ranges(family):
+    for trained in (False, True):
+        if family == "dropout" and not trained:
+            continue
+        for number in range(20):
+            one = landscape.draw(3, number, trained, [family])
+            assert (one.family, one.training) == (family, trained)
+            for name, (low, high) in landscape.RANGES.items():
+                values = getattr(one, name)
+                assert all(low <= value <= high for value in np.atleast_1d(values)), (name, values)
+            assert one.work <= landscape.MOST_WORK
+            assert one.work >= landscape.LEAST_WORK or one.updates >= landscape.LEAST_UPDATES
+            assert one.updates <= landscape.MOST_UPDATES
+
+
+def test_the_work_of_training_is_that_of_three_passes():
+    one = landscape.Configuration("geometry", **SMALL, kernel=(5, 3), recurrent_kernel=(1, 2), strides=(2, 1))
+    forward = 2 * 2 * 3 * 4 * 6 * 4 * 3 * (5 * 3 * 2 + 1 * 2 * 3) / 1e9
+    assert one.work == pytest.approx(forward)
+    assert dataclasses.replace(one, training=True).work == pytest.approx(3 * forward)
+    assert one.updates == 2 * 3 * 4 * 6 * 3
+
+
+def test_the_fixed_list_covers_each_family_and_tells_all_apart():
+    assert len({(one.family, one.title) for one in landscape.FIXED}) == len(landscape.FIXED)
+    forward = [one for one in landscape.FIXED if not one.training]
+    assert len(forward) >= 40
+    assert {one.family for one in forward} == set(landscape.FAMILIES) - {"dropout"}
+    assert {one.family for one in landscape.FIXED if one.training} == set(landscape.FAMILIES)
+    assert {1, 3, 4, 8, 10, 12, 20} <= {one.F for one in forward}
+    assert {(1, 1), (1, 3), (2, 2), (4, 4), (3, 5), (7, 7), (9, 9), (11, 11)} <= {one.kernel for one in forward}
+    assert any(one.strides == (2, 2) and one.kernel == (5, 5) for one in forward)
+    assert any(one.recurrent_kernel == (1, 1) for one in forward)
+    assert all(landscape.bounded(one) or one.work < 2 * landscape.MOST_WORK for one in landscape.FIXED)
+
+
+OPTIONS = {
+    "usual": {},
+    "even kernel": {"kernel": (4, 2), "bias": False},
+    "geometry": {"kernel": (3, 5), "recurrent_kernel": (2, 3), "strides": (2, 1), "recurrent_dilation": (1, 2)},
+    "valid": {"padding": "valid", "dilation": (2, 1), "mask": True, "go_backwards": True},
+    "circular": {"padding_mode": "circular"},
+    "channel peephole": {"peephole": "channel", "cell_clip": 0.5, "recurrent_activation": "hard_sigmoid"},
+    "elementwise peephole": {"peephole": "elementwise", "activation": "leaky_relu"},
+    "layer": {"normalization": "layer", "activation": "silu"},
+    "group": {"normalization": "group", "recurrent_activation": "hard_sigmoid_keras2"},
+    "batch": {"normalization": "batch", "activation": "gelu"},
+    "dropout": {"dropout": 0.25},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("name", [name for kind in landscape.PEERS.values() for name in kind])
+def test_peers_compute_what_the_reference_engine_does(name, options):
+    one = landscape.Configuration("options", **SMALL, **options)
+    try:
+        prepared = peers.IMPLEMENTATIONS["convlstm2d"][name].prepare(one, 1)
+    except cells.Unavailable as reason:
+        pytest.skip(str(reason))
+    arrays = {key: value if isinstance(value, dict) else np.asarray(value) for key, value in one.arrays().items()}
+    expected = functional.convlstm2d(**arrays, **one.options, engine="reference")
+    got = prepared.channels_last(prepared.run())
+    assert landscape.difference({"h": got}, {"h": expected}, one) < 1e-5
+
+
+@pytest.mark.parametrize("options", [*OPTIONS.values(), {"dtype": "float64"}], ids=[*OPTIONS, "float64"])
+@pytest.mark.parametrize("name", landscape.PEERS["torch"])
+def test_gradients_of_peers_are_those_of_the_reference_engine(name, options):
+    pytest.importorskip("torch")
+    one = landscape.Configuration("options", **SMALL, **options, training=True)
+    if one.normalization == "batch":
+        pytest.skip("statistics that are given are nobody's training")
+    try:
+        got = training.IMPLEMENTATIONS[name](one, 1)()
+    except cells.Unavailable as reason:
+        pytest.skip(str(reason))
+    expected = training.IMPLEMENTATIONS["numpy"](one, 1)()
+    assert got.keys() == expected.keys()
+    assert landscape.difference(got, expected, one) < 1e-5
+
+
+def test_what_is_not_ours_is_wrong():
+    one = landscape.Configuration("usual", **SMALL)
+    ours = {"h": np.ones((2, 3), np.float32)}
+    assert landscape.difference({"h": ours["h"] + np.float32(1e-5)}, ours, one) == pytest.approx(1e-5, rel=0.1)
+    for other in (ours["h"] + np.float32(1e-3), np.full((2, 3), np.nan, np.float32), ours["h"][:1], np.ones((2, 3))):
+        with pytest.raises(landscape.Wrong, match="ours"):
+            landscape.difference({"h": other}, ours, one)
+
+
+def _measured(ratio: float, **told: object) -> dict:
+    return {"title": f"of {ratio}", "family": "usual", "threads": 2, "training": False, "ratio": ratio,
+            "fastest": "ncnn", "left_out": {}} | told  # fmt: skip
+
+
+def test_a_configuration_is_judged_by_the_fastest_of_those_that_stayed():
+    one = landscape.Configuration("usual", B=1, T=10, H=10, W=10, C=1, F=4)
+    times = {"fastclstm": [2.0, 1.0, 4.0], "ncnn": [3.0, 2.0, 4.0], "torch": [2.5, 9.0, 9.0], "onnxruntime": [0.5]}
+    told = landscape.judged(one, times, one.work / 4, 10.0)
+    assert (told["fastest"], told["ratio"]) == ("ncnn", 1.5)
+    assert told["share_of_peak"] == pytest.approx(2.0)
+    assert told["share_of_gates"] == pytest.approx(4000 * landscape.GATE_OPERATIONS / 1e9 / (one.work / 4) / 2)
+    assert told["share_of_bandwidth"] == pytest.approx(4 * (1000 + 4000 + 9 * 16 + 9 * 64) / 1e9 / 10 / 2)
+    assert told["milliseconds"] == {"fastclstm": 2000, "ncnn": 3000, "torch": 9000, "onnxruntime": 500}
+    assert "ratio" not in landscape.judged(one, {"fastclstm": [1.0]}, 1.0, 1.0)
+
+
+def test_the_summary_of_a_landscape():
+    runs = [_measured(4.0), _measured(0.5), _measured(1.0), _measured(1.3), {**_measured(1.0), "failure": "broken"}]
+    del runs[-1]["ratio"]
+    found = ratios.summary(runs)
+    assert found["geometric_mean"] == pytest.approx((4 * 0.5 * 1.3) ** 0.25)
+    assert (found["count"], found["worst"], found["share_from_1.3"]) == (4, 0.5, 0.5)
+    assert [loss["title"] for loss in found["losses"]] == ["of 0.5"]
+    assert ratios.summary(runs[-1:]) == {"count": 0}
+    assert ratios.wrong([*runs, _measured(2.0, left_out={"torch": "Wrong: by far", "ncnn": "Unavailable: no"})]) == [
+        runs[-1], _measured(2.0, left_out={"torch": "Wrong: by far", "ncnn": "Unavailable: no"}),
+    ]  # fmt: skip
+
+
+def test_a_landscape_is_rendered(tmp_path):
+    pytest.importorskip("matplotlib")
+    runs = [_measured(0.5), _measured(2.0), _measured(3.0, threads=1), _measured(1.5, training=True, family="dropout")]
+    report = {"processor": "a processor", "cpus": 2, "versions": {"numpy": "2.0"}, "runs": runs[:1]}
+    first, second, readme = tmp_path / "a.json", tmp_path / "b.json", tmp_path / "README.md"
+    first.write_text(json.dumps(report))
+    second.write_text(json.dumps(report | {"runs": [runs[0] | {"ratio": 0.8}, *runs[1:]]}))
+    readme.write_text("before\n<!-- landscape:start -->\nold\n<!-- landscape:end -->\nafter\n")
+    picture = tmp_path / "dots.png"
+    render.main(["--landscape", str(first), str(second), "--readme", str(readme), "--plot", str(picture)])
+    text = readme.read_text()
+    assert [line for line in text.splitlines() if line.startswith("|")] == [
+        "| family | inference, 1 thread | inference, 2 threads | training, 2 threads |",
+        "| --- | ---: | ---: | ---: |",
+        "| usual | 3.00× (3.00×), 1 | 1.26× (0.80×), 2 | – |",
+        "| dropout | – | – | 1.50× (1.50×), 1 |",
+        "| **all** | 3.00× (3.00×), 1 | 1.26× (0.80×), 2 | 1.50× (1.50×), 1 |",
+        "| at least 1.3× | 100% | 50% | 100% |",
+    ]
+    assert "Below 1×: of 0.5 (2 threads: 0.80×, ncnn)." in text
+    assert "(dots.png)" in text
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    failing = report | {"runs": [*runs, {**_measured(1.0), "title": "the odd one", "failure": "broken"}]}
+    assert "Failed or disagreed: the odd one." in ratios.markdown(failing)
+
+
+def test_a_landscape_is_measured_and_a_failure_of_ours_is_loud(tmp_path, monkeypatch, capsys):
+    class Crew:
+        threads, bandwidth = 1, 10.0
+
+        def __init__(self, threads, forms, folder):
+            self.kinds = dict.fromkeys(("fastclstm", "torch", "ncnn"), "")
+
+        def ask(self, name, configuration, settle=0.0):
+            if name == "fastclstm" and configuration.F == 4:
+                return "ValueError: broken"
+            return "Wrong: by far" if name == "ncnn" and configuration.F == 8 else {"difference": 0.0}
+
+        def round(self, names, configuration):
+            calm = next(noise) == 0
+            seconds = {"fastclstm": 1.0, "torch": 2.0, "ncnn": 1.5} if calm else dict.fromkeys(names, 9.0)
+            return {"seconds": {name: seconds[name] for name in names}, "peak": 100.0, "others": 0.0 if calm else 0.5}
+
+        def close(self):
+            pass
+
+    noise = itertools.cycle((1, 1, 0))  # calm only each third time
+    monkeypatch.setattr(landscape, "Crew", Crew)
+    out = tmp_path / "landscape.json"
+    command = ["--only", "few-filters", "--fixed-only", "--inference", "--threads", "1", "--out", str(out)]
+    with pytest.raises(SystemExit, match="ours or a peer failed"):
+        landscape.main(command)
+    printed = capsys.readouterr().out
+    assert "OURS FAILED: ValueError: broken" in printed
+    assert "!!! 4×10×64², 1→8, k3: ncnn: Wrong: by far" in printed
+    report = json.loads(out.read_text())
+    told = {run["title"]: (run.get("fastest"), run.get("ratio")) for run in report["runs"]}
+    assert told["4×10×64², 1→3, k3"] == ("ncnn", 1.5)
+    assert told["4×10×64², 1→4, k3"] == (None, None)
+    assert told["4×10×64², 1→8, k3"] == ("torch", 2.0)
+    out.write_text(json.dumps(report | {"runs": report["runs"][1:]}))
+    with pytest.raises(SystemExit):
+        landscape.main([*command, "--missing"])
+    printed = capsys.readouterr().out
+    assert ["1→3, k3" in printed, "1→4, k3" in printed, "1→8, k3" in printed] == [
+        True,
+        True,
+        False,
+    ]  # failed ones again
+    assert len(json.loads(out.read_text())["runs"]) == len(report["runs"])
 
 
 # --- On more cores ---
