@@ -43,11 +43,8 @@ class Steps:
         """Run T steps of B images from the first states on; mask (B, T) in the order of processing, kept: gates."""
         spec = self._spec.with_batch(B)
         team = launch.team_size(spec.flops // spec.T)
-        finish = "update" if kept is NOTHING else "update_and_keep"
-        if not self._standard:
-            finish = "update_any"
-        elif not gates.is_plain(spec):
-            finish = "update_peeping"
+        kind = gates.kind(spec) if self._standard else "any"
+        finish = f"update_{kind}" if kind != "standard" else "update" if kept is NOTHING else "update_and_keep"
         plan = plans.plan(
             (spec.recurrent, spec.input), self._m, finish, len(self._columns.groups), self._itemsize, team
         )

@@ -66,9 +66,11 @@ def is_standard(spec: ConvLSTMSpec) -> bool:
     return activation_codes(spec) == (1, 0, 0)
 
 
-def is_plain(spec: ConvLSTMSpec) -> bool:
-    """Whether the cell has no peepholes and no clipping."""
-    return spec.peephole is None and spec.cell_clip is None
+def kind(spec: ConvLSTMSpec) -> str:
+    """Return the kernels' kind: "standard", with peepholes or clipping "peeping", with other activations "any"."""
+    if not is_standard(spec):
+        return "any"
+    return "standard" if spec.peephole is None and spec.cell_clip is None else "peeping"
 
 
 @inline
