@@ -183,7 +183,7 @@ def _run(output, derive):
         before = _place(like, step.before, step.before_image, b, 0)
         dz_place = _place(like, step.dz, step.dz_image, b, 0)
         cells = (stop - first) * F
-        in_place = F % lanes == 0 or F > 4 * lanes
+        in_place = F % lanes == 0 or 4 * lanes < F
         if not in_place:
             for gate in range(4):
                 _gather(simd.shift(lines, gate * pitch), gates, step.pixels, F, gate, first, stop)
