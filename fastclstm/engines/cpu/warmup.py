@@ -23,7 +23,8 @@ from fastclstm.spec import ConvLSTMSpec, ConvSpec, PoolSpec
 
 DTYPES = ("float32", "float64")
 
-_FORWARD = {"convolution": "store", "ConvLSTM": "update", "ConvLSTM of any kind": "update_any"}
+_FORWARD = {"convolution": "store", "ConvLSTM": "update", "ConvLSTM with peepholes or clipping": "update_peeping",
+            "ConvLSTM of any kind": "update_any"}  # fmt: skip
 _ALGORITHMS = ((0, 3), *((m, k) for k in plans.SIZES for m in plans.TILES))
 """Winograd's m and k; m = 0: direct, of any size."""
 
@@ -77,8 +78,9 @@ def _backward(dtype: str) -> Iterator[tuple[str, Callable[[], Any]]]:
     for m, k in _ALGORITHMS:
         how = f"Winograd F({m}×{m}, {k}×{k})" if m else "direct"
         yield f"ConvLSTM in training, {how}", partial(_compile_sequence, dtype, m, k, "update_and_keep")
-        yield f"gradient of kernels, {how}", partial(_train, dtype, m, k, None)
-    yield "gradient of gates of any kind", partial(_train, dtype, 0, 3, 1.0)
+        yield f"gradient of kernels, {how}", partial(_train, dtype, m, k)
+    yield "gradient of gates with peepholes or clipping", partial(_train, dtype, 0, 3, cell_clip=1.0)
+    yield "gradient of gates of any kind", partial(_train, dtype, 0, 3, activation="relu")
     image = np.ones((1, 3, 3, 1), dtype)
     strided = ConvSpec.infer(image.shape, (3, 3, 1, 1), strides=2)
     pulled = image, np.ones((3, 3, 1, 1), dtype), np.ones((1, 2, 2, 1), dtype)
@@ -97,13 +99,14 @@ def _compile_sequence(dtype: str, m: int, k: int, finish: str) -> None:
     plan.kernel.function(plan.variant, tables)
 
 
-def _train(dtype: str, m: int, k: int, cell_clip: float | None) -> None:
+def _train(dtype: str, m: int, k: int, activation: str = "tanh", cell_clip: float | None = None) -> None:
     """Take one small step forward and backward, on a frame for which tiles of m×m are chosen."""
     size = {0: 3, 2: 4, 4: 32}[m]
     x, kernel = np.ones((1, 1, size, size, 1), dtype), np.ones((k, k, 1, 4), dtype)
-    sigmoid, tanh = activations.get("sigmoid"), activations.get("tanh")
-    spec = ConvLSTMSpec.infer(x.shape, kernel.shape, kernel.shape, activation=tanh, recurrent_activation=sigmoid,
-                              output_activation=tanh, cell_clip=cell_clip)  # fmt: skip
+    spec = ConvLSTMSpec.infer(
+        x.shape, kernel.shape, kernel.shape, activation=activations.get(activation),
+        recurrent_activation=activations.get("sigmoid"), output_activation=activations.get("tanh"), cell_clip=cell_clip,
+    )  # fmt: skip
     algorithm = "winograd" if m else "direct"
     *_, saved = convlstm2d(spec, x, kernel, kernel, None, None, None, None, None, algorithm=algorithm, save=True)
     assert saved is not None
