@@ -329,3 +329,21 @@ def test_without_a_compiler_the_remedy_is_named():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, cwd=ROOT,
                           env=os.environ | {"NUMBA_DISABLE_JIT": "1"})  # fmt: skip
     assert "RuntimeError: fastclstm: NUMBA_DISABLE_JIT=1" in done.stderr, done.stderr
+
+
+def test_kernels_of_different_processes_keep_their_own_functions(tmp_path):
+    """Each is the first that its process compiles, so Numba gives their functions the same numbers."""
+    code = """
+        rng = np.random.default_rng(0)
+        shapes = (1, 2, 4, 5, 2), (1, 1, 2, 12), (1, 1, 3, 12)
+        arguments = [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
+        errors = []
+        for options in OPTIONS:
+            result, exact = (functional.convlstm2d(*arguments, **options, engine=e) for e in ("cpu", "reference"))
+            errors.append(float(abs(result - exact).max()))
+        print(json.dumps(errors))
+    """
+    choices = [{}, {"cell_clip": 0.05}, {"activation": "relu"}]
+    for options in choices:
+        run(code.replace("OPTIONS", repr([options])), tmp_path)
+    assert max(run(code.replace("OPTIONS", repr(choices)), tmp_path)) < 1e-5

@@ -231,11 +231,7 @@ class _WayBack:
             self._doutput += dy
         peephole = None if saved.peephole is None else np.stack([saved.peephole[gate] for gate in PEEPHOLE_GATES])
         self._gates = GateGradients(
-            gates.is_standard(spec) and gates.is_plain(spec),
-            gates.cell(spec, saved.peephole),
-            spec.HO * spec.WO,
-            dtype,
-            peephole,
+            gates.kind(spec), gates.cell(spec, saved.peephole), spec.HO * spec.WO, dtype, peephole
         )
         ways = saved.algorithm, "direct"
         self._recurrent, self._inputs = (

@@ -212,6 +212,11 @@ class _KernelLibrary(_AlignedLibrary):
     """A kernel's code: optimized once, where Numba has a pass before for reference counts, of which there are none."""
 
     def _optimize_final_module(self) -> None:
+        # Kernels compiled in different processes number their functions alike: what one calls must not be found in
+        # another that was loaded before it.
+        for function in self._final_module.functions:
+            if not function.is_declaration and function.linkage.name == "linkonce_odr":
+                function.linkage = "internal"
         passes, options = self._codegen._module_pass_manager()
         passes.run(self._final_module, options)
 

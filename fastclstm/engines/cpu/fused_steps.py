@@ -56,11 +56,8 @@ class Steps:
         y_first: Slots = NOTHING, kept: Slots = NOTHING, fresh: bool = False, mask: np.ndarray | None = None,
     ) -> None:  # fmt: skip
         """Run T steps of B images from the first states on; mask (B, T) in the order of processing, kept: gates."""
-        finish = "update" if kept is NOTHING else "update_and_keep"
-        if not self._packed.standard:
-            finish = "update_any"
-        elif not gates.is_plain(self._spec):
-            finish = "update_peeping"
+        kind = gates.kind(self._spec) if self._packed.standard else "any"
+        finish = f"update_{kind}" if kind != "standard" else "update" if kept is NOTHING else "update_and_keep"
         arrays = {"h": h, "h_first": h_first, "c": c, "c_first": c_first, "y": y, "y_first": y_first, "gates": kept}
         if self._packed.before is None:
             self._run(B, T, finish, fresh, mask, x=x, **arrays)

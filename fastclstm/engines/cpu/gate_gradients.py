@@ -5,18 +5,19 @@ from __future__ import annotations
 import numpy as np
 
 from fastclstm.engines.cpu import threads
-from fastclstm.engines.cpu.kernels.gates_backward import CHUNK_PIXELS, PULL_BACK, STEP
+from fastclstm.engines.cpu.kernels.gates_backward import CHUNK_PIXELS, PULL_BACK, STEP, row_length
 from fastclstm.engines.cpu.kernels.schedule import Slots
 
 
 class GateGradients:
     """The gates' part of backpropagation through time, and the sums over time that it keeps."""
 
-    def __init__(self, standard: bool, cell: np.ndarray, pixels: int, dtype: np.dtype, peephole: np.ndarray | None):
-        """`cell` as in the forward pass, `standard` or not; peephole: the weights (3, …, F) of i, f and o."""
+    def __init__(self, kind: str, cell: np.ndarray, pixels: int, dtype: np.dtype, peephole: np.ndarray | None):
+        """`cell` and its `gates.kind` as in the forward pass; peephole: the weights (3, …, F) of i, f and o."""
         F = int(cell[0]["F"])
-        self._kernel, self._cell, self._peephole = PULL_BACK[standard], cell, peephole
+        self._kernel, self._cell, self._peephole = PULL_BACK[kind], cell, peephole
         self._sums = np.zeros((-(-pixels // CHUNK_PIXELS), 7 * F), dtype)
+        self._row = row_length(F, dtype.itemsize)
         self._elementwise = peephole is not None and peephole.ndim == 4
         self._dpeephole = np.zeros_like(peephole) if self._elementwise else None
         self._step = np.zeros(1, STEP)
@@ -35,7 +36,7 @@ class GateGradients:
         self._step["B"] = B
         for name, slot in arrays.items():
             self._step[name], self._step[f"{name}_image"] = slot.address, slot.image
-        rows = np.empty((team, self._sums.shape[1] + 16), self._sums.dtype)
+        rows = np.empty((team, self._row), self._sums.dtype)
         threads.run(self._kernel, team, (), self._sums.reshape(-1)[:0], self._step, self._cell, rows)
 
     def result(self) -> tuple[np.ndarray, np.ndarray | None]:

@@ -24,7 +24,8 @@ from fastclstm.spec import ConvLSTMSpec, ConvSpec, PoolSpec
 
 DTYPES = ("float32", "float64")
 
-_FORWARD = {"convolution": "store", "ConvLSTM": "update", "ConvLSTM of any kind": "update_any"}
+_FORWARD = {"convolution": "store", "ConvLSTM": "update", "ConvLSTM with peepholes or clipping": "update_peeping",
+             "ConvLSTM of any kind": "update_any"}  # fmt: skip
 _TILES = (None, *tiles.choices(3, 3), *tiles.choices(5, 5))
 """Of Winograd for the usual kernels; None: direct, for any."""
 
@@ -78,8 +79,9 @@ def _backward(dtype: str) -> Iterator[tuple[str, Callable[[], Any]]]:
     for tile in _TILES:
         how = f"Winograd {tile}" if tile else "direct"
         yield f"ConvLSTM in training, {how}", partial(_compile_sequence, dtype, tile, "update_and_keep")
-        yield f"gradient of kernels, {how}", partial(_train, dtype, tile, None)
-    yield "gradient of gates of any kind", partial(_train, dtype, None, 1.0)
+        yield f"gradient of kernels, {how}", partial(_train, dtype, tile)
+    yield "gradient of gates with peepholes or clipping", partial(_train, dtype, None, cell_clip=1.0)
+    yield "gradient of gates of any kind", partial(_train, dtype, None, activation="relu")
     image = np.ones((1, 3, 3, 1), dtype)
     strided = ConvSpec.infer(image.shape, (3, 3, 1, 1), strides=2)
     pulled = image, np.ones((3, 3, 1, 1), dtype), np.ones((1, 2, 2, 1), dtype)
@@ -99,13 +101,14 @@ def _compile_sequence(dtype: str, tile: Tile | None, finish: str) -> None:
     plan.kernel.function(plan.variant, tables)
 
 
-def _train(dtype: str, tile: Tile | None, cell_clip: float | None) -> None:
+def _train(dtype: str, tile: Tile | None, activation: str = "tanh", cell_clip: float | None = None) -> None:
     """Take one small step forward and backward, on a frame for which such tiles are chosen."""
     size, k = ({2: 4, 4: 32}[tile.m_y], tile.k_y) if tile else (3, 3)
     x, kernel = np.ones((1, 1, size, size, 1), dtype), np.ones((k, k, 1, 4), dtype)
-    sigmoid, tanh = activations.get("sigmoid"), activations.get("tanh")
-    spec = ConvLSTMSpec.infer(x.shape, kernel.shape, kernel.shape, activation=tanh, recurrent_activation=sigmoid,
-                              output_activation=tanh, cell_clip=cell_clip)  # fmt: skip
+    spec = ConvLSTMSpec.infer(
+        x.shape, kernel.shape, kernel.shape, activation=activations.get(activation),
+        recurrent_activation=activations.get("sigmoid"), output_activation=activations.get("tanh"), cell_clip=cell_clip,
+    )  # fmt: skip
     algorithm = "winograd" if tile else "direct"
     *_, saved = convlstm2d(spec, x, kernel, kernel, None, None, None, None, None, algorithm=algorithm, save=True)
     assert saved is not None

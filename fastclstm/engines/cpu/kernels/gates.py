@@ -66,9 +66,11 @@ def is_standard(spec: ConvLSTMSpec) -> bool:
     return activation_codes(spec) == (1, 0, 0)
 
 
-def is_plain(spec: ConvLSTMSpec) -> bool:
-    """Whether the cell has no peepholes and no clipping."""
-    return spec.peephole is None and spec.cell_clip is None
+def kind(spec: ConvLSTMSpec) -> str:
+    """Return the kernels' kind: "standard", with peepholes or clipping "peeping", with other activations "any"."""
+    if not is_standard(spec):
+        return "any"
+    return "standard" if spec.peephole is None and spec.cell_clip is None else "peeping"
 
 
 @inline
@@ -110,6 +112,22 @@ def _pitch(lines):
 def z_after(lines):
     """Where the columns begin in scratch memory of `z_bytes` that begins with the lines."""
     return simd.shift(lines, PLANES * _pitch(lines))
+
+
+@inline
+def repeat_peepholes(like, cell, groups, lines):
+    """Fill the lines of peepholes for the last group, where channels have them and are fewer than a vector's lanes."""
+    first, filters = groups[len(groups) - 1, 3], groups[len(groups) - 1, 4]
+    lanes, line = simd.vector_lanes(lines), simd.shift(lines, PEEPS * _pitch(lines))
+    if cell.peephole_i == 0 or cell.peephole_pixel != 0 or filters >= lanes:
+        return
+    w_i = simd.load_some(simd.shift(simd.at(like, cell.peephole_i), first), filters)
+    w_f = simd.load_some(simd.shift(simd.at(like, cell.peephole_f), first), filters)
+    w_o = simd.load_some(simd.shift(simd.at(like, cell.peephole_o), first), filters)
+    for r in range(line_pixels(filters, lanes)):
+        simd.store(simd.shift(line, r * filters), w_i)
+        simd.store(simd.shift(line, _pitch(lines) + r * filters), w_f)
+        simd.store(simd.shift(line, 2 * _pitch(lines) + r * filters), w_o)
 
 
 @inline
@@ -206,7 +224,7 @@ def _copy(target, origin, count):
 
 @inline
 def _gather(like, flow, cell, group, lines, z, pixels, count, c_old, zx):
-    """Bring the z and c of pixels, and what they peep at, to lines without gaps; return their length."""
+    """Bring the z, c and peepholes of pixels to lines without gaps; return their length."""
     step, pitch = simd.vector_lanes(z), _pitch(lines)
     columns, width, first, filters, F = group[1] * step, group[2], group[3], group[4], cell.F
     at = 0
@@ -227,15 +245,6 @@ def _gather(like, flow, cell, group, lines, z, pixels, count, c_old, zx):
             else:
                 simd.copy_quarters(4, line, origin)
         at += filters
-    if cell.peephole_i != 0 and cell.peephole_pixel == 0:
-        w_i = simd.load_some(simd.shift(simd.at(like, cell.peephole_i), first), filters)
-        w_f = simd.load_some(simd.shift(simd.at(like, cell.peephole_f), first), filters)
-        w_o = simd.load_some(simd.shift(simd.at(like, cell.peephole_o), first), filters)
-        for k in range(0, at, filters):
-            line = simd.shift(lines, PEEPS * pitch + k)
-            simd.store(line, w_i)
-            simd.store(simd.shift(line, pitch), w_f)
-            simd.store(simd.shift(line, 2 * pitch), w_o)
     at = r = 0
     while r < count:
         if pixels[r] < 0:

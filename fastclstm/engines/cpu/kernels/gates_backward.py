@@ -8,11 +8,18 @@ from fastclstm.engines.cpu.compilation import inline
 from fastclstm.engines.cpu.kernels import simd, vmath
 from fastclstm.engines.cpu.kernels.entry import kernel
 from fastclstm.engines.cpu.kernels.gates import put, take
-from fastclstm.engines.cpu.kernels.padding import clear_run
+from fastclstm.engines.cpu.kernels.padding import clear_run, copy_run
 from fastclstm.engines.cpu.kernels.team import grain, next_item
 
 CHUNK_PIXELS = 64
 """Pixels whose sums of gradients are taken together."""
+
+LINE = 1024
+"""Scalars (pixels × filters) that are taken back together, at most, but for one pixel of more filters."""
+
+BEFORE, PRODUCTS, PEEPS, PLANES = 4, 5, 8, 11
+"""Which lines hold the output gate before, products of dz and c for three peepholes, and the peepholes of channels (the
+first: the four gates, then dz), and how many there are."""
 
 STEP = np.dtype([
     ("B", np.int64), ("pixels", np.int64), ("F", np.int64),
@@ -36,16 +43,22 @@ def _add(target, value, count):
 
 
 @inline
-def _tanh(x):
+def _tanh(cell, x):
     """Hyperbolic tangent as the forward pass takes it, without relative accuracy near 0."""
     e = vmath.exp2_gate(x * (-2.0 * vmath.LOG2E))
-    return (1.0 - e) / (1.0 + e)
+    return simd.quotient(1.0 - e, 1.0 + e)
 
 
 @inline
-def _standard_output(cell, c):
-    """What the output gate multiplies."""
-    return _tanh(c)
+def _sigmoid_slope(cell, gate):
+    """Derivative of a sigmoid by its value: nothing passes where that is the least that `exp2_gate` leaves."""
+    least = 2.0**-vmath.LIMIT_DOUBLE if simd.is_double(gate) else 2.0**-vmath.LIMIT_SINGLE
+    return simd.select_less(simd.broadcast(gate, least), gate, gate * (1.0 - gate), simd.broadcast(gate, 0.0))
+
+
+@inline
+def _tanh_slope(cell, y):
+    return 1.0 - y * y
 
 
 @inline
@@ -54,65 +67,136 @@ def _any_output(cell, c):
 
 
 @inline
-def _slope(gate):
-    """Derivative of a sigmoid by its value: nothing passes where that is the least that `exp2_gate` leaves."""
-    least = 2.0**-vmath.LIMIT_DOUBLE if simd.is_double(gate) else 2.0**-vmath.LIMIT_SINGLE
-    return simd.select_less(simd.broadcast(gate, least), gate, gate * (1.0 - gate), simd.broadcast(gate, 0.0))
+def _any_gate_slope(cell, gate):
+    return vmath.derivative(cell.recurrent_activation, gate)
 
 
 @inline
-def _standard(like, step, cell, sums, pixel, k, count, i, f, g, o, c, dh, dc):
+def _any_slope(cell, g):
+    return vmath.derivative(cell.activation, g)
+
+
+@inline
+def _any_output_slope(cell, y):
+    return vmath.derivative(cell.output_activation, y)
+
+
+@inline
+def _standard(like, step, cell, lines, pitch, index, at, count, i, f, g, o, c, dh, dc):
     """The dz of i, f, g, o and the dc of the step before, with tanh, sigmoid, tanh and nothing else."""
-    y = _tanh(simd.fma(f, c, i * g))
-    dz_o = dh * y * _slope(o)
+    y = _tanh(cell, simd.fma(f, c, i * g))
+    dz_o = dh * y * _sigmoid_slope(cell, o)
     dc = simd.fma(dh * o, 1.0 - y * y, dc)
-    return dc * g * _slope(i), dc * c * _slope(f), dc * i * (1.0 - g * g), dz_o, dc * f
+    dz_f = dc * c * _sigmoid_slope(cell, f)
+    return dc * g * _sigmoid_slope(cell, i), dz_f, dc * i * (1.0 - g * g), dz_o, dc * f
+
+
+def _deriving(output, gate_slope, slope, output_slope):
+    """Return the same for cells with such outputs and derivatives, peepholes and clipping."""
+
+    @inline
+    def derive(like, step, cell, lines, pitch, index, at, count, i, f, g, o, c, dh, dc):
+        """Leave also the gradients of peepholes: of channels in the lines, else added to memory."""
+        c_new = simd.maximum(-cell.clip, simd.minimum(cell.clip, simd.fma(f, c, i * g)))
+        y = output(cell, c_new)
+        dz_o = dh * y * gate_slope(cell, o)
+        dc = simd.fma(dh * o, output_slope(cell, y), dc)
+        weights, gap = simd.shift(lines, PEEPS * pitch + at), pitch
+        if step.elementwise:
+            weights, gap = simd.shift(simd.at(like, step.weights), index), step.pixels * step.F
+        if step.weights != 0:
+            dc = simd.fma(dz_o, take(simd.shift(weights, 2 * gap), count), dc)
+        if cell.clip < np.inf:
+            dc = simd.select_less(simd.absolute(c_new), simd.broadcast(dc, cell.clip), dc, simd.zeros(lines))
+        dz_i, dz_f, dz_g = dc * g * gate_slope(cell, i), dc * c * gate_slope(cell, f), dc * i * slope(cell, g)
+        dc = dc * f
+        if step.weights != 0:
+            dc = simd.fma(dz_i, take(weights, count), dc)
+            dc = simd.fma(dz_f, take(simd.shift(weights, gap), count), dc)
+            if step.elementwise:
+                target = simd.shift(simd.at(like, step.dweights), index)
+                _add(target, dz_i * c, count)
+                _add(simd.shift(target, gap), dz_f * c, count)
+                _add(simd.shift(target, 2 * gap), dz_o * c_new, count)
+            else:
+                target = simd.shift(lines, PRODUCTS * pitch + at)
+                put(target, dz_i * c, count)
+                put(simd.shift(target, gap), dz_f * c, count)
+                put(simd.shift(target, 2 * gap), dz_o * c_new, count)
+        return dz_i, dz_f, dz_g, dz_o, dc
+
+    return derive
 
 
 @inline
-def _general(like, step, cell, sums, pixel, k, count, i, f, g, o, c, dh, dc):
-    """The same with any activations, peepholes and clipping; adds to the gradients of the peepholes."""
-    c_new = simd.maximum(-cell.clip, simd.minimum(cell.clip, simd.fma(f, c, i * g)))
-    y = vmath.activate(cell.output_activation, c_new)
-    dz_o = dh * y * vmath.derivative(cell.recurrent_activation, o)
-    dc = simd.fma(dh * o, vmath.derivative(cell.output_activation, y), dc)
-    own = (pixel if step.elementwise else 0) * step.F + k
-    size = (step.pixels if step.elementwise else 1) * step.F
-    weights = simd.at(like, step.weights)
-    if step.weights != 0:
-        dc = simd.fma(dz_o, take(simd.shift(weights, 2 * size + own), count), dc)
-    if cell.clip < np.inf:
-        dc = simd.select_less(simd.absolute(c_new), simd.broadcast(dc, cell.clip), dc, simd.zeros(sums))
-    dz_i = dc * g * vmath.derivative(cell.recurrent_activation, i)
-    dz_f = dc * c * vmath.derivative(cell.recurrent_activation, f)
-    dz_g = dc * i * vmath.derivative(cell.activation, g)
-    dc = dc * f
-    if step.weights != 0:
-        dc = simd.fma(dz_i, take(simd.shift(weights, own), count), dc)
-        dc = simd.fma(dz_f, take(simd.shift(weights, size + own), count), dc)
-        target = simd.shift(sums, 4 * step.F + k)
-        if step.elementwise:
-            target = simd.shift(simd.at(like, step.dweights), own)
-        _add(target, dz_i * c, count)
-        _add(simd.shift(target, size), dz_f * c, count)
-        _add(simd.shift(target, 2 * size), dz_o * c_new, count)
-    return dz_i, dz_f, dz_g, dz_o, dc
+def _gather(line, gates, pixels, F, gate, first, stop):
+    """Bring one gate of the pixels [first, stop) of an image to a line."""
+    lanes = simd.vector_lanes(line)
+    for pixel in range(first, stop):
+        at, place = (pixel - first) * F, (4 * pixel + gate) * F
+        for k in range(0, F, lanes):
+            # What is too much will be overwritten by the next pixel; but nothing is read behind the image.
+            count = min(lanes, 4 * pixels * F - place - k)
+            simd.store(simd.shift(line, at + k), take(simd.shift(gates, place + k), count))
+
+
+@inline
+def _scatter(lines, pitch, dz, F, first, stop):
+    """Bring the dz of the pixels [first, stop) of an image from lines to their place."""
+    lanes = simd.vector_lanes(lines)
+    for pixel in range(first, stop):
+        for gate in range(4):
+            at, place = (pixel - first) * F, (4 * pixel + gate) * F
+            for k in range(0, F, lanes):
+                # What is too much will be overwritten by the next gate; but nothing is written behind the last pixel.
+                count = lanes if 4 * stop * F - place - k >= lanes else min(lanes, F - k)
+                put(simd.shift(dz, place + k), simd.load(simd.shift(lines, gate * pitch + at + k)), count)
+
+
+@inline
+def _sum_rows(rows, count, length, stride, sums):
+    """Add `count` rows of `length` scalars to sums, four at a time."""
+    lanes = simd.vector_lanes(sums)
+    for k in range(0, length, lanes):
+        some = min(lanes, length - k)
+        row = simd.shift(rows, k)
+        s0 = s1 = s2 = s3 = simd.zeros(sums)
+        whole = count - count % 4
+        for r in range(0, whole, 4):
+            s0 = s0 + take(simd.shift(row, r * stride), some)
+            s1 = s1 + take(simd.shift(row, (r + 1) * stride), some)
+            s2 = s2 + take(simd.shift(row, (r + 2) * stride), some)
+            s3 = s3 + take(simd.shift(row, (r + 3) * stride), some)
+        for r in range(whole, count):
+            s0 = s0 + take(simd.shift(row, r * stride), some)
+        _add(simd.shift(sums, k), (s0 + s1) + (s2 + s3), some)
 
 
 def _run(output, derive):
     """Return the kernel for cells with such outputs and derivatives."""
 
     @inline
-    def pull_back(like, step, cell, b, pixel, sums):
-        """Compute dz and the new dc of one pixel, and the h it began with, and add to the sums of its chunk."""
-        F = step.F
-        lanes = simd.vector_lanes(sums)
-        for k in range(0, F, lanes):
-            count = min(lanes, F - k)
-            index, gate_index = pixel * F + k, 4 * pixel * F + k
-            gates = _place(like, step.gates, step.gates_image, b, gate_index)
-            i, f = take(gates, count), take(simd.shift(gates, F), count)
-            g, o = take(simd.shift(gates, 2 * F), count), take(simd.shift(gates, 3 * F), count)
+    def pull_back(like, step, cell, b, first, stop, sums, lines, pitch):
+        """Compute dz and the new dc of some pixels, and the h they began with, and add to the sums of their chunk."""
+        F, lanes = step.F, simd.vector_lanes(sums)
+        gates = _place(like, step.gates, step.gates_image, b, 0)
+        before = _place(like, step.before, step.before_image, b, 0)
+        dz_place = _place(like, step.dz, step.dz_image, b, 0)
+        cells = (stop - first) * F
+        in_place = F % lanes == 0 or 4 * lanes < F
+        if not in_place:
+            for gate in range(4):
+                _gather(simd.shift(lines, gate * pitch), gates, step.pixels, F, gate, first, stop)
+            if step.before != 0:
+                _gather(simd.shift(lines, BEFORE * pitch), before, step.pixels, F, 3, first, stop)
+        at = k = 0
+        while at < cells:
+            count = min(lanes, F - k if in_place else cells - at)
+            index = first * F + at
+            gap = F if in_place else pitch
+            z = simd.shift(gates, 4 * (index - k) + k) if in_place else simd.shift(lines, at)
+            i, f = take(z, count), take(simd.shift(z, gap), count)
+            g, o = take(simd.shift(z, 2 * gap), count), take(simd.shift(z, 3 * gap), count)
             c = take(_place(like, step.c, step.c_image, b, index), count)
             dh = take(_place(like, step.dh, step.dh_image, b, index), count)
             if step.dy != 0:
@@ -120,36 +204,53 @@ def _run(output, derive):
             dc_place = _place(like, step.dc, step.dc_image, b, index)
             dc = take(dc_place, count)
             if step.before != 0:
-                o_before = take(_place(like, step.before, step.before_image, b, gate_index + 3 * F), count)
-                y = output(cell, c)
-                put(_place(like, step.h, step.h_image, b, index), o_before * y, count)
-            dz_i, dz_f, dz_g, dz_o, dc = derive(like, step, cell, sums, pixel, k, count, i, f, g, o, c, dh, dc)
+                o_place = simd.shift(lines, BEFORE * pitch + at)
+                if in_place:
+                    o_place = simd.shift(before, 4 * (index - k) + 3 * F + k)
+                put(_place(like, step.h, step.h_image, b, index), take(o_place, count) * output(cell, c), count)
+            dz_i, dz_f, dz_g, dz_o, dc = derive(like, step, cell, lines, pitch, index, at, count, i, f, g, o, c, dh, dc)
             put(dc_place, dc, count)
-            dz, bias = _place(like, step.dz, step.dz_image, b, gate_index), simd.shift(sums, k)
-            put(dz, dz_i, count)
-            put(simd.shift(dz, F), dz_f, count)
-            put(simd.shift(dz, 2 * F), dz_g, count)
-            put(simd.shift(dz, 3 * F), dz_o, count)
-            _add(bias, dz_i, count)
-            _add(simd.shift(bias, F), dz_f, count)
-            _add(simd.shift(bias, 2 * F), dz_g, count)
-            _add(simd.shift(bias, 3 * F), dz_o, count)
+            if in_place:
+                z = simd.shift(dz_place, 4 * (index - k) + k)
+            put(z, dz_i, count)
+            put(simd.shift(z, gap), dz_f, count)
+            put(simd.shift(z, 2 * gap), dz_g, count)
+            put(simd.shift(z, 3 * gap), dz_o, count)
+            at += count
+            k = 0 if k + count == F else k + count
+        if not in_place:
+            _scatter(lines, pitch, dz_place, F, first, stop)
+        _sum_rows(simd.shift(dz_place, 4 * first * F), stop - first, 4 * F, 4 * F, sums)
+        if step.weights != 0 and not step.elementwise:
+            for peephole in range(3):
+                products = simd.shift(lines, (PRODUCTS + peephole) * pitch)
+                _sum_rows(products, stop - first, F, F, simd.shift(sums, (4 + peephole) * F))
 
     def run(job, worker, like, steps, cells, rows):
         step = steps[0]
-        chunks = (step.pixels + CHUNK_PIXELS - 1) // CHUNK_PIXELS
+        F, pixels = step.F, step.pixels
+        chunks = (pixels + CHUNK_PIXELS - 1) // CHUNK_PIXELS
         local = simd.shift(simd.pointer(rows), worker * rows.shape[1])
         lanes = simd.vector_lanes(local)
+        pitch = max(LINE, F) + lanes
+        lines = simd.shift(local, rows.shape[1] - PLANES * pitch)
+        at_once = max(1, LINE // F)
+        if step.weights != 0 and not step.elementwise:
+            for peephole in range(3):
+                for n in range(at_once):
+                    line = simd.shift(lines, (PEEPS + peephole) * pitch + n * F)
+                    copy_run(line, simd.shift(simd.at(like, step.weights), peephole * F), F)
         size = grain(job, chunks)
         chunk = next_item(job, -1, size)
         while chunk < chunks:
-            sums = simd.shift(simd.at(like, step.sums), chunk * 7 * step.F)
+            sums = simd.shift(simd.at(like, step.sums), chunk * 7 * F)
+            last = min((chunk + 1) * CHUNK_PIXELS, pixels)
             for b in range(step.B):
-                clear_run(local, 7 * step.F)
-                for pixel in range(chunk * CHUNK_PIXELS, min((chunk + 1) * CHUNK_PIXELS, step.pixels)):
-                    pull_back(like, step, cells[0], b, pixel, local)
-                for k in range(0, 7 * step.F, lanes):
-                    count = min(lanes, 7 * step.F - k)
+                clear_run(local, 7 * F)
+                for first in range(chunk * CHUNK_PIXELS, last, at_once):
+                    pull_back(like, step, cells[0], b, first, min(first + at_once, last), local, lines, pitch)
+                for k in range(0, 7 * F, lanes):
+                    count = min(lanes, 7 * F - k)
                     _add(simd.shift(sums, k), take(simd.shift(local, k), count), count)
             chunk = next_item(job, chunk, size)
 
@@ -157,7 +258,18 @@ def _run(output, derive):
 
 
 PULL_BACK = {
-    True: kernel(_run(_standard_output, _standard), "gates_backward.standard"),
-    False: kernel(_run(_any_output, _general), "gates_backward.any"),
+    "standard": kernel(_run(_tanh, _standard), "gates_backward.standard"),
+    "peeping": kernel(
+        _run(_tanh, _deriving(_tanh, _sigmoid_slope, _tanh_slope, _tanh_slope)), "gates_backward.peeping"
+    ),
+    "any": kernel(
+        _run(_any_output, _deriving(_any_output, _any_gate_slope, _any_slope, _any_output_slope)), "gates_backward.any"
+    ),
 }
-"""Pull one step's gradients back through the gates of all pixels, standard ones or any."""
+"""Pull one step's gradients back through the gates of all pixels, by `gates.kind`."""
+
+
+def row_length(F: int, itemsize: int) -> int:
+    """Scalars that each worker needs: for the sums of a chunk and for the lines."""
+    lanes = simd.lanes(itemsize)
+    return 7 * F + lanes + PLANES * (max(LINE, F) + lanes)

@@ -390,7 +390,7 @@ _EVERY_LANE, _CURRENT_ROUNDING = ir.IntType(16)(-1), INT32(4)
 
 @intrinsic
 def quotient(typingctx, a, b):
-    """A / b by the quickest way that errs by two roundings at most; 1 / b must be a normal number."""
+    """Ratio a / b by the quickest way that errs by two roundings at most; 1 / b must be a normal number."""
 
     def codegen(context, builder, sig, args):
         a, b = args
@@ -416,7 +416,7 @@ def can_scale(typingctx, x):
 
 @intrinsic
 def fraction(typingctx, x):
-    """X less the nearest integer; 0 of infinities."""
+    """Vector x less the nearest integer; 0 of infinities."""
 
     def codegen(context, builder, sig, args):
         x = args[0]
@@ -429,7 +429,7 @@ def fraction(typingctx, x):
 
 @intrinsic
 def scale(typingctx, x, n):
-    """X · 2**n for integers n."""
+    """Vector x · 2**n for integers n."""
 
     def codegen(context, builder, sig, args):
         x, n = args

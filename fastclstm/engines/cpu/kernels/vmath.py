@@ -315,7 +315,7 @@ def _normal(x):
 
 @inline
 def gelu(x):
-    """x Φ(x); NaN stays."""
+    """X Φ(x); NaN stays."""
     below, _ = _normal(x)
     return simd.maximum(-40.0, x) * below
 

@@ -20,7 +20,7 @@ from numba.extending import intrinsic
 from fastclstm.engines.cpu.compilation import inline
 from fastclstm.engines.cpu.kernels import simd
 from fastclstm.engines.cpu.kernels.entry import kernel
-from fastclstm.engines.cpu.kernels.gates import FINISHES, line_pixels, skip_step, z_after
+from fastclstm.engines.cpu.kernels.gates import FINISHES, line_pixels, repeat_peepholes, skip_step, z_after
 from fastclstm.engines.cpu.kernels.padding import copy_run
 from fastclstm.engines.cpu.kernels.schedule import (
     first_piece,
@@ -438,6 +438,7 @@ def _run(finish):
     ):
         flow = flows[0]
         scratch = worker_scratch(flow, worker)
+        repeat_peepholes(weights, cells[0], groups, simd.at(weights, scratch + works[0].z))
         unit, piece, helped = first_piece()
         while True:
             unit, piece, helped = next_piece(flow, job, unit, piece, helped)
