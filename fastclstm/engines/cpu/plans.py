@@ -88,7 +88,7 @@ def winograd_cost(specs: tuple[ConvSpec, ...], tile: Tile, images: int, itemsize
     lanes, spec = simd.lanes(itemsize), specs[0]
     count = images * math.prod(grid(spec, tile))
     pieces = len(tiles.pieces(spec.KH, spec.KW, tile))
-    vectors = -(-spec.F // (2 * lanes)) * 2
+    vectors = -(-spec.F // lanes)
     rows = max(-(-count // winograd.CHUNKS[-1]) * winograd.CHUNKS[-1], STREAMING_ROWS)
     products = rows * tile.points * pieces * sum(s.C for s in specs) * vectors / 0.9
     inputs = 30 * count * tile.points * pieces * sum(-(-s.C // lanes) for s in specs)
