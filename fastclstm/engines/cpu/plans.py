@@ -71,6 +71,9 @@ def plan(specs: tuple[ConvSpec, ...], tile: Tile | None, finish: str, groups: in
 STREAMING_ROWS = 8
 """Reading a vector of weights from the cache takes as long as so many multiply-adds with it."""
 
+CACHE_BYTES = 2 << 20
+"""Size of a core's own cache, about: larger weights come from farther away in each step."""
+
 
 def direct_cost(specs: tuple[ConvSpec, ...], images: int, itemsize: int) -> float:
     """Estimate the work of one step in multiply-adds of vectors, from measurements.
@@ -186,6 +189,12 @@ def grid(spec: ConvSpec, tile: Tile) -> tuple[int, int]:
     return tiles.along(spec.HO, tile.m_y, d_y), tiles.along(spec.WO, tile.m_x, d_x)
 
 
+def weight_bytes(specs: tuple[ConvSpec, ...], tile: Tile, itemsize: int) -> int:
+    """Size of the transformed kernels."""
+    channels = sum(spec.C * len(tiles.pieces(spec.KH, spec.KW, tile)) for spec in specs)
+    return tile.points * channels * specs[0].F * itemsize
+
+
 def tile_sources(specs: tuple[ConvSpec, ...], tile: Tile, *, hidden: bool = False) -> np.ndarray:
     """What the tiles read: of each convolution, piece by piece, a `SOURCE`; hidden: the first one reads h."""
     sources = []
@@ -215,7 +224,10 @@ def winograd_plan(
         images, units = B, 1
     unit_tiles = images * count
     blocks = max(1, round(unit_tiles / winograd.BLOCK_TILES))
-    if not by_unit and blocks < 4 * threads:
+    if B * count <= 2 * winograd.BLOCK_TILES * threads and weight_bytes(specs, tile, itemsize) > CACHE_BYTES:
+        # All tiles share the weights of their group: each thread reads a part of them, and each of them once.
+        images, units, unit_tiles, blocks = B, 1, B * count, -(-B * count // (2 * winograd.BLOCK_TILES))
+    elif not by_unit and blocks < 4 * threads:
         blocks = -(-blocks // threads) * threads
     block_tiles = -(-unit_tiles // blocks)
     blocks = -(-unit_tiles // block_tiles)
