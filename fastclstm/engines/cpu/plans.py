@@ -45,7 +45,9 @@ def choose(op: str, specs: tuple[ConvSpec, ...], algorithm: str, itemsize: int) 
     if algorithm == "winograd":
         specs = tuple(spec.with_batch(1) for spec in specs)
     choices = tiles.choices(specs[0].KH, specs[0].KW)
-    return _cheapest(specs, choices if algorithm == "winograd" else (None, *choices), itemsize)
+    if algorithm == "winograd":
+        return _cheapest(specs, choices, itemsize)
+    return None if specs[0].KH == specs[0].KW == 1 else _cheapest(specs, (None, *choices), itemsize)
 
 
 @lru_cache(maxsize=256)
@@ -71,6 +73,9 @@ def plan(specs: tuple[ConvSpec, ...], tile: Tile | None, finish: str, groups: in
 STREAMING_ROWS = 8
 """Reading a vector of weights from the cache takes as long as so many multiply-adds with it."""
 
+DIRECT_VECTORS = 0, 2, 3, 3.8
+"""Vectors of four at a time that take as long as a group of fewer, of which the loads are the work."""
+
 CACHE_BYTES = 2 << 20
 """Size of a core's own cache, about: larger weights come from farther away in each step."""
 
@@ -81,7 +86,8 @@ def direct_cost(specs: tuple[ConvSpec, ...], images: int, itemsize: int) -> floa
     The gates, which cost every algorithm the same, are left out.
     """
     spec = specs[0]
-    vectors = -(-spec.F // simd.lanes(itemsize))
+    whole, rest = divmod(-(-spec.F // simd.lanes(itemsize)), 4)
+    vectors = 4 * whole + DIRECT_VECTORS[rest]
     rows = max(images * spec.HO * spec.WO, STREAMING_ROWS)
     return rows * sum(s.KH * s.KW * s.C for s in specs) * vectors / 0.85
 
@@ -93,7 +99,7 @@ def winograd_cost(specs: tuple[ConvSpec, ...], tile: Tile, images: int, itemsize
     pieces = len(tiles.pieces(spec.KH, spec.KW, tile))
     vectors = -(-spec.F // lanes)
     rows = max(-(-count // winograd.CHUNKS[-1]) * winograd.CHUNKS[-1], STREAMING_ROWS)
-    products = rows * tile.points * pieces * sum(s.C for s in specs) * vectors / 0.9
+    products = rows * tile.points * pieces * sum(s.C for s in specs) * vectors / 0.8
     inputs = 30 * count * tile.points * pieces * sum(-(-s.C // lanes) for s in specs)
     outputs = 5 * count * tile.points * vectors
     return products + inputs + outputs

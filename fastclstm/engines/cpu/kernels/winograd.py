@@ -398,6 +398,13 @@ def _run(finish):
                 transform_tile(m_y, m_x, k_y, k_x, src, frame, ty - src.top, tx - src.left, block_n, chunk * step,
                                point, patch)  # fmt: skip
                 block_n = simd.shift(block_n, (src.C + step - 1) // step * chunk * step)
+        if count % chunk > 0:  # what was in this memory may be denormal, which takes a hundred times as long
+            for p in range(points):
+                last = simd.shift(inputs, p * point + (chunks - 1) * chunk_size)
+                for c in range(skipped_blocks, len(channels)):
+                    for n in range(count % chunk, chunk):
+                        row = simd.shift(last, (c * chunk + n) * step)
+                        simd.store(row, simd.zeros(row))
         blocks = len(channels) - skipped_blocks
         counts = simd.shift(simd.pointer(channels), skipped_blocks)
         for g in range(group0, group1):
