@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from fastclstm.engines.cpu import packing, threads, transforms
+from fastclstm.engines.cpu import packing, threads, tiles, transforms
 from fastclstm.engines.cpu.kernels import simd, winograd
+from fastclstm.engines.cpu.tiles import Tile
 
 
 def unpack(columns, P, K, gates, F, paired):
@@ -13,7 +14,6 @@ def unpack(columns, P, K, gates, F, paired):
     matrices = np.full((P, K, gates, F), np.nan)
     bias = np.full((gates, F), np.nan)
     for at, vectors, width, first, count, bias_at in columns.groups:
-        padded = vectors + vectors % 2 if paired else vectors
         for gate in range(gates):
             for n in range(count):
                 column = gate * width + n
@@ -23,9 +23,10 @@ def unpack(columns, P, K, gates, F, paired):
                     for k in range(K):
                         if paired:
                             pair, lane = divmod(column, 2 * lanes)
-                            place = ((p * (padded // 2) + pair) * K + k) * 2 * lanes + lane
+                            panel = min(2, vectors - 2 * pair) * lanes  # the last may have one vector
+                            place = (p * vectors + 2 * pair) * K * lanes + k * panel + lane
                         else:
-                            place = (p * K + k) * padded * lanes + column
+                            place = (p * K + k) * vectors * lanes + column
                         matrices[p, k, gate, first + n] = columns.weights[at + place]
     return matrices, bias
 
@@ -58,26 +59,40 @@ def test_round_trip(dtype, gates):
         assert_packed(columns, (matrix * scales[:, None]).astype(dtype)[None], bias, False)
 
 
-@pytest.mark.parametrize("k", [3, 5])
-@pytest.mark.parametrize("m", [2, 4])
+@pytest.mark.parametrize(
+    ("size", "tile"),
+    [((3, 3), Tile(2, 2, 3, 3)), ((5, 5), Tile(4, 4, 5, 5)), ((3, 1), Tile(4, 4, 3, 1)), ((4, 8), Tile(3, 4, 4, 3))],
+    ids=str,
+)
 @pytest.mark.parametrize("gates", [1, 4])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_transformed_kernels(dtype, gates, m, k, monkeypatch):
-    """Of two inputs side by side, as they are or flipped and transposed; whatever the number of workers."""
+def test_transformed_kernels(dtype, gates, size, tile, monkeypatch):
+    """Of two inputs, piece by piece, as they are or flipped and transposed; whatever the number of workers."""
     monkeypatch.setattr(transforms, "PARALLEL_SCALARS", 1)
-    G = winograd.transforms(m, k).G
+    G_y, G_x = (winograd.transforms(m, k).G for m, k in ((tile.m_y, tile.k_y), (tile.m_x, tile.k_x)))
     for F in sizes(dtype):
         rng = np.random.default_rng(F)
         bias, scales = rng.standard_normal((gates, F)).astype(dtype), rng.standard_normal(gates)
-        plain, other = (rng.standard_normal((k, k, *shape)).astype(dtype) for shape in ((3, gates * F), (gates * F, 5)))
+        plain, other = (
+            rng.standard_normal((*size, *shape)).astype(dtype) for shape in ((3, gates * F), (gates * F, 5))
+        )
         kernels = [plain, other[::-1, ::-1].swapaxes(2, 3)]
-        both = np.concatenate(kernels, 2).reshape(k, k, 8, gates, F) * scales[:, None]
-        expected = np.einsum("ai,bj,ijcgf->abcgf", G, G, both).reshape(-1, *both.shape[2:])
+        pieces = []
+        for kernel in kernels:
+            left = kernel.astype(float)
+            for y, x in tiles.pieces(*size, tile):
+                window = np.s_[y.first : y.first + tile.k_y, x.first : x.first + tile.k_x]
+                pieces.append(left[window].copy())
+                left[window] = 0  # each tap counts once
+            assert not left.any()
+        both = np.concatenate(pieces, 2).reshape(tile.k_y, tile.k_x, -1, gates, F) * scales[:, None]
+        expected = np.einsum("ai,bj,ijcgf->abcgf", G_y, G_x, both).reshape(-1, *both.shape[2:])
+        assert expected.shape[1] == transforms.rows(kernels, tile)
         packed = []
         for workers in (1, 3):
             monkeypatch.setattr(threads, "usable_threads", lambda workers=workers: workers)
-            columns = packing.lay_out(len(expected), 8, gates, F, bias, np.dtype(dtype), paired=True)
-            transforms.transform(kernels, scales, m, columns)
+            columns = packing.lay_out(*expected.shape[:2], gates, F, bias, np.dtype(dtype), paired=True)
+            transforms.transform(kernels, scales, tile, columns)
             packed.append(columns)
         np.testing.assert_array_equal(packed[0].weights, packed[1].weights)
         result, _ = unpack(packed[0], *expected.shape, paired=True)

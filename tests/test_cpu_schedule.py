@@ -7,8 +7,10 @@ from fastclstm import functional
 from fastclstm.engines.cpu import launch, plans, threads
 from fastclstm.engines.cpu.kernels import schedule
 from fastclstm.engines.cpu.kernels.entry import kernel
+from fastclstm.engines.cpu.kernels.padding import SOURCE
 from fastclstm.engines.cpu.kernels.schedule import first_piece, next_piece, piece_done, place, wait_for_neighbours
 from fastclstm.engines.cpu.kernels.team import add, claim, done, grain, next_item, wait_for_all
+from fastclstm.engines.cpu.tiles import Tile
 from fastclstm.spec import ConvSpec
 
 
@@ -37,8 +39,9 @@ def claimed(workers, units, steps, blocks, parts, reach=1):
     n = np.arange(blocks)
     neighbours = np.stack([np.maximum(n - reach, 0), np.minimum(n + reach + 1, blocks)], 1)
     counts, order = np.zeros((2, units, 2 + steps, blocks, parts), np.int64)
-    threads.run(_count, workers, (), flow, np.zeros(2, np.int64), neighbours, counts, order,
-                np.array([clock.ctypes.data]))  # fmt: skip
+    sources = np.zeros(1, SOURCE)
+    sources["hidden"] = 1
+    threads.run(_count, workers, (), flow, sources, neighbours, counts, order, np.array([clock.ctypes.data]))
     return counts[:, 2:], order[:, 2:]
 
 
@@ -111,28 +114,31 @@ def reads(spec, y, x):
     return {(i, j) for i in rows for j in columns if 0 <= i < spec.H and 0 <= j < spec.W}
 
 
-def owners(plan, spec, m):
+def owners(plan, spec, tile):
     """The block of each output (image, y, x) of the first unit."""
     work, result = plan.work[0], {}
-    for b in range(work["unit_tiles"] // work["tiles"] if m else 1):
+    for b in range(work["unit_tiles"] // work["tiles"] if tile else 1):
         for y, x in np.ndindex(spec.HO, spec.WO):
-            if m:
-                tile = b * work["tiles"] + y // m * work["tiles_x"] + x // m
-                result[b, y, x] = tile // work["block_tiles"]
+            if tile:
+                row, column = (  # bands of interleaved tiles
+                    at // (m * d) * d + at % d
+                    for at, m, d in zip((y, x), (tile.m_y, tile.m_x), spec.dilation, strict=True)
+                )
+                result[b, y, x] = (b * work["tiles"] + row * work["tiles_x"] + column) // work["block_tiles"]
             else:
                 result[b, y, x] = y // work["block_height"] * work["blocks_x"] + x // work["block_width"]
     return result
 
 
-@pytest.mark.parametrize("m", [0, 2, 4])
+@pytest.mark.parametrize("m", [0, 2, 4, (2, 4)])
 @pytest.mark.parametrize("options", [{}, {"padding_mode": "circular"}, {"dilation": 3}], ids=str)
 @pytest.mark.parametrize(("B", "H", "W", "k"), [(1, 70, 100, 3), (3, 13, 9, 5), (2, 50, 31, 3), (1, 200, 3, 5)])
 def test_neighbours_are_all_that_a_block_reads(m, options, B, H, W, k):
-    if m and "dilation" in options:
-        pytest.skip("Winograd knows no dilation")
     spec = ConvSpec.infer((B, H, W, 4), (k, k, 4, 16), **options)
-    plan = plans.plan((spec, spec), m, "update", 1, 4, 2)
-    neighbours, owner = plan.tables.arrays[2], owners(plan, spec, m)
+    m_y, m_x = m if isinstance(m, tuple) else (m, m)
+    tile = Tile(m_y, m_x, k, k) if m else None
+    plan = plans.plan((spec, spec), tile, "update", 1, 4, 2)
+    neighbours, owner = plan.tables.arrays[2], owners(plan, spec, tile)
     assert len(neighbours) == plan.blocks
     for (b, y, x), block in owner.items():
         first, last = neighbours[block]

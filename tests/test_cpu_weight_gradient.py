@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from fastclstm.engines.cpu import plans, weight_gradient
+from fastclstm.engines.cpu import plans, tiles, weight_gradient
 from fastclstm.engines.cpu.kernels.schedule import slots
+from fastclstm.engines.cpu.tiles import Tile
 from fastclstm.engines.cpu.weight_gradient import WeightGradient
 from fastclstm.spec import ConvSpec
 
@@ -37,7 +38,7 @@ GEOMETRIES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("k", [(3, 3), (5, 5), (2, 4), (1, 1)])
+@pytest.mark.parametrize("k", [(3, 3), (5, 5), (2, 4), (1, 1), (9, 7)])
 @pytest.mark.parametrize("options", GEOMETRIES, ids=str)
 @pytest.mark.parametrize("algorithm", ["direct", "winograd"])
 def test_definition(k, options, algorithm):
@@ -51,14 +52,15 @@ def test_definition(k, options, algorithm):
         np.testing.assert_allclose(result, taps(spec, x, dz), rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("m", [2, 4])
-@pytest.mark.parametrize("k", [3, 5])
-def test_two_inputs_of_one_gradient(monkeypatch, m, k):
-    """Each tile size; channels that fill no vector, side by side."""
-    monkeypatch.setattr(plans, "TILES", (m,))
+@pytest.mark.parametrize(("size", "tile"), [((3, 3), Tile(2, 2, 3, 3)), ((3, 3), Tile(4, 4, 3, 3)),
+                                            ((5, 5), Tile(2, 2, 5, 5)), ((5, 5), Tile(4, 4, 5, 5)),
+                                            ((7, 4), Tile(4, 3, 3, 4))], ids=str)  # fmt: skip
+def test_two_inputs_of_one_gradient(monkeypatch, size, tile):
+    """Each tile size, pieces; channels that fill no vector, side by side."""
+    monkeypatch.setattr(tiles, "choices", lambda KH, KW: (tile,))
     rng = np.random.default_rng(1)
     for C, F in ((1, 5), (7, 16), (16, 20)):
-        specs = tuple(ConvSpec.infer((2, 11, 9, c), (k, k, c, 4 * F)) for c in (F, C))
+        specs = tuple(ConvSpec.infer((2, 11, 9, c), (*size, c, 4 * F), padding="same") for c in (F, C))
         xs = [rng.standard_normal((2, 3, 11, 9, c)) for c in (F, C)]
         dz = rng.standard_normal((2, 3, 11, 9, 4 * F))
         for result, spec, x in zip(gradient(specs, xs, dz, "winograd"), specs, xs, strict=True):
@@ -92,5 +94,6 @@ def test_auto_takes_tiles_where_they_pay():
     def choice(H, k=3, C=64, **options):
         return weight_gradient.choose((ConvSpec.infer((1, H, H, C), (k, k, C, 256), **options),), 10, "auto", 4)
 
-    assert choice(64) == choice(64, k=5) == 4
-    assert choice(64, strides=2) == choice(64, k=4) == choice(64, dilation=2) == choice(1) == 0
+    assert choice(64) == Tile(4, 4, 3, 3)
+    assert choice(64, k=5) == Tile(4, 4, 5, 5)
+    assert choice(64, strides=2) is choice(1) is choice(64, k=1) is None

@@ -6,30 +6,37 @@ import numpy as np
 import pytest
 
 from fastclstm import functional
-from fastclstm.engines.cpu import plans
+from fastclstm.engines.cpu import outliers, plans, tiles
 from fastclstm.engines.cpu.kernels import winograd
+from fastclstm.engines.cpu.tiles import Tile
 from fastclstm.spec import ConvSpec
 
-TILES = [(2, 3), (4, 3), (2, 5), (4, 5)]
-every_tile = pytest.mark.parametrize(("m", "k"), TILES, ids=[f"F({m},{k})" for m, k in TILES])
+AXES = [(m, k) for k, choices in tiles.OUTPUTS.items() for m in choices]
+every_axis = pytest.mark.parametrize(("m", "k"), AXES, ids=[f"F({m},{k})" for m, k in AXES])
+TILES = [Tile(m, m, k, k) for m, k in ((2, 3), (4, 3), (2, 5), (4, 5))]
+OTHERS = [Tile(m, m, k, k) for m, k in ((3, 2), (5, 2), (3, 4), (5, 4), (3, 6), (2, 7))]
+OTHERS += [Tile(1, 4, 1, 3), Tile(4, 2, 1, 5), Tile(2, 4, 3, 5), Tile(5, 2, 4, 7), Tile(4, 4, 1, 1)]
+any_tile = pytest.mark.parametrize("tile", TILES + OTHERS, ids=str)
 
-TIMES_DIRECT = {(2, 3): 2, (4, 3): 6, (2, 5): 3, (4, 5): 8}
-"""How many times the error of the direct algorithm each tile may err."""
+TIMES_DIRECT = {4: 2, 6: 6, 8: 8}
+"""How many times the error of the direct algorithm a tile may err, by the longer side of its square of points."""
 
 
 @pytest.fixture
-def tile_of(monkeypatch):
-    """Function that makes the engine take tiles of m×m outputs."""
-    return lambda m: monkeypatch.setattr(plans, "TILES", (m,))
+def take(monkeypatch):
+    """Function that makes the engine take a tile."""
+    return lambda tile: monkeypatch.setattr(tiles, "choices", lambda KH, KW: (tile,))
 
 
 def correlate(x, w):
-    """Valid cross-correlation of (H, W, …) with (k, k, …), elementwise in the other axes."""
-    size, k = len(x) - len(w) + 1, len(w)
-    return np.array([[(x[i : i + k, j : j + k] * w).sum((0, 1)) for j in range(size)] for i in range(size)])
+    """Valid cross-correlation of (H, W, …) with (KH, KW, …), elementwise in the other axes."""
+    (KH, KW), (H, W) = w.shape[:2], x.shape[:2]
+    return np.array(
+        [[(x[i : i + KH, j : j + KW] * w).sum((0, 1)) for j in range(W - KW + 1)] for i in range(H - KH + 1)]
+    )
 
 
-@every_tile
+@every_axis
 def test_matrices_are_exact_in_one_dimension(m, k):
     """Every element is a fraction that float64 holds nearly, and with fractions the identity has no error at all."""
     A_T, G, B_T = (
@@ -43,80 +50,127 @@ def test_matrices_are_exact_in_one_dimension(m, k):
     assert times(A_T, products) == [sum(x[i + j] * w[j] for j in range(k)) for i in range(m)]
 
 
-@every_tile
+@every_axis
 def test_matrices_are_those_fractions_rounded_once(m, k):
     for matrix in winograd.transforms(m, k):
         exact = np.array([[float(Fraction(value).limit_denominator(10_000)) for value in row] for row in matrix])
         np.testing.assert_array_equal(matrix, exact)
 
 
-@every_tile
-def test_one_tile_in_two_dimensions(m, k):
-    A_T, G, B_T = winograd.transforms(m, k)
-    alpha = m + k - 1
+@any_tile
+def test_one_tile_in_two_dimensions(tile):
+    down, across = winograd.transforms(tile.m_y, tile.k_y), winograd.transforms(tile.m_x, tile.k_x)
+    size = tile.m_y + tile.k_y - 1, tile.m_x + tile.k_x - 1
+    assert tile.points == size[0] * size[1]
     rng = np.random.default_rng(1)
-    x, w = rng.integers(-8, 9, (alpha, alpha, 6)) / 8, rng.integers(-8, 9, (k, k, 6)) / 8
-    inputs = np.einsum("ip,jq,pqc->ijc", B_T, B_T, x)
-    products = inputs * np.einsum("ip,jq,pqc->ijc", G, G, w)
-    np.testing.assert_allclose(np.einsum("ip,jq,pqc->ijc", A_T, A_T, products), correlate(x, w), rtol=0, atol=1e-12)
+    x, w = rng.integers(-8, 9, (*size, 6)) / 8, rng.integers(-8, 9, (tile.k_y, tile.k_x, 6)) / 8
+    inputs = np.einsum("ip,jq,pqc->ijc", down.B_T, across.B_T, x)
+    products = inputs * np.einsum("ip,jq,pqc->ijc", down.G, across.G, w)
+    result = np.einsum("ip,jq,pqc->ijc", down.A_T, across.A_T, products)
+    np.testing.assert_allclose(result, correlate(x, w), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", range(1, 24))
+def test_pieces_have_each_tap_once_and_none_beyond_the_kernel(size):
+    for k in tiles.OUTPUTS:
+        if k <= size:
+            cuts = tiles.cuts(size, k)
+            assert [tap for cut in cuts for tap in range(cut.first + cut.skipped, cut.first + k)] == list(range(size))
+            assert all(0 <= cut.first <= size - k and 0 <= cut.skipped < k for cut in cuts)
+    for tile in tiles.choices(size, 3):
+        assert tile.m_y in tiles.OUTPUTS[tile.k_y]
+        assert tile.k_y <= size
+
+
+@pytest.mark.parametrize(
+    ("size", "m", "d"), [(1, 4, 1), (9, 4, 1), (9, 4, 2), (8, 2, 4), (5, 2, 3), (3, 4, 5), (30, 5, 3)]
+)
+def test_tiles_cover_each_output_of_an_axis_once(size, m, d):
+    corners = [winograd.corner.py_func(m, d, n) for n in range(tiles.along(size, m, d))]
+    outputs = sorted(corner + i * d for corner in corners for i in range(m))
+    assert [y for y in outputs if y < size] == list(range(size))
+    assert all(corner < size for corner in corners)
 
 
 def spec(kernel=(3, 3), **options):
     return ConvSpec.infer((1, 16, 16, 4), (*kernel, 4, 8), **({"padding": "same"} | options))
 
 
-def test_fits_square_kernels_of_3_and_5_alike():
-    for k in (3, 5):
-        assert plans.fits((spec((k, k)),))
-        assert plans.fits((spec((k, k)), spec((k, k), padding_mode="circular")))
-        assert plans.fits((spec((k, k), padding="valid"),))
-    for kernel in ((1, 1), (2, 2), (4, 4), (7, 7), (3, 5), (5, 3), (1, 3)):
-        assert not plans.fits((spec(kernel),))
-    for options in ({"strides": (1, 2)}, {"strides": (2, 1)}, {"dilation": (2, 1)}, {"dilation": (1, 2)}):
+def test_fits_kernels_alike_of_stride_1():
+    for kernel in ((3, 3), (5, 5), (1, 1), (2, 2), (4, 4), (7, 7), (3, 5), (1, 3), (9, 2), (11, 11)):
+        assert plans.fits((spec(kernel),))
+        assert plans.fits((spec(kernel), spec(kernel, padding_mode="circular")))
+        assert plans.fits((spec(kernel, padding="valid"),))
+    assert plans.fits((spec(dilation=(2, 3)), spec(dilation=(2, 3))))
+    assert plans.fits((spec((1, 3), dilation=(2, 3)), spec((1, 3), dilation=(1, 3))))  # an axis of one tap has none
+    for options in ({"strides": (1, 2)}, {"strides": (2, 1)}):
         assert not plans.fits((spec(**options),))
     assert not plans.fits((spec(), spec((5, 5))))
     assert not plans.fits((spec(), spec(dilation=(2, 2))))
 
 
-@pytest.mark.parametrize("kernel", [(1, 1), (4, 4), (3, 5)])
-def test_asked_for_in_vain_is_an_error(kernel):
-    x, w = np.ones((1, 8, 8, 2), np.float32), np.ones((*kernel, 2, 4), np.float32)
-    with pytest.raises(ValueError, match=r"square kernels of 3 or 5.*use 'auto' or 'direct'"):
-        functional.conv2d(x, w, engine="cpu", algorithm="winograd")
+def test_asked_for_in_vain_is_an_error():
+    x, w = np.ones((1, 8, 8, 2), np.float32), np.ones((3, 3, 2, 4), np.float32)
+    with pytest.raises(ValueError, match=r"needs stride 1.*use 'auto' or 'direct'"):
+        functional.conv2d(x, w, strides=(1, 2), engine="cpu", algorithm="winograd")
 
 
-@every_tile
+def test_values_stay_where_they_are_with_small_tiles_only():
+    """What the tiles of two outputs err does not leave the receptive fields, nor what is not transformed."""
+    for tile, spoils in ((Tile(2, 2, 3, 3), False), (Tile(2, 4, 3, 1), False), (Tile(1, 4, 1, 3), True),
+                         (Tile(4, 2, 3, 3), True), (Tile(4, 4, 1, 1), False), (None, False)):  # fmt: skip
+        assert outliers.spoil(tile) == spoils
+
+
+def agrees(x, w, bias=None, **options):
+    arguments = {"x": x, "kernel": w, "bias": bias, "padding": "same"} | options
+    result = functional.conv2d(**arguments, engine="cpu", algorithm="winograd")
+    expected = functional.conv2d(**arguments, engine="reference")
+    np.testing.assert_allclose(result, expected, rtol=0, atol=4e-12, err_msg=f"{x.shape} {w.shape} {options}")
+
+
+@any_tile
 @pytest.mark.parametrize("C", [1, 20])
-def test_any_frame(tile_of, m, k, C):
+def test_any_frame(take, tile, C):
     """Frames that tiles divide and do not, smaller than a tile too, against the oracle in float64."""
-    tile_of(m)
+    take(tile)
     rng = np.random.default_rng(3)
-    w, bias = rng.standard_normal((k, k, C, 7)), rng.standard_normal(7)
+    k = max(tile.k_y, tile.k_x)
+    w, bias = rng.standard_normal((tile.k_y, tile.k_x, C, 7)), rng.standard_normal(7)
     for H, W in ((1, 1), (1, 9), (2, 3), (4, 4), (5, 8), (7, 13), (17, 6)):
-        for options in ({"padding": "same"}, {"padding": ((k, 1), (0, k + 1))}, {"padding_mode": "circular"}):
-            x = rng.standard_normal((2, H, W, C))
-            arguments = {"x": x, "kernel": w, "bias": bias, "padding": "same"} | options
-            result = functional.conv2d(**arguments, engine="cpu", algorithm="winograd")
-            expected = functional.conv2d(**arguments, engine="reference")
-            np.testing.assert_allclose(result, expected, rtol=0, atol=2e-12, err_msg=f"{H}x{W} {options}")
+        for options in (
+            {}, {"padding": ((k, 1), (0, k + 1))}, {"padding_mode": "circular"}, {"dilation": (2, 3)},
+            {"dilation": (3, 1), "padding_mode": "circular"},
+        ):  # fmt: skip
+            agrees(rng.standard_normal((2, H, W, C)), w, bias, **options)
 
 
-def sequence(T, k, C, F, scale=1.0, seed=4):
-    rng = np.random.default_rng(seed)
+@pytest.mark.parametrize("kernel", [(4, 7), (6, 6), (7, 7), (9, 9), (11, 3), (8, 10)], ids=str)
+def test_pieces_of_a_kernel(take, kernel):
+    """Every tile that the kernel may be cut for."""
+    rng = np.random.default_rng(5)
+    for tile in tiles.choices(*kernel)[::3]:
+        take(tile)
+        for options in ({}, {"dilation": (1, 2)}, {"padding_mode": "circular"}):
+            agrees(rng.standard_normal((2, 9, 12, 5)), rng.standard_normal((*kernel, 5, 20)), **options)
+
+
+def sequence(T, tile, C, F, scale=1.0, seed=4):
+    rng, size = np.random.default_rng(seed), (tile.k_y, tile.k_x)
     x = rng.uniform(0, 1, (2, T, 12, 13, C)).astype(np.float32)
     kernels = [
-        (scale * rng.uniform(-1, 1, (k, k, c, 4 * F)) * np.sqrt(6 / (k * k * (c + 4 * F)))).astype(np.float32)
+        (scale * rng.uniform(-1, 1, (*size, c, 4 * F)) * np.sqrt(6 / (np.prod(size) * (c + 4 * F)))).astype(np.float32)
         for c in (C, F)
     ]
     return x, *kernels
 
 
-@every_tile
+@pytest.mark.parametrize("tile", [*TILES, *OTHERS[:6]], ids=str)
 @pytest.mark.parametrize("T", [10, 100])
-def test_error_after_many_steps(tile_of, m, k, T):
+def test_error_after_many_steps(take, tile, T):
     """It is a stated multiple of the direct algorithm's, and does not grow with the sequence."""
-    tile_of(m)
-    arguments = sequence(T, k, C=3, F=16)
+    take(tile)
+    arguments = sequence(T, tile, C=3, F=16)
     exact = functional.convlstm2d(*(a.astype(np.float64) for a in arguments), engine="cpu", algorithm="direct")
 
     def error(algorithm):
@@ -124,13 +178,13 @@ def test_error_after_many_steps(tile_of, m, k, T):
 
     direct, fast = error("direct"), error("winograd")
     assert 0 < direct < 2e-6
-    assert fast <= TIMES_DIRECT[m, k] * direct
+    assert fast <= TIMES_DIRECT[tile.m_y + tile.k_y - 1] * direct
 
 
-@every_tile
-def test_bits_do_not_depend_on_the_batch_or_the_sequence(tile_of, m, k):
-    tile_of(m)
-    x, *kernels = sequence(4, k, C=5, F=6)
+@pytest.mark.parametrize("tile", [*TILES, Tile(2, 4, 3, 5)], ids=str)
+def test_bits_do_not_depend_on_the_batch_or_the_sequence(take, tile):
+    take(tile)
+    x, *kernels = sequence(4, tile, C=5, F=6)
     x = np.concatenate([x, x[:, ::-1], 2 * x])  # 6 images
     run = lambda part, **options: functional.convlstm2d(  # noqa: E731
         part, *kernels, **options, engine="cpu", algorithm="winograd"

@@ -101,15 +101,19 @@ def agree(op, arguments, cotangents, engine, dtype, algorithm, **saving):
 
 sizes = st.sampled_from([1, 2, 3, 5, 8, 13])
 taps = st.integers(1, 5)
+tiled_kernels = st.sampled_from(
+    [(3, 3), (5, 5), (2, 2), (4, 4), (6, 6), (7, 7), (9, 9), (11, 11), (3, 5), (1, 3), (3, 1), (4, 7), (8, 3), (1, 1)]
+)
+"""Of Winograd, few: each has kernels of its own to compile."""
 
 
 @st.composite
 def convolutions(draw, winograd):
     """Sizes, kernel and options of a convolution: (B, H, W, C), (KH, KW), options."""
     frame = draw(st.integers(0, 3)), draw(sizes), draw(sizes), draw(st.sampled_from([1, 2, 3, 8, 20]))
-    kernel = (draw(st.sampled_from([3, 5])),) * 2 if winograd else (draw(taps), draw(taps))
+    kernel = draw(tiled_kernels) if winograd else (draw(taps), draw(taps))
     options = {"padding_mode": draw(st.sampled_from(["zeros", "circular"]))}
-    if not winograd and (name := draw(st.sampled_from([None, "strides", "dilation"]))):
+    if name := draw(st.sampled_from([None, None, "dilation"] if winograd else [None, "strides", "dilation"])):
         options[name] = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     window = [(k - 1) * d + 1 for k, d in zip(kernel, options.get("dilation", (1, 1)), strict=True)]
     fits = all(n >= k for n, k in zip(frame[1:3], window, strict=True))
@@ -152,7 +156,9 @@ def convlstm2d_cases(draw, winograd):
         arguments["bias"] = normal(4 * F)
     if draw(st.booleans()):
         arguments["initial_state"] = draw(st.sampled_from([(normal(*state), normal(*state)), (None, normal(*state))]))
-    if not winograd and draw(st.booleans()):
+    if winograd:
+        arguments["recurrent_dilation"] = options.get("dilation", 1)
+    elif draw(st.booleans()):
         arguments["recurrent_dilation"] = draw(st.integers(1, 2))
     kind = draw(st.sampled_from([None, None, "channel", "elementwise", "conv", "conv with biases"]))
     if kind is not None:

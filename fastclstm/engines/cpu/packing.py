@@ -36,8 +36,9 @@ def lay_out(
 ) -> Columns:
     """Place P matrices (P, K, gates, F), their bias (gates, F) filled in: 4 gates of one vector a group, or 1 of four.
 
-    A group's panel is [P][K][vectors], or with `paired` [P][pair of vectors][K][two vectors]. The last group is as
-    narrow as it can be. Columns without a filter are zeros; the others are still to be written.
+    A group's panel is [P][K][vectors], or with `paired` [P][pair of vectors][K][two vectors], an odd number of them
+    ending with [K][one vector]. The last group is as narrow as it can be. Columns without a filter are zeros; the
+    others are still to be written.
     """
     lanes = simd.lanes(dtype.itemsize)
     quarter = max(lanes // 4, 1)
@@ -49,12 +50,11 @@ def lay_out(
         count = min(most, F - first)
         width = -(-count // quarter) * quarter
         vectors = -(-gates * width // lanes)
-        padded = vectors + vectors % 2 if paired else vectors
         groups.append((at, vectors, width, first, count, bias_at))
-        if gates * count < padded * lanes:
-            unused.append(slice(at, at + P * K * padded * lanes))
-        at += P * K * padded * lanes
-        bias_at += padded * lanes
+        if gates * count < vectors * lanes:
+            unused.append(slice(at, at + P * K * vectors * lanes))
+        at += P * K * vectors * lanes
+        bias_at += vectors * lanes
     # A prefetch or an overlong load reads past the last panel: for that there are zeros.
     weights = aligned_empty(at + max(2 * K * 2, 32) * lanes, dtype)
     for part in (*unused, slice(at, None)):

@@ -46,7 +46,9 @@ def choose(op: str, specs: tuple[ConvSpec, ...], algorithm: str, itemsize: int) 
     if algorithm == "winograd":
         specs = tuple(spec.with_batch(1) for spec in specs)
     choices = tiles.choices(specs[0].KH, specs[0].KW)
-    return _cheapest(specs, choices if algorithm == "winograd" else (None, *choices), itemsize)
+    if algorithm == "winograd":
+        return _cheapest(specs, choices, itemsize)
+    return None if specs[0].KH == specs[0].KW == 1 else _cheapest(specs, (None, *choices), itemsize)
 
 
 class Ways(NamedTuple):
@@ -135,6 +137,12 @@ def plan(specs: tuple[ConvSpec, ...], tile: Tile | None, finish: str, groups: in
 STREAMING_ROWS = 8
 """Reading a vector of weights from the cache takes as long as so many multiply-adds with it."""
 
+DIRECT_VECTORS = 0, 2, 3, 3.8
+"""Vectors of four at a time that take as long as a group of fewer, of which the loads are the work."""
+
+CACHE_BYTES = 2 << 20
+"""Size of a core's own cache, about: larger weights come from farther away in each step."""
+
 
 def direct_cost(specs: tuple[ConvSpec, ...], images: int, itemsize: int) -> float:
     """Estimate the work of one step in multiply-adds of vectors, from measurements.
@@ -142,7 +150,8 @@ def direct_cost(specs: tuple[ConvSpec, ...], images: int, itemsize: int) -> floa
     The gates, which cost every algorithm the same, are left out.
     """
     spec = specs[0]
-    vectors = -(-spec.F // simd.lanes(itemsize))
+    whole, rest = divmod(-(-spec.F // simd.lanes(itemsize)), 4)
+    vectors = 4 * whole + DIRECT_VECTORS[rest]
     rows = max(images * spec.HO * spec.WO, STREAMING_ROWS)
     return rows * sum(s.KH * s.KW * s.C for s in specs) * vectors / 0.85
 
@@ -152,9 +161,9 @@ def winograd_cost(specs: tuple[ConvSpec, ...], tile: Tile, images: int, itemsize
     lanes, spec = simd.lanes(itemsize), specs[0]
     count = images * math.prod(grid(spec, tile))
     pieces = len(tiles.pieces(spec.KH, spec.KW, tile))
-    vectors = -(-spec.F // (2 * lanes)) * 2
+    vectors = -(-spec.F // lanes)
     rows = max(-(-count // winograd.CHUNKS[-1]) * winograd.CHUNKS[-1], STREAMING_ROWS)
-    products = rows * tile.points * pieces * sum(s.C for s in specs) * vectors / 0.9
+    products = rows * tile.points * pieces * sum(s.C for s in specs) * vectors / 0.8
     inputs = 30 * count * tile.points * pieces * sum(-(-s.C // lanes) for s in specs)
     outputs = 5 * count * tile.points * vectors
     return products + inputs + outputs
@@ -250,6 +259,12 @@ def grid(spec: ConvSpec, tile: Tile) -> tuple[int, int]:
     return tiles.along(spec.HO, tile.m_y, d_y), tiles.along(spec.WO, tile.m_x, d_x)
 
 
+def weight_bytes(specs: tuple[ConvSpec, ...], tile: Tile, itemsize: int) -> int:
+    """Size of the transformed kernels."""
+    channels = sum(spec.C * len(tiles.pieces(spec.KH, spec.KW, tile)) for spec in specs)
+    return tile.points * channels * specs[0].F * itemsize
+
+
 def tile_sources(specs: tuple[ConvSpec, ...], tile: Tile, *, hidden: bool = False) -> np.ndarray:
     """What the tiles read: of each convolution, piece by piece, a `SOURCE`; hidden: the first one reads h."""
     sources = []
@@ -279,7 +294,10 @@ def winograd_plan(
         images, units = B, 1
     unit_tiles = images * count
     blocks = max(1, round(unit_tiles / winograd.BLOCK_TILES))
-    if not by_unit and blocks < 4 * threads:
+    if B * count <= 2 * winograd.BLOCK_TILES * threads and weight_bytes(specs, tile, itemsize) > CACHE_BYTES:
+        # All tiles share the weights of their group: each thread reads a part of them, and each of them once.
+        images, units, unit_tiles, blocks = B, 1, B * count, -(-B * count // (2 * winograd.BLOCK_TILES))
+    elif not by_unit and blocks < 4 * threads:
         blocks = -(-blocks // threads) * threads
     block_tiles = -(-unit_tiles // blocks)
     blocks = -(-unit_tiles // block_tiles)

@@ -87,7 +87,8 @@ class WeightGradient:
 
 def choose(specs: tuple[ConvSpec, ...], T: int, algorithm: str, itemsize: int) -> Tile | None:
     """Winograd's tile; None: direct."""
-    if algorithm == "direct" or not plans.fits(specs):
+    is_pointwise = specs[0].KH == specs[0].KW == 1
+    if algorithm == "direct" or not plans.fits(specs) or (algorithm == "auto" and is_pointwise):
         return None
     costs: dict[Tile | None, float] = {
         tile: _winograd_cost(specs, tile, T, itemsize) for tile in tiles.choices(specs[0].KH, specs[0].KW)

@@ -54,7 +54,7 @@ def transform(job, worker, works, G_y, G_x, scales, groups, weights):
     """Transform the kernels of rows and groups of columns."""
     work, like = works[0], weights
     height, width = G_y.shape[0], G_x.shape[0]
-    lanes = 2 * simd.vector_lanes(simd.pointer(weights))
+    step = simd.vector_lanes(simd.pointer(weights))
     room = np.zeros(((work.KH + height) * work.KW + 1, COLUMNS))
     taps = simd.pointer(room)
     half = simd.shift(taps, work.KH * work.KW * COLUMNS)
@@ -64,8 +64,7 @@ def transform(job, worker, works, G_y, G_x, scales, groups, weights):
     n = next_item(job, -1, size)
     while n < pieces:
         group, row = groups[n // work.rows], n % work.rows
-        gate_width, first_filter, filters = group[2], group[3], group[4]
-        pairs = (group[1] + 1) // 2
+        vectors, gate_width, first_filter, filters = group[1], group[2], group[3], group[4]
         target = simd.shift(simd.pointer(weights), group[0])
         for gate in range(work.gates):
             for f0 in range(0, filters, COLUMNS):
@@ -77,10 +76,11 @@ def transform(job, worker, works, G_y, G_x, scales, groups, weights):
                     from_half = simd.shift(half, p // width * work.KW * COLUMNS)
                     _combine(G_x, p % width, work.skipped_x, work.KW, from_half, COLUMNS, line)
                     f = 0
-                    while f < count:  # panel by panel
-                        at = (column + f) % lanes
-                        panel = (p * pairs + (column + f) // lanes) * work.all_rows + work.first_row + row
-                        place, end = simd.shift(target, panel * lanes + at), min(count, f + lanes - at)
+                    while f < count:  # panel by panel, of two vectors or the last of one
+                        at, v = (column + f) % (2 * step), (column + f) // (2 * step) * 2
+                        lanes = min(2, vectors - v) * step
+                        panel = (p * vectors + v) * work.all_rows * step + (work.first_row + row) * lanes
+                        place, end = simd.shift(target, panel + at), min(count, f + lanes - at)
                         for i in range(end - f):
                             place[i] = line[f + i]
                         f = end

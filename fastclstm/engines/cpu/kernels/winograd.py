@@ -43,7 +43,7 @@ BLOCK_TILES = 24
 """Tiles of one block, about: few enough for the second-level cache, enough to use each weight often."""
 
 CHUNKS = (13, 11, 8, 4) if simd.REGISTERS == 32 else (6, 5, 4, 3)
-"""Tiles that one matrix product keeps in registers, times two vectors: the choices."""
+"""Tiles that one matrix product keeps in registers, times up to two vectors: the choices."""
 
 CHUNK0, CHUNK1, CHUNK2, CHUNK3 = CHUNKS
 
@@ -221,17 +221,17 @@ def transform_output(typingctx, m_y, m_x, k_y, k_x, products, bias, target, pixe
 
 
 @intrinsic(prefer_literal=True)
-def multiply(typingctx, rows, inputs, weights, channels, blocks, result, row, column, prefetch):
-    """result[r, v] = Σ inputs[r, c] · weights[c, v] for rows × two vectors in registers.
+def multiply(typingctx, rows, vectors, inputs, weights, channels, blocks, result, row, column, prefetch):
+    """result[r, v] = Σ inputs[r, c] · weights[c, v] for rows × vectors in registers.
 
     inputs: `blocks` blocks of rows × one vector of channels, of which channels[b] count; row and column: scalars
     between the results' rows and vectors; prefetch: weights that the next product needs.
     """
-    nr, nv = rows.literal_value, 2
+    nr, nv = rows.literal_value, vectors.literal_value
     vector = simd.llvm_vector(inputs.dtype)
 
     def codegen(context, builder, sig, args):
-        _, inputs, weights, channels, blocks, result, row, column, prefetch = args
+        inputs, weights, channels, blocks, result, row, column, prefetch = args[2:]
         lanes = vector.count
         zero = simd.constant(vector, 0.0)
 
@@ -262,19 +262,21 @@ def multiply(typingctx, rows, inputs, weights, channels, blocks, result, row, co
             simd.emit_store(builder, value, builder.gep(result, [offset]))
         return context.get_dummy_value()
 
-    return types.void(rows, inputs, weights, channels, types.intp, result, types.intp, types.intp, weights), codegen
+    return types.void(
+        rows, vectors, inputs, weights, channels, types.intp, result, types.intp, types.intp, weights
+    ), codegen
 
 
 @inline
-def _multiply(chunk, inputs, weights, channels, blocks, result, row, column, prefetch):
+def _multiply(chunk, vectors, inputs, weights, channels, blocks, result, row, column, prefetch):
     if chunk == CHUNK0:
-        multiply(CHUNK0, inputs, weights, channels, blocks, result, row, column, prefetch)
+        multiply(CHUNK0, vectors, inputs, weights, channels, blocks, result, row, column, prefetch)
     elif chunk == CHUNK1:
-        multiply(CHUNK1, inputs, weights, channels, blocks, result, row, column, prefetch)
+        multiply(CHUNK1, vectors, inputs, weights, channels, blocks, result, row, column, prefetch)
     elif chunk == CHUNK2:
-        multiply(CHUNK2, inputs, weights, channels, blocks, result, row, column, prefetch)
+        multiply(CHUNK2, vectors, inputs, weights, channels, blocks, result, row, column, prefetch)
     else:
-        multiply(CHUNK3, inputs, weights, channels, blocks, result, row, column, prefetch)
+        multiply(CHUNK3, vectors, inputs, weights, channels, blocks, result, row, column, prefetch)
 
 
 @inline
@@ -397,24 +399,34 @@ def _run(finish):
                 transform_tile(m_y, m_x, k_y, k_x, src, frame, ty - src.top, tx - src.left, block_n, chunk * step,
                                point, patch)  # fmt: skip
                 block_n = simd.shift(block_n, (src.C + step - 1) // step * chunk * step)
+        if count % chunk > 0:  # what was in this memory may be denormal, which takes a hundred times as long
+            for p in range(points):
+                last = simd.shift(inputs, p * point + (chunks - 1) * chunk_size)
+                for c in range(skipped_blocks, len(channels)):
+                    for n in range(count % chunk, chunk):
+                        row = simd.shift(last, (c * chunk + n) * step)
+                        simd.store(row, simd.zeros(row))
         blocks = len(channels) - skipped_blocks
         counts = simd.shift(simd.pointer(channels), skipped_blocks)
         for g in range(group0, group1):
             group = groups[g]
             vectors = group[1]
-            tile_size = ((vectors + 1) // 2 * 2 * points + 1) * step  # one vector more, against powers of two
+            tile_size = (vectors * points + 1) * step  # one vector more, against powers of two
             group_bias = simd.shift(simd.pointer(bias), group[5])
-            panel = rows * 2 * step
             panel_weights = simd.shift(simd.pointer(weights), group[0])
             for p in range(points):
                 for v in range(0, vectors, 2):
-                    ahead = simd.shift(panel_weights, panel)
-                    used = simd.shift(panel_weights, skipped_rows * 2 * step)
+                    lanes = min(2, vectors - v) * step
+                    ahead = simd.shift(panel_weights, rows * lanes)
+                    used = simd.shift(panel_weights, skipped_rows * lanes)
                     for q in range(chunks):
                         rows_in = simd.shift(inputs, p * point + q * chunk_size + skipped_blocks * chunk * step)
                         result = simd.shift(products, q * chunk * tile_size + v * points * step + p * step)
-                        _multiply(chunk, rows_in, used, counts, blocks, result, tile_size, points * step,
-                                  simd.shift(ahead, q % 2 * step))  # fmt: skip
+                        later = simd.shift(ahead, q % 2 * step)
+                        if lanes == step:
+                            _multiply(chunk, 1, rows_in, used, counts, blocks, result, tile_size, points * step, later)
+                        else:
+                            _multiply(chunk, 2, rows_in, used, counts, blocks, result, tile_size, points * step, later)
                     panel_weights = ahead
             held = 0  # pixels whose columns wait for `finish`
             at_once = line_pixels(group[4], step)
