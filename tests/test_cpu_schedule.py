@@ -7,6 +7,7 @@ from fastclstm import functional
 from fastclstm.engines.cpu import launch, plans, threads
 from fastclstm.engines.cpu.kernels import schedule
 from fastclstm.engines.cpu.kernels.entry import kernel
+from fastclstm.engines.cpu.kernels.padding import SOURCE
 from fastclstm.engines.cpu.kernels.schedule import first_piece, next_piece, piece_done, place, wait_for_neighbours
 from fastclstm.engines.cpu.kernels.team import add, claim, done, grain, next_item, wait_for_all
 from fastclstm.spec import ConvSpec
@@ -37,7 +38,9 @@ def claimed(workers, units, steps, blocks, parts, reach=1):
     n = np.arange(blocks)
     neighbours = np.stack([np.maximum(n - reach, 0), np.minimum(n + reach + 1, blocks)], 1)
     counts, order = np.zeros((2, units, 2 + steps, blocks, parts), np.int64)
-    threads.run(_count, workers, (), flow, np.zeros(2, np.int64), neighbours, counts, order,
+    sources = np.zeros(2, SOURCE)
+    sources["hidden"] = 1, 0
+    threads.run(_count, workers, (), flow, sources, neighbours, counts, order,
                 np.array([clock.ctypes.data]))  # fmt: skip
     return counts[:, 2:], order[:, 2:]
 

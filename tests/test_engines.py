@@ -140,9 +140,13 @@ ACTIVATIONS = ["tanh", "sigmoid", "hard_sigmoid", "hard_sigmoid_keras2", "elu", 
 
 @st.composite
 def convlstm2d_cases(draw, winograd):
-    (B, H, W, C), kernel, options = draw(convolutions(winograd))
+    alike = winograd and draw(st.booleans())  # the transforms fit both convolutions, else only that of h
+    (B, H, W, C), kernel, options = draw(convolutions(alike))
     T, F = draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 4, 5, 20]))
-    recurrent = kernel if winograd or draw(st.booleans()) else (draw(taps), draw(taps))
+    if alike or (not winograd and draw(st.booleans())):
+        recurrent = kernel
+    else:
+        recurrent = (draw(st.sampled_from([3, 5])),) * 2 if winograd else (draw(taps), draw(taps))
     normal = randoms(draw(st.integers(0, 999)))
     small = lambda *shape: normal(*shape) / np.float32(np.sqrt(np.prod(shape[:-1])))  # noqa: E731
     x = normal(B, T, H, W, C)

@@ -61,11 +61,13 @@ def convlstm2d_backward(
     dy: np.ndarray | None,
     dh: np.ndarray | None,
     dc: np.ndarray | None,
+    *,
+    input_gradient: bool = True,
 ) -> dict[str, Any]:
     """Pull gradients of the output, the last h and the last c back through time: see `recurrence.backward`."""
     if isinstance(saved, backward.Saved):
-        return backward.backward(spec, saved, dy, dh, dc)
-    return recurrence.backward(spec, conv2d_backward, saved, dy, dh, dc)
+        return backward.backward(spec, saved, dy, dh, dc, input_gradient=input_gradient)
+    return recurrence.backward(spec, conv2d_backward, saved, dy, dh, dc, input_gradient=input_gradient)
 
 
 def _is_fused(spec: ConvLSTMSpec) -> bool:
@@ -74,9 +76,9 @@ def _is_fused(spec: ConvLSTMSpec) -> bool:
 
 
 def _fused(
-    spec: ConvLSTMSpec, ways: plans.Ways, x: np.ndarray, kernels: tuple[np.ndarray, np.ndarray], bias: np.ndarray | None,
-    first: backward.Pair, peephole: Arrays | None, mask: np.ndarray | None, algorithm: str, save: bool | str,
-    length: int, out: tuple[np.ndarray, np.ndarray] | None,
+    spec: ConvLSTMSpec, ways: plans.Ways, x: np.ndarray, kernels: tuple[np.ndarray, np.ndarray],
+    bias: np.ndarray | None, first: backward.Pair, peephole: Arrays | None, mask: np.ndarray | None, algorithm: str,
+    save: bool | str, length: int, out: tuple[np.ndarray, np.ndarray] | None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, backward.Saved | None]:  # fmt: skip
     """Do it with the fused kernels, from the `first` h and c on; length: steps of a piece, where states are saved."""
     dtype, state = x.dtype, spec.state_shape
@@ -87,7 +89,9 @@ def _fused(
     ways = plans.DIRECT if spoilt.all() else ways
     h_last, c_last = (np.empty(state, dtype), np.empty(state, dtype)) if out is None else out
     borrowed = None
-    if ways.transform and first[1] is not None and np.may_share_memory(first[1], c_last):  # what is spoilt begins there again
+    if (
+        ways.transform and first[1] is not None and np.may_share_memory(first[1], c_last)
+    ):  # what is spoilt begins there again
         borrowed = launch.borrow(c_last.nbytes)
         copy = borrowed[1][: c_last.nbytes].view(dtype).reshape(state)
         np.copyto(copy, first[1])
