@@ -39,9 +39,10 @@ def claimed(workers, units, steps, blocks, parts, reach=1):
     n = np.arange(blocks)
     neighbours = np.stack([np.maximum(n - reach, 0), np.minimum(n + reach + 1, blocks)], 1)
     counts, order = np.zeros((2, units, 2 + steps, blocks, parts), np.int64)
-    sources = np.zeros(1, SOURCE)
-    sources["hidden"] = 1
-    threads.run(_count, workers, (), flow, sources, neighbours, counts, order, np.array([clock.ctypes.data]))
+    sources = np.zeros(2, SOURCE)
+    sources["hidden"] = 1, 0
+    threads.run(_count, workers, (), flow, sources, neighbours, counts, order,
+                np.array([clock.ctypes.data]))  # fmt: skip
     return counts[:, 2:], order[:, 2:]
 
 

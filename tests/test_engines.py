@@ -144,9 +144,13 @@ ACTIVATIONS = ["tanh", "sigmoid", "hard_sigmoid", "hard_sigmoid_keras2", "elu", 
 
 @st.composite
 def convlstm2d_cases(draw, winograd):
-    (B, H, W, C), kernel, options = draw(convolutions(winograd))
+    alike = winograd and draw(st.booleans())  # the transforms fit both convolutions, else only that of h
+    (B, H, W, C), kernel, options = draw(convolutions(alike))
     T, F = draw(st.integers(1, 3)), draw(st.integers(1, 24) | st.sampled_from([31, 32, 33, 40]))
-    recurrent = kernel if winograd or draw(st.booleans()) else (draw(taps), draw(taps))
+    if alike or (not winograd and draw(st.booleans())):
+        recurrent = kernel
+    else:
+        recurrent = draw(tiled_kernels) if winograd else (draw(taps), draw(taps))
     normal = randoms(draw(st.integers(0, 999)))
     small = lambda *shape: normal(*shape) / np.float32(np.sqrt(np.prod(shape[:-1])))  # noqa: E731
     x = normal(B, T, H, W, C)
@@ -156,7 +160,7 @@ def convlstm2d_cases(draw, winograd):
         arguments["bias"] = normal(4 * F)
     if draw(st.booleans()):
         arguments["initial_state"] = draw(st.sampled_from([(normal(*state), normal(*state)), (None, normal(*state))]))
-    if winograd:
+    if alike:
         arguments["recurrent_dilation"] = options.get("dilation", 1)
     elif draw(st.booleans()):
         arguments["recurrent_dilation"] = draw(st.integers(1, 2))

@@ -18,8 +18,8 @@ Arrays = dict[str, np.ndarray]
 Convolution = Callable[..., np.ndarray]
 """An engine's conv2d: ``(spec, x, kernel, bias, *, algorithm) -> y``."""
 
-ConvolutionBackward = Callable[..., tuple[np.ndarray, np.ndarray, np.ndarray]]
-"""An engine's conv2d_backward: ``(spec, x, kernel, dy, *, algorithm) -> (dx, dkernel, dbias)``."""
+ConvolutionBackward = Callable[..., tuple[Any, np.ndarray, np.ndarray]]
+"""An engine's conv2d_backward: ``(spec, x, kernel, dy, *, algorithm, input_gradient) -> (dx, dkernel, dbias)``."""
 
 
 @dataclass(frozen=True)
@@ -145,6 +145,8 @@ def backward(
     dy: np.ndarray | None,
     dh: np.ndarray | None,
     dc: np.ndarray | None,
+    *,
+    input_gradient: bool = True,
 ) -> dict[str, Any]:
     """Pull gradients of the output, the last h and the last c back through time.
 
@@ -156,14 +158,15 @@ def backward(
     -------
     dict
         Gradients under "x", "kernel", "recurrent_kernel", "bias", of the initial states under "h" and "c", and under
-        "peephole" and "normalization" a dict of the given weights' gradients, or None.
+        "peephole" and "normalization" a dict of the given weights' gradients, or None. "x" is None where nobody asks
+        for it, `input_gradient` false.
     """
     sigma, tanh, tanh_c = spec.recurrent_activation, spec.activation, spec.output_activation
     x, peephole, conv2d_backward = saved.x, saved.peephole, partial(conv2d_backward, algorithm=saved.algorithm)
     zeros = np.zeros(spec.state_shape, x.dtype)
     dh, dc = (zeros if d is None else d for d in (dh, dc))
     doutput = zeros if spec.return_sequences or dy is None else dy
-    dx = np.empty_like(x)
+    dx = np.empty_like(x) if input_gradient else None
     dkernel, drecurrent = np.zeros_like(saved.kernel), np.zeros_like(saved.recurrent_kernel)
     dbias = np.zeros(4 * spec.F, x.dtype)
     dpeephole = {name: np.zeros_like(weight) for name, weight in (peephole or {}).items()}
@@ -201,9 +204,11 @@ def backward(
             dc += _peep_backward(spec, conv2d_backward, peephole, dpeephole, "f", c, dz_f)
 
         dz_x, dz_h, dbias_t = _normalize_backward(spec, saved.normalization, dnormalization, normalized, dz)
-        dx[:, spec.source_step(t)], dkernel_t = _convolve_backward(
-            spec.input, conv2d_backward, x_t, saved.kernel, masks.get("x"), dz_x
+        dx_t, dkernel_t = _convolve_backward(
+            spec.input, conv2d_backward, x_t, saved.kernel, masks.get("x"), dz_x, input_gradient=input_gradient
         )
+        if dx is not None:
+            dx[:, spec.source_step(t)] = dx_t
         dh_from_z, drecurrent_t = _convolve_backward(
             spec.recurrent, conv2d_backward, h, saved.recurrent_kernel, masks.get("h"), dz_h
         )
@@ -294,16 +299,18 @@ def _convolve(
 
 def _convolve_backward(
     spec: ConvSpec, conv2d_backward: ConvolutionBackward, x: np.ndarray, kernel: np.ndarray, masks: np.ndarray | None,
-    dz: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    dz: np.ndarray, *, input_gradient: bool = True,
+) -> tuple[np.ndarray | None, np.ndarray]:  # fmt: skip
     """Pull dz back through `_convolve`: dx and dkernel."""
+    conv2d_backward = partial(conv2d_backward, input_gradient=input_gradient)
     if masks is None:
         dx, dkernel, _ = conv2d_backward(spec, x, kernel, dz)
         return dx, dkernel
     one, parts = _one_gate(spec, kernel)
     gates = zip(masks, parts, map(np.ascontiguousarray, _gates(dz)), strict=True)
     dxs, dkernels, _ = zip(*(conv2d_backward(one, x * mask, part, dz_g) for mask, part, dz_g in gates), strict=True)
-    return sum(mask * dx for mask, dx in zip(masks, dxs, strict=True)), np.concatenate(dkernels, axis=-1)
+    dx = sum(mask * dx for mask, dx in zip(masks, dxs, strict=True)) if input_gradient else None
+    return dx, np.concatenate(dkernels, axis=-1)
 
 
 def _one_gate(spec: ConvSpec, kernel: np.ndarray) -> tuple[ConvSpec, list[np.ndarray]]:

@@ -40,26 +40,29 @@ def conv2d(
 
 
 def conv2d_backward(
-    spec: ConvSpec, x: np.ndarray, kernel: np.ndarray, dy: np.ndarray | None, *, algorithm: str = "auto"
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pull dy (B, HO, WO, F) back through `conv2d`: dx, dkernel, dbias.
+    spec: ConvSpec, x: np.ndarray, kernel: np.ndarray, dy: np.ndarray | None, *, algorithm: str = "auto",
+    input_gradient: bool = True,
+) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:  # fmt: skip
+    """Pull dy (B, HO, WO, F) back through `conv2d`: dx, None where nobody asks for it, dkernel, dbias.
 
     The transposes of the forward pass: ``dkernel[k, l] = Σ x[.., i·s + k·d, j·s + l·d, :]ᵀ dy[.., i, j, :]`` and
     ``dx[.., i·s + k·d, j·s + l·d, :] += dy[.., i, j, :] kernel[k, l]ᵀ``.
     """
     dkernel = np.zeros_like(kernel)
     if dy is None:
-        return np.zeros_like(x), dkernel, np.zeros(spec.F, x.dtype)
+        return np.zeros_like(x) if input_gradient else None, dkernel, np.zeros(spec.F, x.dtype)
     matrix, dmatrix = kernel.reshape(-1, spec.F), dkernel.reshape(-1, spec.F)
     padded = _pad(spec, x)
     dpadded = np.zeros_like(padded)
     for b, rows in _blocks(spec, x.itemsize):
         block = dy[b, rows].reshape(-1, spec.F)
         dmatrix += _columns(spec, padded, b, rows).T @ block
+        if not input_gradient:
+            continue
         dcolumns = (block @ matrix.T).reshape(-1, spec.WO, spec.KH, spec.KW, spec.C)
         for kh, kw in np.ndindex(spec.KH, spec.KW):
             _tap(spec, dpadded, kh, kw)[b, rows] += dcolumns[:, :, kh, kw]
-    return _unpad(spec, dpadded), dkernel, recurrence.total(dy, (0, 1, 2))
+    return _unpad(spec, dpadded) if input_gradient else None, dkernel, recurrence.total(dy, (0, 1, 2))
 
 
 def convlstm2d(
@@ -92,9 +95,11 @@ def convlstm2d_backward(
     dy: np.ndarray | None,
     dh: np.ndarray | None,
     dc: np.ndarray | None,
+    *,
+    input_gradient: bool = True,
 ) -> dict[str, Any]:
     """Pull gradients of the output, the last h and the last c back through time: see `recurrence.backward`."""
-    return recurrence.backward(spec, conv2d_backward, saved, dy, dh, dc)
+    return recurrence.backward(spec, conv2d_backward, saved, dy, dh, dc, input_gradient=input_gradient)
 
 
 def max_pool3d(spec: PoolSpec, x: np.ndarray, return_indices: bool) -> tuple[np.ndarray, np.ndarray | None]:

@@ -98,7 +98,12 @@ def convlstm2d(
         Factors under "x" (4, B, H, W, C) and "h" (4, B, HO, WO, F): what each gate's convolution sees of the frames and
         of the hidden state, at every step.
     algorithm, engine
-        As in `conv2d`.
+        As in `conv2d`. On the cpu each convolution has an algorithm of its own where that pays by an estimate: where
+        x and h differ in kernel size, stride or dilation, so that Winograd's transforms fit only one or each alone, and
+        where frames are small and channels many. Then x is convolved ahead of the steps, some of them at once, into up
+        to 8 MB (at least a step of one image, 4·HO·WO·F numbers). Else one sum goes over both. "winograd" takes the
+        transforms wherever they fit, and is an error where they fit neither; "auto" the cheapest. The length of the
+        sequence changes neither choice, nor "winograd" the size of the batch.
 
     Returns
     -------
@@ -157,7 +162,8 @@ def convlstm2d_vjp(
         Takes the gradient of a scalar with respect to the outputs, in their structure (with return_state a tuple of
         three, each may be None), and returns a dict of gradients with the keys "x", "kernel", "recurrent_kernel" and,
         where given, "bias", "initial_state" (a pair), "peephole" and "normalization_weights" (mappings; the latter of
-        gammas and betas: given statistics are constants). Its attribute `statistics` lists, step by step in processing
+        gammas and betas: given statistics are constants). With ``input_gradient=False`` there is none of x, which is 8
+        to 25 % of the work on the way back. Its attribute `statistics` lists, step by step in processing
         order, the "mean" and "variance" of "batch" normalization that were taken, and the "count" of values.
     """
     _check_options("convlstm2d_vjp", options)
@@ -236,8 +242,8 @@ class ConvLSTMPullback:
     with_bias: bool
     with_state: bool
 
-    def __call__(self, cotangents: Any) -> Gradients:
-        """Return the gradients by the arguments' names."""
+    def __call__(self, cotangents: Any, *, input_gradient: bool = True) -> Gradients:
+        """Return the gradients by the arguments' names; of x unless `input_gradient` is false."""
         call, spec, restore = self.call, self.call.spec, self.call.restore
         if self.return_state:
             check_structure("convlstm2d", cotangents, "(dy, dh, dc)", 3)
@@ -248,8 +254,10 @@ class ConvLSTMPullback:
             read_cotangent("convlstm2d", "dy", doutput, spec.output_shape, call.dtype, call.read),
             read_cotangent("convlstm2d", "dh", dh, spec.state_shape, call.dtype, call.read),
             read_cotangent("convlstm2d", "dc", dc, spec.state_shape, call.dtype, call.read),
+            input_gradient=input_gradient,
         )
-        result = {name: restore(gradients[name]) for name in ("x", "kernel", "recurrent_kernel")}
+        names = ("x", "kernel", "recurrent_kernel")[not input_gradient :]
+        result = {name: restore(gradients[name]) for name in names}
         if self.with_bias:
             result["bias"] = restore(gradients["bias"])
         if self.with_state:

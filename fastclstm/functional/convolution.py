@@ -97,7 +97,7 @@ def conv2d_vjp(
     y : array (B, HO, WO, F)
     pullback : callable
         ``pullback(dy)``, with dy the gradient of a scalar with respect to y, returns a dict of gradients with the
-        keys "x", "kernel" and, if one was given, "bias".
+        keys "x", "kernel" and, if one was given, "bias". With ``input_gradient=False`` there is none of x.
     """
     module, read, spec, arrays = _conv2d_arguments(
         x, kernel, bias, strides, padding, padding_mode, dilation, algorithm, engine
@@ -105,10 +105,13 @@ def conv2d_vjp(
     restore = dispatch.restorer(x)
     y = module.conv2d(spec, *arrays, algorithm=algorithm)
 
-    def pullback(dy: Any) -> Gradients:
+    def pullback(dy: Any, *, input_gradient: bool = True) -> Gradients:
         cotangent = read_cotangent("conv2d", "dy", dy, y.shape, y.dtype, read)
-        dx, dkernel, dbias = module.conv2d_backward(spec, *arrays[:2], cotangent, algorithm=algorithm)
-        gradients = {"x": restore(dx), "kernel": restore(dkernel)}
+        dx, dkernel, dbias = module.conv2d_backward(
+            spec, *arrays[:2], cotangent, algorithm=algorithm, input_gradient=input_gradient
+        )
+        gradients = {"x": restore(dx)} if input_gradient else {}
+        gradients["kernel"] = restore(dkernel)
         if bias is not None:
             gradients["bias"] = restore(dbias)
         return gradients

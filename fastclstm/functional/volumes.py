@@ -93,16 +93,16 @@ def conv3d_vjp(
     y : array (B, TO, HO, WO, F)
     pullback : callable
         ``pullback(dy)``, with dy the gradient of a scalar with respect to y, returns a dict of gradients with the
-        keys "x", "kernel" and, if one was given, "bias".
+        keys "x", "kernel" and, if one was given, "bias". With ``input_gradient=False`` there is none of x.
     """
     call = Conv3DCall(x, kernel, bias, strides, padding, padding_mode, dilation, algorithm, engine)
     restore = dispatch.restorer(x)
 
-    def pullback(dy: Any) -> Gradients:
-        dx, dkernel, dbias = call.backward(
-            read_cotangent("conv3d", "dy", dy, call.spec.output_shape, call.x.dtype, call.read)
-        )
-        gradients = {"x": restore(dx), "kernel": restore(dkernel)}
+    def pullback(dy: Any, *, input_gradient: bool = True) -> Gradients:
+        cotangent = read_cotangent("conv3d", "dy", dy, call.spec.output_shape, call.x.dtype, call.read)
+        dx, dkernel, dbias = call.backward(cotangent, input_gradient)
+        gradients = {"x": restore(dx)} if input_gradient else {}
+        gradients["kernel"] = restore(dkernel)
         if bias is not None:
             gradients["bias"] = restore(dbias)
         return gradients
@@ -146,20 +146,22 @@ class Conv3DCall:
                 )
         return y
 
-    def backward(self, dy: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Pull dy back: dx, dkernel, dbias."""
-        dx, dkernel, dbias = (
-            np.zeros_like(self.x, shape=shape) for shape in (self.x.shape, self.kernel.shape, (self.spec.frame.F,))
-        )
+    def backward(self, dy: np.ndarray | None, input_gradient: bool) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:
+        """Pull dy back: dx, None where nobody asks for it, dkernel, dbias."""
+        dx = np.zeros_like(self.x) if input_gradient else None
+        dkernel, dbias = (np.zeros_like(self.x, shape=shape) for shape in (self.kernel.shape, (self.spec.frame.F,)))
         if dy is not None:
             frames = dispatch.to_view(dy).reshape(self.spec.B * self.spec.TO, *dy.shape[2:])
             for part in self._chunks():
                 dgathered, dk, db = self.engine.conv2d_backward(
                     self.spec.frame.with_batch(len(part)), self._gather(part), self.kernel,
                     frames[part.start : part.stop], algorithm=self.algorithm,
+                    input_gradient=input_gradient,
                 )  # fmt: skip
                 dkernel += dk
                 dbias += db
+                if dx is None:
+                    continue
                 by_tap = dgathered.reshape(*dgathered.shape[:3], self.spec.KT, self.x.shape[-1])
                 for rows, tap, b, steps in self._runs(part):
                     dx[b, steps] += by_tap[rows, :, :, tap]

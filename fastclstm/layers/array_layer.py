@@ -13,7 +13,7 @@ from fastclstm.layers.base import Layer
 from fastclstm.layers.place import place_of
 from fastclstm.spec import Shape, expect_shape
 
-Pullback = Callable[[np.ndarray], np.ndarray]
+Pullback = Callable[[np.ndarray], Any]
 """Takes dy, the gradient of a layer's output, and returns dx."""
 
 FRAME_AXES = {"channels_last": "height, width, channels", "channels_first": "channels, height, width"}
@@ -111,7 +111,11 @@ class FrameLayer(ArrayLayer):
             array = frames.reshape(*leading, *frames.shape[1:])
             return array if self._data_format == "channels_last" else dispatch.contiguous(np.moveaxis(array, -1, -3))
 
-        return unfold(y), lambda dy: unfold(pull(self._fold(dy)))
+        def pullback(dy: np.ndarray) -> np.ndarray | None:
+            dx = pull(self._fold(dy))
+            return None if dx is None else unfold(dx)
+
+        return unfold(y), pullback
 
     def _fold(self, array: np.ndarray) -> np.ndarray:
         """Return an array in the layer's data format as channels-last frames (N, H, W, C)."""

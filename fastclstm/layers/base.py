@@ -86,6 +86,9 @@ class Layer(Described):
         Multiplies the gradient that `backward` hands to what stands before. 1 at first.
     store_gradients : bool
         False: `backward` keeps no gradients of the parameters for `get_gradients`.
+    input_gradient : bool
+        False: nobody asks for the gradient of the input, as of a network's first layer, and `backward` returns None
+        where leaving it out saves work: in the ConvLSTM and convolution layers, and in models that begin with them.
     """
 
     def __post_init__(self) -> None:
@@ -95,6 +98,7 @@ class Layer(Described):
         self.trainable = True
         self.gradient_scale = 1.0
         self.store_gradients = True
+        self.input_gradient = True
         self._parameters: dict[str, np.ndarray] = {}
         self._statistics: set[str] = set()
         self._regularizers: dict[str, Regularizer] = {}
@@ -334,11 +338,23 @@ class Layer(Described):
 
         def scaled(*gradients: Any) -> Any:
             before = pullback(*gradients)
+            if before is None:  # nobody asked
+                return None
             if isinstance(before, tuple):  # the gradient of the input, then those of states
                 return dispatch.scaled(before[0], self.gradient_scale), *before[1:]
             return dispatch.scaled(before, self.gradient_scale)
 
         return scaled
+
+
+@contextmanager
+def without_input_gradient(layer: Any) -> Iterator[None]:
+    """Tell a layer, or what training takes for a model, that nobody asks for the gradient of its input."""
+    asked, layer.input_gradient = getattr(layer, "input_gradient", True), False
+    try:
+        yield
+    finally:
+        layer.input_gradient = asked
 
 
 def penalized(owner: Layer, key: str, gradient: Any) -> Any:

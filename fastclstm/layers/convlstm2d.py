@@ -98,8 +98,8 @@ class ConvLSTM2D(ConvLSTMLayer):
     engine : str, optional
         "cpu" (the default), "cuda" or "reference"; may be changed later. None: where x is.
     algorithm : str
-        "auto", "direct" or "winograd": how the cpu engine convolves; with engine="cuda" those of
-        `fastclstm.functional.conv2d`. May be changed later.
+        "auto", "direct" or "winograd": how the cpu engine convolves x and h, each by itself where that pays: see
+        `fastclstm.functional.convlstm2d`; with engine="cuda" those of `conv2d` there. May be changed later.
     return_sequences : bool
         False: only the last step's output (B, HO, WO, F), and only that is kept in memory.
     return_state : bool
@@ -421,7 +421,8 @@ engine='reference')
 
     def _pull(self, tape: Tape, dy: Any, dstates: Any) -> Any:
         dlast = read_states(tape.layout, "dstates", dstates, tape.shapes, self._each)
-        dx, gradients, before = self._stack.backward(tape, tape.read_cotangent(dy), dlast)
+        dy = tape.read_cotangent(dy)
+        dx, gradients, before = self._stack.backward(tape, dy, dlast, self.input_gradient)
         self.state_gradients = tape.write_states(before)
         named = zip(self._sublayers, gradients, strict=True)
         self._keep_gradients({f"{cell}.{name}": array for cell, arrays in named for name, array in arrays.items()})

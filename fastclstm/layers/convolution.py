@@ -84,10 +84,10 @@ class _Convolution(ArrayLayer):
         )  # fmt: skip
         y, pull = activate(self.activation, z)
 
-        def pullback(dy: np.ndarray) -> np.ndarray:
-            gradients = pull_convolution(pull(dy))
+        def pullback(dy: np.ndarray) -> np.ndarray | None:
+            gradients = pull_convolution(pull(dy), input_gradient=self.input_gradient)
             self._keep_gradients(gradients)
-            return gradients["x"]
+            return gradients.get("x")
 
         return y, pullback
 
@@ -226,4 +226,8 @@ kernel_constraint, bias_constraint, dtype, seed, engine, algorithm
         def first(array: np.ndarray) -> np.ndarray:
             return dispatch.contiguous(np.moveaxis(array, -1, 1))
 
-        return first(y), lambda dy: first(pull(np.moveaxis(dy, 1, -1)))
+        def pullback(dy: np.ndarray) -> np.ndarray | None:
+            dx = pull(np.moveaxis(dy, 1, -1))
+            return None if dx is None else first(dx)
+
+        return first(y), pullback

@@ -70,9 +70,12 @@ class Directions:
         return self.merge(outputs), last_states, passage
 
     def backward(
-        self, passage: Passage, dy: Merged, dlast: Sequence[State]
+        self, passage: Passage, dy: Merged, dlast: Sequence[State], *, input_gradient: bool
     ) -> tuple[Any, list[dict[str, Any]], list[State]]:
-        """Return dx and, of each cell, the gradients of its parameters by name and those of its initial states."""
+        """Return dx and, of each cell, the gradients of its parameters by name and those of its initial states.
+
+        dx is None where nobody asks for it.
+        """
         dx: Any = None
         gradients: list[dict[str, Any]] = []
         dstates: list[State] = []
@@ -83,8 +86,9 @@ class Directions:
                 d = np.where(kept, d, np.zeros((), d.dtype))
             if d is not None and passage.sequences and backwards:
                 d = d[:, ::-1]
-            pulled = passage.pullbacks[backwards]((d, *dlast[backwards]))
-            dx = pulled["x"] if dx is None else dx + pulled["x"]
+            pulled = passage.pullbacks[backwards]((d, *dlast[backwards]), input_gradient=input_gradient)
+            if input_gradient:
+                dx = pulled["x"] if dx is None else dx + pulled["x"]
             gradients.insert(0, self.cells[backwards]._named_gradients(pulled))
             dstates.insert(0, pulled.get("initial_state", (None,) * len(dlast[backwards])))
         return dx, gradients, dstates

@@ -28,8 +28,8 @@ class Place:
         return dispatch.to_numpy(array)
 
     def restore(self, array: Any) -> Any:
-        """Return a result as the caller's kind of array."""
-        return self._restore(dispatch.to_numpy(array))
+        """Return a result as the caller's kind of array; None stays None."""
+        return None if array is None else self._restore(dispatch.to_numpy(array))
 
 
 HOST = Place("array", None)
@@ -72,7 +72,7 @@ class GPUPlace(Place):
 
     def restore(self, array: Any) -> Any:
         """Return a result as the caller's kind of array; for a stream unknown to us it is done."""
-        if self._reader is None:
+        if array is None or self._reader is None:
             return super().restore(array)
         if self._reader.stream is None:
             self._device.finish()

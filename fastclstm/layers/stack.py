@@ -80,15 +80,22 @@ class Stack:
                 tape.passages.append(passage)
         return output, last_states
 
-    def backward(self, tape: Tape, dy: Merged, dlast: Sequence[State]) -> tuple[Any, list[dict[str, Any]], list[State]]:
-        """Return dx and, of each cell, the gradients of its parameters by name and those of its initial states."""
+    def backward(
+        self, tape: Tape, dy: Merged, dlast: Sequence[State], input_gradient: bool
+    ) -> tuple[Any, list[dict[str, Any]], list[State]]:
+        """Return dx and, of each cell, the gradients of its parameters by name and those of its initial states.
+
+        dx is None where nobody asks for it.
+        """
         gradients: list[dict[str, Any]] = []
         dstates: list[State] = []
         stop = len(dlast)
         for index in reversed(range(len(self.layers))):
             layer = self.layers[index]
             start = stop - len(layer.cells)
-            dy, named, before = layer.backward(tape.passages[index], dy, dlast[start:stop])
+            dy, named, before = layer.backward(
+                tape.passages[index], dy, dlast[start:stop], input_gradient=index > 0 or input_gradient
+            )
             gradients, dstates, stop = named + gradients, before + dstates, start
             if index and self.slope is not None:
                 dy = leaky(tape.positive[index - 1], dy, self.slope)

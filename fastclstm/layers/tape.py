@@ -55,8 +55,10 @@ class Tape:
             read.append(array)
         return tuple(read) if len(shapes) == 2 else read[0]
 
-    def write_input(self, dx: np.ndarray) -> Any:
-        """Return the gradient of x as the caller's."""
+    def write_input(self, dx: np.ndarray | None) -> Any:
+        """Return the gradient of x as the caller's; None stays None."""
+        if dx is None:
+            return None
         if self.kept_steps is not None:
             dx = np.where(self.kept_steps, dx, np.zeros((), dx.dtype))
         return self._restored(dx)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from fastclstm.layers.base import layer_dtype
+from fastclstm.layers.base import layer_dtype, without_input_gradient
 from fastclstm.layers.convlstm2d import ConvLSTM2D
 from fastclstm.layers.convolution import Conv2D
 from fastclstm.layers.layout import Layout
@@ -254,7 +255,7 @@ bias_initializer, activation, recurrent_activation, output_activation, padding_m
             cotangent = place.read("dy", dy, self.dtype)
             expect_shape(op, "dy", cotangent.shape, y.shape, "the shape of the output")
             dx = self._pull(layout.read("dy", cotangent, sequence=True), pulls, encoded)
-            return place.restore(layout.write(dx))
+            return None if dx is None else place.restore(layout.write(dx))
 
         self._pullback = pullback
         return place.restore(y)
@@ -351,12 +352,14 @@ bias_initializer, activation, recurrent_activation, output_activation, padding_m
             _, states = self.encoder(x[:, start : start + ENCODED_STEPS], initial_state=states)
         return states or []
 
-    def _pull(self, dy: np.ndarray, pulls: list[Pull], encoded: Callable[..., Any] | None) -> np.ndarray:
+    def _pull(self, dy: np.ndarray, pulls: list[Pull], encoded: Callable[..., Any] | None) -> np.ndarray | None:
         """Pull dy (B, steps, H, W, C) back to the frames that the encoder read."""
         dinput, dstates, gradients = self._forecaster.backward(dy, pulls)
         self.encoder._pullback = encoded  # of this call, which `encode` may have followed
-        dx = self.encoder.backward(None, dstates)
-        dx[:, -1] += dinput[:, 0]
+        with nullcontext() if self.input_gradient else without_input_gradient(self.encoder):
+            dx = self.encoder.backward(None, dstates)
+        if dx is not None:
+            dx[:, -1] += dinput[:, 0]
         encoder = {f"encoder.{name}": gradient for name, gradient in self.encoder._kept_gradients().items()}
         self._keep_gradients(encoder | gradients)
         return dx

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from fastclstm import dispatch
-from fastclstm.layers.base import Layer
+from fastclstm.layers.base import Layer, without_input_gradient
 from fastclstm.layers.container import Container, Walk, parts, told_of
 from fastclstm.layers.convlstm2d import ConvLSTM2D
 from fastclstm.layers.masks import steps_mask
@@ -269,7 +270,8 @@ class Sequential(Trainable):
                 on_gpu, dtype = taken[index] if taken else (False, None)
                 if not on_gpu:
                     gradients = tuple(map(dispatch.to_numpy, gradients))
-                dx = layer.backward(*gradients)
+                with nullcontext() if index or self.input_gradient else without_input_gradient(layer):
+                    dx = layer.backward(*gradients)
                 gradients = (dx.astype(dtype) if on_gpu and index and dx.dtype != dtype else dx,)
         self._collect_gradients()
         return gradients[0]

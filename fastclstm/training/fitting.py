@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from fastclstm.io.progress import progress_bar
+from fastclstm.layers.base import without_input_gradient
 from fastclstm.layers.container import told_of
 from fastclstm.nn import losses, metrics, optimizers, schedules
 from fastclstm.nn.described import Described, describe
@@ -143,7 +144,8 @@ class Fitting:
             value += model.penalty
             if not math.isfinite(value):
                 raise FloatingPointError(f"the loss is {value}")
-            model.backward(dy)
+            with without_input_gradient(model):
+                model.backward(dy)
             forget(model)
             learning, gradients = model.trainable_parameters, model.get_gradients()
             if missing := sorted(set(learning) - set(gradients)):

@@ -189,13 +189,14 @@ def _run_piece(
 
 
 def backward(
-    spec: ConvLSTMSpec, saved: Saved, dy: np.ndarray | None, dh: np.ndarray | None, dc: np.ndarray | None
-) -> dict[str, Any]:
+    spec: ConvLSTMSpec, saved: Saved, dy: np.ndarray | None, dh: np.ndarray | None, dc: np.ndarray | None,
+    *, input_gradient: bool = True,
+) -> dict[str, Any]:  # fmt: skip
     """Pull gradients of the output, the last h and the last c back through time: see `recurrence.backward`.
 
     The gradients of an initial state that was not given are not computed: they are None.
     """
-    way = _WayBack(spec, saved, dy, dh, dc)
+    way = _WayBack(spec, saved, dy, dh, dc, input_gradient)
     if spec.B == 0:
         return way.gradients()
     try:
@@ -215,15 +216,17 @@ class _WayBack:
     """The gradients so far, on the way back through the steps."""
 
     def __init__(
-        self, spec: ConvLSTMSpec, saved: Saved, dy: np.ndarray | None, dh: np.ndarray | None, dc: np.ndarray | None
-    ):
+        self, spec: ConvLSTMSpec, saved: Saved, dy: np.ndarray | None, dh: np.ndarray | None, dc: np.ndarray | None,
+        input_gradient: bool,
+    ):  # fmt: skip
         x, dtype = saved.x, saved.x.dtype
         mask = None if saved.mask is None else saved.mask[:, :: -1 if spec.go_backwards else 1]
         self.runs = outliers.runs(saved.direct | _spoilt(saved, mask, dy, dh, dc))
         """Images one after another, and whether they take the direct way."""
         if mask is not None:  # what is masked must not be read, were it NaN
             x = np.where(mask[:, :, None, None, None], x, dtype.type(0))
-        self._spec, self._saved, self._x, self._dx = spec, saved, x, np.empty_like(x)
+        self._spec, self._saved, self._x = spec, saved, x
+        self._dx = np.empty_like(x) if input_gradient else None
         self._dh, self._dc = (np.zeros(spec.state_shape, dtype) if d is None else d.copy() for d in (dh, dc))
         self._dy = dy if spec.return_sequences else None
         self._doutput = self._dh if saved.mask is None else np.zeros_like(self._dh)  # of what masked steps repeat
@@ -290,8 +293,10 @@ class _WayBack:
         if last:
             del recurrent  # its packed kernel is large
             self._recurrent.cache_clear()
-        dx, x = (slots(a[images], spec.go_backwards).after(0, first) for a in (self._dx, self._x))
-        self._inputs(direct).pull_back(dz, dx, B, count, team)
+        if self._dx is not None:
+            dx = slots(self._dx[images], spec.go_backwards).after(0, first)
+            self._inputs(direct).pull_back(dz, dx, B, count, team)
+        x = slots(self._x[images], spec.go_backwards).after(0, first)
         sources = {"kernel": x, "recurrent_kernel": h}
         for names, job in self._kernels[direct]:
             job.add(tuple(sources[name] for name in names), dz, B, count, team)

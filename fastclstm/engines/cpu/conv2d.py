@@ -37,21 +37,25 @@ def conv2d(
 
 
 def conv2d_backward(
-    spec: ConvSpec, x: np.ndarray, kernel: np.ndarray, dy: np.ndarray | None, *, algorithm: str = "auto"
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pull dy (B, HO, WO, F) back through `conv2d`: dx, dkernel, dbias."""
+    spec: ConvSpec, x: np.ndarray, kernel: np.ndarray, dy: np.ndarray | None, *, algorithm: str = "auto",
+    input_gradient: bool = True,
+) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:  # fmt: skip
+    """Pull dy (B, HO, WO, F) back through `conv2d`: dx, None where nobody asks for it, dkernel, dbias."""
     if dy is None or dy.size == 0:
-        return np.zeros_like(x), np.zeros_like(kernel), np.zeros(spec.F, x.dtype)
-    dx, dkernel, dbias = np.empty_like(x), np.zeros_like(kernel), recurrence.total(dy, (0, 1, 2))
+        return np.zeros_like(x) if input_gradient else None, np.zeros_like(kernel), np.zeros(spec.F, x.dtype)
+    dx = np.empty_like(x) if input_gradient else None
+    dkernel, dbias = np.zeros_like(kernel), recurrence.total(dy, (0, 1, 2))
     direct = algorithm == "direct" or not plans.fits((spec,))
     runs = outliers.runs(np.zeros(spec.B, np.bool_) if direct else outliers.find(x) | outliers.find(dy))
     for spoilt in sorted({spoilt for _, spoilt in runs}):
         way = "direct" if spoilt else algorithm
-        inputs, kernels = InputGradient(spec, kernel, way), WeightGradient((spec,), x.dtype, 1, way)
+        inputs = InputGradient(spec, kernel, way) if input_gradient else None
+        kernels = WeightGradient((spec,), x.dtype, 1, way)
         for images in (images for images, kind in runs if kind == spoilt):
             B = images.stop - images.start
             team = team_size(spec.with_batch(B).flops)
-            inputs.pull_back(slots(dy[images]), slots(dx[images]), B, 1, team)
+            if inputs is not None and dx is not None:
+                inputs.pull_back(slots(dy[images]), slots(dx[images]), B, 1, team)
             kernels.add((slots(x[images]),), slots(dy[images]), B, 1, team)
         dkernel += kernels.result()[0]
     return dx, dkernel, dbias

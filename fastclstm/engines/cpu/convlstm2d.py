@@ -66,13 +66,15 @@ def convlstm2d_backward(
     dy: np.ndarray | None,
     dh: np.ndarray | None,
     dc: np.ndarray | None,
+    *,
+    input_gradient: bool = True,
 ) -> dict[str, Any]:
     """Pull gradients of the output, the last h and the last c back through time: see `recurrence.backward`."""
     if isinstance(saved, backward.Saved):
-        return backward.backward(spec, saved, dy, dh, dc)
+        return backward.backward(spec, saved, dy, dh, dc, input_gradient=input_gradient)
     if isinstance(saved, stepwise.Saved):
-        return stepwise.backward(spec, saved, dy, dh, dc)
-    return recurrence.backward(spec, conv2d_backward, saved, dy, dh, dc)
+        return stepwise.backward(spec, saved, dy, dh, dc, input_gradient=input_gradient)
+    return recurrence.backward(spec, conv2d_backward, saved, dy, dh, dc, input_gradient=input_gradient)
 
 
 def _is_fused(spec: ConvLSTMSpec) -> bool:

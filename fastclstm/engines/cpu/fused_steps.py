@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -58,9 +59,10 @@ class Steps:
         """Run T steps of B images from the first states on; mask (B, T) in the order of processing, kept: gates."""
         kind = gates.kind(self._spec) if self._packed.standard else "any"
         finish = f"update_{kind}" if kind != "standard" else "update" if kept is NOTHING else "update_and_keep"
-        arrays = {"h": h, "h_first": h_first, "c": c, "c_first": c_first, "y": y, "y_first": y_first, "gates": kept}
+        arrays = {"x": x, "h": h, "h_first": h_first, "c": c, "c_first": c_first, "y": y, "y_first": y_first,
+                  "gates": kept}  # fmt: skip
         if self._packed.before is None:
-            self._run(B, T, finish, fresh, mask, x=x, **arrays)
+            self._run(B, T, finish, mask, zx=NOTHING, fresh=fresh, **arrays)
             return
         spec = self._spec
         image = spec.HO * spec.WO * 4 * spec.F * self._dtype.itemsize
@@ -70,41 +72,41 @@ class Steps:
         for b in range(0, B, images):
             count = min(images, B - b)
             part = {name: array.after(b, 0) for name, array in arrays.items()}
-            of_part = None if mask is None else mask[b : b + count]
             zx = Slots(address, image * steps, image, steps)
-            self._run(count, T, finish, fresh, of_part, x=x.after(b, 0), zx=zx, **part)
+            self._run(count, T, finish, None if mask is None else mask[b : b + count], zx=zx, fresh=fresh, **part)
         launch.give_back(address, memory)
 
-    def _run(
-        self, B: int, T: int, finish: str, fresh: bool, mask: np.ndarray | None, *, x: Slots, zx: Slots = NOTHING,
-        **arrays: Slots,
-    ) -> None:  # fmt: skip
+    def _run(self, B: int, T: int, finish: str, mask: np.ndarray | None, x: Slots, zx: Slots, **rest: Any) -> None:
         """Run T steps of B images; zx: memory for what x gives before them, where it does."""
-        spec, (_, columns, before) = self._spec.with_batch(B), self._packed
-        itemsize, flops = self._dtype.itemsize, spec.flops // spec.T
-        team = launch.team_size(flops)
-        if before is None:
-            plan = plans.plan((spec.recurrent, spec.input), self._ways.h, finish, len(columns.groups), itemsize, team)
-            launch.run(plan, columns, self._cell, B, T, team, fresh, mask, flops, None, x=x, **arrays)
-            return
-        cell = self._cell.copy()
-        cell["F"] = 4 * spec.F
+        spec = self._spec if self._spec.B == B else self._spec.with_batch(B)
+        flops = spec.flops // spec.T
+        team, groups, itemsize = launch.team_size(flops), len(self._packed.steps.groups), self._dtype.itemsize
+        convolve = None
+        if self._packed.before is None:
+            plan = plans.plan((spec.recurrent, spec.input), self._ways.h, finish, groups, itemsize, team)
+        else:
+            plan = plans.plan((spec.recurrent,), self._ways.h, finish, groups, itemsize, team)
+            convolve = partial(self._convolve, B, team, mask, x, zx)
+            x = NOTHING
+        launch.run(plan, self._packed.steps, self._cell, B, T, team, x=x, zx=zx, convolve=convolve, mask=mask,
+                   step_flops=flops, **rest)  # fmt: skip
 
-        def convolve(t: int, count: int) -> None:
-            """Convolve x of some steps: as so many images, where they are evenly apart in memory."""
-            images, steps, frames, results = B, count, x.after(0, t), zx
-            valid = None if mask is None else mask[:, t : t + count]
-            if B == 1 or (count == zx.kept and x.image == count * x.step):
-                images, steps = B * count, 1
-                frames, results = frames._replace(image=x.step), zx._replace(image=zx.step)
-                valid = None if valid is None else valid.reshape(-1, 1)
-            inputs = spec.input.with_batch(images)
-            plan = plans.plan((inputs,), self._ways.x, "store", len(before.groups), itemsize, team)
-            launch.run(plan, before, cell, images, steps, team, x=frames, h=results, mask=valid,
-                       step_flops=inputs.flops)  # fmt: skip
-
-        plan = plans.plan((spec.recurrent,), self._ways.h, finish, len(columns.groups), itemsize, team)
-        launch.run(plan, columns, self._cell, B, T, team, fresh, mask, flops, convolve, zx=zx, **arrays)
+    def _convolve(self, B: int, team: int, mask: np.ndarray | None, x: Slots, zx: Slots, t: int, count: int) -> None:
+        """Convolve x of some steps, as so many images where they are evenly apart in memory."""
+        columns, spec, steps = self._packed.before, self._spec.input, count
+        assert columns is not None
+        assert self._ways.x is not None
+        x = x.after(0, t)
+        valid = None if mask is None else mask[:, t : t + count]
+        if B == 1 or (count == zx.kept and x.image == count * x.step):
+            B, steps = B * count, 1
+            x, zx = x._replace(image=x.step), zx._replace(image=zx.step)
+            valid = None if valid is None else valid.reshape(-1, 1)
+        spec = spec if spec.B == B else spec.with_batch(B)
+        plan = plans.plan((spec,), self._ways.x, "store", len(columns.groups), self._dtype.itemsize, team)
+        cell = np.zeros(1, gates.CELL)
+        cell["F"] = spec.F
+        launch.run(plan, columns, cell, B, steps, team, x=x, h=zx, mask=valid, step_flops=spec.flops)
 
 
 def _pack(

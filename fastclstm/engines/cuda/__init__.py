@@ -47,12 +47,14 @@ def conv2d(spec: ConvSpec, x: Array, kernel: Array, bias: Array | None, *, algor
 
 
 def conv2d_backward(
-    spec: ConvSpec, x: Array, kernel: Array, dy: Array | None, *, algorithm: str = "auto"
-) -> tuple[Any, Any, Any]:
-    """Pull dy (B, HO, WO, F) back through `conv2d`: dx, dkernel, dbias."""
+    spec: ConvSpec, x: Array, kernel: Array, dy: Array | None, *, algorithm: str = "auto",
+    input_gradient: bool = True,
+) -> tuple[Any, Any, Any]:  # fmt: skip
+    """Pull dy (B, HO, WO, F) back through `conv2d`: dx, None where nobody asks for it, dkernel, dbias."""
     with _at(x) as place:
         arrays = place.take(x), plain(kernel), place.take(dy)
-        return place.give(_conv2d.conv2d_backward(spec, *arrays, algorithm=algorithm))
+        dx, *others = place.give(_conv2d.conv2d_backward(spec, *arrays, algorithm=algorithm))
+        return (dx if input_gradient else None, *others)
 
 
 def convlstm2d(
@@ -100,13 +102,15 @@ def convlstm2d(
 
 
 def convlstm2d_backward(
-    spec: ConvLSTMSpec, saved: Saved | recurrence.Saved, dy: Any, dh: Any, dc: Any
-) -> dict[str, Any]:
+    spec: ConvLSTMSpec, saved: Saved | recurrence.Saved, dy: Any, dh: Any, dc: Any, *,
+    input_gradient: bool = True,
+) -> dict[str, Any]:  # fmt: skip
     """Pull gradients of the output, the last h and the last c back through time: see `recurrence.backward`."""
     if isinstance(saved, recurrence.Saved):
-        return recurrence.backward(spec, conv2d_backward, saved, dy, dh, dc)
+        return recurrence.backward(spec, conv2d_backward, saved, dy, dh, dc, input_gradient=input_gradient)
     with saved.place.entered() as place:
-        return place.give(_backward.convlstm2d_backward(spec, saved.state, *map(place.take, (dy, dh, dc))))
+        gradients = place.give(_backward.convlstm2d_backward(spec, saved.state, *map(place.take, (dy, dh, dc))))
+    return gradients if input_gradient else gradients | {"x": None}
 
 
 def max_pool3d(spec: PoolSpec, x: Array, return_indices: bool) -> tuple[Any, Any]:
