@@ -45,7 +45,37 @@ MODULES = {
     "seyongk, one way": ("seyongk", lambda d: d.Seyongk(C, 4, (3, 1), bias=False, bidirectional=False)),
     "kimuyen": ("kimuyen", lambda d: d.KimUyen(C, 4, (3, 3), FRAME)),
     "kimuyen, one way": ("kimuyen", lambda d: d.KimUyen(C, 4, (3, 5), FRAME, bias=False, bidirectional=False)),
+    "aserdega": ("aserdega", lambda d: hadamard_stack(d, [4, 2])),
+    "automan000": ("automan000", lambda d: d.Numbered([d.GatesCell(C, 4, (3, 3)), d.GatesCell(4, 2, (5, 3))])),
+    "automan000, peepholes": ("automan000", lambda d: d.Numbered([d.GatesCell(C, 4, (3, 3), FRAME)])),
+    "sladewinter": ("sladewinter", lambda d: hadamard(d, "convLSTMcell", SEEN)),
+    "sladewinter, modules": ("sladewinter-hadamard", lambda d: hadamard(d, "convLSTMcell", SEEN, modules=True)),
+    "tsugumi": ("tsugumi", lambda d: hadamard(d, "ConvLSTMCell", SEEN)),
+    "tsugumi, without": ("tsugumi", lambda d: hadamard(d, "ConvLSTMCell", ())),
+    "hzzone": ("hzzone", lambda d: d.HzzoneLayer(C, 4, (3, 3), FRAME)),
+    "hzzone, without": ("hzzone", lambda d: d.HzzoneLayer(C, 4, (5, 5))),
+    "jhhuang96, 1 group": ("jhhuang96", lambda d: d.jhhuang96(C, 8, (5, 5))),
+    "jhhuang96, 3 groups": ("jhhuang96", lambda d: d.jhhuang96(C, 24, (3, 3))),
+    "czifan": ("czifan", lambda d: d.czifan(C, 4, (3, 3))),
+    "holmdk": ("holmdk", lambda d: d.PlainLayer(C, 4, (3, 3), order="ifog")),
+    "satflow": ("satflow", lambda d: d.PlainLayer(C, 2, (5, 3), order="ifog")),
+    "snntorch": ("snntorch", lambda d: d.SpikingLayer(C, 4, (3, 3))),
 }
+SEEN = "W_ci", "W_cf", "W_co"
+SPIKING = "threshold", "graded_spikes_factor", "reset_mechanism_val"
+
+
+def hadamard(dialects, place, names, modules=False):
+    """A module with one cell that has peepholes (F, H, W)."""
+    cell = dialects.HadamardCell(C, 4, (3, 3), names=names, shape=(4, *FRAME), modules=modules)
+    return dialects.Alone(cell, place)
+
+
+def hadamard_stack(dialects, filters):
+    return dialects.Stack([
+        dialects.HadamardCell(c, f, (3, 3), names=("Wci", "Wcf", "Wco"), shape=(f, *FRAME), order="ifog")
+        for c, f in zip([C, *filters], filters, strict=False)
+    ])  # fmt: skip
 
 
 @pytest.fixture(params=MODULES)
@@ -129,7 +159,8 @@ def test_files(torch, named, tmp_path):
     x = sequence(torch)
     state = {f"module.encoder.{name}": tensor for name, tensor in module.state_dict().items()}
     torch.save({"epoch": 1, "state_dict": state}, tmp_path / "w.ckpt")
-    layer = from_torch(tmp_path / "w.ckpt", return_state=True, engine="reference")
+    prefix = "" if DIALECTS[dialect].cells else "encoder."  # such names might be those of any convolution
+    layer = from_torch(tmp_path / "w.ckpt", prefix=prefix, return_state=True, engine="reference")
     check(layer, module, x)
     torch.save({"ema": state}, tmp_path / "w.ckpt")
     layer = from_torch(str(tmp_path / "w.ckpt"), dialect, key="ema", return_state=True, engine="reference")
@@ -145,10 +176,11 @@ def test_there_and_back(torch, named):
     written = to_torch(layer, dialect)
     own = module.state_dict()
     missing = {name for name in own if name not in written}
-    assert all(any(n in name for n in ("layer_norm", "conv_o", "conv_last", "_state")) for name in missing)
+    assert all(any(n in name for n in ("layer_norm", "conv_o", "conv_last", "_state", *SPIKING)) for name in missing)
     assert set(written) <= set(own)
-    for tensor in own.values():
-        tensor.zero_()
+    for name, tensor in own.items():
+        if name not in SPIKING:
+            tensor.zero_()
     module.load_state_dict({name: torch.from_numpy(array) for name, array in written.items()}, strict=False)
     close(run(module, x)[0], expected)
     again = from_torch(written, dialect)
@@ -347,7 +379,7 @@ def test_what_is_known_is_said():
     assert "cells=" in str(caught.value)
     with pytest.raises(ValueError, match="dialect must be one of 'ndrplz', 'kl4805'"):
         from_torch(joint(), "keras")
-    assert set(DIALECTS) == {"ndrplz", "kl4805", "seyongk", "openstl", "kimuyen"}
+    assert {dialect for dialect, _ in MODULES.values()} | {"stae", "seagochen"} == set(DIALECTS)
 
 
 def without(state, *endings):
@@ -425,17 +457,21 @@ def test_no_weights_are_drawn_to_be_replaced():
 @pytest.mark.parametrize("gates", ["ifgo", "fiog", "gofi", "ifog"])
 @pytest.mark.parametrize("dialect", [*DIALECTS])
 def test_every_order_of_gates_there_and_back(dialect, gates):
-    options = {"seyongk": {"normalization": "batch"}, "kl4805": {"peephole": "conv"}}.get(dialect, {})
-    if dialect == "openstl":
-        options = {"normalization": Normalization("layer", separate=True, elementwise=True), "frame_size": 4}
-    layer = ConvLSTM2D(2, 3, 3, use_bias=dialect != "openstl", seed=0, **options)
+    row = DIALECTS[dialect]
+    options = {"normalization": row.normalization_of(12), "activation": row.activations[0],
+               "output_activation": row.output_activation, "use_bias": bool(row.bias_names())}  # fmt: skip
+    if row.peephole is not None:
+        options["peephole"] = "conv" if dialect == "kl4805" else "elementwise"
+    layer = ConvLSTM2D(2, 3, 3, frame_size=4, seed=0, **options)
     layer.set_parameters({n: np.random.default_rng(1).random(a.shape) for n, a in layer.parameters.items()})
     written = to_torch(layer, dialect, gates)
     again = from_torch(written, gates=gates, dialect=dialect)
     for name, array in layer.parameters.items():
         np.testing.assert_array_equal(array, again.parameters[name])
-    name = next(name for name in written if re.search(r"(conv|conv_x|conv_x\.0|input_conv)\.weight$", name))
-    for gate, block in zip(gates, np.split(written[name], 4), strict=True):
+    convolution = row.joint or row.split[0]
+    names = [f"{row.place(0, 0)}{convolution.replace('{gate}', gate)}.weight" for gate in gates]
+    blocks = [written[name] for name in names] if "{gate}" in convolution else np.split(written[names[0]], 4)
+    for gate, block in zip(gates, blocks, strict=True):
         expected = layer.weights[f"W_x{gate.replace('g', 'c')}"]
         np.testing.assert_array_equal(block[:, :2], expected)
 
