@@ -574,8 +574,11 @@ def test_rows_that_are_none():
             Dialect(**{"cells": "cell"} | fields)
     with pytest.raises(ValueError, match=r"joint make a dialect of your own: give cells=… with them"):
         from_torch(joint(), joint="conv")
-    with pytest.raises(ValueError, match=r"cells make a dialect of your own: .*and no dialect"):
-        from_torch(joint(), "ndrplz", cells=["a"])
+    for fields, message in (({"peephole_axes": 5}, "peephole_axes must be 3 or 4, got 5"),
+                            ({"layout": "OHWI"}, "layout must be 'OIHW' or 'HWIO', got 'OHWI'"),
+                            ({"group_size": 4}, "group_size=4 goes with normalization='group'")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            Dialect("cell", joint="a", **fields)
 
 
 @pytest.mark.torch
@@ -597,8 +600,187 @@ def test_an_output_to_compare_with(torch, dialects, tmp_path):
         ValueError, match=r"check's y has shape \(2, 2, 6, 5\), but the layer's output for its x \(2, 4, 2, 6"
     ):
         from_torch(module, check=(x, y[:, 0]), **options)
-    with pytest.raises(TypeError, match=r"check must be \(x, y\).*got Tensor"):
-        from_torch(module, check=x, **options)
+    for source, x in ((module.state_dict(), x), (module, 3)):
+        with pytest.raises(TypeError, match=r"check must be \(x, y\).* or, where the source is a module, x alone; got"):
+            from_torch(source, check=x, **options)
+    with pytest.raises(ValueError, match=r"differs from check's y .*gates='ifog'; gates='fiog' agrees"):
+        from_torch(module, check=sequence(torch), **options)
+
+
+def spread(torch, module):
+    """A module with weights that are large enough to tell orders of gates apart."""
+    with torch.no_grad():
+        for name, tensor in module.state_dict().items():
+            if tensor.is_floating_point() and name not in SPIKING and "var" not in name:
+                tensor.copy_(torch.randn_like(tensor) / 2)
+    return module
+
+
+@pytest.mark.torch
+def test_a_module_is_called_to_compare_with_it(torch, dialects):
+    """However it wants to be called, wherever it is; its mode stays what it was."""
+    x = torch.randn(2, 3, C, *FRAME)
+    cell = dialects.HadamardCell(C, 4, (3, 3), names=SEEN, shape=(4, *FRAME))
+    modules = {
+        "ndrplz": stack(dialects, dialects.JointCell, [4, 2], [(3, 3)] * 2, True),
+        "sladewinter": dialects.ChannelsBeforeTime(cell, "convLSTMcell"),
+        "jhhuang96": dialects.TimeFirst(C, 8, (3, 3), torch.nn.GroupNorm(1, 32)),
+        "snntorch": dialects.SpikingCell(C, 4, (3, 3)),
+        "holmdk": dialects.PairCell(C, 4, (3, 3), order="ifog"),
+        "automan000": dialects.GatesCell(C, 4, (3, 3)),
+        "czifan": dialects.czifan(C, 4, (3, 3)).train(),
+    }
+    for dialect, module in modules.items():
+        module = spread(torch, module)
+        model = torch.nn.ModuleDict({"inner": module})
+        before = [part.training for part in model.modules()]
+        layer = from_torch(module, check=x, engine="reference")
+        model.forward = None
+        again = from_torch(Callable(model), prefix="model.inner", check=x.numpy(), engine="reference")
+        assert [part.training for part in model.modules()] == before
+        np.testing.assert_array_equal(layer(x.numpy()), again(x.numpy()))
+        first = next(p for n, p in module.named_parameters() if "weight" in n and p.dim() == 4)
+        with pytest.raises(ValueError, match="differs from check's y"):
+            from_torch(Other(torch, module, first), prefix="other", check=x, engine="reference")
+        assert dialect in DIALECTS
+    with pytest.raises(ValueError, match=r"check must be \(batch, time, channels, height, width\), got shape \(3,"):
+        from_torch(modules["ndrplz"], check=x[0, :, 0])
+    with pytest.raises(
+        ValueError, match=r"no call of Stack with check returns a sequence \(\w*Error: .*give check=\(x,"
+    ):
+        from_torch(modules["ndrplz"], check=torch.zeros(1, 2, C + 1, 5, 5) + 1)
+
+
+def Callable(model):
+    """A model that holds another."""
+    import torch
+
+    outer = torch.nn.Module()
+    outer.model = model
+    return outer
+
+
+def Other(torch, module, weight):
+    """A module whose state_dict is not what it computes with."""
+
+    class Lying(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.other = module
+
+        def state_dict(self):
+            state = super().state_dict()
+            name = next(n for n, p in self.named_parameters() if p is weight)
+            return state | {name: state[name].flip(0)}
+
+    return Lying()
+
+
+@pytest.mark.torch
+def test_an_order_that_names_do_not_tell(torch, dialects, engine):
+    x = sequence(torch)
+    for order in ("ifgo", "ifog"):
+        module = spread(torch, dialects.SplitLayer(C, 4, (3, 3), order).double())
+        state = {f"net.{name}": tensor for name, tensor in module.state_dict().items()}
+        with pytest.raises(ValueError, match=r"'seagochen' \(conv_x.weight, conv_h.weight\) have their gates in diff"):
+            from_torch(state)
+        layer = from_torch(state, gates=order, return_state=True, engine=engine)
+        check(layer, module, x)
+        found = from_torch(module, check=x, engine=engine)
+        np.testing.assert_array_equal(found(x.numpy()), layer(x.numpy())[0])
+        with pytest.raises(ValueError, match=r"by up to .* no order of the gates agrees"):
+            from_torch(state, check=(x, 1 - module(x)[0]))
+        with pytest.raises(ValueError, match="to_torch: modules with the names of 'seagochen'"):
+            to_torch(layer, "seagochen")
+        written = to_torch(layer, "seagochen", gates=order)
+        np.testing.assert_array_equal(written["conv_x.weight"], module.conv_x.weight.detach().numpy())
+
+
+def cells_of(names, C=2, F=3, k=3):
+    rng = np.random.default_rng(0)
+    return {f"{name}.conv.{kind}": rng.normal(size=shape) for name in names
+            for kind, shape in (("weight", (4 * F, C + F, k, k)), ("bias", 4 * F))}  # fmt: skip
+
+
+def test_single_cells_are_told_by_their_prefix():
+    """A convolution called conv might be any: one that is meant is named."""
+    state = cells_of(["encoder_1", "encoder_2"], C=3) | {"head.weight": np.zeros((1, 3, 1, 1))}
+    message = (r"no ConvLSTM is recognized by its names: by their shapes these may be cells: 'holmdk' at "
+               r"prefix='encoder_1\.', 'holmdk' at prefix='encoder_2\.'; say which with prefix=")  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        from_torch(state)
+    with pytest.raises(ValueError, match=r"several ConvLSTMs fit: 'holmdk' at prefix='encoder_1\.', 'holmdk' at"):
+        from_torch(state, "holmdk")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer = from_torch(state, prefix="encoder_2")
+    np.testing.assert_array_equal(to_torch(layer, "satflow")["conv.weight"], state["encoder_2.conv.weight"])
+    stacked = from_torch(state, "holmdk", cells=["encoder_1", "encoder_2"], prefix="")
+    assert (stacked.num_layers, stacked.in_channels) == (2, 3)
+    np.testing.assert_array_equal(stacked.cells[1].bias, layer.cells[0].bias)
+    with pytest.warns(UserWarning, match="2 other tensors were left"):
+        from_torch({n: a for n, a in state.items() if "encoder_2" not in n} | {"a": np.zeros(1)}, "holmdk")
+    for shape in ((12, 3, 3, 3), (13, 9, 3, 3), (12, 6, 3)):  # those of other convolutions
+        with pytest.raises(ValueError, match="no ConvLSTM is recognized by its names: got"):
+            from_torch({"a.conv.weight": np.zeros(shape)})
+
+
+def test_several_dialects_that_fit_are_listed():
+    state = {"conv_x.weight": np.zeros((8, 3, 3, 3)), "conv_h.weight": np.zeros((8, 2, 3, 3))}
+    rows = [Dialect("", split=("conv_x", "conv_h"), gates=gates, name=gates) for gates in ("ifgo", "ifog")]
+    from fastclstm.convert.torch_recognition import recognize
+
+    with pytest.raises(ValueError, match=r"several ConvLSTMs fit: 'ifgo' at prefix='', 'ifog' at prefix=''; say whi"):
+        recognize(state, rows, "")
+
+
+@pytest.mark.torch
+def test_weights_under_two_names(torch, dialects, engine):
+    """STAE's modules have each cell in a list too."""
+    cells = [dialects.GatesCell(C, 4, (3, 3)), dialects.GatesCell(4, 2, (3, 3))]
+    module = spread(torch, dialects.Numbered(cells, listed=True).double())
+    assert len(module.state_dict()) == 2 * 2 * 12
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for dialect in (None, "stae"):
+            layer = from_torch(module, dialect, return_state=True, engine=engine)
+            check(layer, module, sequence(torch))
+    module.load_state_dict({n: torch.from_numpy(a) for n, a in to_torch(layer, "stae").items()}, strict=False)
+
+
+def test_a_spiking_cell_that_is_reset_is_refused():
+    state = to_torch(ConvLSTM2D(2, 3, 3), "snntorch") | {"reset_mechanism_val": np.array(0)}
+    with pytest.raises(
+        ValueError, match=r"reset_mechanism than 'none' resets its hidden state: .*\(reset_mechanism_val"
+    ):
+        from_torch(state)
+
+
+def test_what_a_module_was_made_with():
+    x = np.random.default_rng(0).normal(size=(1, 2, 3, *FRAME))
+    options = {"peephole": "elementwise", "frame_size": FRAME, "data_format": "channels_first", "engine": "reference"}
+    layer = ConvLSTM2D(3, 4, 3, activation="relu", **options)
+    back = from_torch(to_torch(layer, "sladewinter"), activation="relu", engine="reference")
+    np.testing.assert_array_equal(back(x), layer(x))
+    assert from_torch(to_torch(layer, "sladewinter")).activation == "tanh"
+    with pytest.raises(ValueError, match="'hzzone' has no activation='relu'; it has 'tanh'"):
+        to_torch(layer, "hzzone")
+    with pytest.raises(ValueError, match="'czifan' has no activation='tanh'; it has 'linear'"):
+        to_torch(ConvLSTM2D(3, 4, 3, use_bias=False, normalization="batch"), "czifan")
+    with pytest.raises(ValueError, match=r"'jhhuang96' has no normalization=.*groups=None.* it has .*groups=3"):
+        to_torch(ConvLSTM2D(3, 24, 3, normalization="group"), "jhhuang96")
+    layer = ConvLSTM2D(3, 4, 3, **options)
+    written = {name: array for name, array in to_torch(layer, "tsugumi").items() if "W_co" not in name}
+    with pytest.raises(ValueError, match=r"a weight is missing or has too few axes \('W_co'\)"):
+        from_torch(written)
+
+
+def test_a_forget_bias_of_run_time():
+    state = {"a.W.weight": np.random.default_rng(0).normal(size=(8, 5, 3, 3))}
+    row = {"cells": ["a"], "joint": "W", "gates": "ifgo", "forget_bias": 1.0}
+    layer = from_torch(state, **row)
+    np.testing.assert_array_equal(layer.cells[0].bias, [0, 0, 1, 1, 0, 0, 0, 0])
+    np.testing.assert_array_equal(to_torch(layer, Dialect(**row))["a.W.bias"], np.zeros(8))
 
 
 def test_activations_that_names_do_not_tell():
@@ -663,8 +845,9 @@ def test_kimuyen_s_normalization_is_refused():
     for name, array in norm.items():
         with pytest.raises(ValueError, match=rf"layer_norm=True or peephole=True.*\({name.removeprefix('cell_fw.')}\)"):
             from_torch(state | norm | {name: array + 0.1})
-    with pytest.raises(ValueError, match=r"leaves the peepholes' weights out of the state_dict"):
-        from_torch(state | {"cell_fw.layer_norm_ci.weight": np.ones((2, 4, 4))})
+    for name, array in (("layer_norm_ci.weight", np.ones((2, 4, 4))), ("weight_ci.weights", np.ones((1, 2, 4, 4)))):
+        with pytest.raises(ValueError, match=r"peepholes take the place of the gates' pre-activations, .* old cell st"):
+            from_torch(state | {f"cell_fw.{name}": array})
 
 
 def test_wrong_sources():

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastclstm.convert.torch_dialects import Dialect, Index
+from fastclstm.convert.torch_dialects import DIALECTS, Dialect, Index
 from fastclstm.io.bounds import shown
 
 Cells = dict[Index, dict[str, Any]]
@@ -40,7 +40,9 @@ def recognize(state: Mapping[str, Any], rows: list[Dialect], prefix: str) -> Rec
     if not found:
         likely = _single_cells(state, rows, start)
         found = [one for one in likely if one.place == start]
-        found = found or [one for one in likely if len(rows) == 1 or _unmistakable(one.row, one.cells[0, 0])]
+        found = found or [
+            one for one in likely if [row.cells for row in rows] == [""] or _unmistakable(one.row, one.cells[0, 0])
+        ]
     if len(found) > 1:
         raise ValueError(f"from_torch: several ConvLSTMs fit: {_places(found)}; say which with prefix=… and dialect=…")
     if not found:
@@ -82,8 +84,8 @@ def _single_cells(state: Mapping[str, Any], rows: list[Dialect], start: str) -> 
     found: list[Recognized] = []
     names = [name for name in state if isinstance(name, str) and name.startswith(start)]
     for row in rows:
-        if not isinstance(row.cells, str):
-            continue
+        if not isinstance(row.cells, str) or (row.cells and row not in DIALECTS.values()):
+            continue  # one of the user's own is where its cells are
         row = row.alone() if row.cells else row
         first = row.required[0]
         ends = (name for name in names if f".{name}".endswith(f".{first}"))
