@@ -347,7 +347,7 @@ class SplitLayer(Unrolled, nn.Module):
     def __init__(self, C, F, kernel_size, order):
         super().__init__()
         self.filters, self.order = F, order
-        self.conv_x, self.conv_h = conv(C, 4 * F, kernel_size, True), conv(F, 4 * F, kernel_size, False)
+        self.conv_x, self.conv_h = conv(C, 4 * F, kernel_size, True), conv(F, 4 * F, kernel_size, True)
 
     def one_step(self, x, h, c):
         return advance(self.conv_x(x) + self.conv_h(h), c, self.order)

@@ -600,9 +600,9 @@ def test_an_output_to_compare_with(torch, dialects, tmp_path):
         ValueError, match=r"check's y has shape \(2, 2, 6, 5\), but the layer's output for its x \(2, 4, 2, 6"
     ):
         from_torch(module, check=(x, y[:, 0]), **options)
-    for source, x in ((module.state_dict(), x), (module, 3)):
+    for source, wrong in ((module.state_dict(), x), (module, 3)):
         with pytest.raises(TypeError, match=r"check must be \(x, y\).* or, where the source is a module, x alone; got"):
-            from_torch(source, check=x, **options)
+            from_torch(source, check=wrong, **options)
     with pytest.raises(ValueError, match=r"differs from check's y .*gates='ifog'; gates='fiog' agrees"):
         from_torch(module, check=sequence(torch), **options)
 
@@ -694,6 +694,8 @@ def test_an_order_that_names_do_not_tell(torch, dialects, engine):
             to_torch(layer, "seagochen")
         written = to_torch(layer, "seagochen", gates=order)
         np.testing.assert_array_equal(written["conv_x.weight"], module.conv_x.weight.detach().numpy())
+        del state["net.conv_h.bias"]
+        assert from_torch(state, "seagochen", gates=order, biases="x").use_bias
 
 
 def cells_of(names, C=2, F=3, k=3):

@@ -19,8 +19,7 @@ from fastclstm.convert.torch_calls import called
 from fastclstm.convert.torch_cells import Arrays, Options, expect_layer, read_cell, write_cell
 from fastclstm.convert.torch_dialects import DIALECTS, Dialect, Index
 from fastclstm.convert.torch_recognition import Recognized, recognize
-from fastclstm.io import torch_files
-from fastclstm.layers import ConvLSTM2D
+from fastclstm.layers import ConvLSTM2D, torch_weights
 from fastclstm.layers.base import uninitialized
 from fastclstm.spec import choice
 
@@ -129,7 +128,7 @@ def from_torch(
     rows, options = _rows(dialect, gates, options)
     path = os.fspath(source) if isinstance(source, str | os.PathLike) else None
     try:
-        state = _state_dict(source, key)
+        state = torch_weights.state_dict("from_torch", source, key)
         if not any(str(name).startswith(prefix) for name in state):
             prefix = prefix.removeprefix("module.")
         found = recognize(state, rows, prefix)
@@ -222,34 +221,6 @@ def _rows(dialect: str | Dialect | None, gates: str | None, options: Options) ->
     return [_row("from_torch", row, gates)], {n: v for n, v in options.items() if n not in own}
 
 
-# Sources
-
-
-def _state_dict(source: Any, key: str | None) -> Mapping[str, Any]:
-    if isinstance(source, str | os.PathLike):
-        return torch_files.read(source, key)
-    if hasattr(source, "state_dict"):
-        source = source.state_dict()
-    if not isinstance(source, Mapping):
-        raise TypeError(f"from_torch: source must be a path, a mapping of names to tensors or arrays, or a module, "
-                        f"got {type(source).__name__}")  # fmt: skip
-    return torch_files.plain_names(torch_files.find_state_dict("from_torch: the source", source, key, _tensors))
-
-
-def _tensors(value: Any) -> dict[str, Any]:
-    """Return the tensors and arrays in a mapping or in what has a state_dict."""
-    value = value.state_dict() if hasattr(value, "state_dict") else value
-    if not isinstance(value, Mapping):
-        return {}
-    return {n: v for n, v in value.items() if isinstance(n, str) and (hasattr(v, "shape") or isinstance(v, list))}
-
-
-def _array(name: str, value: Any) -> np.ndarray:
-    if hasattr(value, "detach") and not value.is_meta:  # a tensor, perhaps a parameter, perhaps on another device
-        value = value.detach().cpu()
-    return dispatch.as_numpy("from_torch", name, value)
-
-
 # The layer
 
 
@@ -261,7 +232,7 @@ def _layer(found: Recognized, legacy_order: bool, options: Options) -> ConvLSTM2
         raise ValueError(f"from_torch: legacy_order=True is for bidirectional weights of the dialect 'seyongk', "
                          f"got {len(cells)} {kind} of {row.name!r}; leave it out")  # fmt: skip
     arrays = {
-        index: {n: _array(f"{place}{row.place(*index)}{n}", v) for n, v in cell.items()}
+        index: {n: torch_weights.array("from_torch", f"{place}{row.place(*index)}{n}", v) for n, v in cell.items()}
         for index, cell in cells.items()
     }
     parameters, decided = _native(row, place, arrays)
@@ -341,10 +312,10 @@ def _checked(check: Any, source: Any, found: Recognized, make: Callable[[Dialect
 def _expected(check: Any, source: Any, found: Recognized) -> tuple[np.ndarray, list[np.ndarray], float]:
     """Return an input, outputs of which one is to agree, and how well."""
     if isinstance(check, tuple | list) and len(check) == 2:
-        x, y = (_array(f"check's {name}", value) for name, value in zip("xy", check, strict=True))
+        x, y = (torch_weights.array("from_torch", f"check's {n}", v) for n, v in zip("xy", check, strict=True))
         ys, agreement = [y], _AGREEMENT.get(str(getattr(check[1], "dtype", "")).removeprefix("torch."), 1e-3)
     elif hasattr(check, "shape") and hasattr(source, "state_dict") and callable(source):
-        x = _array("check", check)
+        x = torch_weights.array("from_torch", "check", check)
         ys, agreement = called(source, found, x), 1e-3
     else:
         kind = f"{type(check).__name__}{f' of {len(check)}' if isinstance(check, tuple | list) else ''}"

@@ -83,7 +83,7 @@ def _single_cells(state: Mapping[str, Any], rows: list[Dialect], start: str) -> 
     """Return the modules that have the names and shapes of one cell and nothing else."""
     found: list[Recognized] = []
     names = [name for name in state if isinstance(name, str) and name.startswith(start)]
-    for row in rows:
+    for row in sorted(rows, key=lambda row: row.cells != ""):
         if not isinstance(row.cells, str) or (row.cells and row not in DIALECTS.values()):
             continue  # one of the user's own is where its cells are
         row = row.alone() if row.cells else row
