@@ -220,37 +220,6 @@ def test_gradients(torch, named, engine, dtype):
 
 
 @pytest.mark.torch
-def test_gradients_in_flax_s_order(torch, dialects, engine):
-    """Flax has no reader: i, g, f, o and a forget gate with 1 added at run time are put in our order by hand."""
-    F, k = 4, 3
-    joint = torch.randn(4 * F, C + F, k, k, dtype=torch.float64).requires_grad_()
-    bias = torch.randn(4 * F, dtype=torch.float64).requires_grad_()
-    x = sequence(torch).requires_grad_()
-    h = c = x.new_zeros(len(x), F, *FRAME)
-    for t in range(x.shape[1]):
-        z = torch.nn.functional.conv2d(torch.cat([x[:, t], h], 1), joint, bias, padding=k // 2)
-        one = torch.cat([z.new_zeros(2 * F), z.new_ones(F), z.new_zeros(F)]).reshape(-1, 1, 1)
-        h, c = dialects.advance(z + one, c, "igfo")
-    dh, dc = torch.randn_like(h), torch.randn_like(c)
-    torch.autograd.backward([h, c], [dh, dc])
-
-    def native(array):
-        return array.reshape(4, F, *array.shape[1:])[[0, 2, 1, 3]].reshape(array.shape)
-
-    kernel = native(joint.detach().numpy()).transpose(2, 3, 1, 0)
-    layer = ConvLSTM2D(C, F, k, dtype="float64", data_format="channels_first", return_sequences=False, engine=engine)
-    forget = np.repeat([0.0, 1, 0, 0], F)
-    named = {"kernel": kernel[:, :, :C], "recurrent_kernel": kernel[:, :, C:], "bias": native(bias.detach().numpy())}
-    layer.set_parameters({f"layers.0.{n}": a + (forget if n == "bias" else 0) for n, a in named.items()})
-    close(layer(x.detach().numpy(), training=True), h.detach().numpy())
-    close(layer.backward(dh.numpy(), [(None, dc.numpy())]), x.grad.numpy())
-    gradients, expected = layer.get_gradients(), native(joint.grad.numpy()).transpose(2, 3, 1, 0)
-    close(gradients["layers.0.kernel"], expected[:, :, :C])
-    close(gradients["layers.0.recurrent_kernel"], expected[:, :, C:])
-    close(gradients["layers.0.bias"], native(bias.grad.numpy()))
-
-
-@pytest.mark.torch
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_batch_normalization_while_training(torch, dialects, engine, bidirectional):
     module = dialects.Seyongk(C, 4, (3, 3), bidirectional=bidirectional).double()

@@ -143,7 +143,7 @@ def test_what_does_not_fit_is_named():
         (Conv2D(3, 8, 3, use_bias=False), conv, r"missing none, unknown head\.bias under prefix='head\.'; perhaps use"),
         (before, {"head.weight": conv["head.weight"]}, r"missing head\.bias, unknown none under .*; it has weight;"),
         (before, {"tail.weight": np.zeros(3)}, r"missing head\.weight, head\.bias, unknown none .* it has none"),
-        (before, {"head.weight_g": np.zeros(3), "head.weight_v": np.zeros(3)}, r"unknown head\.weight_g, head\.weight_"),
+        (before, {"head.weight_g": np.zeros(3), "head.weight_v": np.zeros(3)}, r"unknown head\.weight_g, head\.weight"),
         (MaxPooling2D(2), conv, r"MaxPooling2D\.load_torch: only BatchNormalization, .*load PyTorch's weights by"),
         (ConvLSTM2D(3, 2, 3), conv, "a ConvLSTM is made by from_torch"),
     ):  # fmt: skip

@@ -134,7 +134,7 @@ def from_torch(
         found = recognize(state, rows, prefix)
 
         def make(row: Dialect) -> ConvLSTM2D | LegacyOrder:
-            return _layer(found._replace(row=row), legacy_order, options | {"data_format": data_format})
+            return layer_of(found._replace(row=row), options | {"data_format": data_format}, legacy_order)
 
         if check is not None:
             return make(_checked(check, source, found, make))
@@ -175,6 +175,11 @@ def to_torch(layer: ConvLSTM2D, dialect: str | Dialect, gates: str | None = None
     _expect_order("to_torch", row)
     if not isinstance(layer, ConvLSTM2D):
         raise TypeError(f"to_torch: layer must be a ConvLSTM2D, got {type(layer).__name__}")
+    return state_dict_of(row, layer)
+
+
+def state_dict_of(row: Dialect, layer: ConvLSTM2D) -> Arrays:
+    """Return the weights of a dialect's module that computes what `layer` computes."""
     expect_layer(row, layer)
     cells: dict[Index, Arrays] = {}
     for name, array in layer.parameters.items():
@@ -224,7 +229,7 @@ def _rows(dialect: str | Dialect | None, gates: str | None, options: Options) ->
 # The layer
 
 
-def _layer(found: Recognized, legacy_order: bool, options: Options) -> ConvLSTM2D | LegacyOrder:
+def layer_of(found: Recognized, options: Options, legacy_order: bool = False) -> ConvLSTM2D | LegacyOrder:
     """Return the layer with the weights that were found."""
     row, place, cells = found
     if legacy_order and not (row.name == "seyongk" and len(cells) == 2):
@@ -232,12 +237,12 @@ def _layer(found: Recognized, legacy_order: bool, options: Options) -> ConvLSTM2
         raise ValueError(f"from_torch: legacy_order=True is for bidirectional weights of the dialect 'seyongk', "
                          f"got {len(cells)} {kind} of {row.name!r}; leave it out")  # fmt: skip
     arrays = {
-        index: {n: torch_weights.array("from_torch", f"{place}{row.place(*index)}{n}", v) for n, v in cell.items()}
+        index: {n: torch_weights.array(row.reader, f"{place}{row.place(*index)}{n}", v) for n, v in cell.items()}
         for index, cell in cells.items()
     }
     parameters, decided = _native(row, place, arrays)
     if wrong := sorted(decided.keys() & options.keys()):
-        raise ValueError(f"from_torch: {', '.join(wrong)} follow from the weights; leave them out")
+        raise ValueError(f"{row.reader}: {', '.join(wrong)} follow from the weights; leave them out")
     told: Options = {"activation": row.activations[0], "output_activation": row.output_activation}
     if "activation" in options:  # the module was made with another
         told.pop("output_activation")
@@ -263,7 +268,7 @@ def _native(row: Dialect, place: str, cells: Mapping[Index, Arrays]) -> tuple[Ar
         told.append((C, width // 4, (KH, KW), options | {"use_bias": "bias" in named}))
         if told[-1][3] != told[0][3]:
             raise ValueError(
-                f"from_torch: {where} is of another kind than the cells before it ({told[-1][3]}, {told[0][3]})"
+                f"{row.reader}: {where} is of another kind than the cells before it ({told[-1][3]}, {told[0][3]})"
             )
         way = f"{('forward', 'backward')[direction]}." if bidirectional else ""
         parameters |= {f"layers.{layer}.{way}{name}": array for name, array in named.items()}

@@ -27,13 +27,13 @@ def read_cell(row: Dialect, where: str, cell: Arrays) -> tuple[Arrays, Options]:
         KH, KW, C, width = named["kernel"].shape
         fits = C > 0 and width % 4 == 0 and named["recurrent_kernel"].shape == (KH, KW, width // 4, width)
     except (IndexError, KeyError) as error:
-        raise ValueError(f"from_torch: a weight is missing or has too few axes ({error}): {shapes}") from error
+        raise ValueError(f"{row.reader}: a weight is missing or has too few axes ({error}): {shapes}") from error
     except ValueError as error:
-        raise ValueError(f"from_torch: these shapes do not fit one another ({error}): {shapes}") from error
+        raise ValueError(f"{row.reader}: these shapes do not fit one another ({error}): {shapes}") from error
     if not fits:
-        raise ValueError(f"from_torch: these shapes are none of a ConvLSTM: {shapes}")
+        raise ValueError(f"{row.reader}: these shapes are none of a ConvLSTM: {shapes}")
     if row.layout == "OIHW" and (KH % 2 == 0 or KW % 2 == 0):
-        raise ValueError(f"from_torch: a {KH}×{KW} kernel padded by half of it does not keep the frame, so PyTorch "
+        raise ValueError(f"{row.reader}: a {KH}×{KW} kernel padded by half of it does not keep the frame, so PyTorch "
                          f"cannot run this module either; kernels must be odd: {shapes}")  # fmt: skip
     return named, options
 
@@ -172,14 +172,14 @@ def _check_trained(row: Dialect, cell: Mapping[str, np.ndarray]) -> None:
     """Raise ValueError where a cell's weights are those of a module that computes what no ConvLSTM2D can."""
     trained = [name for name, value in row.untrained if name in cell and np.any(cell[name] != value)]
     if wrong := dict.fromkeys(trained + [name for name in row.refused if name in cell]):
-        raise ValueError(f"from_torch: {row.refusal}: no ConvLSTM2D can compute that ({', '.join(wrong)})")
+        raise ValueError(f"{row.reader}: {row.refusal}: no ConvLSTM2D can compute that ({', '.join(wrong)})")
 
 
 def expect_layer(row: Dialect, layer: ConvLSTM2D) -> None:
     """Raise ValueError where a layer has options that the dialect's module does not."""
     for name, values in _allowed(row, layer).items():
         if getattr(layer, name) not in values:
-            raise ValueError(f"to_torch: the dialect {row.name!r} has no {name}={getattr(layer, name)!r}; "
+            raise ValueError(f"{row.writer}: the dialect {row.name!r} has no {name}={getattr(layer, name)!r}; "
                              f"it has {' or '.join(map(repr, values))}")  # fmt: skip
     for name, array in layer.parameters.items():
         if array.ndim == 4:
@@ -224,14 +224,14 @@ def _expect_convolution(
     """Raise ValueError unless a convolution has the kernel's size and keeps the frame."""
     KH, KW = size
     if given != size or (row.layout == "OIHW" and (KH % 2 == 0 or KW % 2 == 0)):
-        raise ValueError(f"to_torch: the dialect {row.name!r} has one odd kernel size for all of a cell's "
+        raise ValueError(f"{row.writer}: the dialect {row.name!r} has one odd kernel size for all of a cell's "
                          f"convolutions, got {name} of {given}, kernel of {size}")  # fmt: skip
     own, same = (
         ConvSpec.infer((1, KH, KW, 1), (KH, KW, 1, 1), strides=1, padding=padding, padding_mode="zeros", dilation=1)
         for padding in (layer.padding, "same")
     )
     if own.padding != same.padding:
-        raise ValueError(f"to_torch: the dialect {row.name!r} keeps the frame (padding='same'), "
+        raise ValueError(f"{row.writer}: the dialect {row.name!r} keeps the frame (padding='same'), "
                          f"got {layer.padding!r}")  # fmt: skip
 
 

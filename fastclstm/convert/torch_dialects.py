@@ -179,6 +179,16 @@ class Dialect:
         return replace(self, cells="", directions=(), beside=(), peephole_optional=optional)
 
     @property
+    def reader(self) -> str:
+        """The function that reads the dialect, for messages."""
+        return "from_torch" if self.layout == "OIHW" else "from_flax"
+
+    @property
+    def writer(self) -> str:
+        """The function that writes it."""
+        return self.reader.replace("from", "to")
+
+    @property
     def meaning(self) -> tuple[Any, ...]:
         """What decides how a cell's weights are read: of dialects in which that is the same, any will do."""
         return (self.joint, self.split, self.gates, self.biases, self.forget_bias, self.peephole, self.normalization,

@@ -44,17 +44,19 @@ def recognize(state: Mapping[str, Any], rows: list[Dialect], prefix: str) -> Rec
             one for one in likely if [row.cells for row in rows] == [""] or _unmistakable(one.row, one.cells[0, 0])
         ]
     if len(found) > 1:
-        raise ValueError(f"from_torch: several ConvLSTMs fit: {_places(found)}; say which with prefix=… and dialect=…")
+        raise ValueError(
+            f"{rows[0].reader}: several ConvLSTMs fit: {_places(found)}; say which with prefix=… and dialect=…"
+        )
     if not found:
         under = f" under {start!r}" if start else ""
         told = f"by their shapes these may be cells: {_places(likely)}; say which with prefix=…" if likely \
             else _nearest(state, rows, candidates, start)  # fmt: skip
-        raise ValueError(f"from_torch: no ConvLSTM is recognized by its names{under}: {told}")
+        raise ValueError(f"{rows[0].reader}: no ConvLSTM is recognized by its names{under}: {told}")
     row, place, cells = found[0]
     complete = {(0, d) for d in range(len(cells))} if row.directions else {(n, 0) for n in range(len(cells))}
     if cells.keys() != complete:
         numbers = ", ".join(str(max(index)) for index in [*cells][:8]) + (", …" if len(cells) > 8 else "")
-        raise ValueError(f"from_torch: {place or 'the source'} has the weights of some cells only, numbers "
+        raise ValueError(f"{row.reader}: {place or 'the source'} has the weights of some cells only, numbers "
                          f"{numbers}; they count from 0")  # fmt: skip
     _warn_of_the_rest(state, found[0], start)
     return found[0]
@@ -187,5 +189,5 @@ def _warn_of_the_rest(state: Mapping[str, Any], found: Recognized, start: str) -
         groups = dict.fromkeys(f"{name.rpartition('.')[0]}.".removeprefix(".") or name for name in rest)
         advice = f"; prefix={place!r} says that this is meant" if place else ""
         at = f" at {place!r}" if place else ""
-        warnings.warn(f"from_torch: only the ConvLSTM{at} was taken, and {len(rest)} other tensors were left: "
+        warnings.warn(f"{row.reader}: only the ConvLSTM{at} was taken, and {len(rest)} other tensors were left: "
                       f"{shown(groups)}{advice}", UserWarning, stacklevel=4)  # fmt: skip
