@@ -91,13 +91,13 @@ def test_against_flax_itself(engine):
     for k, bias in ((3, True), ((2, 3), False)):
         tree = cell(k=k, bias=bias)
         k = (k, k) if isinstance(k, int) else k
-        module = nn.RNN(nn.ConvLSTMCell(F, k, use_bias=bias), return_carry=True)
+        module = nn.RNN(nn.ConvLSTMCell(F, k, use_bias=bias, param_dtype=np.float64), return_carry=True)
         (c, h), y = module.apply({"params": {"cell": tree}}, x)
         layer = from_flax({"params": {"cell": tree}}, return_state=True, engine=engine)
         ours, ((h_last, c_last),) = layer(x)
         for a, b in ((ours, y), (h_last, h), (c_last, c)):
             np.testing.assert_allclose(a, b, rtol=0, atol=1e-10)
-        module = nn.RNN(nn.ConvLSTMCell(F, k))
+        module = nn.RNN(nn.ConvLSTMCell(F, k, param_dtype=np.float64))
         np.testing.assert_allclose(module.apply({"params": {"cell": to_flax(layer)}}, x), y, rtol=0, atol=1e-10)
 
 
