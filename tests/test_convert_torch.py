@@ -686,7 +686,8 @@ def test_single_cells_are_told_by_their_prefix():
         warnings.simplefilter("error")
         layer = from_torch(state, prefix="encoder_2")
     np.testing.assert_array_equal(to_torch(layer, "satflow")["conv.weight"], state["encoder_2.conv.weight"])
-    stacked = from_torch(state, "holmdk", cells=["encoder_1", "encoder_2"], prefix="")
+    with pytest.warns(UserWarning, match="1 other tensors were left: head"):
+        stacked = from_torch(state, "holmdk", cells=["encoder_1", "encoder_2"])
     assert (stacked.num_layers, stacked.in_channels) == (2, 3)
     np.testing.assert_array_equal(stacked.cells[1].bias, layer.cells[0].bias)
     with pytest.warns(UserWarning, match="2 other tensors were left"):
