@@ -39,12 +39,14 @@ _HOME = {
     "conv2d": "fastclstm.functional",
     "conv3d": "fastclstm.functional",
     "convlstm2d": "fastclstm.functional",
+    "from_flax": "fastclstm.convert.flax",
     "from_keras": "fastclstm.convert.keras",
     "from_torch": "fastclstm.convert.torch",
     "get_num_threads": "fastclstm.engines.cpu.threads",
     "load": "fastclstm.models",
     "max_pool3d": "fastclstm.functional",
     "set_num_threads": "fastclstm.engines.cpu.threads",
+    "to_flax": "fastclstm.convert.flax",
     "to_torch": "fastclstm.convert.torch",
 }
 _HOME |= submodules(
@@ -62,6 +64,8 @@ if TYPE_CHECKING:  # what follows is all that type checkers know, so that they f
     from fastclstm import models as models
     from fastclstm import nn as nn
     from fastclstm import training as training
+    from fastclstm.convert.flax import from_flax as from_flax
+    from fastclstm.convert.flax import to_flax as to_flax
     from fastclstm.convert.keras import from_keras as from_keras
     from fastclstm.convert.torch import from_torch as from_torch
     from fastclstm.convert.torch import to_torch as to_torch

@@ -106,6 +106,12 @@ def peephole(*sizes):
     return [dialects_torch.PeepholeCell(*pair, (3, 5), True) for pair in pairwise(sizes)]
 
 
+def aserdega(*filters):
+    options = {"names": ("Wci", "Wcf", "Wco"), "order": "ifog"}
+    return dialects_torch.Stack([dialects_torch.HadamardCell(*pair, (3, 3), shape=(pair[1], *FRAME), **options)
+                                 for pair in pairwise([C, *filters])])  # fmt: skip
+
+
 MODELS = {
     "ndrplz": (lambda: Published(joint(C, 4)), "ndrplz", "sequences"),
     "ndrplz, all layers": (lambda: Published(joint(C, 4, 2), True, True), "ndrplz", "sequences"),
@@ -117,6 +123,17 @@ MODELS = {
     "seyongk, one way": (lambda: dialects_torch.Seyongk(C, 4, (3, 3), False, False), "seyongk", "itself"),
     "kimuyen": (lambda: dialects_torch.KimUyen(C, 4, (3, 3), FRAME), "kimuyen", "sequences"),
     "kimuyen, one way": (lambda: dialects_torch.KimUyen(C, 4, (3, 5), FRAME, False, False), "kimuyen", "sequences"),
+    "aserdega": (lambda: aserdega(4, 4), "aserdega", "sequences"),
+    "automan000": (
+        lambda: dialects_torch.Numbered([dialects_torch.GatesCell(C, 4, (3, 3), FRAME)]),
+        "automan000",
+        "seq",
+    ),
+    "stae": (
+        lambda: dialects_torch.Numbered([dialects_torch.GatesCell(C, 4, (3, 3))], listed=True),
+        "automan000",
+        "seq",
+    ),
     "a user's cell": (ByPair, "ndrplz", "step by step"),
 }
 

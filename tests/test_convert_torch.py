@@ -45,7 +45,37 @@ MODULES = {
     "seyongk, one way": ("seyongk", lambda d: d.Seyongk(C, 4, (3, 1), bias=False, bidirectional=False)),
     "kimuyen": ("kimuyen", lambda d: d.KimUyen(C, 4, (3, 3), FRAME)),
     "kimuyen, one way": ("kimuyen", lambda d: d.KimUyen(C, 4, (3, 5), FRAME, bias=False, bidirectional=False)),
+    "aserdega": ("aserdega", lambda d: hadamard_stack(d, [4, 2])),
+    "automan000": ("automan000", lambda d: d.Numbered([d.GatesCell(C, 4, (3, 3)), d.GatesCell(4, 2, (5, 3))])),
+    "automan000, peepholes": ("automan000", lambda d: d.Numbered([d.GatesCell(C, 4, (3, 3), FRAME)])),
+    "sladewinter": ("sladewinter", lambda d: hadamard(d, "convLSTMcell", SEEN)),
+    "sladewinter, modules": ("sladewinter-hadamard", lambda d: hadamard(d, "convLSTMcell", SEEN, modules=True)),
+    "tsugumi": ("tsugumi", lambda d: hadamard(d, "ConvLSTMCell", SEEN)),
+    "tsugumi, without": ("tsugumi", lambda d: hadamard(d, "ConvLSTMCell", ())),
+    "hzzone": ("hzzone", lambda d: d.HzzoneLayer(C, 4, (3, 3), FRAME)),
+    "hzzone, without": ("hzzone", lambda d: d.HzzoneLayer(C, 4, (5, 5))),
+    "jhhuang96, 1 group": ("jhhuang96", lambda d: d.jhhuang96(C, 8, (5, 5))),
+    "jhhuang96, 3 groups": ("jhhuang96", lambda d: d.jhhuang96(C, 24, (3, 3))),
+    "czifan": ("czifan", lambda d: d.czifan(C, 4, (3, 3))),
+    "holmdk": ("holmdk", lambda d: d.PlainLayer(C, 4, (3, 3), order="ifog")),
+    "satflow": ("satflow", lambda d: d.PlainLayer(C, 2, (5, 3), order="ifog")),
+    "snntorch": ("snntorch", lambda d: d.SpikingLayer(C, 4, (3, 3))),
 }
+SEEN = "W_ci", "W_cf", "W_co"
+SPIKING = "threshold", "graded_spikes_factor", "reset_mechanism_val"
+
+
+def hadamard(dialects, place, names, modules=False):
+    """A module with one cell that has peepholes (F, H, W)."""
+    cell = dialects.HadamardCell(C, 4, (3, 3), names=names, shape=(4, *FRAME), modules=modules)
+    return dialects.Alone(cell, place)
+
+
+def hadamard_stack(dialects, filters):
+    return dialects.Stack([
+        dialects.HadamardCell(c, f, (3, 3), names=("Wci", "Wcf", "Wco"), shape=(f, *FRAME), order="ifog")
+        for c, f in zip([C, *filters], filters, strict=False)
+    ])  # fmt: skip
 
 
 @pytest.fixture(params=MODULES)
@@ -129,7 +159,8 @@ def test_files(torch, named, tmp_path):
     x = sequence(torch)
     state = {f"module.encoder.{name}": tensor for name, tensor in module.state_dict().items()}
     torch.save({"epoch": 1, "state_dict": state}, tmp_path / "w.ckpt")
-    layer = from_torch(tmp_path / "w.ckpt", return_state=True, engine="reference")
+    prefix = "" if DIALECTS[dialect].cells else "encoder."  # such names might be those of any convolution
+    layer = from_torch(tmp_path / "w.ckpt", prefix=prefix, return_state=True, engine="reference")
     check(layer, module, x)
     torch.save({"ema": state}, tmp_path / "w.ckpt")
     layer = from_torch(str(tmp_path / "w.ckpt"), dialect, key="ema", return_state=True, engine="reference")
@@ -145,10 +176,11 @@ def test_there_and_back(torch, named):
     written = to_torch(layer, dialect)
     own = module.state_dict()
     missing = {name for name in own if name not in written}
-    assert all(any(n in name for n in ("layer_norm", "conv_o", "conv_last", "_state")) for name in missing)
+    assert all(any(n in name for n in ("layer_norm", "conv_o", "conv_last", "_state", *SPIKING)) for name in missing)
     assert set(written) <= set(own)
-    for tensor in own.values():
-        tensor.zero_()
+    for name, tensor in own.items():
+        if name not in SPIKING:
+            tensor.zero_()
     module.load_state_dict({name: torch.from_numpy(array) for name, array in written.items()}, strict=False)
     close(run(module, x)[0], expected)
     again = from_torch(written, dialect)
@@ -185,37 +217,6 @@ def test_gradients(torch, named, engine, dtype):
     for name, gradient in learned.items():
         if not re.search(r"(conv_h|rnn_conv)\.bias", name):  # added to another bias, whose gradient is the same
             agree(ours[name], gradient)
-
-
-@pytest.mark.torch
-def test_gradients_in_flax_s_order(torch, dialects, engine):
-    """Flax has no reader: i, g, f, o and a forget gate with 1 added at run time are put in our order by hand."""
-    F, k = 4, 3
-    joint = torch.randn(4 * F, C + F, k, k, dtype=torch.float64).requires_grad_()
-    bias = torch.randn(4 * F, dtype=torch.float64).requires_grad_()
-    x = sequence(torch).requires_grad_()
-    h = c = x.new_zeros(len(x), F, *FRAME)
-    for t in range(x.shape[1]):
-        z = torch.nn.functional.conv2d(torch.cat([x[:, t], h], 1), joint, bias, padding=k // 2)
-        one = torch.cat([z.new_zeros(2 * F), z.new_ones(F), z.new_zeros(F)]).reshape(-1, 1, 1)
-        h, c = dialects.advance(z + one, c, "igfo")
-    dh, dc = torch.randn_like(h), torch.randn_like(c)
-    torch.autograd.backward([h, c], [dh, dc])
-
-    def native(array):
-        return array.reshape(4, F, *array.shape[1:])[[0, 2, 1, 3]].reshape(array.shape)
-
-    kernel = native(joint.detach().numpy()).transpose(2, 3, 1, 0)
-    layer = ConvLSTM2D(C, F, k, dtype="float64", data_format="channels_first", return_sequences=False, engine=engine)
-    forget = np.repeat([0.0, 1, 0, 0], F)
-    named = {"kernel": kernel[:, :, :C], "recurrent_kernel": kernel[:, :, C:], "bias": native(bias.detach().numpy())}
-    layer.set_parameters({f"layers.0.{n}": a + (forget if n == "bias" else 0) for n, a in named.items()})
-    close(layer(x.detach().numpy(), training=True), h.detach().numpy())
-    close(layer.backward(dh.numpy(), [(None, dc.numpy())]), x.grad.numpy())
-    gradients, expected = layer.get_gradients(), native(joint.grad.numpy()).transpose(2, 3, 1, 0)
-    close(gradients["layers.0.kernel"], expected[:, :, :C])
-    close(gradients["layers.0.recurrent_kernel"], expected[:, :, C:])
-    close(gradients["layers.0.bias"], native(bias.grad.numpy()))
 
 
 @pytest.mark.torch
@@ -347,7 +348,7 @@ def test_what_is_known_is_said():
     assert "cells=" in str(caught.value)
     with pytest.raises(ValueError, match="dialect must be one of 'ndrplz', 'kl4805'"):
         from_torch(joint(), "keras")
-    assert set(DIALECTS) == {"ndrplz", "kl4805", "seyongk", "openstl", "kimuyen"}
+    assert {dialect for dialect, _ in MODULES.values()} | {"stae", "seagochen"} == set(DIALECTS)
 
 
 def without(state, *endings):
@@ -425,17 +426,21 @@ def test_no_weights_are_drawn_to_be_replaced():
 @pytest.mark.parametrize("gates", ["ifgo", "fiog", "gofi", "ifog"])
 @pytest.mark.parametrize("dialect", [*DIALECTS])
 def test_every_order_of_gates_there_and_back(dialect, gates):
-    options = {"seyongk": {"normalization": "batch"}, "kl4805": {"peephole": "conv"}}.get(dialect, {})
-    if dialect == "openstl":
-        options = {"normalization": Normalization("layer", separate=True, elementwise=True), "frame_size": 4}
-    layer = ConvLSTM2D(2, 3, 3, use_bias=dialect != "openstl", seed=0, **options)
+    row = DIALECTS[dialect]
+    options = {"normalization": row.normalization_of(12), "activation": row.activations[0],
+               "output_activation": row.output_activation, "use_bias": bool(row.bias_names())}  # fmt: skip
+    if row.peephole is not None:
+        options["peephole"] = "conv" if dialect == "kl4805" else "elementwise"
+    layer = ConvLSTM2D(2, 3, 3, frame_size=4, seed=0, **options)
     layer.set_parameters({n: np.random.default_rng(1).random(a.shape) for n, a in layer.parameters.items()})
     written = to_torch(layer, dialect, gates)
     again = from_torch(written, gates=gates, dialect=dialect)
     for name, array in layer.parameters.items():
         np.testing.assert_array_equal(array, again.parameters[name])
-    name = next(name for name in written if re.search(r"(conv|conv_x|conv_x\.0|input_conv)\.weight$", name))
-    for gate, block in zip(gates, np.split(written[name], 4), strict=True):
+    convolution = row.joint or row.split[0]
+    names = [f"{row.place(0, 0)}{convolution.replace('{gate}', gate)}.weight" for gate in gates]
+    blocks = [written[name] for name in names] if "{gate}" in convolution else np.split(written[names[0]], 4)
+    for gate, block in zip(gates, blocks, strict=True):
         expected = layer.weights[f"W_x{gate.replace('g', 'c')}"]
         np.testing.assert_array_equal(block[:, :2], expected)
 
@@ -538,8 +543,11 @@ def test_rows_that_are_none():
             Dialect(**{"cells": "cell"} | fields)
     with pytest.raises(ValueError, match=r"joint make a dialect of your own: give cells=… with them"):
         from_torch(joint(), joint="conv")
-    with pytest.raises(ValueError, match=r"cells make a dialect of your own: .*and no dialect"):
-        from_torch(joint(), "ndrplz", cells=["a"])
+    for fields, message in (({"peephole_axes": 5}, "peephole_axes must be 3 or 4, got 5"),
+                            ({"layout": "OHWI"}, "layout must be 'OIHW' or 'HWIO', got 'OHWI'"),
+                            ({"group_size": 4}, "group_size=4 goes with normalization='group'")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            Dialect("cell", joint="a", **fields)
 
 
 @pytest.mark.torch
@@ -561,8 +569,190 @@ def test_an_output_to_compare_with(torch, dialects, tmp_path):
         ValueError, match=r"check's y has shape \(2, 2, 6, 5\), but the layer's output for its x \(2, 4, 2, 6"
     ):
         from_torch(module, check=(x, y[:, 0]), **options)
-    with pytest.raises(TypeError, match=r"check must be \(x, y\).*got Tensor"):
-        from_torch(module, check=x, **options)
+    for source, wrong in ((module.state_dict(), x), (module, 3)):
+        with pytest.raises(TypeError, match=r"check must be \(x, y\).* or, where the source is a module, x alone; got"):
+            from_torch(source, check=wrong, **options)
+    with pytest.raises(ValueError, match=r"differs from check's y .*gates='ifog'; gates='fiog' agrees"):
+        from_torch(module, check=sequence(torch), **options)
+
+
+def spread(torch, module):
+    """A module with weights that are large enough to tell orders of gates apart."""
+    with torch.no_grad():
+        for name, tensor in module.state_dict().items():
+            if tensor.is_floating_point() and name not in SPIKING and "var" not in name:
+                tensor.copy_(torch.randn_like(tensor) / 2)
+    return module
+
+
+@pytest.mark.torch
+def test_a_module_is_called_to_compare_with_it(torch, dialects):
+    """However it wants to be called, wherever it is; its mode stays what it was."""
+    x = torch.randn(2, 3, C, *FRAME)
+    cell = dialects.HadamardCell(C, 4, (3, 3), names=SEEN, shape=(4, *FRAME))
+    modules = {
+        "ndrplz": stack(dialects, dialects.JointCell, [4, 2], [(3, 3)] * 2, True),
+        "sladewinter": dialects.ChannelsBeforeTime(cell, "convLSTMcell"),
+        "jhhuang96": dialects.TimeFirst(C, 8, (3, 3), torch.nn.GroupNorm(1, 32)),
+        "snntorch": dialects.SpikingCell(C, 4, (3, 3)),
+        "holmdk": dialects.PairCell(C, 4, (3, 3), order="ifog"),
+        "automan000": dialects.GatesCell(C, 4, (3, 3)),
+        "czifan": dialects.czifan(C, 4, (3, 3)).train(),
+    }
+    for dialect, module in modules.items():
+        module = spread(torch, module)
+        model = torch.nn.ModuleDict({"inner": module})
+        before = [part.training for part in model.modules()]
+        layer = from_torch(module, check=x, engine="reference")
+        model.forward = None
+        again = from_torch(Callable(model), prefix="model.inner", check=x.numpy(), engine="reference")
+        assert [part.training for part in model.modules()] == before
+        np.testing.assert_array_equal(layer(x.numpy()), again(x.numpy()))
+        first = next(p for n, p in module.named_parameters() if "weight" in n and p.dim() == 4)
+        with pytest.raises(ValueError, match="differs from check's y"):
+            from_torch(Other(torch, module, first), prefix="other", check=x, engine="reference")
+        assert dialect in DIALECTS
+    with pytest.raises(ValueError, match=r"check must be \(batch, time, channels, height, width\), got shape \(3,"):
+        from_torch(modules["ndrplz"], check=x[0, :, 0])
+    with pytest.raises(
+        ValueError, match=r"no call of Stack with check returns a sequence \(\w*Error: .*give check=\(x,"
+    ):
+        from_torch(modules["ndrplz"], check=torch.zeros(1, 2, C + 1, 5, 5) + 1)
+
+
+def Callable(model):
+    """A model that holds another."""
+    import torch
+
+    outer = torch.nn.Module()
+    outer.model = model
+    return outer
+
+
+def Other(torch, module, weight):
+    """A module whose state_dict is not what it computes with."""
+
+    class Lying(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.other = module
+
+        def state_dict(self):
+            state = super().state_dict()
+            name = next(n for n, p in self.named_parameters() if p is weight)
+            return state | {name: state[name].flip(0)}
+
+    return Lying()
+
+
+@pytest.mark.torch
+def test_an_order_that_names_do_not_tell(torch, dialects, engine):
+    x = sequence(torch)
+    for order in ("ifgo", "ifog"):
+        module = spread(torch, dialects.SplitLayer(C, 4, (3, 3), order).double())
+        state = {f"net.{name}": tensor for name, tensor in module.state_dict().items()}
+        with pytest.raises(ValueError, match=r"'seagochen' \(conv_x.weight, conv_h.weight\) have their gates in diff"):
+            from_torch(state)
+        layer = from_torch(state, gates=order, return_state=True, engine=engine)
+        check(layer, module, x)
+        found = from_torch(module, check=x, engine=engine)
+        np.testing.assert_array_equal(found(x.numpy()), layer(x.numpy())[0])
+        with pytest.raises(ValueError, match=r"by up to .* no order of the gates agrees"):
+            from_torch(state, check=(x, 1 - module(x)[0]))
+        with pytest.raises(ValueError, match="to_torch: modules with the names of 'seagochen'"):
+            to_torch(layer, "seagochen")
+        written = to_torch(layer, "seagochen", gates=order)
+        np.testing.assert_array_equal(written["conv_x.weight"], module.conv_x.weight.detach().numpy())
+        del state["net.conv_h.bias"]
+        assert from_torch(state, "seagochen", gates=order, biases="x").use_bias
+
+
+def cells_of(names, C=2, F=3, k=3):
+    rng = np.random.default_rng(0)
+    return {f"{name}.conv.{kind}": rng.normal(size=shape) for name in names
+            for kind, shape in (("weight", (4 * F, C + F, k, k)), ("bias", 4 * F))}  # fmt: skip
+
+
+def test_single_cells_are_told_by_their_prefix():
+    """A convolution called conv might be any: one that is meant is named."""
+    state = cells_of(["encoder_1", "encoder_2"], C=3) | {"head.weight": np.zeros((1, 3, 1, 1))}
+    message = (r"no ConvLSTM is recognized by its names: by their shapes these may be cells: 'holmdk' at "
+               r"prefix='encoder_1\.', 'holmdk' at prefix='encoder_2\.'; say which with prefix=")  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        from_torch(state)
+    with pytest.raises(ValueError, match=r"several ConvLSTMs fit: 'holmdk' at prefix='encoder_1\.', 'holmdk' at"):
+        from_torch(state, "holmdk")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer = from_torch(state, prefix="encoder_2")
+    np.testing.assert_array_equal(to_torch(layer, "satflow")["conv.weight"], state["encoder_2.conv.weight"])
+    with pytest.warns(UserWarning, match="1 other tensors were left: head"):
+        stacked = from_torch(state, "holmdk", cells=["encoder_1", "encoder_2"])
+    assert (stacked.num_layers, stacked.in_channels) == (2, 3)
+    np.testing.assert_array_equal(stacked.cells[1].bias, layer.cells[0].bias)
+    with pytest.warns(UserWarning, match="2 other tensors were left"):
+        from_torch({n: a for n, a in state.items() if "encoder_2" not in n} | {"a": np.zeros(1)}, "holmdk")
+    for shape in ((12, 3, 3, 3), (13, 9, 3, 3), (12, 6, 3)):  # those of other convolutions
+        with pytest.raises(ValueError, match="no ConvLSTM is recognized by its names: got"):
+            from_torch({"a.conv.weight": np.zeros(shape)})
+
+
+def test_several_dialects_that_fit_are_listed():
+    state = {"conv_x.weight": np.zeros((8, 3, 3, 3)), "conv_h.weight": np.zeros((8, 2, 3, 3))}
+    rows = [Dialect("", split=("conv_x", "conv_h"), gates=gates, name=gates) for gates in ("ifgo", "ifog")]
+    from fastclstm.convert.torch_recognition import recognize
+
+    with pytest.raises(ValueError, match=r"several ConvLSTMs fit: 'ifgo' at prefix='', 'ifog' at prefix=''; say whi"):
+        recognize(state, rows, "")
+
+
+@pytest.mark.torch
+def test_weights_under_two_names(torch, dialects, engine):
+    """STAE's modules have each cell in a list too."""
+    cells = [dialects.GatesCell(C, 4, (3, 3)), dialects.GatesCell(4, 2, (3, 3))]
+    module = spread(torch, dialects.Numbered(cells, listed=True).double())
+    assert len(module.state_dict()) == 2 * 2 * 12
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for dialect in (None, "stae"):
+            layer = from_torch(module, dialect, return_state=True, engine=engine)
+            check(layer, module, sequence(torch))
+    module.load_state_dict({n: torch.from_numpy(a) for n, a in to_torch(layer, "stae").items()}, strict=False)
+
+
+def test_a_spiking_cell_that_is_reset_is_refused():
+    state = to_torch(ConvLSTM2D(2, 3, 3), "snntorch") | {"reset_mechanism_val": np.array(0)}
+    with pytest.raises(
+        ValueError, match=r"reset_mechanism than 'none' resets its hidden state: .*\(reset_mechanism_val"
+    ):
+        from_torch(state)
+
+
+def test_what_a_module_was_made_with():
+    x = np.random.default_rng(0).normal(size=(1, 2, 3, *FRAME))
+    options = {"peephole": "elementwise", "frame_size": FRAME, "data_format": "channels_first", "engine": "reference"}
+    layer = ConvLSTM2D(3, 4, 3, activation="relu", **options)
+    back = from_torch(to_torch(layer, "sladewinter"), activation="relu", engine="reference")
+    np.testing.assert_array_equal(back(x), layer(x))
+    assert from_torch(to_torch(layer, "sladewinter")).activation == "tanh"
+    with pytest.raises(ValueError, match="'hzzone' has no activation='relu'; it has 'tanh'"):
+        to_torch(layer, "hzzone")
+    with pytest.raises(ValueError, match="'czifan' has no activation='tanh'; it has 'linear'"):
+        to_torch(ConvLSTM2D(3, 4, 3, use_bias=False, normalization="batch"), "czifan")
+    with pytest.raises(ValueError, match=r"'jhhuang96' has no normalization=.*groups=None.* it has .*groups=3"):
+        to_torch(ConvLSTM2D(3, 24, 3, normalization="group"), "jhhuang96")
+    layer = ConvLSTM2D(3, 4, 3, **options)
+    written = {name: array for name, array in to_torch(layer, "tsugumi").items() if "W_co" not in name}
+    with pytest.raises(ValueError, match=r"a weight is missing or has too few axes \('W_co'\)"):
+        from_torch(written)
+
+
+def test_a_forget_bias_of_run_time():
+    state = {"a.W.weight": np.random.default_rng(0).normal(size=(8, 5, 3, 3))}
+    row = {"cells": ["a"], "joint": "W", "gates": "ifgo", "forget_bias": 1.0}
+    layer = from_torch(state, **row)
+    np.testing.assert_array_equal(layer.cells[0].bias, [0, 0, 1, 1, 0, 0, 0, 0])
+    np.testing.assert_array_equal(to_torch(layer, Dialect(**row))["a.W.bias"], np.zeros(8))
 
 
 def test_activations_that_names_do_not_tell():
@@ -627,8 +817,9 @@ def test_kimuyen_s_normalization_is_refused():
     for name, array in norm.items():
         with pytest.raises(ValueError, match=rf"layer_norm=True or peephole=True.*\({name.removeprefix('cell_fw.')}\)"):
             from_torch(state | norm | {name: array + 0.1})
-    with pytest.raises(ValueError, match=r"leaves the peepholes' weights out of the state_dict"):
-        from_torch(state | {"cell_fw.layer_norm_ci.weight": np.ones((2, 4, 4))})
+    for name, array in (("layer_norm_ci.weight", np.ones((2, 4, 4))), ("weight_ci.weights", np.ones((1, 2, 4, 4)))):
+        with pytest.raises(ValueError, match=r"peepholes take the place of the gates' pre-activations, .* old cell st"):
+            from_torch(state | {f"cell_fw.{name}": array})
 
 
 def test_wrong_sources():

@@ -150,7 +150,8 @@ class Candidate(NamedTuple):
 def _candidates(module: torch.nn.Module, rows: list[Dialect]) -> Iterator[Candidate]:
     state = module.state_dict()
     for steps in (False, True):
-        known = [_alone(row) for row in rows if isinstance(row.cells, str)] if steps else rows
+        known = [_alone(row) for row in rows if isinstance(row.cells, str)] if steps \
+            else [row for row in rows if row.cells != ""]  # fmt: skip
         for row in known:
             try:
                 with warnings.catch_warnings():
@@ -164,7 +165,8 @@ def _candidates(module: torch.nn.Module, rows: list[Dialect]) -> Iterator[Candid
 
 def _alone(row: Dialect) -> Dialect:
     """Return the dialect of a module that is a cell of a dialect."""
-    return replace(row, cells=(row.cells.rpartition("}")[2].lstrip("."),), directions=())
+    within = row.cells.rpartition("}")[2].lstrip(".") if "}" in row.cells else ""
+    return replace(row, cells=(within,), directions=(), beside=())
 
 
 def _fits(found: Recognized) -> bool:
@@ -262,7 +264,7 @@ def _sizes(cell: Arrangement, tensors: Any) -> tuple[int, int, tuple[int, int]]:
     first = tensors[f"{(cell.joint or cell.split[0])[0]}.weight"]
     names = len(cell.joint or cell.split[0])
     F = first.shape[0] * names // 4
-    bound = [tensors[name] for _, name, *_ in cell.peepholes if not name.endswith(".weight")]
+    bound = [tensors[name] for _, name, _, _, convolved, _ in cell.peepholes if not convolved]
     bound += [tensors[theirs] for _, theirs in cell.norms] + [t for n, t in tensors.items() if "norm" in n]
     frames = [tuple(tensor.shape[-2:]) for tensor in bound if tensor.dim() >= 3 and tensor.shape[-2:] != (1, 1)]
     return first.shape[1] - (F if cell.joint else 0), F, frames[0] if frames else _FRAME

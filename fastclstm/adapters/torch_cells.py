@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from fastclstm.adapters import torch_ops
-from fastclstm.convert.torch_dialects import GATES, Dialect
+from fastclstm.convert.torch_dialects import GATES, Dialect, convolves
 
 import torch  # isort: skip
 from torch import Tensor  # isort: skip
@@ -24,8 +24,10 @@ class Arrangement(NamedTuple):
     biases: tuple[tuple[str, ...], ...]
     order: tuple[int, ...]
     """Where the gates i, f, g, o stand in theirs."""
-    peepholes: tuple[tuple[str, str, int, int, bool], ...]
-    """The gate, the weight's name, which of its blocks of how many, and whether it has a bias."""
+    forget_bias: float
+    """What the module adds to the forget gate."""
+    peepholes: tuple[tuple[str, str, int, int, bool, bool], ...]
+    """The gate, the weight's name, which of its blocks of how many, whether it is a convolution's, with a bias."""
     norms: tuple[tuple[str, str], ...]
     """Our name of each parameter of a normalization, and theirs."""
     epsilon: float | None
@@ -37,23 +39,27 @@ class Arrangement(NamedTuple):
     def of(cls, row: Dialect, place: str, cell: Mapping[str, Tensor]) -> Arrangement:
         """Return the arrangement of a cell of a dialect with these tensors."""
         biased = any(name in cell for name in row.bias_names())
-        gates = row.gates.replace("c", "g")
+        gates = row.gates.replace("c", "g") or GATES  # the first guess, where names do not tell
         joint = () if row.joint is None else tuple(row.spelled(row.joint))
         split = () if row.split is None else tuple(tuple(row.spelled(conv)) for conv in row.split)
         biases = (joint,) if joint else tuple(split["xh".index(part)] for part in row.biases)
         normalized = row.normalization is not None and bool(set(row.norm_names()) & set(cell))
-        normalization = row.normalization if normalized else None
+        width = sum(cell[f"{name}.weight"].shape[0] for name in joint or split[0])
+        normalization = row.normalization_of(width) if normalized else None
         batch = normalization if normalization is not None and normalization.kind == "batch" else None
-        peepholes = tuple((gate, name, part, parts, biased and name.endswith(".weight"))
-                          for gate, name, part, parts in row.peepholes())  # fmt: skip
+        absent = row.peephole_optional and not set(row.peephole or ()) & set(cell)
+        peepholes = tuple((gate, name, part, parts, convolved, biased and convolved)
+                          for gate, name, part, parts in (() if absent else row.peepholes())
+                          for convolved in (convolves(name, cell[name].shape),))  # fmt: skip
         norms = tuple(row.norm_parameters()) if normalized else ()
-        further = [name for gate, _, _, _, bias in peepholes
+        further = [name for gate, _, _, _, _, bias in peepholes
                    for name in (f"peephole.{gate}", *([f"peephole.bias_{gate}"] if bias else []))]  # fmt: skip
         further += [] if batch else [f"normalization_weights.{ours}" for ours, _ in norms]
         return cls(
             place.rstrip("."), joint, split, biases if biased else (), tuple(gates.index(gate) for gate in GATES),
-            peepholes, norms, None if batch is None else batch.epsilon,
-            torch_ops.encode(further, None if batch else normalization),
+            row.forget_bias, peepholes, norms, None if batch is None else batch.epsilon,
+            torch_ops.encode(further, None if batch else normalization, activation=row.activations[0],
+                             output_activation=row.output_activation),
         )  # fmt: skip
 
     def _tensor(self, module: Any, name: str) -> Tensor:
@@ -85,8 +91,13 @@ class Arrangement(NamedTuple):
         for names in self.biases:
             bias = gathered(names, "bias")
             ours["bias"] = ours["bias"] + bias if "bias" in ours else bias
-        for gate, name, part, parts, bias in self.peepholes:
-            ours[f"peephole.{gate}"] = _peephole(tensor(name), name, part, parts)
+        if self.forget_bias:
+            F = ours["kernel"].shape[-1] // 4
+            added = torch.zeros(4, F, dtype=dtype, device=ours["kernel"].device)
+            added[GATES.index("f")] = self.forget_bias
+            ours["bias"] = ours.get("bias", 0) + added.flatten()
+        for gate, name, part, parts, convolved, bias in self.peepholes:
+            ours[f"peephole.{gate}"] = _peephole(tensor(name), convolved, part, parts)
             if bias:
                 ours[f"peephole.bias_{gate}"] = tensor(name.removesuffix("weight") + "bias").chunk(parts)[part]
         norms = {name: _ordered(tensor(theirs), self.order).movedim(0, -1) for name, theirs in self.norms}
@@ -105,8 +116,8 @@ def _hwio(weight: Tensor) -> Tensor:
     return weight.permute(2, 3, 1, 0)
 
 
-def _peephole(tensor: Tensor, name: str, part: int, parts: int) -> Tensor:
-    if name.endswith(".weight"):
+def _peephole(tensor: Tensor, convolved: bool, part: int, parts: int) -> Tensor:
+    if convolved:
         return _hwio(tensor.chunk(parts)[part])
     block = tensor.reshape(tensor.shape[-3:]).chunk(parts)[part].movedim(0, -1)
     return block if block.shape[:2] != (1, 1) else block[0, 0]

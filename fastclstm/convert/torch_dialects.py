@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import permutations
 from typing import Any
@@ -35,39 +35,54 @@ class Dialect:
     Parameters
     ----------
     cells : str or sequence of str
-        Where the cells are: a place with {layer} or {direction} in it, to be found after any prefix, or the places of
-        all layers, one by one.
+        Where the cells are: a place, perhaps with {layer} or {direction} in it, to be found after any prefix; "" for a
+        module that is a cell itself; or the places of all layers, one by one.
     joint : str, optional
         The convolution of x and h together, its input channels x's, then h's. Either this or `split`.
     split : (str, str), optional
         The convolution of x and that of h, whose results are added.
     gates : str
-        The order of the gates' blocks: the letters i, f, g (or c) and o.
+        The order of the gates' blocks: the letters i, f, g (or c) and o. "": modules with these names have it in
+        different orders, and `from_torch` and `to_torch` are to be told.
     biases : str
-        Which convolutions of `split` may have a bias: "xh", "x", "h" or "".
+        Which convolutions of `split` may have a bias: "xh", "x", "h" or "". With `joint` any but "" allows one.
+    forget_bias : float
+        What the module adds to the forget gate when it runs.
     peephole : (str, str, str), optional
-        The weights that i, f and o see of the cell state: a name ending in ".weight" is that of a convolution, which
-        may have a bias; any other is of an array (1, F, H, W), or (1, F, 1, 1). A name that stands twice holds its
+        The weights that i, f and o see of the cell state, of arrays (1, F, H, W), (1, F, 1, 1) or (F, H, W). A name
+        ending in ".weight" may be that of a convolution, which may have a bias. A name that stands twice holds its
         gates' blocks one after another.
+    peephole_optional : bool
+        Modules without them are of the dialect too.
+    peephole_axes : 4 or 3
+        How many axes `to_torch` writes an array with: (1, F, H, W) or (F, H, W).
     normalization : str or Normalization, optional
         Of the pre-activations, its groups and epsilon included.
+    group_size : int, optional
+        How many channels the groups of a normalization of kind "group" have, where their number depends on that.
     norms : sequence of str
         The modules that normalize: one of the convolutions' sum, or that of x's and that of h's.
     norms_optional : bool
         Modules without them are of the dialect too.
+    activations : sequence of str
+        What the module may apply to g, the usual one first.
+    output_activation : str, optional
+        What it applies to the new cell state; None: the same.
     directions : sequence of str
         What {direction} may be: the cell that goes forward, then the one that goes backward.
     unused : sequence of str
         Further names in a cell, of weights that the module never uses.
-    untrained : sequence of str
-        Further names in a cell, of normalizations that the module uses only where it computes what no ConvLSTM2D can:
-        they must hold ones and zeros.
+    untrained : sequence of (str, float)
+        Further names in a cell, and the value that they must hold all over: that with which the module computes what a
+        ConvLSTM2D can.
     refused : sequence of str
-        Names that only such modules have.
+        Names that only modules have which compute something else.
     refusal : str
-        What such modules compute.
+        What those compute.
     beside : sequence of str
-        Names beside the cells, of what carries no weights.
+        Names beside the cells, of what carries no weights of its own; one that ends in "." means all that begin so.
+    layout : "OIHW" or "HWIO"
+        Of the convolutions' weights; in the latter, Flax's, they are called kernel.
     name : str
 
     Raises
@@ -86,23 +101,30 @@ class Dialect:
     split: tuple[str, str] | None = None
     gates: str = GATES
     biases: str = "xh"
+    forget_bias: float = 0.0
     peephole: tuple[str, str, str] | None = None
+    peephole_optional: bool = False
+    peephole_axes: int = 4
     normalization: Any = None
+    group_size: int | None = None
     norms: tuple[str, ...] = ()
     norms_optional: bool = False
+    activations: tuple[str, ...] = ("tanh",)
+    output_activation: str | None = None
     directions: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
-    untrained: tuple[str, ...] = ()
+    untrained: tuple[tuple[str, float], ...] = ()
     refused: tuple[str, ...] = ()
     refusal: str = ""
     beside: tuple[str, ...] = ()
+    layout: str = "OIHW"
     name: str = "your own"
 
     def __post_init__(self) -> None:
-        for name in ("cells", "split", "peephole", "norms", "directions", "unused", "untrained", "refused", "beside"):
-            value = getattr(self, name)
+        for field in fields(self):
+            value = getattr(self, field.name)
             if isinstance(value, list):
-                object.__setattr__(self, name, tuple(value))
+                object.__setattr__(self, field.name, tuple(value))
         places = (self.cells,) if isinstance(self.cells, str) else self.cells
         if not (isinstance(places, tuple) and places and all(isinstance(place, str) for place in places)):
             raise ValueError(
@@ -110,7 +132,7 @@ class Dialect:
             )
         if (self.joint is None) == (self.split is None):
             raise ValueError("Dialect: give either joint='name' of the one convolution or split=('of x', 'of h')")
-        if not isinstance(self.gates, str) or sorted(self.gates.replace("c", "g")) != sorted(GATES):
+        if not isinstance(self.gates, str) or (self.gates and sorted(self.gates.replace("c", "g")) != sorted(GATES)):
             raise ValueError(f"Dialect: gates must be an order of the letters i, f, g (or c) and o, got {self.gates!r}")
         if self.split is not None and len(self.split) != 2:
             raise ValueError(f"Dialect: split must be two names, of x's convolution and of h's, got {self.split!r}")
@@ -121,35 +143,78 @@ class Dialect:
         if len(self.norms) != len(self.parts):
             raise ValueError(f"Dialect: norms must name {len(self.parts)} module(s) for normalization="
                              f"{self.normalization!r}, got {self.norms!r}")  # fmt: skip
-        if self._mixing and self.gates != GATES:
-            raise ValueError(f"Dialect: groups={self.normalization.groups} mixes gates, which another order than "
+        if self.peephole_axes not in (3, 4):
+            raise ValueError(f"Dialect: peephole_axes must be 3 or 4, got {self.peephole_axes!r}")
+        if self.layout not in ("OIHW", "HWIO"):
+            raise ValueError(f"Dialect: layout must be 'OIHW' or 'HWIO', got {self.layout!r}")
+        if self.group_size is not None and (self.normalization is None or self.normalization.kind != "group"):
+            raise ValueError(f"Dialect: group_size={self.group_size!r} goes with normalization='group'")
+        if self.group_size is None and self.normalization is not None:
+            self._check_mixing(self.normalization)
+
+    def _check_mixing(self, normalization: Normalization) -> None:
+        """Raise ValueError where groups of channels have a part of several gates, in another order than ours."""
+        if _mixing(normalization) and self.gates != GATES:
+            raise ValueError(f"Dialect: groups={normalization.groups} mixes gates, which another order than "
                              f"{GATES!r} would mix otherwise: no ConvLSTM2D computes that")  # fmt: skip
 
-    @property
-    def _mixing(self) -> bool:
-        """Whether groups of channels are normalized that have a part of several gates."""
-        return self.normalization is not None and self.normalization.kind == "group" \
-            and (self.normalization.groups or 4) % 4 != 0 and self.normalization.groups != 1  # fmt: skip
+    def normalization_of(self, width: int) -> Normalization | None:
+        """Return the normalization of a cell with 4F = `width` pre-activations."""
+        if self.group_size is None or self.normalization is None:
+            return self.normalization
+        normalization = replace(self.normalization, groups=max(1, width // self.group_size))
+        self._check_mixing(normalization)
+        return normalization
 
     def reordered(self) -> Iterator[Dialect]:
         """Yield the dialects that differ in the order of the gates alone, where names do not tell it."""
         named = any("{gate}" in convolution for convolution in (self.joint, *(self.split or ())) if convolution)
-        for order in permutations(GATES) if not (named or self._mixing) else ():
+        mixing = self.group_size is not None or (self.normalization is not None and _mixing(self.normalization))
+        for order in permutations(GATES) if not (named or mixing) else ():
             yield replace(self, gates="".join(order))
+
+    def alone(self) -> Dialect:
+        """Return the dialect of a module that is one of the cells; a joint convolution by itself tells none."""
+        optional = self.peephole_optional and self.split is not None
+        return replace(self, cells="", directions=(), beside=(), peephole_optional=optional)
+
+    @property
+    def reader(self) -> str:
+        """The function that reads the dialect, for messages."""
+        return "from_torch" if self.layout == "OIHW" else "from_flax"
+
+    @property
+    def writer(self) -> str:
+        """The function that writes it."""
+        return self.reader.replace("from", "to")
+
+    @property
+    def meaning(self) -> tuple[Any, ...]:
+        """What decides how a cell's weights are read: of dialects in which that is the same, any will do."""
+        return (self.joint, self.split, self.gates, self.biases, self.forget_bias, self.peephole, self.normalization,
+                self.group_size, self.norms, self.activations[0], self.output_activation, self.layout)  # fmt: skip
 
     # Names
 
     @property
     def required(self) -> tuple[str, ...]:
         """Names that every cell has."""
-        weights = [f"{conv}.weight" for conv in self._convolutions()]
-        return (*weights, *dict.fromkeys(self.peephole or ()), *(() if self.norms_optional else self.norm_names()))
+        weights = [f"{conv}.{self.weight}" for conv in self._convolutions()]
+        peepholes = () if self.peephole_optional else self.peephole or ()
+        return (*weights, *dict.fromkeys(peepholes), *(() if self.norms_optional else self.norm_names()))
+
+    @property
+    def weight(self) -> str:
+        """What a convolution's weights are called."""
+        return "weight" if self.layout == "OIHW" else "kernel"
 
     @property
     def optional(self) -> tuple[str, ...]:
         """Names that a cell may have and that matter."""
         norms = self.norm_names() if self.norms_optional else ()
-        return (*self.bias_names(), *norms, *self.untrained, *self.refused)
+        peepholes = self.peephole or () if self.peephole_optional else ()
+        untrained = (name for name, _ in self.untrained)
+        return (*self.bias_names(), *peepholes, *norms, *untrained, *self.refused)
 
     @property
     def ignored(self) -> tuple[str, ...]:
@@ -196,7 +261,8 @@ class Dialect:
 
     def bias_names(self) -> tuple[str, ...]:
         """Return the names of the convolutions' biases, of which a cell has all or none."""
-        biases = [f"{conv}.bias" for conv in self._convolutions(self.biases)]
+        convolutions = self._convolutions(self.biases) if self.split is not None or self.biases else []
+        biases = [f"{conv}.bias" for conv in convolutions]
         return (*biases, *(name.removesuffix("weight") + "bias" for name in dict.fromkeys(self.peephole or ())
                            if name.endswith(".weight")))  # fmt: skip
 
@@ -229,52 +295,146 @@ class Dialect:
             yield gate, name, names[:number].count(name), names.count(name)
 
 
-def _both(*names: str) -> tuple[str, ...]:
-    return tuple(f"{name}.{kind}" for name in names for kind in ("weight", "bias"))
+def _mixing(normalization: Normalization) -> bool:
+    """Whether groups of channels are normalized that have a part of several gates."""
+    return normalization.kind == "group" and (normalization.groups or 4) % 4 != 0 and normalization.groups != 1
 
 
-DIALECTS = {
-    row.name: row
-    for row in (
-        Dialect("cell_list.{layer}", joint="conv", gates="ifog", name="ndrplz"),
-        Dialect(
-            "cell_list.{layer}",
-            joint="conv",
-            gates="ifog",
-            peephole=("conv_c.weight", "conv_c.weight", "conv_cnext.weight"),
-            name="kl4805",
+def convolves(name: str, shape: Sequence[int]) -> bool:
+    """Whether a peephole's weight of this name and shape is that of a convolution."""
+    return name.endswith(".weight") and len(shape) == 4
+
+
+def _fresh(*names: str) -> tuple[tuple[str, float], ...]:
+    """Names of normalizations' parameters, and what they hold before any training."""
+    return tuple((f"{name}.{kind}", value) for name in names for kind, value in (("weight", 1.0), ("bias", 0.0)))
+
+
+_TABLE = (
+    Dialect("cell_list.{layer}", joint="conv", gates="ifog", name="ndrplz"),
+    Dialect(
+        "cell_list.{layer}",
+        joint="conv",
+        gates="ifog",
+        peephole=("conv_c.weight", "conv_c.weight", "conv_cnext.weight"),
+        name="kl4805",
+    ),
+    Dialect(
+        "cell_list.{layer}",
+        joint="conv",
+        gates="ifog",
+        peephole=("Wci", "Wcf", "Wco"),
+        peephole_axes=3,
+        activations=("tanh", "relu"),
+        name="aserdega",
+    ),
+    Dialect(
+        "conv_lstm_cells.{direction}.gates.0",
+        split=("conv_x", "conv_h"),
+        normalization="batch",
+        norms=("bn2d",),
+        directions=("0", "1"),
+        beside=("hidden_state", "cell_state"),
+        name="seyongk",
+    ),
+    Dialect(
+        "cell_list.{layer}",
+        split=("conv_x.0", "conv_h.0"),
+        biases="",
+        normalization=Normalization("layer", separate=True, elementwise=True),
+        norms=("conv_x.1", "conv_h.1"),
+        norms_optional=True,
+        unused=("conv_o.0.weight", "conv_o.1.weight", "conv_o.1.bias", "conv_last.weight"),
+        name="openstl",
+    ),
+    Dialect(
+        "cell_{direction}",
+        split=("input_conv", "rnn_conv"),
+        directions=("fw", "bw"),
+        untrained=_fresh(*(f"layer_norm_{name}" for name in ("x", "h", "cnext", "ci", "cf", "co"))),
+        refused=("layer_norm_ci.weight", "weight_ci.weights", "weight_cf.weights", "weight_co.weights"),
+        refusal=(
+            "these weights were trained with layer_norm=True or peephole=True, which in KimUyen's module normalizes "
+            "the cell state, or lets the peepholes take the place of the gates' pre-activations, o's see the old cell "
+            "state, and leaves their weights out of the state_dict"
         ),
-        Dialect(
-            "conv_lstm_cells.{direction}.gates.0",
-            split=("conv_x", "conv_h"),
-            normalization="batch",
-            norms=("bn2d",),
-            directions=("0", "1"),
-            beside=("hidden_state", "cell_state"),
-            name="seyongk",
-        ),
-        Dialect(
-            "cell_list.{layer}",
-            split=("conv_x.0", "conv_h.0"),
-            biases="",
-            normalization=Normalization("layer", separate=True, elementwise=True),
-            norms=("conv_x.1", "conv_h.1"),
-            norms_optional=True,
-            unused=("conv_o.0.weight", "conv_o.1.weight", "conv_o.1.bias", "conv_last.weight"),
-            name="openstl",
-        ),
-        Dialect(
-            "cell_{direction}",
-            split=("input_conv", "rnn_conv"),
-            directions=("fw", "bw"),
-            untrained=_both(*(f"layer_norm_{name}" for name in ("x", "h", "cnext", "ci", "cf", "co"))),
-            refused=("layer_norm_ci.weight",),
-            refusal=(
-                "these weights were trained with layer_norm=True or peephole=True, which in KimUyen's module "
-                "normalizes the cell state, or leaves the peepholes' weights out of the state_dict"
-            ),
-            name="kimuyen",
-        ),
-    )
-}
+        name="kimuyen",
+    ),
+    Dialect(
+        "cell{layer}",
+        split=("Wx{gate}", "Wh{gate}"),
+        gates="ifco",
+        biases="x",
+        peephole=("Wci", "Wcf", "Wco"),
+        peephole_optional=True,
+        beside=("_all_layers.",),
+        name="automan000",
+    ),
+    Dialect(
+        "convLSTMcell",
+        joint="conv",
+        peephole=("W_ci", "W_cf", "W_co"),
+        peephole_axes=3,
+        activations=("tanh", "relu"),
+        name="sladewinter",
+    ),
+    Dialect(
+        "convLSTMcell",
+        joint="conv",
+        peephole=("W_ci.weight", "W_cf.weight", "W_co.weight"),
+        peephole_axes=3,
+        activations=("tanh", "relu"),
+        name="sladewinter-hadamard",
+    ),
+    Dialect(
+        "ConvLSTMCell",
+        joint="conv",
+        peephole=("W_ci", "W_cf", "W_co"),
+        peephole_optional=True,
+        peephole_axes=3,
+        activations=("tanh", "relu", "sigmoid"),
+        name="tsugumi",
+    ),
+    Dialect(
+        "",
+        joint="_conv",
+        peephole=("Wci", "Wcf", "Wco"),
+        peephole_optional=True,
+        name="hzzone",
+    ),
+    Dialect(
+        "",
+        joint="conv.0",
+        normalization="group",
+        group_size=32,
+        norms=("conv.1",),
+        name="jhhuang96",
+    ),
+    Dialect(
+        "",
+        joint="conv.0",
+        biases="",
+        normalization="batch",
+        norms=("conv.1",),
+        activations=("linear",),
+        output_activation="tanh",
+        name="czifan",
+    ),
+    Dialect("", joint="conv", gates="ifog", name="holmdk"),
+    Dialect(
+        "",
+        joint="conv",
+        gates="ifog",
+        unused=("threshold", "graded_spikes_factor"),
+        untrained=(("reset_mechanism_val", 2.0),),
+        refusal="snnTorch's SConv2dLSTM with another reset_mechanism than 'none' resets its hidden state",
+        name="snntorch",
+    ),
+    Dialect("", split=("conv_x", "conv_h"), gates="", name="seagochen"),
+)
+_SAME = {"stae": "automan000", "satflow": "holmdk"}
+"""Published modules that are written like another."""
+
+DIALECTS = {row.name: row for row in _TABLE}
+DIALECTS |= {name: replace(DIALECTS[other], name=name) for name, other in _SAME.items()}
 """The published modules whose weights are read and written."""

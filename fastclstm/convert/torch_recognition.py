@@ -6,7 +6,9 @@ import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from fastclstm.convert.torch_dialects import Dialect, Index
+import numpy as np
+
+from fastclstm.convert.torch_dialects import DIALECTS, Dialect, Index
 from fastclstm.io.bounds import shown
 
 Cells = dict[Index, dict[str, Any]]
@@ -30,19 +32,31 @@ def recognize(state: Mapping[str, Any], rows: list[Dialect], prefix: str) -> Rec
         There is none, there are several, or some of its cells are missing.
     """
     start = prefix if not prefix or prefix.endswith(".") else f"{prefix}."
-    candidates = [Recognized(row, *cells) for row in rows for cells in _cells(state, row, start).items()]
-    found = [one for one in candidates if all(not any(_misfits(one.row, cell)) for cell in one.cells.values())]
-    if len(found) > 1:
-        places = shown((f"{row.name!r} at prefix={place!r}" for row, place, _ in found), 3)
-        raise ValueError(f"from_torch: several ConvLSTMs fit: {places}; say which with prefix=… and dialect=…")
+    candidates = [Recognized(row, *cells) for row in rows if row.cells != ""
+                  for cells in _cells(state, row, start).items()]  # fmt: skip
+    fits = [one for one in candidates if all(not any(_misfits(one.row, cell)) for cell in one.cells.values())]
+    found = _distinct(fits)
+    likely: list[Recognized] = []
     if not found:
-        raise ValueError(f"from_torch: no ConvLSTM is recognized by its names{f' under {start!r}' if start else ''}: "
-                         f"{_nearest(state, rows, candidates, start)}")  # fmt: skip
+        likely = _single_cells(state, rows, start)
+        found = [one for one in likely if one.place == start]
+        found = found or [
+            one for one in likely if [row.cells for row in rows] == [""] or _unmistakable(one.row, one.cells[0, 0])
+        ]
+    if len(found) > 1:
+        raise ValueError(
+            f"{rows[0].reader}: several ConvLSTMs fit: {_places(found)}; say which with prefix=… and dialect=…"
+        )
+    if not found:
+        under = f" under {start!r}" if start else ""
+        told = f"by their shapes these may be cells: {_places(likely)}; say which with prefix=…" if likely \
+            else _nearest(state, rows, candidates, start)  # fmt: skip
+        raise ValueError(f"{rows[0].reader}: no ConvLSTM is recognized by its names{under}: {told}")
     row, place, cells = found[0]
     complete = {(0, d) for d in range(len(cells))} if row.directions else {(n, 0) for n in range(len(cells))}
     if cells.keys() != complete:
         numbers = ", ".join(str(max(index)) for index in [*cells][:8]) + (", …" if len(cells) > 8 else "")
-        raise ValueError(f"from_torch: {place or 'the source'} has the weights of some cells only, numbers "
+        raise ValueError(f"{row.reader}: {place or 'the source'} has the weights of some cells only, numbers "
                          f"{numbers}; they count from 0")  # fmt: skip
     _warn_of_the_rest(state, found[0], start)
     return found[0]
@@ -57,6 +71,65 @@ def _cells(state: Mapping[str, Any], row: Dialect, start: str) -> dict[str, Cell
             place, index, name = at
             found.setdefault(place, {}).setdefault(index, {})[name] = value
     return found
+
+
+def _distinct(found: list[Recognized]) -> list[Recognized]:
+    """Leave out what another dialect reads just as the one before it."""
+    kept: dict[tuple[Any, ...], Recognized] = {}
+    for one in found:
+        kept.setdefault((one.place, *one.row.meaning), one)
+    return list(kept.values())
+
+
+def _single_cells(state: Mapping[str, Any], rows: list[Dialect], start: str) -> list[Recognized]:
+    """Return the modules that have the names and shapes of one cell and nothing else."""
+    found: list[Recognized] = []
+    names = [name for name in state if isinstance(name, str) and name.startswith(start)]
+    for row in sorted(rows, key=lambda row: row.cells != ""):
+        if not isinstance(row.cells, str) or (row.cells and row not in DIALECTS.values()):
+            continue  # one of the user's own is where its cells are
+        row = row.alone() if row.cells else row
+        first = row.required[0]
+        ends = (name for name in names if f".{name}".endswith(f".{first}"))
+        cells: dict[str, dict[str, Any]] = {name.removesuffix(first): {} for name in ends}
+        for name in names:
+            for place in _places_of(name, start):
+                if place in cells:
+                    cells[place][name.removeprefix(place)] = state[name]
+        for place, cell in cells.items():
+            if not any(_misfits(row, cell)) and _plausible(row, cell):
+                found.append(Recognized(row, place, {(0, 0): cell}))
+    return _distinct(found)
+
+
+def _places_of(name: str, start: str) -> list[str]:
+    """Return what may be the place of a name: what ends before one of its parts."""
+    parts = name.removeprefix(start).split(".")[:-1]
+    return [start + "".join(f"{part}." for part in parts[:count]) for count in range(min(len(parts), _DEEPEST) + 1)]
+
+
+_DEEPEST = 64
+
+
+def _plausible(row: Dialect, cell: Mapping[str, Any]) -> bool:
+    """Whether a joint convolution has 4F outputs and more than F inputs, that of h alone 4F and F."""
+    convolution = row.joint if row.split is None else row.split[1]
+    assert convolution is not None
+    shapes = [np.shape(cell[f"{name}.{row.weight}"]) for name in row.spelled(convolution)]
+    if any(len(shape) != 4 for shape in shapes):
+        return False
+    outputs, inputs = (0, 1) if row.layout == "OIHW" else (3, 2)
+    width, given = sum(shape[outputs] for shape in shapes), shapes[0][inputs]
+    return width % 4 == 0 and (0 < width // 4 < given if row.joint is not None else width // 4 == given)
+
+
+def _unmistakable(row: Dialect, cell: Mapping[str, Any]) -> bool:
+    """Whether the names tell that there is a ConvLSTM, and not just any convolution."""
+    return row.split is not None or any(name in cell for name in row.peephole or ())
+
+
+def _places(found: list[Recognized]) -> str:
+    return shown((f"{row.name!r} at prefix={place!r}" for row, place, _ in found), 3)
 
 
 def _misfits(row: Dialect, cell: Mapping[str, Any]) -> tuple[list[str], list[str]]:
@@ -88,7 +161,8 @@ def _nearest(state: Mapping[str, Any], rows: list[Dialect], candidates: list[Rec
     if len(rows) == 1:
         row = rows[0]
         place = shown([row.cells] if isinstance(row.cells, str) else row.cells, 2)
-        return f"got {_few(names)}; {row.name!r} has {_few([*row.required])} in each of its cells {place:.80}"
+        where = f" in each of its cells {place:.80}" if place else ", and nothing else"
+        return f"got {_few(names)}; {row.name!r} has {_few([*row.required])}{where}"
     known = ", ".join(row.name for row in rows)
     return f"got {_few(names)}; known are {known}; describe others yourself with cells=…, joint=… or split=…"
 
@@ -102,12 +176,18 @@ def _warn_of_the_rest(state: Mapping[str, Any], found: Recognized, start: str) -
     row, place, _ = found
     if start and start == place:
         return
-    beside = {f"{place}{name}" for name in row.beside}
-    rest = [name for name in state if isinstance(name, str) and name.startswith(start) and name not in beside
-            and ((here := row.find(name, start)) is None or here[0] != place)]  # fmt: skip
+    known = tuple(f"{place}{name}" for name in row.beside)
+
+    def is_left(name: str) -> bool:
+        if row.cells == "":
+            return not name.startswith(place)
+        beside = any(name.startswith(one) if one.endswith(".") else name == one for one in known)
+        return not beside and ((here := row.find(name, start)) is None or here[0] != place)
+
+    rest = [name for name in state if isinstance(name, str) and name.startswith(start) and is_left(name)]
     if rest:
         groups = dict.fromkeys(f"{name.rpartition('.')[0]}.".removeprefix(".") or name for name in rest)
         advice = f"; prefix={place!r} says that this is meant" if place else ""
         at = f" at {place!r}" if place else ""
-        warnings.warn(f"from_torch: only the ConvLSTM{at} was taken, and {len(rest)} other tensors were left: "
+        warnings.warn(f"{row.reader}: only the ConvLSTM{at} was taken, and {len(rest)} other tensors were left: "
                       f"{shown(groups)}{advice}", UserWarning, stacklevel=4)  # fmt: skip

@@ -17,6 +17,7 @@ from fastclstm import dispatch
 from fastclstm.engines import remembered
 from fastclstm.io import weights
 from fastclstm.io.bounds import shown
+from fastclstm.layers import torch_weights
 from fastclstm.nn import constraints, initializers, regularizers
 from fastclstm.nn.constraints import Constraint
 from fastclstm.nn.described import Described, class_name, describe, is_tellable, plain, restore
@@ -216,6 +217,50 @@ class Layer(Described):
         checked = {name: owner._checked(key, arrays[name], name) for name, (owner, key) in owners.items()}
         for name, (owner, key) in owners.items():
             owner._parameters[key] = checked[name]
+
+    def load_torch(
+        self, source: Any, prefix: str = "", *, key: str | None = None, flattened: tuple[int, ...] | None = None
+    ) -> Self:
+        """Take the weights of PyTorch's Conv2d, BatchNorm2d, Linear and the like; return the layer itself.
+
+        The layer's options are to be those of PyTorch's, as weights do not tell them: epsilon above all, which is 1e-5
+        there. Nothing in a file is run, and PyTorch is not needed.
+
+        Parameters
+        ----------
+        source : path, mapping or module
+            As in `fastclstm.convert.torch.from_torch`.
+        prefix : str
+            What stands before the names of the weights, as in "encoder.0." or "encoder.0".
+        key : str, optional
+            Where in a checkpoint the state_dict is.
+        flattened : tuple of int, optional
+            Of a Dense after Flatten, the sizes (C, H, W) of the frames, or (T, C, H, W), that PyTorch flattened: there
+            channels come first. Leave it out where frames are channels_first in ours too.
+
+        Warns
+        -----
+        UserWarning
+            An epsilon that is not PyTorch's usual one.
+
+        Raises
+        ------
+        OSError
+            The file cannot be read.
+        ValueError
+            Missing or unknown weights, other shapes, a layer that PyTorch has no counterpart of.
+        TypeError
+            A source that is none, tensors that are not of real numbers.
+
+        Examples
+        --------
+        >>> from fastclstm import Dense
+        >>> weights = {"head.weight": np.ones((2, 3)), "head.bias": np.zeros(2)}
+        >>> Dense(3, 2).load_torch(weights, "head.")([[1.0, 2.0, 3.0]])
+        array([[6., 6.]], dtype=float32)
+        """
+        torch_weights.load(self, source, prefix, key=key, flattened=flattened)
+        return self
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write options and parameters to a safetensors file, whole or not at all.
