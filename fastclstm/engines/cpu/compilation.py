@@ -12,11 +12,8 @@ one file of `disk_cache` holds one kernel for one signature and processor.
 from __future__ import annotations
 
 import hashlib
-import itertools
-import os
 import pickle
 import re
-import secrets
 import sys
 import threading
 import time
@@ -30,7 +27,6 @@ from typing import Any
 import llvmlite
 import numba
 from llvmlite.binding import ffi
-from numba.core.bytecode import FunctionIdentity
 from numba.core.caching import NullCache
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import Compiler, CompileResult
@@ -43,20 +39,6 @@ from fastclstm.nn import activations
 
 forks.hold(global_compiler_lock.acquire, global_compiler_lock.release)
 forks.hold(ffi.lib._lock.__enter__, ffi.lib._lock.__exit__)
-
-
-def _name_apart() -> None:
-    """Let no other process give a function the name that this one gives to another.
-
-    Names end in a number that Numba counts from 1 in every process. A kernel from the cache, whose functions another
-    process has named, and one that is compiled here would be linked with each other's functions.
-    """
-    FunctionIdentity._unique_ids = itertools.count(secrets.randbits(60))
-
-
-_name_apart()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_name_apart)
 
 
 def _sources() -> list[Path]:
