@@ -60,6 +60,7 @@ def cache_folder() -> Path | None:
 
 
 def digest(*values: Any) -> str:
+    """Return a short name for some values."""
     return hashlib.sha256(repr(values).encode()).hexdigest()[:24]
 
 

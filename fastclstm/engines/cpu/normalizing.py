@@ -1,8 +1,8 @@
-"""Normalization of pre-activations between the kernels: statistics of what strips of pixels give, and their gradients."""
+"""Normalization of pre-activations between kernels: statistics of what strips of pixels give, and their gradients."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -12,7 +12,8 @@ from fastclstm.spec import GATES, NORMALIZED_PARTS, ConvLSTMSpec
 Arrays = dict[str, np.ndarray]
 
 
-class Statistics(NamedTuple):
+@dataclass(frozen=True)
+class Statistics:
     """Of a step's z, or of one of its two parts."""
 
     mean: np.ndarray
@@ -25,7 +26,9 @@ class Statistics(NamedTuple):
 class Normalizing:
     """The normalization of a cell's pre-activations: its weights, and the tables that kernels read."""
 
-    def __init__(self, spec: ConvLSTMSpec, weights: Arrays | None, bias: np.ndarray | None, strips: list[int], dtype: np.dtype):
+    def __init__(
+        self, spec: ConvLSTMSpec, weights: Arrays | None, bias: np.ndarray | None, strips: list[int], dtype: np.dtype
+    ):
         """`strips`: the pixels of each; the bias of parts that are normalized separately is added after that."""
         options = spec.normalization
         self.suffixes: tuple[str, ...] = () if options is None else NORMALIZED_PARTS[options.separate]
@@ -98,7 +101,7 @@ class Normalizing:
                     self.parts[n][f"d{name}"] = array.ctypes.data
 
     def pull_back(self, part: int, count: int) -> None:
-        """Of a step's gradients before gamma, of which `sums` tells, take the weights' and the two means to the tables."""
+        """Take the weights' gradients and the two means of a step, of what `sums` tells of those before gamma."""
         sums, suffix = self.sums[part].sum(1, dtype=np.float64), self.suffixes[part]  # (B, 2, 4F)
         if not self.elementwise:
             self.gradients[f"beta{suffix}"] += sums[:, 0].sum(0)
@@ -115,5 +118,7 @@ class Normalizing:
 
     def result(self, dtype: np.dtype) -> Arrays:
         """Return the gradients of the weights by name; of given statistics zeros."""
-        found = {name: (g.sum(0, np.float64) if self.elementwise else g).astype(dtype) for name, g in self.gradients.items()}
+        found = {
+            name: (g.sum(0, np.float64) if self.elementwise else g).astype(dtype) for name, g in self.gradients.items()
+        }
         return {name: found.get(name, np.zeros_like(weight)) for name, weight in self._weights.items()}

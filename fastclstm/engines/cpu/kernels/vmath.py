@@ -189,7 +189,9 @@ def activate(code, x):
     return x
 
 
-DERIVATIVE_CODES = frozenset(code for name, code in ACTIVATION_CODES.items() if name not in ("silu", "gelu", "softplus"))
+DERIVATIVE_CODES = frozenset(
+    code for name, code in ACTIVATION_CODES.items() if name not in ("silu", "gelu", "softplus")
+)
 """Numbers of the activations whose derivative follows from their value."""
 
 
@@ -306,7 +308,7 @@ def _normal(x):
 
 @inline
 def gelu(x):
-    """x Φ(x); NaN stays."""
+    """Return x Φ(x); NaN stays."""
     below, _ = _normal(x)
     return simd.maximum(-40.0, x) * below
 
