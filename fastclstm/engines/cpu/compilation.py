@@ -26,7 +26,7 @@ from typing import Any
 
 import llvmlite
 import numba
-from llvmlite.binding import ffi
+from llvmlite.binding import Linkage, ffi
 from numba.core.caching import NullCache
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import Compiler, CompileResult
@@ -59,7 +59,8 @@ def cache_folder() -> Path | None:
     return disk_cache.folder("kernels", source_digest())
 
 
-def _digest(*values: Any) -> str:
+def digest(*values: Any) -> str:
+    """Return a short name for some values."""
     return hashlib.sha256(repr(values).encode()).hexdigest()[:24]
 
 
@@ -68,7 +69,7 @@ def processor(codegen: Any = None) -> str:
     if codegen is None:
         codegen = cpu_target.target_context.codegen()
     _, name, _ = codegen.magic_tuple()
-    return f"{re.sub('[^0-9a-z]', '', name.lower())}.{_digest(codegen.magic_tuple())[:8]}"
+    return f"{re.sub('[^0-9a-z]', '', name.lower())}.{digest(codegen.magic_tuple())[:8]}"
 
 
 def kernels_on_disk() -> tuple[int, int]:
@@ -141,7 +142,7 @@ class _KernelCache(NullCache):
         return str(self._folder)
 
     def _path(self, sig: Any, codegen: Any) -> Path:
-        return self._folder / f"{self._name}-{_digest(self._variant, sig)}-{processor(codegen)}.pickle"
+        return self._folder / f"{self._name}-{digest(self._variant, sig)}-{processor(codegen)}.pickle"
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         target_context.refresh()
@@ -149,7 +150,7 @@ class _KernelCache(NullCache):
         content = disk_cache.read(path)
         if content is not None:
             return CompileResult._rebuild(target_context, *pickle.loads(content))
-        others = self._folder.glob(f"{self._name}-{_digest(self._variant, sig)}-*.pickle")
+        others = self._folder.glob(f"{self._name}-{digest(self._variant, sig)}-*.pickle")
         if (other := next(others, None)) is not None and other != path:
             _warn_of_other_processor(self._folder)
         return None
@@ -209,14 +210,16 @@ class _NoEnvironments:
 
 
 class _KernelLibrary(_AlignedLibrary):
-    """A kernel's code: optimized once, where Numba has a pass before for reference counts, of which there are none."""
+    """A kernel's code: optimized once, where Numba has a pass before for reference counts, of which there are none.
+
+    The functions it is made of are its own: their names count up in a process, so that kernels compiled in several have
+    different functions of the same name, of which a process that loads both would call only one.
+    """
 
     def _optimize_final_module(self) -> None:
-        # Kernels compiled in different processes number their functions alike: what one calls must not be found in
-        # another that was loaded before it.
         for function in self._final_module.functions:
-            if not function.is_declaration and function.linkage.name == "linkonce_odr":
-                function.linkage = "internal"
+            if not function.is_declaration and function.linkage == Linkage.linkonce_odr:
+                function.linkage = Linkage.internal
         passes, options = self._codegen._module_pass_manager()
         passes.run(self._final_module, options)
 

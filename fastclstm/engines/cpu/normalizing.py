@@ -1,8 +1,8 @@
-"""Normalization of pre-activations between the kernels: statistics of what strips of pixels give, and their gradients."""
+"""Normalization of pre-activations between kernels: statistics of what strips of pixels give, and their gradients."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -12,7 +12,8 @@ from fastclstm.spec import GATES, NORMALIZED_PARTS, ConvLSTMSpec
 Arrays = dict[str, np.ndarray]
 
 
-class Statistics(NamedTuple):
+@dataclass(frozen=True)
+class Statistics:
     """Of a step's z, or of one of its two parts."""
 
     mean: np.ndarray
@@ -100,7 +101,7 @@ class Normalizing:
                     self.parts[n][f"d{name}"] = array.ctypes.data
 
     def pull_back(self, part: int, count: int) -> None:
-        """Of a step's gradients before gamma, of which `sums` tells, take the weights' and the two means to the tables."""
+        """Take the weights' gradients and the two means of a step, of what `sums` tells of those before gamma."""
         sums, suffix = self.sums[part].sum(1, dtype=np.float64), self.suffixes[part]  # (B, 2, 4F)
         if not self.elementwise:
             self.gradients[f"beta{suffix}"] += sums[:, 0].sum(0)

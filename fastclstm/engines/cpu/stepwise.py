@@ -1,26 +1,27 @@
 """A ConvLSTM step by step on the cpu engine: convolutions into pre-activations, then kernels over these, and back.
 
-What one kernel for all of a step cannot do goes this way: normalization, whose statistics need all of z; in-cell dropout,
-with which each gate sees inputs of its own; and the training of activations whose slope does not follow from their value.
+What one kernel for all of a step cannot do goes this way: normalization, whose statistics need all of z; in-cell
+dropout, with which each gate sees inputs of its own; and the training of activations whose slope does not follow from
+their value.
 What a step keeps for the way back is z, of which everything else is computed again, and the cell state.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 
-from fastclstm.engines.cpu import backward as fused
 from fastclstm.engines.cpu import launch, outliers, packing, plans, threads
 from fastclstm.engines.cpu.input_gradient import InputGradient
-from fastclstm.engines.cpu.kernels import cell_steps, gates, simd
+from fastclstm.engines.cpu.kernels import cell_steps, gates
 from fastclstm.engines.cpu.kernels.schedule import NOTHING, Slots, slots
 from fastclstm.engines.cpu.normalizing import Normalizing, Statistics
+from fastclstm.engines.cpu.tiles import Tile
+from fastclstm.engines.cpu.weight_gradient import WeightGradient
 from fastclstm.spec import GATES, PEEPHOLE_GATES, ConvLSTMSpec, ConvSpec
 
 Arrays = dict[str, np.ndarray]
@@ -83,8 +84,9 @@ def knows(spec: ConvLSTMSpec) -> bool:
     return spec.B > 0 and spec.peephole != "conv" and gates.activation_codes(spec) is not None
 
 
-def _one_gate(spec: ConvSpec) -> ConvSpec:
-    return replace(spec, F=spec.F // len(GATES))
+def _split(weights: np.ndarray) -> list[np.ndarray]:
+    """Of a kernel or a bias each gate's."""
+    return list(map(np.ascontiguousarray, np.split(weights, len(GATES), -1)))
 
 
 class _Convolution:
@@ -100,9 +102,9 @@ class _Convolution:
         remember: bool,
     ):
         self._specs, self._kernels, self._bias, self._remember = specs, kernels, bias, remember
-        self._m = plans.choose("convlstm2d", specs, algorithm if plans.fits(specs) or algorithm == "direct" else "auto",
+        self._tile = plans.choose("convlstm2d", specs, algorithm if plans.fits(specs) or algorithm == "direct" else "auto",
                                kernels[0].itemsize)  # fmt: skip
-        self._packed = cache(lambda m: launch.pack(kernels, bias, np.ones(1), m, remember=remember))
+        self._packed = cache(lambda tile: launch.pack(kernels, bias, np.ones(1), tile, remember=remember))
         self._cell = np.zeros(1, gates.CELL)
         self._cell["F"] = specs[0].F
 
@@ -121,17 +123,17 @@ class _Convolution:
 
         x are the frames of a single convolution; of two h those of the first.
         """
-        m = 0 if direct.all() else self._m
-        trouble = self._run(m, target, B, T, x, h, fresh)
-        if m:
+        tile = None if direct.all() else self._tile
+        trouble = self._run(tile, target, B, T, x, h, fresh)
+        if tile:
             for b in np.flatnonzero(trouble | direct).tolist():
-                self._run(0, target.after(b, 0), 1, T, x.after(b, 0), h.after(b, 0), fresh)
+                self._run(None, target.after(b, 0), 1, T, x.after(b, 0), h.after(b, 0), fresh)
 
-    def _run(self, m: int, target: Slots, B: int, T: int, x: Slots, h: Slots, fresh: bool) -> np.ndarray:
+    def _run(self, tile: Tile | None, target: Slots, B: int, T: int, x: Slots, h: Slots, fresh: bool) -> np.ndarray:
         specs = tuple(spec.with_batch(B) for spec in self._specs)
-        flops, columns = sum(spec.flops for spec in specs), self._packed(m)
+        flops, columns = sum(spec.flops for spec in specs), self._packed(tile)
         team = launch.team_size(flops)
-        plan = plans.plan(specs, m, "store", len(columns.groups), self._kernels[0].itemsize, team)
+        plan = plans.plan(specs, tile, "store", len(columns.groups), self._kernels[0].itemsize, team)
         return launch.run(
             plan, columns, self._cell, B, T, team, x=x, h=target, h_first=h, fresh=fresh, step_flops=flops
         )
@@ -181,23 +183,26 @@ class _Cell:
 
     def _plan_convolutions(self, remember: bool) -> None:
         spec, inputs = self.spec, self.inputs
-        (recurrent, kernel), algorithm = inputs.kernels, inputs.algorithm
         bias = None if self.separate else inputs.bias
-        specs = spec.recurrent, spec.input
-        alike = plans.fits(specs) or not any(plans.fits((part,)) for part in specs)
-        self.joint = alike and not self.separate and not self.planar
+        self.specs = spec.recurrent, spec.input
+        """Geometry of the convolutions of h and x: of all gates, or of one where z is planar."""
+        self.kernels = [inputs.kernels]
+        """Their kernels, of all gates together or of each."""
+        biases: list[np.ndarray | None] = [bias]
+        if self.planar:
+            self.specs = replace(spec.recurrent, F=spec.F), replace(spec.input, F=spec.F)
+            self.kernels = list(zip(*map(_split, inputs.kernels), strict=True))
+            biases = [None] * len(GATES) if bias is None else [*_split(bias)]
+        self.alike = plans.fits(self.specs) or not any(plans.fits((part,)) for part in self.specs)
+        """Whether the same algorithms fit the convolutions of x and h."""
+        self.joint = self.alike and not self.separate and not self.planar
         """Whether the convolutions of x and h are summed by one kernel."""
-        one: Callable[..., _Convolution] = lambda *job: _Convolution(*job, algorithm, remember=remember)  # noqa: E731
+        one = partial(_Convolution, algorithm=inputs.algorithm, remember=remember)
         if self.joint:
-            self._both = one(specs, inputs.kernels, bias)
-            return
-        if not self.planar:
-            self._of_x, self._of_h = [one((spec.input,), (kernel,), bias)], [one((spec.recurrent,), (recurrent,), None)]
-            return
-        kernels, recurrents = (list(map(np.ascontiguousarray, np.split(k, 4, -1))) for k in (kernel, recurrent))
-        biases = [None] * 4 if bias is None else list(map(np.ascontiguousarray, np.split(bias, 4)))
-        self._of_x = [one((_one_gate(spec.input),), (k,), b) for k, b in zip(kernels, biases, strict=True)]
-        self._of_h = [one((_one_gate(spec.recurrent),), (k,), None) for k in recurrents]
+            self._both = one(self.specs, inputs.kernels, bias)
+        else:
+            self._of_h = [one(self.specs[:1], (recurrent,), None) for recurrent, _ in self.kernels]
+            self._of_x = [one(self.specs[1:], (k,), b) for (_, k), b in zip(self.kernels, biases, strict=True)]
 
     def put(self, **values: Any) -> None:
         """Set fields of the record."""
@@ -261,7 +266,7 @@ class _Cell:
         B, direct = self.spec.B, self.direct
         if h is not None and not {self.spec.recurrent_activation.name, self.spec.output_activation.name} <= _BOUNDED:
             direct = direct | outliers.find(h)
-        hidden = NOTHING if h is None else Slots(h.ctypes.data, h.strides[0], 0, 1)
+        hidden = slots(h)
         if self.joint:
             frame = self.x[:, t]
             self._both.run(
@@ -269,7 +274,7 @@ class _Cell:
                 B,
                 1,
                 direct,
-                x=Slots(frame.ctypes.data, frame.strides[0], 0, 1),
+                x=slots(frame),
                 h=hidden,
                 fresh=h is None,
             )
@@ -359,7 +364,7 @@ def forward(
         everywhere = slots(h[:, slot:])
         cell.place(
             c=slots(c[:, now:]), c_new=slots(c[:, then:]), h=everywhere,
-            h_before=everywhere if before is None or h.shape[1] == 1 else Slots(before.ctypes.data, before.strides[0], 0, 1),
+            h_before=everywhere if before is None or h.shape[1] == 1 else slots(before),
             y=NOTHING if y is None else slots(y[:, t % y.shape[1] :]),
             y_before=NOTHING if y is None or t == 0 else slots(y[:, (t - 1) % y.shape[1] :]),
         )  # fmt: skip
@@ -385,13 +390,14 @@ def forward(
 
 
 def backward(
-    spec: ConvLSTMSpec, saved: Saved, dy: np.ndarray | None, dh: np.ndarray | None, dc: np.ndarray | None
-) -> dict[str, Any]:
+    spec: ConvLSTMSpec, saved: Saved, dy: np.ndarray | None, dh: np.ndarray | None, dc: np.ndarray | None,
+    *, input_gradient: bool = True,
+) -> dict[str, Any]:  # fmt: skip
     """Pull gradients of the output, the last h and the last c back through time: see `recurrence.backward`.
 
     The gradients of an initial state that was not given are not computed: they are None.
     """
-    way = _WayBack(spec, saved, dy, dh, dc)
+    way = _WayBack(spec, saved, dy, dh, dc, input_gradient)
     if saved.states:
         way.pull_back_pieces(*saved.states[0])
     else:
@@ -409,8 +415,9 @@ class _WayBack:
     """The gradients so far, on the way back through the steps."""
 
     def __init__(
-        self, spec: ConvLSTMSpec, saved: Saved, dy: np.ndarray | None, dh: np.ndarray | None, dc: np.ndarray | None
-    ):
+        self, spec: ConvLSTMSpec, saved: Saved, dy: np.ndarray | None, dh: np.ndarray | None, dc: np.ndarray | None,
+        input_gradient: bool,
+    ):  # fmt: skip
         inputs, dtype = saved.inputs, saved.inputs.x.dtype
         spoilt = saved.direct.copy()
         if inputs.algorithm != "direct":
@@ -419,7 +426,9 @@ class _WayBack:
         self._runs = outliers.runs(spoilt)
         self._spec, self._saved, self._cell = spec, saved, _Cell(spec, inputs, saved.direct, remember=False)
         cell = self._cell
-        self._dx = np.zeros_like(inputs.x) if cell.planar else np.empty_like(inputs.x)
+        self._dx = None
+        if input_gradient:
+            self._dx = np.zeros_like(inputs.x) if cell.planar else np.empty_like(inputs.x)
         self._dh, self._dc = (np.zeros(spec.state_shape, dtype) if d is None else d.copy() for d in (dh, dc))
         self._dy = dy if spec.return_sequences else None
         masked = inputs.mask is not None
@@ -438,33 +447,33 @@ class _WayBack:
         self._da = cell.empty_z(1) if len(cell.normalizing.parts) else None
         self._parts = np.zeros((4, *spec.state_shape), dtype) if "h" in cell.masks else None
         ways = inputs.algorithm, "direct"
-        gate = _one_gate if cell.planar else (lambda conv: conv)
-        split = (lambda k: list(map(np.ascontiguousarray, np.split(k, 4, -1)))) if cell.planar else (lambda k: [k])
         self._recurrent, self._inputs = (
-            cache(
-                lambda n, direct, conv=gate(conv), kernels=split(kernel): InputGradient(conv, kernels[n], ways[direct])
-            )
-            for conv, kernel in zip((spec.recurrent, spec.input), inputs.kernels, strict=True)
+            cache(lambda gate, direct, n=n: InputGradient(cell.specs[n], cell.kernels[gate][n], ways[direct]))
+            for n in range(2)
         )
-        one = replace(spec, input=gate(spec.input), recurrent=gate(spec.recurrent))
         self._kernels = {
-            (n, direct): self._kernel_gradients(one, ways[direct])
-            for n in range(4 if cell.planar else 1)
+            (gate, direct): self._kernel_gradients(ways[direct])
+            for gate in range(len(cell.kernels))
             for direct in sorted({direct for _, direct in self._runs})
         }
 
-    def _kernel_gradients(self, spec: ConvLSTMSpec, way: str) -> list[tuple[tuple[str, ...], Any]]:
-        jobs = fused._kernel_gradients(spec, way, spec.B * spec.T, self._cell.dtype)
-        if not self._cell.separate or len(jobs) == 2:
-            return jobs
-        alone = {"recurrent_kernel": spec.recurrent, "kernel": spec.input}
-        return [((n,), fused.WeightGradient((s,), self._cell.dtype, spec.B * spec.T, way)) for n, s in alone.items()]
+    def _kernel_gradients(self, way: str) -> list[tuple[tuple[str, ...], WeightGradient]]:
+        """The gradients to gather: of both kernels together, or apart where dz or Winograd's tiles are not the same."""
+        cell = self._cell
+        specs = dict(zip(("recurrent_kernel", "kernel"), cell.specs, strict=True))
+        jobs = [tuple(specs)] if cell.alike and not cell.separate else [(name,) for name in specs]
+        frames = self._spec.B * self._spec.T
+        return [(names, WeightGradient(tuple(specs[n] for n in names), cell.dtype, frames, way)) for names in jobs]
+
+    def _team(self, B: int) -> int:
+        """Threads for a step of B images."""
+        return launch.team_size(self._spec.recurrent.with_batch(B).flops)
 
     def pull_back_pieces(self, h: np.ndarray, c: np.ndarray) -> None:
         """Compute the pre-activations of some steps at a time again, from the states, and go back through them."""
         spec, cell, T = self._spec, self._cell, self._spec.T
         step = 4 * math.prod(spec.state_shape) * cell.dtype.itemsize
-        length = min(T, max(1, fused.STEP_BYTES // step))
+        length = min(T, max(1, PIECE_BYTES // step))
         z, zh = cell.empty_z(length), None if cell.joint else cell.empty_z(length)
         first = self._saved.inputs.first[0]
         if cell.inputs.mask is not None and first is None:
@@ -482,11 +491,11 @@ class _WayBack:
         self, z: np.ndarray, zh: np.ndarray | None, c: np.ndarray, first: int, h_start: np.ndarray | None
     ) -> None:
         """Take all images back through the steps of a piece; z, zh and c become dz, dzh and h."""
-        spec, saved, cell, B = self._spec, self._saved, self._cell, self._spec.B
+        saved, cell = self._saved, self._cell
         n, valid = cell.normalizing, cell.valid
         count, with_mask = c.shape[1] - 1, saved.inputs.mask is not None
         given = any(state is not None for state in saved.inputs.first)
-        dz_h = zh if cell.separate else z
+        dz_h = z if zh is None or not cell.separate else zh
         cell.place(dh=slots(self._dh), dc=slots(self._dc))
         for j in reversed(range(count)):
             t = first + j
@@ -524,7 +533,7 @@ class _WayBack:
             for images, direct in self._runs:
                 B = images.stop - images.start
                 way = self._recurrent(gate, direct)
-                way.pull_back(source.after(images.start, 0), slots(target[images]), B, 1, fused._team(self._spec, B))
+                way.pull_back(source.after(images.start, 0), slots(target[images]), B, 1, self._team(B))
             if gate > 0 and self._parts is None:
                 new += target
         if self._parts is not None:
@@ -536,27 +545,30 @@ class _WayBack:
     def _pull_back_inputs(self, dz_x: np.ndarray, dz_h: np.ndarray, h: np.ndarray, first: int, count: int) -> None:
         """Gradients of the frames and of the kernels of a piece, whose hidden states h (B, count + 1, …) begin with."""
         cell, spec = self._cell, self._spec
-        dx = (self._dx[:, ::-1] if spec.go_backwards else self._dx)[:, first : first + count]
+        dx = None
+        if self._dx is not None:
+            dx = (self._dx[:, ::-1] if spec.go_backwards else self._dx)[:, first : first + count]
         frames = cell.x[:, first : first + count]
         for gate, (of_x, of_h) in enumerate(zip(cell._gates_of(dz_x, 0), cell._gates_of(dz_h, 0), strict=True)):
             seen = {
                 "kernel": frames if "x" not in cell.masks else cell.masked("x", frames, gate),
                 "recurrent_kernel": h if "h" not in cell.masks else cell.masked("h", h, gate),
             }
-            target = np.empty(dx.shape, cell.dtype) if cell.planar else dx
+            target = np.empty_like(dx) if cell.planar and dx is not None else dx
             for images, direct in self._runs:
                 B = images.stop - images.start
-                team, b = fused._team(spec, B), images.start
-                self._inputs(gate, direct).pull_back(of_x.after(b, 0), _steps(target[images]), B, count, team)
+                team, b = self._team(B), images.start
+                if target is not None:
+                    self._inputs(gate, direct).pull_back(of_x.after(b, 0), slots(target[images]), B, count, team)
                 for names, job in self._kernels[gate, direct]:
                     dz = of_x if names == ("kernel",) else of_h
-                    job.add(tuple(_steps(seen[name][images]) for name in names), dz.after(b, 0), B, count, team)
-            if cell.planar:
+                    job.add(tuple(slots(seen[name][images]) for name in names), dz.after(b, 0), B, count, team)
+            if cell.planar and dx is not None and target is not None:
                 dx += target * cell.masks["x"][gate][:, np.newaxis] if "x" in cell.masks else target
 
     def gradients(self) -> dict[str, Any]:
         """Return all gradients, when every step has been taken back."""
-        spec, cell, F, dtype = self._spec, self._cell, self._spec.F, self._cell.dtype
+        cell, F, dtype = self._cell, self._spec.F, self._cell.dtype
         sums = self._sums.sum((0, 1), np.float64).astype(dtype)
         result: dict[str, Any] = {"x": self._dx, "bias": sums[: 4 * F], "h": None, "c": None, "peephole": None}
         gates_of: dict[str, list[Any]] = {"kernel": [0] * 4, "recurrent_kernel": [0] * 4}
@@ -575,8 +587,3 @@ class _WayBack:
         parts = len(cell.normalizing.parts)
         result["normalization"] = cell.normalizing.result(dtype) if parts else None
         return result
-
-
-def _steps(array: np.ndarray) -> Slots:
-    """Describe an array (B, T, …) of contiguous frames, its steps in any order."""
-    return Slots(array.ctypes.data, array.strides[0], array.strides[1], array.shape[1])

@@ -1,7 +1,7 @@
 """A step of a cell whose pre-activations are in memory: normalization, peepholes, any activations; and the way back.
 
-Workers take strips of an image's pixels and go through them chunk by chunk: a chunk's pre-activations become four lines,
-one a gate, of pixels × filters, as h and c lie in memory, so that vectors are full whatever the number of filters is.
+Workers take strips of an image's pixels and go through them chunk by chunk: a chunk's pre-activations become four
+lines, one a gate, of pixels × filters, as h and c lie in memory, so that vectors are full for any number of filters.
 """
 
 from __future__ import annotations

@@ -9,7 +9,6 @@ runs it; it is called directly, or by each thread of the parallel region of `ker
 from __future__ import annotations
 
 import ctypes
-import hashlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -22,7 +21,7 @@ from numba.extending import intrinsic
 from numba.np import numpy_support
 from numba.np.arrayobj import populate_array
 
-from fastclstm.engines.cpu.compilation import KernelCompiler, inline, kept, notice
+from fastclstm.engines.cpu.compilation import KernelCompiler, digest, inline, kept, notice
 from fastclstm.engines.cpu.kernels.team import HEADER, begin, leave
 
 
@@ -71,8 +70,7 @@ class Kernel:
         kinds = [types.Array(numpy_support.from_dtype(array.dtype), array.ndim, "C") for array in arrays]
         entry = _entry(self._function, _arguments(variant, kinds))
         told = repr((variant, [(array.dtype.descr, array.ndim) for array in arrays]))
-        # The machine code's name: another kernel's, compiled in another process, must not be the same.
-        entry.__qualname__ = f"{self.name}.{hashlib.sha256(told.encode()).hexdigest()[:16]}"
+        entry.__qualname__ = f"{self.name}.{digest(told)}"  # no two kernels of a process may have one name
         dispatcher = kept(entry, self.name, told, no_cpython_wrapper=True, pipeline_class=KernelCompiler)
         with notice.compiling():
             dispatcher.compile((types.int64, types.int64))

@@ -315,7 +315,7 @@ def _normal(x):
 
 @inline
 def gelu(x):
-    """X Φ(x); NaN stays."""
+    """Return x Φ(x); NaN stays."""
     below, _ = _normal(x)
     return simd.maximum(-40.0, x) * below
 
