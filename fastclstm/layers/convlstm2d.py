@@ -387,7 +387,9 @@ engine='reference')
             known = (*known[:time], *known[time + 1 :])
         return (known, known) if self.bidirectional and self.merge_mode is None else known
 
-    def _call_shapes(self, x: Any, initial_state: Any = None, mask: Any = None, lengths: Any = None) -> Any:
+    def _call_shapes(
+        self, x: Any, *, initial_state: Any = None, mask: Any = None, lengths: Any = None, **options: Any
+    ) -> Any:
         output = self.output_shape(x)
         layout = self._layout(x)
         if not layout.batched:

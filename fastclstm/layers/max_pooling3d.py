@@ -105,7 +105,7 @@ class MaxPooling3D(Layer):
         B, C, *volume = input_shape
         return B, C, *self._geometry((B, *volume, C)).output_shape[1:4]
 
-    def _call_shapes(self, x: Any) -> Any:
+    def _call_shapes(self, x: Any, **options: Any) -> Any:
         shape = self.output_shape(x)
         return (shape, shape) if self.return_indices else shape
 

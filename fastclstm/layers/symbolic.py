@@ -2,8 +2,8 @@
 
 As in Keras's functional API, ``layer(symbol)`` computes nothing: it checks the shapes and returns symbols of what the
 layer would return. So a graph is made of the calls of objects that hold their parameters, and a layer called twice is
-shared; where JAX and its kin trace a function over arrays instead, nothing here runs with made-up values. Otherwise than
-in Keras, a symbol has no arithmetic and no indexing: whatever computes is a layer, with its gradient derived by hand.
+shared; where JAX and its kin trace a function, nothing here runs with made-up values. Otherwise than in Keras, a symbol
+has no arithmetic and no indexing: whatever computes is a layer, with its gradient derived by hand.
 
 An axis of unknown size is None, the batch's above all. Layers know shapes as numbers, so such an axis is tried with two
 sizes, and is unknown behind the layer where the two make a difference.
@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 from typing import Any, NoReturn
 
@@ -25,8 +26,6 @@ Known = tuple[int | None, ...]
 SIZES = 10080, 20160
 """Tried for an axis of unknown size: multiples of all that layers usually divide by."""
 
-_numbers = count()
-
 
 @dataclass(frozen=True, eq=False)
 class Node:
@@ -37,10 +36,15 @@ class Node:
     """The first argument: a symbol, or a tuple, list or dict of them."""
     options: Mapping[str, Any]
     """All others; symbols among them, too."""
-    number: int
+    shapes: Any
+    """Of what it returns, in tuples and lists."""
+    number: int = field(default_factory=count().__next__)
     """Later calls have higher ones."""
-    paths: Any
-    """What it returns: a number for each symbol, from 0 on, in tuples and lists."""
+
+    def symbols(self) -> Any:
+        """Return symbols of what the call returns, in tuples and lists as there."""
+        places = count()
+        return mapped_shapes(lambda shape: Symbol(shape, self, next(places)), self.shapes)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -68,8 +72,8 @@ class Symbol:
         return "Input" if self.name is None else f"Input {self.name!r}"
 
     def __array__(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise TypeError(f"{self!r} is a symbol, which has no values: only layers are called on it; build a Model of it, "
-                        "and call that on arrays")  # fmt: skip
+        raise TypeError(f"{self!r} is a symbol, which has no values: only layers are called on it; build a Model of "
+                        "it, and call that on arrays")  # fmt: skip
 
     def __iter__(self) -> NoReturn:
         raise TypeError(f"{self!r} is one symbol, not several; a layer with return_state=True returns several")
@@ -78,7 +82,7 @@ class Symbol:
         raise TypeError(f"{self!r} is a symbol, which is neither true nor false; a graph has no branches")
 
 
-def Input(  # noqa: N802 - it is called as in Keras
+def Input(
     shape: Sequence[int | None] | None = None, *, batch_size: int | None = None,
     batch_shape: Sequence[int | None] | None = None, name: str | None = None,
 ) -> Symbol:  # fmt: skip
@@ -185,7 +189,7 @@ def call(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     shapes = mapped(lambda leaf: leaf.shape, x)
     told = {name: mapped(_shape_or_value, value) for name, value in options.items() if name != "training"}
     try:
-        if why := layer._unfit():
+        if isinstance(x, Symbol) and (why := layer._unfit()):
             raise ValueError(f"{op} {why}")
         made = tried(lambda known: layer._call_shapes(known, **told), shapes)
     except NotImplementedError:
@@ -193,10 +197,7 @@ def call(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     except Exception as error:
         error.add_note(f"in {op}, called on {', '.join(map(repr, leaves(x)))}")
         raise
-    places = count()
-    node = Node(layer, x, options, next(_numbers), mapped_shapes(lambda shape: next(places), made))
-    places = count()
-    return mapped_shapes(lambda shape: Symbol(shape, node, next(places)), made)
+    return Node(layer, x, options, made).symbols()
 
 
 def tried(shapes_of: Callable[[Any], Any], given: Any) -> Any:
@@ -206,7 +207,7 @@ def tried(shapes_of: Callable[[Any], Any], given: Any) -> Any:
     if all(None not in shape for shape in shapes):
         return shapes_of(given)
     try:
-        first, second = (shapes_of(mapped_shapes(lambda s, n=size: _filled(s, n), given)) for size in SIZES)
+        first, second = (shapes_of(mapped_shapes(partial(_filled, size), given)) for size in SIZES)
     except ValueError as error:
         met = _met(given, shapes)
         if met is not None:
@@ -240,11 +241,13 @@ def _check_arguments(layer: Any, x: Any, options: Mapping[str, Any]) -> None:
                         f"call the layer on arrays alone")  # fmt: skip
     for name, value in options.items():
         if has_symbols(value) and name not in layer._symbolic_options:
-            raise TypeError(f"{op}: {name} cannot be a symbol; only the first argument, or a list of symbols there, can")
+            raise TypeError(
+                f"{op}: {name} cannot be a symbol; only the first argument, or a list of symbols there, can"
+            )
         for leaf in leaves(value):
             if not (leaf is None or isinstance(leaf, Symbol | bool | int | float | str)):
-                raise TypeError(f"{op}: {name} is {_kind(leaf)}, which a graph does not hold; make it an Input, and give "
-                                f"its values when the model is called")  # fmt: skip
+                raise TypeError(f"{op}: {name} is {_kind(leaf)}, which a graph does not hold; make it an Input, and "
+                                f"give its values when the model is called")  # fmt: skip
 
 
 def _kind(value: Any) -> str:
@@ -256,7 +259,7 @@ def _shape_or_value(leaf: Any) -> Any:
     return leaf.shape if isinstance(leaf, Symbol) else leaf
 
 
-def _filled(shape: Known, size: int) -> tuple[int, ...]:
+def _filled(size: int, shape: Known) -> tuple[int, ...]:
     return tuple(size if n is None else n for n in shape)
 
 

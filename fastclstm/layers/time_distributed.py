@@ -11,7 +11,16 @@ import numpy as np
 
 from fastclstm import dispatch
 from fastclstm.layers.base import Layer, penalized
-from fastclstm.layers.container import Container, Walk, add_gradients, parts, recall, recorded, told_of, without_penalties
+from fastclstm.layers.container import (
+    Container,
+    Walk,
+    add_gradients,
+    parts,
+    recall,
+    recorded,
+    told_of,
+    without_penalties,
+)
 from fastclstm.layers.convlstm2d import ConvLSTM2D
 from fastclstm.layers.place import Place, place_of
 from fastclstm.spec import Shape, expect_shape

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fastclstm.layers.base import Layer
 from fastclstm.layers.container import told
-from fastclstm.layers.symbolic import Node, Symbol, leaves, mapped, title
+from fastclstm.layers.symbolic import Known, Node, Symbol, leaves, mapped, mapped_shapes, title
 
 
 @dataclass(frozen=True)
@@ -44,22 +45,35 @@ class Step:
 class Graph:
     """Steps, each of which reads what the inputs, or steps before, have filled."""
 
-    def __init__(self, inputs: Sequence[Slot], steps: Sequence[Step], outputs: Any):
+    def __init__(
+        self, inputs: Sequence[Slot], steps: Sequence[Step], outputs: Any, shapes: Mapping[Slot, Known] | None = None
+    ):
         self.inputs, self.steps, self.outputs = tuple(inputs), tuple(steps), outputs
+        self.shapes = dict(shapes or {})
+        """As far as they were known when the graph was built; of a chain none."""
         self.read = slots(outputs).union(*(step.read for step in steps))
         """What anybody reads."""
         kept, self.released = slots(outputs), list[set[Slot]]()
         for step in reversed(self.steps):
             self.released.insert(0, step.read - kept)
             kept |= step.read
-        calls = [id(step.layer) for step in steps]
-        self.shared = {call for call in calls if calls.count(call) > 1}
-        """Ids of the layers that are called more than once."""
+        calls = Counter(step.name for step in steps)
+        self.shared = {name for name, times in calls.items() if times > 1}
+        """Names of the layers that are called more than once."""
 
     @property
     def layers(self) -> dict[str, Layer]:
         """The layers by name, each once."""
         return {step.name: step.layer for step in self.steps}
+
+    def symbols(self, inputs: Mapping[Slot, Symbol]) -> dict[Slot, Symbol]:
+        """Return a symbol for every slot, of new nodes: the graph once more, on symbols of its inputs."""
+        symbols = dict(inputs)
+        for step in self.steps:
+            x, options = filled(step.x, symbols), {name: filled(value, symbols) for name, value in step.options.items()}
+            node = Node(step.layer, x, options, filled(step.y, self.shapes))
+            paired(step.y, node.symbols(), symbols.__setitem__)
+        return symbols
 
 
 def chain(layers: Sequence[Layer]) -> Graph:
@@ -95,7 +109,8 @@ def graph_of(op: str, inputs: Sequence[Symbol], outputs: Any) -> Graph:
             raise ValueError(f"{op}: no output depends on {symbol!r}; leave it out of the inputs, or use it")
     ordered = [nodes[number] for number in sorted(nodes)]
     names = layer_names(op, [node.layer for node in ordered])
-    filled: dict[tuple[int, Any], Slot] = {}  # by node and path in what it returns
+    made: dict[int, list[Slot]] = {}  # by the nodes' numbers
+    shapes = {numbered[id(symbol)]: symbol.shape for symbol in inputs}
 
     def slot(symbol: Any) -> Any:
         if not isinstance(symbol, Symbol):
@@ -103,17 +118,20 @@ def graph_of(op: str, inputs: Sequence[Symbol], outputs: Any) -> Graph:
         if id(symbol) in numbered:
             return numbered[id(symbol)]
         assert symbol.node is not None
-        return filled[symbol.node.number, symbol.path]
+        return made[symbol.node.number][symbol.path]
 
-    steps, count = [], len(inputs)
+    steps: list[Step] = []
     for node in ordered:
         x, options = mapped(slot, node.x), {name: mapped(slot, value) for name, value in node.options.items()}
-        for path in leaves(node.paths):
-            filled[node.number, path] = Slot(count)
-            count += 1
-        y = mapped(lambda path, node=node: filled[node.number, path], node.paths)
-        steps.append(Step(names[id(node.layer)], node.layer, x, options, y))
-    return Graph(list(numbered.values()), steps, mapped(slot, outputs))
+        mine = made[node.number] = list[Slot]()
+
+        def fill(shape: Known, mine: list[Slot] = mine) -> Slot:
+            mine.append(Slot(len(shapes)))
+            shapes[mine[-1]] = shape
+            return mine[-1]
+
+        steps.append(Step(names[id(node.layer)], node.layer, x, options, mapped_shapes(fill, node.shapes)))
+    return Graph(list(numbered.values()), steps, mapped(slot, outputs), shapes)
 
 
 def layer_names(op: str, layers: Iterable[Layer]) -> dict[int, str]:

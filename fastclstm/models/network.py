@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -33,6 +33,8 @@ class Network(Trainable):
     An array is let go when its last reader has run. On the way back the steps come in reverse order, the gradients of
     several readers, and those of several calls of one layer, are summed.
     """
+
+    _symbolic_options: ClassVar[frozenset[str]] = frozenset({"mask", "lengths"})
 
     _graph: Graph
 
@@ -82,7 +84,7 @@ class Network(Trainable):
                 del made
             if training:
                 calls.append((recorded(layer), origins))
-                for part in parts(layer) if id(layer) in graph.shared else ():
+                for part in parts(layer) if step.name in graph.shared else ():
                     penalties[id(part)] = penalties.get(id(part), 0.0) + getattr(part, "_activity_penalty", 0.0)
         for part in parts(self) if penalties else ():
             if hasattr(part, "_activity_penalty"):
@@ -108,7 +110,7 @@ class Network(Trainable):
         """Pull the gradients of outputs back to the inputs, and keep those of the parameters."""
         graph = self._graph
         sums: dict[tuple[int, str], Any] = {}
-        reached = set()
+        reached = set[str]()
 
         def add(slot: Slot, gradient: Any) -> None:
             if gradient is not None:
@@ -120,8 +122,8 @@ class Network(Trainable):
             dy = mapped(lambda leaf: gradients.pop(leaf, None) if isinstance(leaf, Slot) else None, step.y)
             if all(part is None for part in leaves(dy)):
                 continue
-            reached.add(id(step.layer))
-            shared = id(step.layer) in graph.shared
+            reached.add(step.name)
+            shared = step.name in graph.shared
             with told_of(step.told), without_penalties(list(parts(step.layer))) if shared else nullcontext():
                 recall(record)
                 if not any(on_gpu for on_gpu, _ in origins.values()):
@@ -150,11 +152,11 @@ class Network(Trainable):
         step = self._graph.steps[index]
         return step.layer._pull_call(dy, step.options)
 
-    def _keep_sums(self, sums: Mapping[tuple[int, str], Any], reached: set[int]) -> None:
+    def _keep_sums(self, sums: Mapping[tuple[int, str], Any], reached: set[str]) -> None:
         """Keep the gradients for `get_gradients`: with the penalties of shared layers, zeros where none came."""
         graph, owners = self._graph, self._owners()
-        silent = {id(part) for layer in graph.layers.values() if id(layer) not in reached for part in parts(layer)}
-        shared = {id(part) for step in graph.steps if id(step.layer) in graph.shared for part in parts(step.layer)}
+        silent = {id(part) for name, layer in graph.layers.items() if name not in reached for part in parts(layer)}
+        shared = {id(part) for step in graph.steps if step.name in graph.shared for part in parts(step.layer)}
         self._gradients = {}
         for name in self.trainable_parameters if self.store_gradients else ():
             owner, key = owners[name]
