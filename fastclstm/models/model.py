@@ -242,7 +242,7 @@ class Model(Network):
         self._check_shapes("x", {slot: array.shape for slot, array in arrays.items()})
         first = next(iter(arrays.values()))
         steps = self._steps(place, mask, lengths, first.shape)
-        self._all_shapes({slot: array.shape for slot, array in arrays.items()}, steps)
+        self._all_shapes({slot: array.shape for slot, array in arrays.items()})
         like = {slot: (array.shape, array.dtype) for slot, array in arrays.items()}
         self._pullback = None
         y, calls = self._run(place, arrays, steps, training)
@@ -355,20 +355,24 @@ class Model(Network):
                 raise ValueError(f"Model: {told} has shape {shapes[slot]} but must be {self._graph.shapes[slot]}, as "
                                  f"its Input says{axis}")  # fmt: skip
 
-    def _all_shapes(self, given: Mapping[Slot, Shape], mask: np.ndarray | None = None) -> dict[Slot, Shape]:
+    def _all_shapes(self, given: Mapping[Slot, Shape]) -> dict[Slot, Shape]:
         """Return the shapes of all that the steps return; raise ValueError where a layer does not fit."""
         shapes = dict(given)
 
         def keep(slot: Slot, shape: Any) -> None:
             if not is_shape(shape):
-                raise ValueError("it returns other values than when the graph was built: give its options back, or "
-                                 "build the graph anew")  # fmt: skip
+                raise ValueError(shape)
             shapes[slot] = shape
 
         for step in self._graph.steps:
             with told_of(step.told):
                 options = {name: filled(value, shapes) for name, value in step.options.items() if name != "training"}
-                paired(step.y, step.layer._call_shapes(filled(step.x, shapes), **options), keep)
+                made = step.layer._call_shapes(filled(step.x, shapes), **options)
+                try:
+                    paired(step.y, made, keep)
+                except ValueError:
+                    raise ValueError(f"{type(step.layer).__name__} returns other values than when the graph was built: "
+                                     f"give its options back, or build the graph anew") from None  # fmt: skip
         return shapes
 
     def _check_batch(self, op: str, batch: Batch) -> None:
