@@ -65,9 +65,7 @@ def test_data_in_every_form_gives_the_same_bits(form):
     y, x = list(Y.values()), X
     cuts = [slice(0, 4), slice(4, 8), slice(8, 10)]
     if form == "dict":
-        fit(twin, {"x": X}, Y, shuffle=False) if twin._input_names else fit(
-            twin, X, dict(reversed(Y.items())), shuffle=False
-        )
+        fit(twin, X, dict(reversed(Y.items())), shuffle=False)
     elif form == "list":
         fit(twin, x, y, shuffle=False, loss=["mse", "mae"], loss_weights=[1, 1])
     else:
@@ -104,12 +102,12 @@ def test_sample_weights_are_each_outputs_own():
     model, twin = two_tasks(), two_tasks()
     weights = {"map": normal(10, seed=5) ** 2, "numbers": np.r_[0.0, np.ones(9)]}
     gaps = {"map": Y["map"], "numbers": np.where(np.arange(10)[:, None] == 0, np.nan, Y["numbers"])}
-    history = fit(model, y=gaps, sample_weight=weights, metrics="mae", batch_size=10)
+    history = fit(model, y=gaps, sample_weight=weights, metrics="mae", batch_size=10, shuffle=False)
     made = {n: y for n, y in zip(Y, two_tasks()(X, training=True).values(), strict=True)}
     parts = [losses.get(LOSSES[n])(made[n], Y[n], weights[n]) for n in Y]
     close([history["map_loss"][0], history["numbers_loss"][0]], parts, 1e-9)
     close(history["numbers_mae"], np.mean(abs(made["numbers"] - Y["numbers"])[1:]), 1e-9)
-    fit(twin, y=gaps, sample_weight=list(weights.values()), metrics="mae", batch_size=10)
+    fit(twin, y=gaps, sample_weight=list(weights.values()), metrics="mae", batch_size=10, shuffle=False)
     assert same(model, twin)
     one, all_of_them = two_tasks(), two_tasks()
     fit(one, sample_weight=weights["map"])
@@ -134,7 +132,6 @@ def test_a_training_goes_on_to_the_same_bits(every, tmp_path):
     options = {"sample_weight": weights, "metrics": "mae", "validation_split": 0.2, "loss_weights": {"map": 0.5},
                "early_stopping": 5, "epochs": 4}  # fmt: skip
     whole, broken, fresh = two_tasks(), two_tasks(), two_tasks()
-    expected = fit(whole, **options)
     count = []
 
     def interrupt(prediction, target):
@@ -143,9 +140,9 @@ def test_a_training_goes_on_to_the_same_bits(every, tmp_path):
             raise KeyboardInterrupt
         return 0.0
 
-    interrupt.__name__ = steady.__name__
+    interrupt.__name__ = steady.__name__  # the curve's
     options["metrics"] = ["mae", steady]
-    expected = fit(two_tasks(), **options)
+    expected = fit(whole, **options)
     file = {"checkpoint": tmp_path / "c", "checkpoint_every": every}
     with contextlib.suppress(KeyboardInterrupt):
         fit(broken, **options | {"metrics": ["mae", interrupt]}, **file)
@@ -156,10 +153,10 @@ def test_a_training_goes_on_to_the_same_bits(every, tmp_path):
         equal(history[name], expected[name])
     with pytest.raises(ValueError, match=r"is of another training: loss_weights.map was 0.5 and is 1.0"):
         fit(two_tasks(), **options | {"loss_weights": None}, **file, resume=True)
-    with pytest.raises(ValueError, match=r"is of another training: model"):
-        other = two_tasks()
-        fit(Model(other.inputs, {"map": other.outputs["numbers"], "numbers": other.outputs["map"]}),
-            y={"map": Y["numbers"], "numbers": Y["map"]}, **options, **file, resume=True)  # fmt: skip
+    other = two_tasks()
+    other = Model(other.inputs, other.outputs | {"more": other.outputs["map"]})
+    with pytest.raises(ValueError, match=r"is of another training: model\.outputs"):
+        fit(other, **options | {"loss": LOSSES}, **file, resume=True)
 
 
 def steady(prediction, target):
@@ -191,10 +188,10 @@ def test_masks_in_training():
     model = Model(frames, [conv(2, 1, 1)(lstm(2, 2)(frames))])
     x, y, mask = normal(3, 4, 5, 5, 2), normal(3, 4, 5, 5, 1), np.ones((3, 4), bool)
     mask[:, 2:] = False
-    with_mask = model.evaluate([x], [y], mask=mask)
-    close(with_mask["loss"], np.mean((model([x], mask=mask)[0] - y) ** 2))
-    assert with_mask != model.evaluate([x], [y])
-    close(model.predict([x], lengths=[2, 2, 2])[0], model([x], mask=mask)[0])
+    with_mask = model.evaluate(x, [y], mask=mask)
+    close(with_mask["loss"], np.mean((model(x, mask=mask)[0] - y) ** 2))
+    assert with_mask != model.evaluate(x, [y])
+    close(model.predict(x, lengths=[2, 2, 2])[0], model(x, mask=mask)[0])
 
 
 def test_what_is_not_finite_is_found():
@@ -204,12 +201,12 @@ def test_what_is_not_finite_is_found():
     with pytest.raises(FloatingPointError, match="it began in the batch: x holds NaN"):
         fit(model, X * np.nan)
     model.get_layer("trunk").kernel = np.full((3, 3, 2, 3), np.inf)
-    with np.errstate(all="ignore"), pytest.raises(FloatingPointError, match="the output of layer dense|of layer trunk"):
+    with np.errstate(all="ignore"), pytest.raises(FloatingPointError, match="it began in the output of layer trunk, Conv2D"):
         fit(model)
 
 
 WRONG = {
-    "loss of another": ({"loss": {"mapp": "mse"}}, ValueError, "loss is for 'mapp', but the outputs are 'map', 'numbers'"),
+    "loss of another": ({"loss": {"mapp": "mse"}}, ValueError, "loss is for 'mapp', but the outputs are 'map', 'num"),
     "losses": ({"loss": ["mse"]}, ValueError, "loss must be a dict by the names of the outputs .* got 1 items"),
     "no loss": ({"loss": [None, None]}, ValueError, "loss: no output has one"),
     "weights": ({"loss_weights": [1]}, ValueError, "loss_weights must be a dict .* or a list with one for each, got 1"),
@@ -217,7 +214,7 @@ WRONG = {
     "weight without": ({"loss": {"map": "mse"}, "loss_weights": {"numbers": 1}}, ValueError, "'numbers' has no loss"),
     "y": ({"y": Y["map"]}, ValueError, "fit: y must be a list of 2 arrays, or a dict .* got ndarray"),
     "y missing": ({"y": {"map": Y["map"]}}, ValueError, "there is no y for the output 'numbers', which has a loss"),
-    "y unknown": ({"y": Y | {"more": X}}, ValueError, "fit: y must have 'map', 'numbers', got 'map', 'numbers', 'more'"),
+    "y unknown": ({"y": Y | {"more": X}}, ValueError, "fit: y must have 'map', 'numbers', got 'map', .* 'more'"),
     "y short": ({"y": Y | {"map": X[:3]}}, ValueError, r"all arrays must have as many samples.*y:map \(3, 4, 4, 2\)"),
     "x": ({"x": X[..., :1]}, ValueError, r"Model: x has shape \(4, 4, 4, 1\) but must be \(None, 4, 4, 2\)"),
     "metric": ({"metrics": {"map": ["mae", "mae"]}}, ValueError, "two have the same name"),
