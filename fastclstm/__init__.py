@@ -26,10 +26,12 @@ _HOME = {
     "Flatten": "fastclstm.layers",
     "GlobalAveragePooling": "fastclstm.layers",
     "GlobalMaxPooling": "fastclstm.layers",
+    "Input": "fastclstm.layers",
     "LayerNormalization": "fastclstm.layers",
     "LeakyReLU": "fastclstm.layers",
     "MaxPooling2D": "fastclstm.layers",
     "MaxPooling3D": "fastclstm.layers",
+    "Model": "fastclstm.models",
     "Sequential": "fastclstm.models",
     "Softmax": "fastclstm.layers",
     "TimeDistributed": "fastclstm.layers",
@@ -87,6 +89,7 @@ if TYPE_CHECKING:  # what follows is all that type checkers know, so that they f
     from fastclstm.layers import Flatten as Flatten
     from fastclstm.layers import GlobalAveragePooling as GlobalAveragePooling
     from fastclstm.layers import GlobalMaxPooling as GlobalMaxPooling
+    from fastclstm.layers import Input as Input
     from fastclstm.layers import LayerNormalization as LayerNormalization
     from fastclstm.layers import LeakyReLU as LeakyReLU
     from fastclstm.layers import MaxPooling2D as MaxPooling2D
@@ -97,6 +100,7 @@ if TYPE_CHECKING:  # what follows is all that type checkers know, so that they f
     from fastclstm.layers import UpSampling as UpSampling
     from fastclstm.layers import ZeroPadding2D as ZeroPadding2D
     from fastclstm.models import EncoderForecaster as EncoderForecaster
+    from fastclstm.models import Model as Model
     from fastclstm.models import Sequential as Sequential
     from fastclstm.models import load as load
     from fastclstm.training import EarlyStopping as EarlyStopping

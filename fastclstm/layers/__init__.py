@@ -13,13 +13,14 @@ from fastclstm.layers.max_pooling3d import MaxPooling3D
 from fastclstm.layers.normalization import BatchNormalization, LayerNormalization
 from fastclstm.layers.pooling import AveragePooling2D, GlobalAveragePooling, GlobalMaxPooling, MaxPooling2D
 from fastclstm.layers.resampling import UpSampling, ZeroPadding2D
+from fastclstm.layers.symbolic import Input
 from fastclstm.layers.time_distributed import TimeDistributed
 from fastclstm.layers.time_distribution import TimeDistributionCalculator
 from fastclstm.lazy import moved
 
 __all__ = [
     "Activation", "AveragePooling2D", "BatchNormalization", "Conv2D", "Conv3D", "ConvLSTM2D", "ConvLSTM2DCell",
-    "Dense", "Dropout", "Flatten", "GlobalAveragePooling", "GlobalMaxPooling",
+    "Dense", "Dropout", "Flatten", "GlobalAveragePooling", "GlobalMaxPooling", "Input",
     "Layer", "LayerNormalization", "LeakyReLU", "MaxPooling2D", "MaxPooling3D", "Softmax",
     "TimeDistributed", "TimeDistributionCalculator", "UpSampling", "ZeroPadding2D",
 ]  # fmt: skip

@@ -8,8 +8,8 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Any, Self
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from fastclstm import dispatch
 from fastclstm.engines import remembered
 from fastclstm.io import weights
 from fastclstm.io.bounds import shown
-from fastclstm.layers import torch_weights
+from fastclstm.layers import symbolic, torch_weights
 from fastclstm.nn import constraints, initializers, regularizers
 from fastclstm.nn.constraints import Constraint
 from fastclstm.nn.described import Described, class_name, describe, is_tellable, plain, restore
@@ -66,7 +66,7 @@ class Parameter:
 
 @dataclass(eq=False, repr=False)
 class Layer(Described):
-    """A layer: called on an array, it returns one.
+    """A layer: called on an array, it returns one; called on a symbol, it becomes part of a graph: see `Model`.
 
     A subclass is a dataclass whose fields are its options, under the names of the constructor's arguments. Its
     parameters are read-only arrays of NumPy, and change by assignment only: that gives engines a sign when packed
@@ -77,6 +77,11 @@ class Layer(Described):
     by the ConvLSTM, convolution and maximum pooling layers, by activations with a name, by dropout, Flatten,
     TimeDistributed, Sequential and EncoderForecaster. It must be C-contiguous and of the layer's dtype; other layers
     refuse it. With engine="cuda" arrays of NumPy are put on the GPU once and results got back once.
+
+    Parameters
+    ----------
+    name : str, optional
+        Under which a `Model` has the layer. None: that of its class, with a number where there are several.
 
     Attributes
     ----------
@@ -92,9 +97,15 @@ class Layer(Described):
         where leaving it out saves work: in the ConvLSTM and convolution layers, and in models that begin with them.
     """
 
+    name: str | None = field(default=None, kw_only=True)
+
+    _symbolic_options: ClassVar[frozenset[str]] = frozenset()
+    """Arguments, beside the first, that may be symbols."""
+
     def __post_init__(self) -> None:
         for name, value in self.options.items():
             setattr(self, name, plain(value))
+        symbolic.checked_name(type(self).__name__, self.name)
         _check_seed(type(self).__name__, self.options.get("seed"))
         self.trainable = True
         self.gradient_scale = 1.0
@@ -122,7 +133,9 @@ class Layer(Described):
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in shown)})"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Return `forward` of the same arguments."""
+        """Return `forward` of the same arguments; where these are symbols, symbols of what that would return."""
+        if symbolic.has_symbols(args, kwargs):
+            return symbolic.call(self, args, kwargs)
         return self.forward(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -136,6 +149,25 @@ class Layer(Described):
     def output_shape(self, input_shape: Shape) -> Shape:
         """Return the shape of the output for an input of `input_shape`."""
         raise NotImplementedError
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The constructor's arguments, by name; without `name` where there is none."""
+        return {key: value for key, value in super().options.items() if key != "name" or value is not None}
+
+    def _call_shapes(self, x: Any, **options: Any) -> Any:
+        """Return the shapes of what a call returns, in tuples and lists as there, for x of known shape or shapes.
+
+        Of `options` that are symbols there are the shapes, in which sizes may be None.
+        """
+        return self.output_shape(x)
+
+    def _pull_call(self, dy: Any, options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Return the gradients of x and of the `options` of the last training call, by name, for those of its results.
+
+        These are in tuples and lists as the results were, and None for what nothing depends on.
+        """
+        return self.backward(dy), {}
 
     def _unfit(self) -> str | None:
         """Return why the layer cannot stand in a network, called on one array to return some; None where it can."""
@@ -387,7 +419,7 @@ class Layer(Described):
                 return None
             if isinstance(before, tuple):  # the gradient of the input, then those of states
                 return dispatch.scaled(before[0], self.gradient_scale), *before[1:]
-            return dispatch.scaled(before, self.gradient_scale)
+            return symbolic.mapped(lambda dx: dispatch.scaled(dx, self.gradient_scale), before)
 
         return scaled
 

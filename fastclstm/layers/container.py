@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -65,6 +65,30 @@ def add_gradients(sums: dict[str, Any], prefix: str, layer: Layer) -> None:
     for name, gradient in layer._kept_gradients().items():
         full = f"{prefix}.{name}"
         sums[full] = sums[full] + gradient if full in sums else gradient
+
+
+def recorded(layer: Layer) -> list[tuple[Layer, Any]]:
+    """Return what the last call of a layer left in it, and in all within, for backward; see `recall`."""
+    return [(part, part._pullback) for part in parts(layer)]
+
+
+def recall(record: list[tuple[Layer, Any]]) -> None:
+    """Let `backward` be of the call that `recorded` was asked after, of the many that there have been."""
+    for part, pullback in record:
+        part._pullback = pullback
+
+
+@contextmanager
+def without_penalties(layers: Sequence[Layer]) -> Iterator[None]:
+    """Let `backward` keep the gradients of the outputs alone, as penalties count once and not with every call."""
+    regularizers = [layer._regularizers for layer in layers]
+    try:
+        for layer in layers:
+            layer._regularizers = {}
+        yield
+    finally:
+        for layer, own in zip(layers, regularizers, strict=True):
+            layer._regularizers = own
 
 
 @contextmanager

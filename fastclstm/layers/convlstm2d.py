@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -19,7 +19,8 @@ from fastclstm.layers.layout import Layout
 from fastclstm.layers.masks import steps_mask
 from fastclstm.layers.place import HOST, Place
 from fastclstm.layers.stack import Stack
-from fastclstm.layers.states import LastStates, State, read_states
+from fastclstm.layers.states import LastStates, State, expect_states, is_pair, read_states
+from fastclstm.layers.symbolic import fits, is_shape
 from fastclstm.layers.tape import Tape
 from fastclstm.nn import regularizers
 from fastclstm.spec import Pair, Shape, choice, flag, integers, rate
@@ -163,6 +164,7 @@ engine='reference')
     """
 
     CHANGEABLE: ClassVar[frozenset[str]] = ConvLSTMLayer.CHANGEABLE | {*_FLAGS, "time_dropout"} - {"bidirectional"}
+    _symbolic_options: ClassVar[frozenset[str]] = frozenset({"initial_state", "mask", "lengths"})
 
     num_layers: int = 1
     _: KW_ONLY
@@ -223,6 +225,7 @@ engine='reference')
         rng = np.random.default_rng(self.seed)
         self._time_dropout_rng = own_generator(rng)
         options = {name: value for name, value in self.options.items() if name in ConvLSTM2DCell.__dataclass_fields__}
+        options.pop("name", None)
         layers: list[Directions] = []
         C, frame = self.in_channels, self.frame_size
         for F, size, recurrent_size in zip(filters, kernel_sizes, recurrent_sizes, strict=True):
@@ -384,6 +387,36 @@ engine='reference')
             known = (*known[:time], *known[time + 1 :])
         return (known, known) if self.bidirectional and self.merge_mode is None else known
 
+    def _call_shapes(
+        self, x: Any, *, initial_state: Any = None, mask: Any = None, lengths: Any = None, **options: Any
+    ) -> Any:
+        output = self.output_shape(x)
+        layout = self._layout(x)
+        if not layout.batched:
+            raise ValueError(f"ConvLSTM2D: in a graph x must be ({replace(layout, batched=True).axes(True)}), got "
+                             f"{len(x)}D {x}")  # fmt: skip
+        frames = layout.read_shape("x", x, sequence=True)
+        shapes = [layout.shape(shape) for shape in self._state_shapes((frames[0], *frames[2:]))]
+        if initial_state is not None:
+            given = [initial_state] if _is_one_state(initial_state) else initial_state
+            expect_states(layout.op, "initial_state", given, len(shapes), self._each)
+            for pair, shape in zip(given, shapes, strict=True):
+                for name, state in zip("hc", pair or (), strict=False):
+                    if state is not None and not fits(state, shape):
+                        raise ValueError(f"ConvLSTM2D: {name} of initial_state has shape {state} but must be {shape}, "
+                                         f"that of the layer's states")  # fmt: skip
+        for name, value, axes in (("mask", mask, x[:2]), ("lengths", lengths, frames[:1])):
+            if value is not None and not fits(value, axes):
+                raise ValueError(f"ConvLSTM2D: {name} has shape {value} but must be {axes}, as x is {x}")
+        return (output, [(shape, shape) for shape in shapes]) if self.return_state else output
+
+    def _pull_call(self, dy: Any, options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+        dx = self.backward(*dy) if self.return_state else self.backward(dy)
+        dstates: Any = self.state_gradients
+        if dstates is not None and _is_one_state(options["initial_state"]):
+            (dstates,) = dstates
+        return dx, {"initial_state": dstates}
+
     def _layout(self, shape: Shape, place: Place = HOST) -> Layout:
         """Return how arrays lie where x has `shape`."""
         channel_axis = 1 if self.data_format == "channels_first" else -1
@@ -427,6 +460,11 @@ engine='reference')
         named = zip(self._sublayers, gradients, strict=True)
         self._keep_gradients({f"{cell}.{name}": array for cell, arrays in named for name, array in arrays.items()})
         return tape.write_input(dx)
+
+
+def _is_one_state(value: Any) -> bool:
+    """Whether a pair is one state (h, c), and no list of two pairs; of shapes or symbols."""
+    return is_pair(value) and not any(is_pair(item) and not is_shape(item) for item in value)
 
 
 def _is_per_layer(kernel_size: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
@@ -103,6 +104,14 @@ class MaxPooling3D(Layer):
             return self._geometry(input_shape).output_shape
         B, C, *volume = input_shape
         return B, C, *self._geometry((B, *volume, C)).output_shape[1:4]
+
+    def _call_shapes(self, x: Any, **options: Any) -> Any:
+        shape = self.output_shape(x)
+        return (shape, shape) if self.return_indices else shape
+
+    def _pull_call(self, dy: Any, options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+        dy = dy[0] if self.return_indices else dy  # indices have no gradient
+        return None if dy is None else self.backward(dy), {}
 
     def _several_outputs(self) -> str | None:
         return "give it return_indices=False" if self.return_indices else None

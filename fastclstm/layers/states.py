@@ -34,12 +34,17 @@ def read_states(layout: Layout, name: str, value: Any, shapes: list[Shape], each
     if value is None:
         return [(None, None)] * count
     pairs = [value] if count == 1 and is_pair(value) else value
-    fits = isinstance(pairs, list | tuple) and len(pairs) == count
-    if not fits or not all(pair is None or is_pair(pair) for pair in pairs):
-        came = f"{len(pairs)} items" if isinstance(pairs, list | tuple) else type(pairs).__name__
-        pair = "pairs" if count > 1 else "pair"
-        raise ValueError(f"{layout.op}: {name} must be a list of {count} {pair} (h, c), {each}; got {came}")
+    expect_states(layout.op, name, pairs, count, each)
     return [
         read_state(layout, f"{layout.op}: {name} {index}", pair or (None, None), shape)
         for index, (pair, shape) in enumerate(zip(pairs, shapes, strict=True))
     ]
+
+
+def expect_states(op: str, name: str, pairs: Any, count: int, each: str) -> None:
+    """Raise ValueError unless there are `count` pairs, or None in their places."""
+    fits = isinstance(pairs, list | tuple) and len(pairs) == count
+    if not fits or not all(pair is None or is_pair(pair) for pair in pairs):
+        came = f"{len(pairs)} items" if isinstance(pairs, list | tuple) else type(pairs).__name__
+        pair = "pairs" if count > 1 else "pair"
+        raise ValueError(f"{op}: {name} must be a list of {count} {pair} (h, c), {each}; got {came}")

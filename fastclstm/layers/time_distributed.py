@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,16 @@ import numpy as np
 
 from fastclstm import dispatch
 from fastclstm.layers.base import Layer, penalized
-from fastclstm.layers.container import Container, Walk, add_gradients, parts, told_of
+from fastclstm.layers.container import (
+    Container,
+    Walk,
+    add_gradients,
+    parts,
+    recall,
+    recorded,
+    told_of,
+    without_penalties,
+)
 from fastclstm.layers.convlstm2d import ConvLSTM2D
 from fastclstm.layers.place import Place, place_of
 from fastclstm.spec import Shape, expect_shape
@@ -104,21 +113,20 @@ class TimeDistributed(Container):
         """Return the output of a training call for every time step in turn, as batch statistics are those of one."""
         layers = list(parts(self.layer))
         made: list[np.ndarray] = []
-        recorded: list[list[Any]] = []
+        records: list[list[tuple[Layer, Any]]] = []
         for step in range(array.shape[1]):
             with told_of(self._where):
                 made.append(self.layer(dispatch.contiguous(array[:, step]), training=True))
-            recorded.append([layer._pullback for layer in layers])
+            records.append(recorded(self.layer))
         y = np.stack(made, 1)
 
         def pullback(dy: Any) -> Any:
             cotangent = place.read("dy", dy)
             expect_shape("TimeDistributed", "dy", cotangent.shape, y.shape, "the shape of the output")
             dx, sums = np.empty(array.shape, y.dtype), dict[str, Any]()
-            with _without_penalties(layers), told_of(self._where):
-                for step in reversed(range(len(recorded))):
-                    for layer, call in zip(layers, recorded[step], strict=True):
-                        layer._pullback = call  # of this step, of the many that a training call takes
+            with without_penalties(layers), told_of(self._where):
+                for step in reversed(range(len(records))):
+                    recall(records[step])
                     dx[:, step] = self.layer.backward(dispatch.contiguous(cotangent[:, step]))
                     add_gradients(sums, "layer", self.layer)
             owners, kept = self._owners(), self.trainable_parameters if self.store_gradients else ()
@@ -161,16 +169,3 @@ class TimeDistributed(Container):
     @property
     def _where(self) -> str:
         return f"TimeDistributed({type(self.layer).__name__})"
-
-
-@contextmanager
-def _without_penalties(layers: Sequence[Layer]) -> Iterator[None]:
-    """Let `backward` keep the gradients of the outputs alone, as penalties count once and not with every step."""
-    regularizers = [layer._regularizers for layer in layers]
-    try:
-        for layer in layers:
-            layer._regularizers = {}
-        yield
-    finally:
-        for layer, own in zip(layers, regularizers, strict=True):
-            layer._regularizers = own

@@ -2,6 +2,7 @@
 
 from fastclstm.models.encoder_forecaster import EncoderForecaster
 from fastclstm.models.loading import load
+from fastclstm.models.model import Model
 from fastclstm.models.sequential import Sequential
 
-__all__ = ["EncoderForecaster", "Sequential", "load"]
+__all__ = ["EncoderForecaster", "Model", "Sequential", "load"]

@@ -124,7 +124,7 @@ bias_initializer, activation, recurrent_activation, output_activation, padding_m
         self.dtype = layer_dtype(op, self.dtype)
         choice(op, "data_format", self.data_format, DATA_FORMATS)
         rng = np.random.default_rng(self.seed)
-        own = {"in_channels", "hidden_channels", "kernel_size", "head_activation", "data_format"}
+        own = {"name", "in_channels", "hidden_channels", "kernel_size", "head_activation", "data_format"}
         options = {name: value for name, value in self.options.items() if name not in own and value is not None}
         options |= {"seed": rng, "return_state": True}
         self.encoder = ConvLSTM2D(self.in_channels, self.hidden_channels, kernel_size, num_layers=count,

@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from fastclstm import dispatch
-from fastclstm.layers.base import Layer, without_input_gradient
+from fastclstm.layers.base import Layer
 from fastclstm.layers.container import Container, Walk, parts, told_of
 from fastclstm.layers.convlstm2d import ConvLSTM2D
-from fastclstm.layers.masks import steps_mask
-from fastclstm.layers.place import Place, place_of, refuse
-from fastclstm.models.moving import engines, moved
+from fastclstm.layers.place import place_of
+from fastclstm.layers.symbolic import tried
+from fastclstm.models.graph import chain
+from fastclstm.models.network import Network, restored
 from fastclstm.models.summary import table
 from fastclstm.spec import Shape
 from fastclstm.training.batches import Batch
-from fastclstm.training.trainable import Trainable
 
 
 @dataclass(eq=False, repr=False)
-class Sequential(Trainable):
+class Sequential(Network):
     """Layers one after the other: each takes what the one before returned.
 
     Whether the layers fit x, and each other, is checked before anything is computed, as far as their `output_shape`
@@ -76,7 +74,8 @@ class Sequential(Trainable):
                     raise ValueError(f"Sequential: {where} shares a layer with {seen[id(part)]}, whose call it would "
                                      f"forget before backward; make two layers")  # fmt: skip
             seen |= {id(part): where for part in parts(layer)}
-        self._sublayers = {str(index): layer for index, layer in enumerate(self.layers)}
+        self._graph = chain(self.layers)
+        self._sublayers = self._graph.layers
 
     def __getitem__(self, index: int) -> Layer:
         return self.layers[index]
@@ -109,32 +108,26 @@ class Sequential(Trainable):
             Anything but real arrays; one on a GPU, where a layer does not compute there or is of another dtype.
         """
         place = place_of(self, x, refuses=False)
-        array = y = place.read("x", x)
+        array = place.read("x", x)
         steps = self._steps(place, mask, lengths, array.shape)
-        if place.on_gpu:
-            self._check_gpu()
-        moves = place.on_gpu or "cuda" in engines(self)
-        taken: list[tuple[bool, np.dtype]] = []
         walk, checked = Walk(mask=None if steps is None else steps.shape), 0
-        self._pullback = None
-        for index, layer in enumerate(self.layers):
+
+        def check(index: int, y: Any) -> None:
+            nonlocal checked
             if index == checked:
                 checked = self._check(index, y.shape, walk)
-            with told_of(_name(index, layer)):
-                if moves:
-                    dtype, y = y.dtype, moved(layer, y, stays=place.on_gpu, first=index == 0, training=training)
-                    taken.append((dispatch.on_gpu(y), dtype))
-                if steps is None or not any(_masked(layer)):
-                    y = layer(y, training=training)
-                    continue
-                y = layer(y, mask=steps, training=training)
-                if _reverses(layer):
-                    steps = np.flip(steps, _time_axis(next(_masked(layer)), steps.ndim == 2))
+
+        self._pullback = None
+        (start,) = self._graph.inputs
+        y, calls = self._run(place, {start: array}, steps, training, check)
+
+        def pullback(*dy: Any) -> Any:
+            dx = self._pull(calls, {self._graph.outputs: dy}).get(start)
+            return place.restore(np.zeros_like(array) if dx is None and self.input_gradient else dx)
+
         if training:
-            self._pullback = lambda *gradients: place.restore(self._pull(taken, *gradients))
-        if isinstance(y, tuple):
-            return _restored(place.restore, y)
-        return place.restore(y.copy() if np.may_share_memory(y, array) else y)
+            self._pullback = pullback
+        return restored(place.restore, y)
 
     def backward(self, *gradients: Any) -> Any:
         """Return dx of the last call, which was a training call, given dy: what the last layer's `backward` takes.
@@ -194,8 +187,8 @@ class Sequential(Trainable):
             raise ValueError(
                 f"Sequential: of input_shape {shape} only the batch, axis {batch}, may be None; give the other sizes"
             )
-        two, three = (self._known_shapes((*shape[:batch], count, *shape[batch + 1 :])) for count in (2, 3))
-        return [_where_equal(a, b) for a, b in zip(two, three, strict=True)]
+        shapes: list[Shape] = tried(self._known_shapes, shape)
+        return shapes
 
     def _known_shapes(self, shape: Shape) -> list[Shape]:
         """Return the output shape of each layer for an x of `shape`, without None."""
@@ -238,77 +231,16 @@ class Sequential(Trainable):
                 return index + 1
         return len(self)
 
-    def _check_gpu(self) -> None:
-        """Raise TypeError where a layer cannot take an x on a GPU, before anything is computed."""
-        for index, layer in enumerate(self.layers):
-            with told_of(_name(index, layer)):
-                if type(layer)._knows_gpu is Layer._knows_gpu:
-                    refuse(layer)
+    def _pull_step(self, index: int, dy: Any) -> tuple[Any, dict[str, Any]]:
+        if index < len(self) - 1:
+            return super()._pull_step(index, dy)
+        return self.layers[index].backward(*dy), {}
 
-    def _steps(self, place: Place, mask: Any, lengths: Any, shape: Shape) -> np.ndarray | None:
-        """Return the mask that mask or lengths describe for an x of `shape`."""
-        if mask is None and lengths is None:
-            return None
-        lstm = next(_masked(self), None)
-        if lstm is None:
-            raise ValueError("Sequential: mask and lengths are for ConvLSTM2D layers, and there is none")
-        if mask is not None and lengths is not None:
-            raise ValueError("Sequential: give mask or lengths, not both")
-        if mask is not None:
-            return place.read("mask", mask) if dispatch.on_gpu(mask) else dispatch.as_numpy("Sequential", "mask", mask)
-        if len(shape) not in (4, 5):
-            raise ValueError(f"Sequential: lengths need an x (batch, time, …) of frames, got {len(shape)}D {shape}")
-        batched = len(shape) == 5
-        time = _time_axis(lstm, batched)
-        valid = steps_mask(None, lengths, (shape[1 - time] if batched else 1, shape[time]))
-        assert valid is not None
-        return valid if time else valid.T if batched else valid[0]
-
-    def _pull(self, taken: list[tuple[bool, np.dtype]], *gradients: Any) -> Any:
-        for index, layer in reversed(list(enumerate(self.layers))):
-            with told_of(_name(index, layer)):
-                on_gpu, dtype = taken[index] if taken else (False, None)
-                if not on_gpu:
-                    gradients = tuple(map(dispatch.to_numpy, gradients))
-                with nullcontext() if index or self.input_gradient else without_input_gradient(layer):
-                    dx = layer.backward(*gradients)
-                gradients = (dx.astype(dtype) if on_gpu and index and dx.dtype != dtype else dx,)
-        self._collect_gradients()
-        return gradients[0]
+    def _call_shapes(self, x: Any, **options: Any) -> Any:
+        if remedy := self._several_outputs():
+            raise ValueError(f"Sequential: in a graph its last layer returns one array; {remedy}")
+        return self.output_shape(x)
 
 
 def _name(index: int, layer: Layer) -> str:
     return f"layer {index}, {type(layer).__name__}"
-
-
-def _masked(layer: Layer) -> Iterator[ConvLSTM2D]:
-    """Yield the layers within that get a mask."""
-    if isinstance(layer, ConvLSTM2D):
-        yield layer
-    elif isinstance(layer, Sequential):
-        for inner in layer.layers:
-            yield from _masked(inner)
-
-
-def _reverses(layer: Layer) -> bool:
-    """Whether a layer returns the time steps last first."""
-    return sum(lstm.go_backwards for lstm in _masked(layer)) % 2 == 1
-
-
-def _time_axis(lstm: ConvLSTM2D, batched: bool) -> int:
-    """Return which axis of sequences, and of masks, is that of the time steps."""
-    return 1 if batched and not lstm.time_major else 0
-
-
-def _where_equal(a: Any, b: Any) -> Any:
-    """Return a shape, or a tuple of shapes, with None where `a` and `b` differ."""
-    if isinstance(a, tuple):
-        return tuple(_where_equal(i, j) for i, j in zip(a, b, strict=True))
-    return a if a == b else None
-
-
-def _restored(restore: Any, outputs: Any) -> Any:
-    """Return nested tuples and lists of arrays as the caller's kind of array."""
-    if isinstance(outputs, tuple | list):
-        return type(outputs)(_restored(restore, item) for item in outputs)
-    return None if outputs is None else restore(outputs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -20,6 +20,11 @@ class Described:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         _CLASSES[class_name(cls)] = cls
+
+    @classmethod
+    def _from_options(cls, options: dict[str, Any]) -> Self:
+        """Return the object with these `options`."""
+        return cls(**options)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -62,7 +67,7 @@ def restore(description: Mapping[str, Any], **options: Any) -> Any:
             f"where it is part of another layer, build that and use set_parameters(fastclstm.io.weights.load(path)[0])"
         )
     told = {key: _restored(value) for key, value in description["options"].items() if key not in options}
-    return _CLASSES[name](**told | options)
+    return _CLASSES[name]._from_options(told | options)
 
 
 def is_tellable(value: Any) -> bool:

@@ -13,7 +13,10 @@ import numpy as np
 from fastclstm import dispatch
 
 Batch = dict[str, np.ndarray]
-"""Arrays by name: x, y and whichever of the others there are."""
+"""Arrays by name: x, y and whichever of the others there are; of several inputs or outputs "x:NAME" and so on."""
+
+Ends = Mapping[str, tuple[str, ...] | None]
+"""The names of a model's inputs, under "x", and of its outputs, under "y" and "sample_weight"; None of one array."""
 
 _NAMES = ("x", "y", "sample_weight", "mask", "lengths")
 
@@ -30,7 +33,7 @@ class Arrays:
         if None in counts.values() or len(set(counts.values())) > 1:
             told = ", ".join(f"{name} {array.shape}" for name, array in self.arrays.items())
             raise ValueError(f"{op}: all arrays must have as many samples, on their first axis; got {told}")
-        self.op, self.batch_size, self.count = op, int(batch_size), len(self.arrays["x"])
+        self.op, self.batch_size, self.count = op, int(batch_size), samples(self.arrays)
         self.steps = -(-self.count // self.batch_size)
 
     def split(self, share: float) -> tuple[Arrays, Arrays]:
@@ -67,12 +70,12 @@ class Arrays:
 class Batches:
     """A caller's own batches."""
 
-    def __init__(self, op: str, source: Any, steps: int | None):
+    def __init__(self, op: str, source: Any, steps: int | None, ends: Ends):
         if isinstance(source, Iterator) and op == "fit" and steps is None:
             raise ValueError(f"{op}: an iterator of batches needs steps_per_epoch, the number of batches in an epoch")
         if steps is not None:
             check_count("steps_per_epoch", steps)
-        self.op, self.source = op, source
+        self.op, self.source, self._ends = op, source, ends
         self.steps = steps if steps is not None or not hasattr(source, "__len__") else len(source)
         self._limit, self._drawn = None if steps is None else int(steps), 0
 
@@ -108,7 +111,7 @@ class Batches:
         if not isinstance(item, tuple | list | Mapping) or not {"x", "y"} <= set(named):
             raise TypeError(f"{self.op}: a batch must be (x, y), (x, y, sample_weight) or a dict of these, "
                             f"got {type(item).__name__}")  # fmt: skip
-        return Arrays(self.op, named, 1).arrays
+        return Arrays(self.op, spread(self.op, named, self._ends), 1).arrays
 
 
 Data = Arrays | Batches
@@ -142,25 +145,79 @@ def _is_array(value: Any) -> bool:
     return hasattr(value, "__dlpack__") or hasattr(value, "__array__")
 
 
-def read(op: str, given: Mapping[str, Any], batch_size: int, steps: int | None = None) -> Data:
+def samples(batch: Batch) -> int:
+    """Return how many samples there are."""
+    return len(next(iter(batch.values())))
+
+
+def named_part(op: str, given: Any, names: tuple[str, ...]) -> dict[str, Any]:
+    """Return what was given for several names, as a list in their order or as a dict, by name in this order.
+
+    Raises
+    ------
+    ValueError
+        Another number of items, other names.
+    """
+    told = ", ".join(map(repr, names))
+    if isinstance(given, Mapping):
+        if set(given) != set(names):
+            raise ValueError(f"{op} must have {told}, got {', '.join(map(repr, given))}")
+        return {name: given[name] for name in names}
+    if isinstance(given, list | tuple) and len(given) == len(names):
+        return dict(zip(names, given, strict=True))
+    if len(names) == 1 and not isinstance(given, list | tuple):
+        return {names[0]: given}
+    came = f"{len(given)} items" if isinstance(given, list | tuple) else type(given).__name__
+    raise ValueError(f"{op} must be a list of {len(names)} arrays, or a dict of them by name ({told}), got {came}")
+
+
+def spread(op: str, named: Mapping[str, Any], ends: Ends) -> dict[str, Any]:
+    """Return arrays by name with those of several inputs or outputs under names of their own.
+
+    Of y and sample_weight some may be missing, and one sample_weight is for all outputs.
+    """
+    arrays: dict[str, Any] = {}
+    for name, value in named.items():
+        names = ends.get(name)
+        if value is None or (names is None and not (name == "x" and isinstance(value, Mapping))):
+            arrays[name] = value
+            continue
+        if names is None:
+            raise TypeError(f"{op}: x is a dict, but the model takes one array; give that")
+        if name == "sample_weight" and not isinstance(value, Mapping | list | tuple):
+            value = dict.fromkeys(names, value)
+        if name != "x" and isinstance(value, Mapping) and set(value) <= set(names):
+            value = dict.fromkeys(names) | dict(value)
+        arrays |= {f"{name}:{key}": part for key, part in named_part(f"{op}: {name}", value, names).items()}
+    return arrays
+
+
+def read(
+    op: str, given: Mapping[str, Any], batch_size: int, steps: int | None = None, ends: Ends | None = None
+) -> Data:
     """Return the arrays or batches among what was `given`, checked."""
+    ends = ends or {}
     arrays = {name: given.get(name) for name in _NAMES}
     x = arrays["x"]
     if arrays["y"] is None:
-        if _is_array(x):
-            raise ValueError(f"{op}: x is an array, but there is no y, the outputs that the model should give")
+        several = isinstance(x, Mapping) or (
+            ends.get("x") is not None and isinstance(x, list) and all(map(_is_array, x))
+        )
+        if _is_array(x) or several:
+            x_is = "x is arrays" if several else "x is an array"
+            raise ValueError(f"{op}: {x_is}, but there is no y, the outputs that the model should give")
         if isinstance(x, tuple) and len(x) in (2, 3) and all(map(_is_array, x)):
             raise TypeError(f"{op}: x is a tuple of {len(x)} arrays; give them one by one: x, y, sample_weight=…")
         if not (callable(x) or isinstance(x, Iterable)):
             raise TypeError(f"{op}: x must be an array, or batches (x, y), got {type(x).__name__}")
         if extra := [name for name in _NAMES[2:] if arrays[name] is not None]:
             raise ValueError(f"{op}: {' and '.join(extra)} must be part of the batches, where x is batches")
-        return Batches(op, x, steps)
+        return Batches(op, x, steps, ends)
     if steps is not None:
         raise ValueError(f"{op}: steps_per_epoch is for batches; arrays are cut by batch_size")
-    data = Arrays(op, arrays, batch_size)
+    data = Arrays(op, spread(op, arrays, ends), batch_size)
     if data.count == 0:
-        raise ValueError(f"{op}: x of shape {data.arrays['x'].shape} has no samples")
+        raise ValueError(f"{op}: x of shape {next(iter(data.arrays.values())).shape} has no samples")
     return data
 
 

@@ -31,13 +31,17 @@ class Progress:
     sums: dict[str, Any] = field(default_factory=dict)
     samples: int = 0
     """Of the steps of this epoch so far, as are `sums` and `seconds`."""
-    left_out: float = 0.0
-    """How many of the samples weighed nothing, parts of them too."""
+    left_out: Any = field(default_factory=dict)
+    """How many of the samples weighed nothing, parts of them too, by output; a number in files of before."""
     seconds: float = 0.0
     history: dict[str, list[float]] = field(default_factory=dict)
     best: float | None = None
     waited: int = 0
     stopped: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.left_out, Mapping):
+            self.left_out = {"": self.left_out} if self.left_out else {}
 
 
 @dataclass

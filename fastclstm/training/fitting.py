@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -17,15 +17,13 @@ from fastclstm.io.progress import progress_bar
 from fastclstm.layers.base import without_input_gradient
 from fastclstm.layers.container import told_of
 from fastclstm.nn import losses, metrics, optimizers, schedules
-from fastclstm.nn.described import Described, describe
-from fastclstm.training.batches import Arrays, Batch, Data
+from fastclstm.nn.described import describe
+from fastclstm.training.batches import Arrays, Batch, Data, samples
 from fastclstm.training.checkpoints import Checkpoint, Progress, generator_states, generators, set_generator_states
 from fastclstm.training.history import EarlyStopping, History
 from fastclstm.training.model import Model
+from fastclstm.training.objective import Metric, Objective, as_made, outputs_of, target, weights
 from fastclstm.training.watching import finite, watched_layers
-
-Metric = Callable[[Any, Any], Any]
-Metrics = Mapping[str, Metric]
 
 REMEDIES = {
     "x": "fill the gaps, or let mask= skip frames that are missing; a sample_weight of 0 leaves out what y lacks",
@@ -40,9 +38,8 @@ class Fitting:
     """One call of `fit`."""
 
     model: Model
-    loss: losses.Loss
+    objective: Objective
     optimizer: optimizers.Optimizer
-    metrics: Metrics
     data: Data
     validation: Data | None
     shuffle: bool
@@ -50,7 +47,6 @@ class Fitting:
     early_stopping: EarlyStopping | None
     checkpoint: str | os.PathLike[str] | None
     checkpoint_every: int | None
-    class_weight: Mapping[int, float] | None = None
 
     def __post_init__(self) -> None:
         entropy: Any = np.random.SeedSequence().entropy if self.seed is None else self.seed
@@ -59,7 +55,8 @@ class Fitting:
         self.best_parameters: dict[str, np.ndarray] = {}
         stopping = self.early_stopping
         if stopping is not None:
-            known = [*self._curves(), *(f"val_{name}" for name in self._curves() if self.validation)]
+            curves = self.objective.curves
+            known = [*curves, *(f"val_{name}" for name in curves if self.validation)]
             default = "val_loss" if self.validation else "loss"
             self.monitor = default if stopping.monitor is None else stopping.monitor
             if self.monitor not in known:
@@ -73,7 +70,8 @@ class Fitting:
         """Train until there is a reason to end."""
         if isinstance(self.validation, Arrays):  # not after an epoch, should it not fit
             with told_of("the validation data"):
-                evaluate(self.model, self.loss, {}, islice(drawn(self.model, self.validation), 1))
+                unmeasured = replace(self.objective, metrics={})
+                evaluate(self.model, unmeasured, islice(drawn(self.model, self.validation), 1))
         plan = json.loads(json.dumps(self._plan()))
         self.file = Checkpoint(self.checkpoint, self.model, self.optimizer, plan)
         if resume and self.file.exists():
@@ -104,7 +102,7 @@ class Fitting:
         if before >= limit:
             return True
         start = time.perf_counter() - before
-        sums = Sums(self.metrics, progress.sums, progress.samples, progress.left_out)
+        sums = Sums(self.objective, progress.sums, progress.samples, progress.left_out)
         seed = progress.seed if self.shuffle else None
         for batch in drawn(self.model, self.data, progress.epoch, progress.step, seed):
             self._step(batch, sums)
@@ -120,7 +118,7 @@ class Fitting:
                 self._save()
         row = sums.values()
         if self.validation is not None:
-            measured = evaluate(self.model, self.loss, self.metrics, drawn(self.model, self.validation))
+            measured = evaluate(self.model, self.objective, drawn(self.model, self.validation))
             row |= {f"val_{name}": value for name, value in measured.items()}
         row["learning_rate"] = float(schedules.get(self.optimizer.learning_rate)(self.optimizer.steps - 1))
         row["seconds"] = time.perf_counter() - start
@@ -128,7 +126,7 @@ class Fitting:
             self.history.setdefault(name, []).append(value)
         progress.epoch += 1
         progress.step, progress.sums, progress.samples = 0, {}, 0
-        progress.left_out = progress.seconds = 0.0
+        progress.left_out, progress.seconds = {}, 0.0
         if self.early_stopping is not None:
             self._watch(self.early_stopping, row[self.monitor])
         return False
@@ -138,26 +136,26 @@ class Fitting:
         model, parameters, states = self.model, self.model.parameters, generator_states(self.model)
         moments = self.optimizer.steps, self.optimizer.state  # which a step replaces
         try:
-            y = one_array(model, model._predict_batch(batch, training=True))
-            weights = self._weights(batch)
-            value, dy = self.loss.value_and_gradient(y, batch["y"], weights)
-            value += model.penalty
-            if not math.isfinite(value):
-                raise FloatingPointError(f"the loss is {value}")
+            made = model._predict_batch(batch, training=True)
+            outputs = outputs_of(model, made)
+            values, gradients = self.objective.values_and_gradients(outputs, batch)
+            values["loss"] += model.penalty
+            if not math.isfinite(values["loss"]):
+                raise FloatingPointError(f"the loss is {values['loss']}")
             with without_input_gradient(model):
-                model.backward(dy)
+                model.backward(as_made(model, made, gradients))
             forget(model)
-            learning, gradients = model.trainable_parameters, model.get_gradients()
-            if missing := sorted(set(learning) - set(gradients)):
+            learning, found = model.trainable_parameters, model.get_gradients()
+            if missing := sorted(set(learning) - set(found)):
                 raise ValueError(f"fit: backward kept no gradient of {', '.join(missing)}; set store_gradients=True "
                                  f"on the layers they are of, or trainable=False")  # fmt: skip
-            moved = self.optimizer.step(learning, gradients)
+            moved = self.optimizer.step(learning, found)
             model.set_parameters(model.parameters | moved)
             model.apply_constraints()
             for name, array in model.parameters.items():  # moving statistics too
                 if array is not parameters[name] and not finite(array):
                     raise FloatingPointError(f"the new {name} holds NaN or Inf")
-            sums.add(value, y, batch["y"], len(batch["x"]), weights)
+            sums.add(values, outputs, batch)
         except BaseException as error:
             model.set_parameters(parameters)
             set_generator_states(model, states)
@@ -171,38 +169,31 @@ class Fitting:
             error.add_note(f"in {where} of fit")
             raise
 
-    def _weights(self, batch: Batch) -> np.ndarray | None:
-        """Return the factors of the loss's values: those of the samples times those of the classes."""
-        weights = batch.get("sample_weight")
-        if self.class_weight is None:
-            return weights
-        factors = losses.class_weights(self.loss, batch["y"], self.class_weight)
-        if weights is None:
-            return factors
-        axes = max(weights.ndim, factors.ndim)
-        return np.multiply(*(a.reshape(a.shape + (1,) * (axes - a.ndim)) for a in (weights, factors)))
-
     def _origin(self, batch: Batch) -> tuple[str, str]:
         """Say where what is not finite began, and what to do; unless that is the data, a step is computed again."""
-        weights = self._weights(batch)
-        seen = batch if weights is None else batch | {"y": losses.without(batch["y"], weights)}
+        objective, seen = self.objective, dict(batch)
+        for output in objective.losses:
+            if (weighed := objective.weights(batch, output)) is not None:
+                seen["y" if "y" in batch else f"y:{output}"] = losses.without(target(batch, output), weighed)
         for name, array in seen.items():
             if not finite(array):
-                return f"it began in the batch: {name} holds NaN or Inf", REMEDIES.get(name, "mend the data")
-        return self._layer_of_origin(batch, weights), REMEDIES["loss"]
+                kind, _, part = name.partition(":")
+                told = f"{kind} {part!r}" if part else kind
+                return f"it began in the batch: {told} holds NaN or Inf", REMEDIES.get(kind, "mend the data")
+        return self._layer_of_origin(batch), REMEDIES["loss"]
 
-    def _layer_of_origin(self, batch: Batch, weights: np.ndarray | None) -> str:
+    def _layer_of_origin(self, batch: Batch) -> str:
         """Compute a step again, layer by layer, to say where what is not finite began."""
         model, states = self.model, generator_states(self.model)
         parameters = model.parameters
         try:
             with np.errstate(all="ignore"), watched_layers(model) as found:
-                y = model._predict_batch(batch, training=True)
+                made = model._predict_batch(batch, training=True)
                 if not found:
-                    value, dy = self.loss.value_and_gradient(y, batch["y"], weights)
-                    if not (math.isfinite(value + model.penalty) and finite(dy)):
+                    values, gradients = self.objective.values_and_gradients(outputs_of(model, made), batch)
+                    if not (math.isfinite(values["loss"] + model.penalty) and finite(gradients)):
                         return "it began in the loss or the penalty, as all outputs are finite"
-                    model.backward(dy)
+                    model.backward(as_made(model, made, gradients))
         finally:
             model.set_parameters(parameters)
             set_generator_states(model, states)
@@ -218,12 +209,10 @@ class Fitting:
             "trainable": list(model.trainable_parameters),
             "generators": sorted(generators(model)),
             "optimizer": describe(self.optimizer),
-            "loss": describe(self.loss) if isinstance(self.loss, Described) else "functions",
-            "metrics": list(self.metrics),
+            **self.objective.told(),
             "validation": None if self.validation is None else self.validation.told(),
             "shuffle": self.shuffle,
             "seed": self.seed,
-            "class_weight": self.class_weight and {str(label): float(n) for label, n in self.class_weight.items()},
             "early_stopping": None if self.early_stopping is None else describe(self.early_stopping),
             "options": model._fit_options(),
         }
@@ -242,9 +231,6 @@ class Fitting:
         progress.waited += 1
         progress.stopped = progress.waited >= stopping.patience
 
-    def _curves(self) -> tuple[str, ...]:
-        return ("loss", *self.metrics)
-
 
 class Sums:
     """What batches give, summed up: numbers times their samples, and the counts of metrics that are quotients.
@@ -253,19 +239,25 @@ class Sums:
     """
 
     def __init__(
-        self, metrics: Metrics, sums: Mapping[str, Any] | None = None, samples: int = 0, left_out: float = 0.0
+        self, objective: Objective, sums: Mapping[str, Any] | None = None, samples: int = 0, left_out: Any = None
     ):
-        self.metrics, self.sums, self.samples, self.left_out = metrics, dict(sums or {}), samples, left_out
+        self.metrics, self.sums, self.samples = objective.metrics, dict(sums or {}), samples
+        self.left_out: dict[str, float] = dict(left_out or {})
+        """How many samples of each output weighed nothing, parts of them too."""
 
-    def add(
-        self, loss: float, y: np.ndarray, target: np.ndarray, samples: int, weights: np.ndarray | None = None
-    ) -> None:
-        """Add the loss and the metrics of a batch of so many samples; nothing where a metric fails."""
-        valid = None if weights is None or np.all(weights) else weights != 0
-        parts = {name: self._part(name, metric, y, target, samples, valid) for name, metric in self.metrics.items()}
-        self.samples += samples
-        self.left_out += 0.0 if valid is None else samples * (1 - float(valid.mean()))
-        for name, part in ({"loss": samples * loss} | parts).items():
+    def add(self, values: Mapping[str, float], outputs: Mapping[str, np.ndarray], batch: Batch) -> None:
+        """Add the losses and the metrics of a batch; nothing where a metric fails."""
+        count, left_out = samples(batch), dict(self.left_out)
+        valid: dict[str, np.ndarray | None] = {}
+        for output in outputs:
+            given = weights(batch, output)
+            valid[output] = seen = None if given is None or np.all(given) else given != 0
+            if seen is not None:
+                left_out[output] = left_out.get(output, 0.0) + count * (1 - float(seen.mean()))
+        parts = {name: self._part(name, metric, outputs[output], target(batch, output), count, valid[output])
+                 for name, (output, metric) in self.metrics.items()}  # fmt: skip
+        self.samples, self.left_out = self.samples + count, left_out
+        for name, part in ({name: count * value for name, value in values.items()} | parts).items():
             self.sums[name] = np.add(self.sums.get(name, 0.0), part).tolist()
 
     def values(self) -> dict[str, float]:
@@ -287,13 +279,14 @@ class Sums:
         return samples * share * _one_number(name, metric(y, target, **options))
 
     def _value(self, name: str, total: Any) -> float:
-        metric = self.metrics.get(name)
+        output, metric = self.metrics.get(name, ("", None))
         counted = None if metric is None else metrics.counted(metric)
         if counted is not None:
             return float(counted[1](np.asarray(total)))
-        if metric is None or not self.left_out or not metrics.knows_valid(metric):
+        left_out = self.left_out.get(output, 0.0)
+        if metric is None or not left_out or not metrics.knows_valid(metric):
             return total / max(1, self.samples)
-        seen = self.samples - self.left_out
+        seen = self.samples - left_out
         return total / seen if seen > 1e-9 * self.samples else math.nan
 
 
@@ -305,13 +298,12 @@ def _one_number(name: str, value: Any) -> float:
     return float(number.reshape(()))
 
 
-def evaluate(model: Model, loss: losses.Loss, named: Metrics, given: Iterable[Batch]) -> dict[str, float]:
-    """Return the loss and the metrics of batches."""
-    sums = Sums(named)
+def evaluate(model: Model, objective: Objective, given: Iterable[Batch]) -> dict[str, float]:
+    """Return the losses and the metrics of batches."""
+    sums = Sums(objective)
     for batch in given:
-        y = one_array(model, model._predict_batch(batch, training=False))
-        weights = batch.get("sample_weight")
-        sums.add(loss(y, batch["y"], weights), y, batch["y"], len(batch["x"]), weights)
+        outputs = outputs_of(model, model._predict_batch(batch, training=False))
+        sums.add(objective.values(outputs, batch), outputs, batch)
     return sums.values()
 
 
@@ -319,19 +311,11 @@ def drawn(model: Model, data: Data, epoch: int = 0, start: int = 0, seed: int | 
     """Yield the batches of an epoch, each kind of them checked."""
     kinds = set()
     for batch in data.batches(epoch, start, seed):
-        kind = (*batch, *batch["x"].shape[1:])
+        kind = tuple((name, array.shape[1:]) for name, array in batch.items() if name.startswith("x")), *batch
         if kind not in kinds:
             model._check_batch(data.op, batch)
             kinds.add(kind)
         yield batch
-
-
-def one_array(model: Model, output: Any) -> np.ndarray:
-    """Return a model's output; raise TypeError where it is more than one array."""
-    if not isinstance(output, np.ndarray):
-        raise TypeError(f"{type(model).__name__} returns more than one array ({type(output).__name__}), but fit, "
-                        f"evaluate and predict are for one; leave out return_state and the like")  # fmt: skip
-    return output
 
 
 def forget(model: Model) -> None:

@@ -15,6 +15,10 @@ from fastclstm.training.batches import Batch
 class Model(Protocol):
     """A network as training sees it; `Trainable` makes one of a `Container`. The public names are those of `Layer`."""
 
+    _input_names: tuple[str, ...] | None
+    """Of the inputs, where they are a list or dict; None where there is one array."""
+    _output_names: tuple[str, ...] | None
+
     @property
     def parameters(self) -> dict[str, np.ndarray]:
         """Name of each parameter and its array."""
@@ -40,7 +44,7 @@ class Model(Protocol):
         """Pull the gradient of the last training call's output back."""
 
     def _predict_batch(self, batch: Batch, training: bool) -> Any:
-        """Return the output for a batch, which should be one array."""
+        """Return the outputs for a batch: one array, or a list or dict of them."""
 
     def _check_batch(self, op: str, batch: Batch) -> None:
         """Raise ValueError where the batch is none for this model."""

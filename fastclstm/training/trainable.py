@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,20 +12,24 @@ from fastclstm import dispatch
 from fastclstm.layers.base import Layer
 from fastclstm.layers.container import Container, told, walk
 from fastclstm.layers.convlstm2d import ConvLSTM2D
-from fastclstm.nn import is_number, losses, metrics, optimizers
+from fastclstm.nn import is_number, optimizers
 from fastclstm.nn.described import Description, describe
 from fastclstm.training import batches
-from fastclstm.training.batches import Arrays, Batch, Data, by_name, check_count
-from fastclstm.training.fitting import Fitting, Metrics, drawn, evaluate, forget, one_array
+from fastclstm.training.batches import Arrays, Batch, Data, Ends, by_name, check_count, samples, spread
+from fastclstm.training.fitting import Fitting, drawn, evaluate, forget
 from fastclstm.training.history import EarlyStopping, History
+from fastclstm.training.objective import as_made, listed, objective, outputs_of
 
 
 class Trainable(Container):
-    """A model of one array in and one array out that can be fitted to data."""
+    """A model that can be fitted to data."""
+
+    _input_names: tuple[str, ...] | None = None
+    _output_names: tuple[str, ...] | None = None
 
     def fit(
-        self, x: Any, y: Any = None, *, loss: Any = "mse", optimizer: Any = "adam", epochs: int = 1,
-        batch_size: int = 16, sample_weight: Any = None, mask: Any = None, lengths: Any = None,
+        self, x: Any, y: Any = None, *, loss: Any = "mse", loss_weights: Any = None, optimizer: Any = "adam",
+        epochs: int = 1, batch_size: int = 16, sample_weight: Any = None, mask: Any = None, lengths: Any = None,
         validation_split: float = 0.0, validation_data: Any = None, metrics: Any = (), shuffle: bool = True,
         seed: int | None = None, steps_per_epoch: int | None = None, time_limit: float | None = None,
         early_stopping: int | EarlyStopping | None = None, checkpoint: str | os.PathLike[str] | None = None,
@@ -157,13 +160,13 @@ class Trainable(Container):
         if not self.trainable_parameters:
             raise ValueError("fit: the model has no trainable parameters; set trainable=True on what should learn")
         _check_class_weight(class_weight)
-        calls = _listed("callbacks", callbacks)
+        calls = listed("callbacks", callbacks)
         if not all(map(callable, calls)):
             raise TypeError(f"fit: callbacks must be functions of the History, got {callbacks!r}")
         training = Fitting(
-            self, losses.get(loss), optimizers.get(optimizer), _metrics(metrics), data, validation, bool(shuffle),
-            None if seed is None else int(seed),
-            early_stopping, checkpoint, checkpoint_every, class_weight,
+            self, objective(self, loss, loss_weights, metrics, class_weight), optimizers.get(optimizer),
+            data, validation, bool(shuffle), None if seed is None else int(seed),
+            early_stopping, checkpoint, checkpoint_every,
         )  # fmt: skip
         try:
             return training.run(epochs, time_limit, resume, calls, quiet)
@@ -171,8 +174,8 @@ class Trainable(Container):
             forget(self)
 
     def evaluate(
-        self, x: Any, y: Any = None, *, loss: Any = "mse", metrics: Any = (), batch_size: int = 16,
-        sample_weight: Any = None, mask: Any = None, lengths: Any = None,
+        self, x: Any, y: Any = None, *, loss: Any = "mse", loss_weights: Any = None, metrics: Any = (),
+        batch_size: int = 16, sample_weight: Any = None, mask: Any = None, lengths: Any = None,
     ) -> dict[str, float]:  # fmt: skip
         """Return ``{"loss": …}`` and the metrics: means over the batches, weighted by their sizes, without penalties.
 
@@ -188,7 +191,7 @@ class Trainable(Container):
         """
         given = {"x": x, "y": y, "sample_weight": sample_weight, "mask": mask, "lengths": lengths}
         data = _read(self, "evaluate", given, batch_size)
-        return evaluate(self, losses.get(loss), _metrics(metrics), drawn(self, data))
+        return evaluate(self, objective(self, loss, loss_weights, metrics), drawn(self, data))
 
     def predict(self, x: Any, batch_size: int = 16, *, mask: Any = None, lengths: Any = None, **options: Any) -> Any:
         """Return the model's output for x (N, …), computed `batch_size` samples at a time, as x's kind of array.
@@ -201,16 +204,19 @@ class Trainable(Container):
             As `forward`; an output of more than one array.
         """
         _check_layers(self, "predict")
-        as_given, data = dispatch.restorer(x), Arrays("predict", {"x": x, "mask": mask, "lengths": lengths}, batch_size)
-        made: Any = None
+        given = spread("predict", {"x": x, "mask": mask, "lengths": lengths}, self._ends)
+        as_given, data = dispatch.restorer(next(iter(given.values()))), Arrays("predict", given, batch_size)
+        made: dict[str, np.ndarray] = {}
         done = 0
         for batch in drawn(self, data):
-            y = one_array(self, self.forward(batch.pop("x"), **batch, **options))
-            if made is None:
-                made = np.empty((data.count, *y.shape[1:]), y.dtype)
-            made[done : done + len(y)] = y
-            done += len(y)
-        return as_given(made)
+            others = {name: batch[name] for name in ("mask", "lengths") if name in batch}
+            y = self.forward(self._x_of(batch), **others, **options)
+            for name, part in outputs_of(self, y).items():
+                if name not in made:
+                    made[name] = np.empty((data.count, *part.shape[1:]), part.dtype)
+                made[name][done : done + len(part)] = part
+            done += samples(batch)
+        return as_made(self, y, {name: as_given(array) for name, array in made.items()})
 
     def _check_batch(self, op: str, batch: Batch) -> None:
         """Raise ValueError where the batch is none for this model; what else is wrong, forward says."""
@@ -218,7 +224,15 @@ class Trainable(Container):
     def _predict_batch(self, batch: Batch, training: bool) -> Any:
         """Return the output for a batch: `forward`, and what it has to know of the target."""
         inputs = {name: batch[name] for name in ("mask", "lengths") if name in batch}
-        return self.forward(batch["x"], training=training, **inputs)
+        return self.forward(self._x_of(batch), training=training, **inputs)
+
+    def _x_of(self, batch: Batch) -> Any:
+        """Return the inputs in a batch, as `forward` takes them."""
+        return batch["x"] if self._input_names is None else [batch[f"x:{name}"] for name in self._input_names]
+
+    @property
+    def _ends(self) -> Ends:
+        return {"x": self._input_names, "y": self._output_names, "sample_weight": self._output_names}
 
     def _fit_options(self) -> dict[str, Any]:
         """Return what a checkpoint should know of `_predict_batch`, as JSON holds it."""
@@ -234,7 +248,7 @@ class Trainable(Container):
 def _read(model: Trainable, op: str, given: Mapping[str, Any], batch_size: int, steps: int | None = None) -> Data:
     """Return the arrays or batches among what was `given`, checked."""
     _check_layers(model, op)
-    data = batches.read(op, given, batch_size, steps)
+    data = batches.read(op, given, batch_size, steps, model._ends)
     if isinstance(data, Arrays):
         next(drawn(model, data))
     return data
@@ -258,32 +272,3 @@ def _check_class_weight(given: Any) -> None:
     for label, factor in given.items():
         if not (isinstance(label, int | np.integer) and is_number(factor) and factor >= 0):
             raise ValueError(f"fit: class_weight must map class numbers to factors >= 0, got {label!r}: {factor!r}")
-
-
-def _listed(name: str, given: Any) -> tuple[Any, ...]:
-    """Return one, several or no functions or names as a tuple."""
-    if given is None or isinstance(given, str) or callable(given):
-        return () if given is None else (given,)
-    try:
-        return tuple(given)
-    except TypeError as error:
-        raise TypeError(f"{name} must be one or a sequence of them, got {given!r}") from error
-
-
-def _metrics(given: Any) -> Metrics:
-    """Return the metrics by the names that their curves have."""
-    listed = _listed("metrics", given)
-    named = {_name(metric): metrics.get(metric) for metric in listed}
-    taken = [name for name in named if name in ("loss", "learning_rate", "seconds") or name.startswith("val_")]
-    if len(named) < len(listed) or taken:
-        wrong = f"{taken[0]!r} is the name of another curve" if taken else "two have the same name"
-        raise ValueError(f"metrics: {wrong}; the names are {', '.join(named)}: set a function's __name__ to another")
-    return named
-
-
-def _name(metric: Any) -> str:
-    """Return the name of a metric's curve; a partial function has that of the whole."""
-    if isinstance(metric, str):
-        return metric
-    whole = metric.func if isinstance(metric, partial) else metric
-    return getattr(metric, "__name__", getattr(whole, "__name__", type(whole).__name__))

@@ -102,8 +102,8 @@ class _Convolution:
         remember: bool,
     ):
         self._specs, self._kernels, self._bias, self._remember = specs, kernels, bias, remember
-        self._tile = plans.choose("convlstm2d", specs, algorithm if plans.fits(specs) or algorithm == "direct" else "auto",
-                               kernels[0].itemsize)  # fmt: skip
+        way = algorithm if plans.fits(specs) or algorithm == "direct" else "auto"
+        self._tile = plans.choose("convlstm2d", specs, way, kernels[0].itemsize)
         self._packed = cache(lambda tile: launch.pack(kernels, bias, np.ones(1), tile, remember=remember))
         self._cell = np.zeros(1, gates.CELL)
         self._cell["F"] = specs[0].F
