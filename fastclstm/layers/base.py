@@ -336,6 +336,8 @@ class Layer(Described):
             before = pullback(*gradients)
             if isinstance(before, tuple):  # the gradient of the input, then those of states
                 return dispatch.scaled(before[0], self.gradient_scale), *before[1:]
+            if isinstance(before, list):  # those of several inputs
+                return [dispatch.scaled(array, self.gradient_scale) for array in before]
             return dispatch.scaled(before, self.gradient_scale)
 
         return scaled
