@@ -162,13 +162,16 @@ def check_against_torch(layer, x, function, *parameters):
         close(turn(layer.get_gradients()[name]), leaf.grad.numpy(), 1e-11)
 
 
+IN_FLOAT32 = 1e-6
+"""Tolerance of comparisons with operations of Keras that round to float32."""
+
+
 def keras_values(make, x, weights=(), **call):
-    """Return what a layer of Keras, in float64 on PyTorch, makes of x."""
+    """Return what a layer of Keras, in float64 on PyTorch, makes of x; some of its operations round to float32."""
     os.environ.setdefault("KERAS_BACKEND", "torch")
     pytest.importorskip("torch")
     keras = pytest.importorskip("keras")
-    layer = make(keras.layers)
-    several = isinstance(x, list)
+    layer, several = make(keras.layers), isinstance(x, list)
     layer.build([a.shape for a in x] if several else x.shape)
     layer.set_weights(list(weights))
     arrays = [keras.ops.convert_to_tensor(a, "float64") for a in x] if several else x

@@ -141,7 +141,7 @@ def test_values_and_gradients_of_torch(engine, seed):
 @pytest.mark.keras
 @pytest.mark.parametrize("seed", range(12))
 def test_values_of_keras(engine, seed):
-    """Where Keras's engines agree: on PyTorch it warns of, and computes, other values where an output_padding is odd."""
+    """Where Keras's engines agree: on PyTorch it computes other values where an output_padding is odd."""
     os.environ.setdefault("KERAS_BACKEND", "torch")
     keras = pytest.importorskip("keras")
     rng = np.random.default_rng(seed)
