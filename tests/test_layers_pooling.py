@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
-from layer_checks import IN_FLOAT32, (
+from layer_checks import (
+    IN_FLOAT32,
     check_against_torch,
     check_complex_step,
     check_gradients,

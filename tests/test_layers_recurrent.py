@@ -2,7 +2,8 @@ import copy
 
 import numpy as np
 import pytest
-from layer_checks import IN_FLOAT32, (
+from layer_checks import (
+    IN_FLOAT32,
     check_gradients,
     check_laws,
     check_penalties,
@@ -165,9 +166,8 @@ def test_lstm_of_torch(engine):
         theirs.weight_hh_l0[:] = torch.tensor(layer.recurrent_kernel.T.copy())
         theirs.bias_ih_l0[:] = torch.tensor(layer.bias.copy())
         theirs.bias_hh_l0[:] = 0
-    leaves = [
-        torch.tensor(normal(*shape, seed=s), requires_grad=True) for s, shape in enumerate([(2, 5, 3), (2, 4), (2, 4)])
-    ]
+    shapes = (2, 5, 3), (2, 4), (2, 4)
+    leaves = [torch.tensor(normal(*shape, seed=seed), requires_grad=True) for seed, shape in enumerate(shapes)]
     expected, (h, c) = theirs(leaves[0], tuple(state[None] for state in leaves[1:]))
     x, *initial = (leaf.detach().numpy() for leaf in leaves)
     y, [(last_h, last_c)] = layer(x, tuple(initial), training=True)
