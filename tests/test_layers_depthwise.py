@@ -52,7 +52,7 @@ def test_values_and_gradients_of_torch(stride, padding, dilation):
     layer = DepthwiseConv2D(3, 3, depth_multiplier=2, data_format="channels_first", **options, **FIXED)
     turned = lambda kernel: kernel.transpose(2, 3, 0, 1).reshape(6, 1, 3, 3)  # noqa: E731
     function = lambda x, w, b: torch.nn.functional.conv2d(x, w, b, groups=3, **options)  # noqa: E731
-    check_against_torch(layer, normal(2, 3, 8, 7), function, ("kernel", turned), ("bias", np.array))
+    check_against_torch(layer, normal(2, 3, 8, 7), function, ("depthwise_kernel", turned), ("bias", np.array))
 
 
 @pytest.mark.torch
@@ -98,8 +98,8 @@ def test_values_of_keras(stride, padding, dilation):
 
 
 def test_penalties():
-    layer = SeparableConv2D(1, 1, 2, depthwise_kernel_regularizer="l2", pointwise_kernel_regularizer="l2",
-                            bias_regularizer="l1", depthwise_kernel_constraint="non_neg", engine="reference",
+    layer = SeparableConv2D(1, 1, 2, depthwise_regularizer="l2", pointwise_regularizer="l2",
+                            bias_regularizer="l1", depthwise_constraint="non_neg", engine="reference",
                             **FIXED)  # fmt: skip
     check_penalties(layer, normal(1, 2, 2, 1), "depthwise_kernel")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -19,9 +19,8 @@ from fastclstm.spec import DATA_FORMATS, UNKNOWN, ConvSpec, Shape, choice, flag,
 class _Depthwise(FrameLayer):
     """What both do first: each channel is convolved with `depth_multiplier` filters of its own."""
 
+    depthwise_kernel = Parameter()
     bias = Parameter()
-    _kernel: ClassVar[str]
-    """Name of the parameter (KH, KW, C, M)."""
 
     def _build(self, rng: np.random.Generator) -> None:
         """Check the options that both have, and draw the kernel."""
@@ -34,12 +33,13 @@ class _Depthwise(FrameLayer):
         options.dtype = layer_dtype(op, options.dtype)
         choice(op, "data_format", options.data_format, DATA_FORMATS)
         check_activation(op, options.activation)
-        self._add(self._kernel, (*options.kernel_size, options.in_channels, options.depth_multiplier), rng)
+        self._add("depthwise_kernel", (*options.kernel_size, options.in_channels, options.depth_multiplier), rng)
         self._geometry((UNKNOWN, UNKNOWN, options.in_channels))  # wrong options are errors now, not later
 
     def _add(self, name: str, shape: Shape, rng: np.random.Generator) -> None:
         """Draw a parameter as the options of its name say."""
-        said = {key: self.options[f"{name}_{key}"] for key in ("initializer", "regularizer", "constraint")}
+        prefix = name.removesuffix("_kernel")
+        said = {key: self.options[f"{prefix}_{key}"] for key in ("initializer", "regularizer", "constraint")}
         self._add_parameter(name, shape, said["initializer"], rng, self.options["dtype"],
                             regularizer=said["regularizer"], constraint=said["constraint"])  # fmt: skip
 
@@ -58,14 +58,14 @@ class _Depthwise(FrameLayer):
         return self.options["in_channels"] * self.options["depth_multiplier"]
 
     def _frames(self, x: np.ndarray, training: bool) -> tuple[np.ndarray, Pullback]:
-        y, pull_depthwise = depthwise_vjp(self._geometry(x.shape[1:]), x, self._parameters[self._kernel])
+        y, pull_depthwise = depthwise_vjp(self._geometry(x.shape[1:]), x, self.depthwise_kernel)
         z, pull_rest = self._rest(y)
         y, pull = activate(self.options["activation"], z)
 
         def pullback(dy: np.ndarray) -> np.ndarray:
             before, gradients = pull_rest(pull(dy))
             dx, dkernel = pull_depthwise(before)
-            self._keep_gradients({self._kernel: dkernel} | gradients)
+            self._keep_gradients({"depthwise_kernel": dkernel} | gradients)
             return dx
 
         return y, pullback
@@ -91,13 +91,14 @@ class DepthwiseConv2D(_Depthwise):
         At most one of them above 1.
     depth_multiplier : int
         M, the filters of a channel.
-    use_bias, activation, kernel_initializer, bias_initializer, kernel_regularizer, bias_regularizer, \
-kernel_constraint, bias_constraint, data_format, dtype, seed
+    use_bias, activation, bias_initializer, bias_regularizer, bias_constraint, data_format, dtype, seed
         As in `Conv2D`.
+    depthwise_initializer, depthwise_regularizer, depthwise_constraint
+        As those of the kernel in `Conv2D`.
 
     Attributes
     ----------
-    kernel : array (KH, KW, C, M)
+    depthwise_kernel : array (KH, KW, C, M)
     bias : array (C·M,) or None
 
     Raises
@@ -121,18 +122,15 @@ kernel_constraint, bias_constraint, data_format, dtype, seed
     depth_multiplier: int = 1
     use_bias: bool = True
     activation: Any = "linear"
-    kernel_initializer: Any = "glorot_uniform"
+    depthwise_initializer: Any = "glorot_uniform"
     bias_initializer: Any = "zeros"
-    kernel_regularizer: Any = None
+    depthwise_regularizer: Any = None
     bias_regularizer: Any = None
-    kernel_constraint: Any = None
+    depthwise_constraint: Any = None
     bias_constraint: Any = None
     data_format: str = "channels_last"
     dtype: Any = "float32"
     seed: int | np.random.Generator | None = None
-
-    kernel = Parameter()
-    _kernel = "kernel"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -162,8 +160,8 @@ class SeparableConv2D(_Depthwise):
     use_bias, activation, bias_initializer, bias_regularizer, bias_constraint, data_format, dtype, seed, engine, \
 algorithm
         As in `Conv2D`.
-    depthwise_kernel_initializer, pointwise_kernel_initializer, depthwise_kernel_regularizer, \
-pointwise_kernel_regularizer, depthwise_kernel_constraint, pointwise_kernel_constraint
+    depthwise_initializer, pointwise_initializer, depthwise_regularizer, \
+pointwise_regularizer, depthwise_constraint, pointwise_constraint
         As those of the kernel in `Conv2D`.
 
     Attributes
@@ -198,14 +196,14 @@ pointwise_kernel_regularizer, depthwise_kernel_constraint, pointwise_kernel_cons
     depth_multiplier: int = 1
     use_bias: bool = True
     activation: Any = "linear"
-    depthwise_kernel_initializer: Any = "glorot_uniform"
-    pointwise_kernel_initializer: Any = "glorot_uniform"
+    depthwise_initializer: Any = "glorot_uniform"
+    pointwise_initializer: Any = "glorot_uniform"
     bias_initializer: Any = "zeros"
-    depthwise_kernel_regularizer: Any = None
-    pointwise_kernel_regularizer: Any = None
+    depthwise_regularizer: Any = None
+    pointwise_regularizer: Any = None
     bias_regularizer: Any = None
-    depthwise_kernel_constraint: Any = None
-    pointwise_kernel_constraint: Any = None
+    depthwise_constraint: Any = None
+    pointwise_constraint: Any = None
     bias_constraint: Any = None
     data_format: str = "channels_last"
     dtype: Any = "float32"
@@ -213,9 +211,7 @@ pointwise_kernel_regularizer, depthwise_kernel_constraint, pointwise_kernel_cons
     engine: str | None = None
     algorithm: str = "auto"
 
-    depthwise_kernel = Parameter()
     pointwise_kernel = Parameter()
-    _kernel = "depthwise_kernel"
 
     def __post_init__(self) -> None:
         super().__post_init__()

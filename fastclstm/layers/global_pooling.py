@@ -14,7 +14,7 @@ from fastclstm.spec import DATA_FORMATS, Shape, choice, flag
 
 
 @dataclass(eq=False, repr=False)
-class _Global(ArrayLayer):
+class GlobalPooling(ArrayLayer):
     """The options of all global poolings."""
 
     data_format: str = "channels_last"
@@ -40,7 +40,7 @@ class _Global(ArrayLayer):
 
 
 @dataclass(eq=False, repr=False)
-class _Between(_Global):
+class _Between(GlobalPooling):
     """Pooling over all between batch and channels."""
 
     _: KW_ONLY
@@ -72,7 +72,7 @@ class _Between(_Global):
 
 
 @dataclass(eq=False, repr=False)
-class _OfFrames(_Global):
+class _OfFrames(GlobalPooling):
     """Pooling over the pixels of frames (B, H, W, C), or of sequences of them, frame by frame."""
 
     def _axes(self, shape: Sequence[int]) -> Shape:
@@ -85,7 +85,7 @@ class _OfFrames(_Global):
 
 
 @dataclass(eq=False, repr=False)
-class _OfVolumes(_Global):
+class _OfVolumes(GlobalPooling):
     """Pooling over the pixels of volumes (B, T, H, W, C)."""
 
     def _axes(self, shape: Sequence[int]) -> Shape:
@@ -97,7 +97,7 @@ class _OfVolumes(_Global):
 
 
 @dataclass(eq=False, repr=False)
-class _Mean(_Global):
+class _Mean(GlobalPooling):
     def _apply(self, x: np.ndarray, training: bool) -> tuple[np.ndarray, Pullback]:
         axes = self._axes(x.shape)
         y = x.mean(axes, keepdims=True, dtype=np.result_type(x, np.float64)).astype(x.dtype)
@@ -108,7 +108,7 @@ class _Mean(_Global):
 
 
 @dataclass(eq=False, repr=False)
-class _Largest(_Global):
+class _Largest(GlobalPooling):
     def _apply(self, x: np.ndarray, training: bool) -> tuple[np.ndarray, Pullback]:
         axes = self._axes(x.shape)
         behind = tuple(range(-len(axes), 0))
