@@ -274,7 +274,7 @@ def test_batch_normalization_while_training(double):
             (4, 6),
             lambda L: [L.GRU(3, reset_after=False, return_sequences=True, dropout=0.2), L.LSTM(4, use_bias=False)],
         ),
-        ((4, 3, 3, 2), lambda L: [L.Masking(0.5), L.TimeDistributed(L.Flatten()), L.Rescaling(2.0, 1.0), L.Dense(2)]),
+        ((4, 3, 3, 2), lambda L: [L.TimeDistributed(L.Flatten()), L.Rescaling(2.0, 1.0), L.Dense(2)]),
         ((4, 5), lambda L: [L.ReLU(max_value=1.0, threshold=0.5), L.ReLU(max_value=0.75, negative_slope=0.1)]),
     ],
 )

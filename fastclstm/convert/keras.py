@@ -46,7 +46,6 @@ from fastclstm.layers import (
     Layer,
     LayerNormalization,
     LeakyReLU,
-    Masking,
     Maximum,
     MaxPooling2D,
     MaxPooling3D,
@@ -92,7 +91,7 @@ def from_keras(
     source : path or model
         A .keras file, an .h5 file with a whole model, or a live model: keras.Sequential, or a functional model in
         which every layer takes the output of one other. Its layers may be ConvLSTM2D and Bidirectional(ConvLSTM2D)
-        with all their options but return_state, TimeDistributed, LSTM, GRU, Embedding, Masking of frames, Dense,
+        with all their options but return_state, TimeDistributed, LSTM, GRU, Embedding, Dense,
         Conv2D, Conv3D, Conv2DTranspose, Conv3DTranspose, DepthwiseConv2D, SeparableConv2D, BatchNormalization,
         LayerNormalization, GroupNormalization, Dropout, SpatialDropout, GaussianNoise, Activation, ReLU, LeakyReLU,
         PReLU, Softmax, Rescaling, Flatten, Reshape, Permute, RepeatVector, MaxPooling, AveragePooling,
@@ -583,10 +582,9 @@ def _embedding(config: Config, arrays: Arrays, rank: int | None) -> Made:
 
 
 def _masking(config: Config, arrays: Arrays, rank: int | None) -> Made:
-    if rank is None or rank < 4:
-        raise ValueError("of vectors is not supported, as its mask is not handed on; leave it out, and give the layers "
-                         "that are to skip steps a mask")  # fmt: skip
-    return Masking, {"mask_value": config["mask_value"]}
+    raise ValueError("is not supported, as masks are not handed on here; leave it out and give the layers behind it a "
+                     "mask, or, where none of them looks at one, pass custom={'Masking': lambda config: "
+                     "fastclstm.layers.Masking(config['mask_value'])}")  # fmt: skip
 
 
 def _dense(config: Config, arrays: Arrays, rank: int | None) -> Made:

@@ -20,7 +20,8 @@ class Masking(ArrayLayer):
 
     Of sequences (B, T, N) that are time steps; of sequences of frames (B, T, H, W, C) it is every pixel for itself, not
     time steps. Other than in Keras the mask is not handed on by itself: give it to the layers that are to skip steps,
-    ``LSTM(…)(x, mask=masking.compute_mask(x))``. (Keras hands a mask (B, T, H, W) to a ConvLSTM2D, which fails there.)
+    ``LSTM(…)(x, mask=masking.compute_mask(x))``. (Keras hands a mask (B, T, H, W) to a ConvLSTM2D too, whose states
+    then stay pixel by pixel; ours has masks of steps alone.)
 
     Parameters
     ----------
