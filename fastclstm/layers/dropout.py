@@ -148,8 +148,8 @@ class SpatialDropout2D(_SpatialDropout):
     --------
     >>> import numpy as np
     >>> SpatialDropout2D(0.5, seed=1)(np.ones((1, 1, 2, 3)), training=True)
-    array([[[[2., 0., 2.],
-             [2., 0., 2.]]]])
+    array([[[[0., 2., 2.],
+             [0., 2., 2.]]]])
     """
 
 
@@ -173,6 +173,6 @@ class SpatialDropout3D(VolumeLayer, _SpatialDropout):
     --------
     >>> import numpy as np
     >>> SpatialDropout3D(0.5, seed=1)(np.ones((1, 2, 1, 1, 3)), training=True)[0, :, 0, 0]
-    array([[2., 0., 2.],
-           [2., 0., 2.]])
+    array([[0., 2., 2.],
+           [0., 2., 2.]])
     """
