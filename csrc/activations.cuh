@@ -4,7 +4,7 @@
 
 enum Activation {
     TANH, SIGMOID, HARD_SIGMOID, HARD_SIGMOID_KERAS2, RELU, LEAKY_RELU, ELU, SELU, GELU, SILU, SOFTPLUS, SOFTSIGN,
-    EXPONENTIAL, LINEAR
+    EXPONENTIAL, LINEAR, RELU6, MISH
 };
 
 // The usual cell is compiled in; any other reads its activations from the arguments, and calls them.
@@ -30,6 +30,13 @@ DEVICE real clipped(real x, real low, real high) { return x < low ? low : x > hi
 
 DEVICE real normal_cdf(real x) { return real(0.5) * erfc(-x * real(0.7071067811865476)); }
 
+// tanh(softplus(x)) by exp(-|x|), which does not overflow.
+DEVICE real mish_gate(real x)
+{
+    real e = exp(-fabs(x));
+    return x < 0 ? e * (e + 2) / (e * (e + 2) + 2) : (1 + 2 * e) / (1 + 2 * e * (1 + e));
+}
+
 ON_DEMAND real activate(int code, real x)
 {
     switch (code) {
@@ -46,6 +53,8 @@ ON_DEMAND real activate(int code, real x)
     case SOFTPLUS: return at_least(x, 0) + log1p(exp(-fabs(x)));
     case SOFTSIGN: x = clipped(x, real(-1e30), real(1e30)); return x / (1 + fabs(x));
     case EXPONENTIAL: return exp(x);
+    case RELU6: return clipped(x, 0, 6);
+    case MISH: return at_least(x, -1000) * mish_gate(x);
     default: return x;
     }
 }
@@ -67,6 +76,8 @@ ON_DEMAND real derivative(int code, real x)
     case SILU: { real y = sigmoid(x); return y + clipped(x, -1000, 1000) * y * (1 - y); }
     case SOFTSIGN: { real y = 1 / (1 + fabs(x)); return y * y; }
     case EXPONENTIAL: return exp(x);
+    case RELU6: return x > 0 && x < 6 ? real(1) : real(0);
+    case MISH: { real gate = mish_gate(x); return gate + clipped(x, -1000, 1000) * (1 - gate * gate) * sigmoid(x); }
     default: return 1;
     }
 }

@@ -290,6 +290,70 @@ class Conv3DSpec:
         return b, [(tap, t) for tap, t in steps if 0 <= t < self.T]
 
 
+def transposed(
+    op: str,
+    x_shape: Shape,
+    kernel_shape: Shape,
+    bias_shape: Shape | None = None,
+    *,
+    strides: Any = 1,
+    padding: Any = "valid",
+    output_padding: Any = None,
+    dilation: Any = 1,
+) -> Any:
+    """Return the `ConvSpec` or `Conv3DSpec` whose transpose takes x (B, …, C) to (B, …, F) by a kernel (…, F, C).
+
+    Its x is the transpose's output. "valid": ``HO = (H − 1)·s + max(k, s)``, k being the dilated extent of the kernel;
+    "same": ``HO = H·s``; amounts (before, after): ``HO = (H − 1)·s + k − before − after``, to which output_padding
+    adds. With it "valid" is 0, and "same" takes ``2·(k // 2)`` away, as Keras does. Raise ValueError or TypeError
+    naming what is wrong.
+    """
+    count = len(kernel_shape) - 2
+    names = _AXES[count]
+    if len(x_shape) != count + 2:
+        axes = ", ".join(names)
+        raise ValueError(f"{op}: x must be (batch, {axes}, channels), got {len(x_shape)}D {tuple(x_shape)}")
+    B, *size, C = x_shape
+    *kernel, F, kernel_channels = kernel_shape
+    if min(kernel_shape) < 1:
+        raise ValueError(f"{op}: kernel {tuple(kernel_shape)} has an empty axis; every axis must be at least 1")
+    if kernel_channels != C:
+        raise ValueError(f"{op}: x has {C} channels but kernel {tuple(kernel_shape)}, (…, filters, channels), takes "
+                         f"{kernel_channels}")  # fmt: skip
+    if bias_shape is not None:
+        expect_shape(op, "bias", bias_shape, (F,), f"one value for each of the kernel's {F} filters")
+    if min(size) < 1:
+        raise ValueError(f"{op}: x of shape {tuple(x_shape)} has no pixels")
+    s = integers(op, "strides", strides, count, 1)
+    d = integers(op, "dilation", dilation, count, 1)
+    extra = None if output_padding is None else integers(op, "output_padding", output_padding, count, 0)
+    window = tuple((k - 1) * step + 1 for k, step in zip(kernel, d, strict=True))
+    given = None if isinstance(padding, str) else _window_padding(op, padding, tuple(size), window, s)
+    if given is None:
+        choice(op, "padding", padding, ("same", "valid"))
+    whole, pads = [], []
+    for axis, (n, k, stride) in enumerate(zip(size, window, s, strict=True)):
+        reach = (n - 1) * stride + k
+        if given is not None:
+            before, after = given[axis][0], given[axis][1] - (extra[axis] if extra else 0)
+        else:
+            total = k - stride if padding == "same" else min(k - stride, 0)
+            if extra is not None:
+                total = (2 * (k // 2) if padding == "same" else 0) - extra[axis]
+            before = max(total, 0) // 2
+            after = total - before
+        if reach - before - after < 1:
+            raise ValueError(f"{op}: padding {padding!r} leaves nothing of the {names[axis]}: {n} make {reach} before "
+                             f"it is cropped; give less padding")  # fmt: skip
+        if -after >= stride:
+            raise ValueError(f"{op}: output_padding {extra[axis] if extra else 0} of the {names[axis]} must be smaller "
+                             f"than the stride ({stride}), or pixels would be made of nothing")  # fmt: skip
+        whole.append(reach - before - after)
+        pads.append((before, max(after, 0)))
+    spec: Any = ConvSpec if count == 2 else Conv3DSpec
+    return spec.infer((B, *whole, F), tuple(kernel_shape), strides=s, padding=pads, dilation=d, op=op)
+
+
 @dataclass(frozen=True, slots=True)
 class ConvLSTMSpec:
     """A whole ConvLSTM over ``x (B, T, H, W, C)`` with hidden and cell states ``(B, HO, WO, F)``."""

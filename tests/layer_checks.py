@@ -1,6 +1,7 @@
 """What the tests of layers share: gradients by central differences, and laws that every layer keeps."""
 
 import copy
+import os
 
 import numpy as np
 import pytest
@@ -110,3 +111,69 @@ def check_penalties(layer, x, place):
     layer.set_parameters(layer.parameters | {place: -np.ones_like(layer.parameters[place])})
     layer.apply_constraints()
     equal(layer.parameters[place], np.zeros_like(layer.parameters[place]))
+
+
+def check_complex_step(layer, x, count=8, seed=5):
+    """Compare the pullback with complex steps at some elements of x and of every trainable parameter, to rounding."""
+    rng = np.random.default_rng(seed)
+
+    def run(x, **parameters):
+        probe = copy.deepcopy(layer)
+        probe._parameters |= parameters
+        return probe, *probe._apply(x, True)
+
+    probe, y, pull = run(x)
+    cotangent = rng.standard_normal(y.shape)
+    dx = pull(cotangent)
+    expected = {None: (x, dx)} | {name: (layer.parameters[name], g) for name, g in probe.get_gradients().items()}
+    assert set(expected) - {None} == set(layer.trainable_parameters)
+    for name, (array, gradient) in expected.items():
+        for place in rng.choice(array.size, min(count, array.size), replace=False):
+            moved = array.astype(complex)
+            moved.flat[place] += 1e-30j
+            shifted = run(moved)[1] if name is None else run(x.astype(complex), **{name: moved})[1]
+            slope = np.sum(shifted.imag * cotangent) / 1e-30
+            np.testing.assert_allclose(gradient.flat[place], slope, rtol=1e-11, atol=1e-12, err_msg=str(name))
+
+
+def check_layer(layer, x, path):
+    """All of them, for a layer that computes in NumPy."""
+    check_gradients(layer, x)
+    check_complex_step(layer, x)
+    check_laws(layer, x)
+    check_saving(layer, x, path)
+
+
+def check_against_torch(layer, x, function, *parameters):
+    """Compare with ``function(x, *parameters)`` of PyTorch: the values and all gradients.
+
+    Of parameters there are pairs (name here, function that turns its array into PyTorch's).
+    """
+    torch = pytest.importorskip("torch")
+    leaves = [torch.tensor(np.array(a), requires_grad=True)
+              for a in (x, *(turn(layer.parameters[name]) for name, turn in parameters))]  # fmt: skip
+    theirs = function(*leaves)
+    y = layer(x, training=True)
+    close(y, theirs.detach().numpy())
+    dy = normal(*y.shape, seed=2)
+    theirs.backward(torch.tensor(dy))
+    close(layer.backward(dy), leaves[0].grad.numpy(), 1e-11)
+    for (name, turn), leaf in zip(parameters, leaves[1:], strict=True):
+        close(turn(layer.get_gradients()[name]), leaf.grad.numpy(), 1e-11)
+
+
+IN_FLOAT32 = 1e-6
+"""Tolerance of comparisons with operations of Keras that round to float32."""
+
+
+def keras_values(make, x, weights=(), **call):
+    """Return what a layer of Keras, in float64 on PyTorch, makes of x; some of its operations round to float32."""
+    os.environ.setdefault("KERAS_BACKEND", "torch")
+    pytest.importorskip("torch")
+    keras = pytest.importorskip("keras")
+    layer, several = make(keras.layers), isinstance(x, list)
+    layer.build([a.shape for a in x] if several else x.shape)
+    layer.set_weights(list(weights))
+    arrays = [keras.ops.convert_to_tensor(a, "float64") for a in x] if several else x
+    result = layer(arrays, **call)
+    return [r.detach().numpy() for r in result] if isinstance(result, list | tuple) else result.detach().numpy()

@@ -6,7 +6,7 @@ import pytest
 from fastclstm.nn import activations
 
 NAMES = ["tanh", "sigmoid", "hard_sigmoid", "hard_sigmoid_keras2", "relu", "leaky_relu", "elu", "selu", "gelu", "silu",
-         "softplus", "softsign", "exponential", "linear"]  # fmt: skip
+         "softplus", "softsign", "exponential", "linear", "relu6", "mish"]  # fmt: skip
 
 DEFINITIONS = {  # of one float, in the standard library's functions
     "tanh": math.tanh,
@@ -23,6 +23,8 @@ DEFINITIONS = {  # of one float, in the standard library's functions
     "softsign": lambda x: x / (1 + abs(x)),
     "exponential": math.exp,
     "linear": lambda x: x,
+    "relu6": lambda x: min(max(x, 0), 6),
+    "mish": lambda x: x * math.tanh(math.log1p(math.exp(x))),
 }
 LIMITS = {  # f(-Inf), f(Inf), f'(-Inf), f'(Inf)
     "tanh": (-1, 1, 0, 0),
@@ -39,8 +41,10 @@ LIMITS = {  # f(-Inf), f(Inf), f'(-Inf), f'(Inf)
     "softsign": (-1, 1, 0, 0),
     "exponential": (0, np.inf, 0, np.inf),
     "linear": (-np.inf, np.inf, 1, 1),
+    "relu6": (0, 6, 0, 0),
+    "mish": (0, np.inf, 0, 1),
 }
-GRID = np.linspace(-9, 9, 720)  # meets none of the kinks at 0, ±2.5 and ±3
+GRID = np.linspace(-9, 9, 720)  # meets none of the kinks at 0, ±2.5, ±3 and 6
 
 
 def test_table_has_the_promised_names():

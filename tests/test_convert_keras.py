@@ -250,11 +250,73 @@ def test_batch_normalization_while_training(double):
         ((7, 6, 3), lambda L: [L.LayerNormalization(), L.LayerNormalization(axis=[2, 3], epsilon=0.1, center=False)]),
         ((4, 7, 6, 3), lambda L: [L.LayerNormalization(axis=(-3, -2, -1))]),
         ((4, 5), lambda L: [L.Dense(3, "selu"), L.ReLU(negative_slope=0.2), L.Dropout(0.5, noise_shape=(None, 1, 3))]),
-        ((4, 5), lambda L: [L.Activation("hard_sigmoid"), L.Activation("leaky_relu")]),
+        ((4, 5), lambda L: [L.Activation("hard_sigmoid"), L.Activation("leaky_relu"), L.Activation("relu6")]),
+        ((4, 5, 3), lambda L: [L.Conv2DTranspose(4, 4, 2, "same", activation="mish"), L.Cropping2D(((1, 0), (2, 1)))]),
+        ((3, 4, 5), lambda L: [L.Conv2DTranspose(2, (2, 3), (2, 3), data_format="channels_first", use_bias=False)]),
+        ((3, 4, 5, 2), lambda L: [L.Conv3DTranspose(3, (3, 4, 4), (1, 2, 2), "same"), L.Cropping3D((0, 1, 1))]),
+        ((3, 4, 5, 2), lambda L: [L.TimeDistributed(L.Conv2DTranspose(3, 2, 2, "same")), L.ZeroPadding3D((0, 1, 2))]),
+        ((7, 6, 3), lambda L: [L.DepthwiseConv2D(3, depth_multiplier=2, padding="same"), L.ReLU(max_value=6)]),
+        ((7, 6, 3), lambda L: [L.SeparableConv2D(4, 3, strides=2, depth_multiplier=2), L.PReLU(shared_axes=[1, 2])]),
+        ((7, 6, 4), lambda L: [L.Conv2D(6, 3, groups=2), L.GroupNormalization(3), L.PReLU()]),
+        ((4, 5, 3, 4), lambda L: [L.Conv3D(2, 3, groups=2, padding="same"), L.GroupNormalization(-1, epsilon=0.1)]),
+        ((4, 5, 3), lambda L: [L.GroupNormalization(2, axis=1), L.SpatialDropout2D(0.3), L.GaussianNoise(0.1)]),
+        ((4, 6, 5, 2), lambda L: [L.AveragePooling3D(2), L.SpatialDropout3D(0.3), L.GlobalMaxPooling3D()]),
+        (
+            (2, 4, 6, 4),
+            lambda L: [L.UpSampling3D((2, 1, 2), "channels_first"), L.GlobalAveragePooling3D("channels_first")],
+        ),
+        ((4, 6, 2), lambda L: [L.Reshape((6, -1)), L.Permute((2, 1)), L.Flatten(), L.RepeatVector(3), L.LSTM(4)]),
+        (
+            (4, 6),
+            lambda L: [L.LSTM(3, return_sequences=True, activation="relu"), L.GRU(4, go_backwards=True), L.Dense(2)],
+        ),
+        (
+            (4, 6),
+            lambda L: [L.GRU(3, reset_after=False, return_sequences=True, dropout=0.2), L.LSTM(4, use_bias=False)],
+        ),
+        ((4, 3, 3, 2), lambda L: [L.TimeDistributed(L.Flatten()), L.Rescaling(2.0, 1.0), L.Dense(2)]),
+        ((4, 5), lambda L: [L.ReLU(max_value=1.0, threshold=0.5), L.ReLU(max_value=0.75, negative_slope=0.1)]),
     ],
 )
 def test_layers(double, tmp_path, shape, make):
     check(double, tmp_path, make(double.layers), shape, rtol=1e-6)  # Keras multiplies matrices in float32
+
+
+@pytest.mark.keras
+def test_embedding(double, tmp_path):
+    L = double.layers
+    model = shuffle(double.Sequential([L.Input((4,)), L.Embedding(7, 3), L.LSTM(2)]))
+    model.save(tmp_path / "m.keras")
+    numbers = np.random.default_rng(0).integers(0, 7, (5, 4))
+    close(from_keras(tmp_path / "m.keras")(numbers), outputs(model, numbers), 1e-6)
+
+
+@pytest.mark.keras
+def test_regularizers_of_new_layers(keras):
+    L = keras.layers
+    model = shuffle(keras.Sequential([
+        L.Input((8, 8, 2)), L.SeparableConv2D(3, 3, depthwise_regularizer="l2", pointwise_regularizer="l1"),
+        L.DepthwiseConv2D(3, depthwise_regularizer="l2", depthwise_constraint="non_neg"),
+        L.Conv2DTranspose(2, 3, kernel_regularizer="l2"), L.PReLU(alpha_regularizer="l1"),
+        L.GroupNormalization(1, gamma_regularizer="l2"), L.Reshape((6, -1)), L.GRU(2, recurrent_regularizer="l2"),
+    ]))  # fmt: skip
+    ours = from_keras(model)
+    close(ours.penalty, float(sum(model.losses)), 1e-5)
+
+
+@pytest.mark.keras
+def test_weights_of_new_layers_load(keras, tmp_path):
+    L = keras.layers
+    model = shuffle(keras.Sequential([
+        L.Input((3, 8, 8, 2)), L.ConvLSTM2D(2, 3, padding="same"), L.Conv2DTranspose(2, 2, 2), L.GroupNormalization(1),
+        L.PReLU(shared_axes=[1, 2]), L.Reshape((16, -1)), L.LSTM(3, return_sequences=True), L.GRU(2),
+    ]))  # fmt: skip
+    ours, x = from_keras(model), normal(2, 3, 8, 8, 2)
+    other = from_keras(shuffle(model, 5))
+    shuffle(model, 0).save_weights(tmp_path / "m.weights.h5")
+    assert np.abs(other(x) - ours(x)).max() > 1e-3
+    load_weights(other, tmp_path / "m.weights.h5")
+    np.testing.assert_array_equal(other(x), ours(x))
 
 
 @pytest.mark.keras
@@ -293,10 +355,19 @@ def test_graphs_are_refused(keras):
     ("make", "message"),
     [
         (
-            lambda L: L.Masking(name="m"),
-            r"layer 'm' \(Masking\): not supported; supported are TimeDistributed, ConvLSTM2D",
+            lambda L: L.UnitNormalization(name="m"),
+            r"layer 'm' \(UnitNormalization\): not supported; supported are TimeDistributed, ConvLSTM2D",
         ),
-        (lambda L: L.ConvLSTM2D(1, 1, data_format="channels_first", activation="mish"), "unknown activation 'mish'"),
+        (
+            lambda L: L.TimeDistributed(L.TimeDistributed(L.Masking())),
+            "of vectors is not supported, as its mask is not",
+        ),
+        (lambda L: L.Embedding(5, 2, mask_zero=True), "mask_zero=True is not supported: masks are not handed on"),
+        (
+            lambda L: L.GroupNormalization(2, center=False, scale=False),
+            "center=False with scale=False is not supported",
+        ),
+        (lambda L: L.ConvLSTM2D(1, 1, data_format="channels_first", activation="glu"), "unknown activation 'glu'"),
         (lambda L: L.ConvLSTM2D(1, 1, activation=lambda x: x), "an activation must be a name"),
         (
             lambda L: L.Bidirectional(L.ConvLSTM2D(1, 1, data_format="channels_first")),
@@ -310,16 +381,10 @@ def test_graphs_are_refused(keras):
             lambda L: L.Bidirectional(L.ConvLSTM2D(1, 1), backward_layer=L.ConvLSTM2D(1, 3, go_backwards=True)),
             "both directions must have the same options",
         ),
-        (lambda L: L.Conv3D(2, 1, groups=2), "groups=2 is not supported"),
         (lambda L: L.Conv3D(2, 1, activity_regularizer="l2"), "activity_regularizer=.* is not supported"),
         (lambda L: L.LayerNormalization(axis=1), r"axis=\[1\] is not supported, only the last axes are"),
         (lambda L: L.LayerNormalization(center=False, scale=False), "center=False with scale=False is not supported"),
-        (lambda L: L.UpSampling3D((2, 1, 1)), "the number of time steps must stay"),
-        (lambda L: L.UpSampling3D((1, 2, 2), data_format="channels_first"), "use channels_last"),
         (lambda L: L.Flatten(data_format="channels_first"), "use channels_last"),
-        (lambda L: L.GlobalAveragePooling3D(data_format="channels_first"), "use channels_last"),
-        (lambda L: L.ReLU(max_value=6), "max_value=6.* is not supported"),
-        (lambda L: L.ReLU(threshold=1), "threshold=1.* is not supported"),
         (lambda L: L.Softmax(axis=1), "axis=1 is not supported"),
         (lambda L: L.TimeDistributed(L.UnitNormalization()), "not supported"),
     ],
@@ -338,6 +403,9 @@ def test_returned_states_are_outside(keras):
         from_keras(keras.Model(x, y))
     with pytest.raises(ValueError, match="no chain"):
         from_keras(keras.Model(x, [y, h, c]))
+    x = keras.layers.Input((4, 3))
+    with pytest.raises(ValueError, match="return_state=True is not supported: a Sequential model has one output"):
+        from_keras(keras.Model(x, keras.layers.GRU(2, return_state=True)(x)[0]))
 
 
 @pytest.mark.keras

@@ -139,6 +139,28 @@ def conv2d_cases(draw, winograd):
     return arguments, normal(*functional.conv2d(**arguments, engine="reference").shape)
 
 
+@st.composite
+def conv2d_transpose_cases(draw, winograd):
+    (B, H, W, C), kernel, options = draw(convolutions(winograd))
+    del options["padding_mode"]
+    F = draw(st.sampled_from([1, 2, 4, 7, 16, 20]))
+    strides = options.get("strides", (1, 1))
+    if draw(st.booleans()):
+        options["output_padding"] = tuple(draw(st.integers(0, s - 1)) for s in strides)
+    window = [(k - 1) * d + 1 for k, d in zip(kernel, options.get("dilation", (1, 1)), strict=True)]
+    room = [(n - 1) * s + k - 1 for n, s, k in zip((H, W), strides, window, strict=True)]
+    pads = st.tuples(
+        *[st.tuples(st.integers(0, min(most // 2, 2)), st.integers(0, min(most // 2, 2))) for most in room]
+    )
+    even = all(n > 1 or k % 2 for n, k in zip((H, W), window, strict=True))  # Keras's "same" may leave nothing of one
+    options["padding"] = draw(st.sampled_from(["same", "valid"] if even else ["valid"]) | pads)
+    normal = randoms(draw(st.integers(0, 999)))
+    arguments = {"x": normal(B, H, W, C), "kernel": normal(*kernel, F, C), **options}
+    if draw(st.booleans()):
+        arguments["bias"] = normal(F)
+    return arguments, normal(*functional.conv2d_transpose(**arguments, engine="reference").shape)
+
+
 ACTIVATIONS = ["tanh", "sigmoid", "hard_sigmoid", "hard_sigmoid_keras2", "elu", "gelu", "silu", "softsign", "linear"]
 
 
@@ -219,6 +241,16 @@ def test_conv2d(engine, dtype, algorithm):
     @given(conv2d_cases(algorithm == "winograd"))
     def check(case):
         agree("conv2d", *case, engine, dtype, algorithm)
+
+    check()
+
+
+@every_case
+def test_conv2d_transpose(engine, dtype, algorithm):
+    @examples(engine, 50, algorithm)
+    @given(conv2d_transpose_cases(algorithm == "winograd"))
+    def check(case):
+        agree("conv2d_transpose", *case, engine, dtype, algorithm)
 
     check()
 

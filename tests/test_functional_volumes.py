@@ -131,7 +131,7 @@ def test_chunks_do_not_change_a_bit(engine, monkeypatch):
     monkeypatch.setattr(volumes, "GATHERED_BYTES", 2 * 8 * 8 * 12 * 4)
     parts, pullback = functional.conv3d_vjp(x, kernel, bias, engine=engine, algorithm="direct")
     equal(parts, whole)
-    assert len(list(volumes.Conv3DCall(x, kernel, bias, 1, "same", "zeros", 1, "auto", engine)._chunks())) == 8
+    assert len(list(volumes.Conv3DCall(x, kernel, bias, 1, "same", "zeros", 1, "auto", engine).volumes._chunks())) == 8
     for name, gradient in pullback(whole).items():
         close(gradient, gradients[name], 1e-3 if name != "x" else 1e-5)
         assert gradient.dtype == np.float32

@@ -14,17 +14,28 @@ from fastclstm.engines.cuda.device import DeviceArray
 from fastclstm.engines.cuda.dlpack import CUDA
 from fastclstm.layers import (
     Activation,
+    Add,
+    Average,
+    Concatenate,
     Conv2D,
+    Conv2DTranspose,
     Conv3D,
+    Conv3DTranspose,
     ConvLSTM2D,
     ConvLSTM2DCell,
     Dense,
     Dropout,
     Flatten,
     LeakyReLU,
+    Maximum,
     MaxPooling2D,
     MaxPooling3D,
+    Multiply,
+    Permute,
+    Reshape,
     Softmax,
+    SpatialDropout2D,
+    Subtract,
     TimeDistributed,
     TimeDistributionCalculator,
 )
@@ -302,6 +313,21 @@ LAYERS = {
     "Conv3D channels first": (
         Conv3D(2, 3, 3, data_format="channels_first", padding_mode="circular", dtype="float64", seed=0), (2, 2, 3, 4, 3)
     ),
+    "Conv2D in groups": (Conv2D(4, 6, 3, groups=2, dtype="float64", seed=0), (2, 4, 3, 4)),
+    "Conv2DTranspose": (
+        Conv2DTranspose(2, 3, 3, stride=2, activation="mish", dtype="float64", seed=0), (2, 2, 3, 4, 2)
+    ),
+    "Conv2DTranspose channels first": (
+        Conv2DTranspose(2, 3, 3, padding=1, activation="relu6", data_format="channels_first", dtype="float64", seed=0),
+        (2, 2, 3, 4),
+    ),
+    "Conv3DTranspose": (
+        Conv3DTranspose(2, 3, (2, 3, 3), stride=(1, 2, 2), output_padding=(0, 1, 0), padding=(0, 1, 1), dtype="float64",
+                        seed=0), (2, 3, 3, 2, 2)
+    ),
+    "Reshape": (Reshape((4, -1)), (3, 2, 4)),
+    "Permute": (Permute((3, 1, 2)), (2, 3, 4, 5)),
+    "SpatialDropout2D": (SpatialDropout2D(0.4, seed=1), (2, 3, 4, 5)),
     "MaxPooling3D": (MaxPooling3D(2, 1), (2, 3, 4, 5, 3)),
     "MaxPooling3D channels first": (MaxPooling3D(2, data_format="channels_first"), (2, 3, 4, 4, 5)),
     "MaxPooling2D": (MaxPooling2D(2), (2, 3, 4, 5, 3)),
@@ -324,6 +350,26 @@ LAYERS = {
 def test_layer(name):
     layer, shape = LAYERS[name]
     check(layer, normal(*shape))
+
+
+@pytest.mark.parametrize("layer", [Concatenate(), Concatenate(1), Add(), Subtract(), Multiply(), Average()], ids=repr)
+def test_merging(layer):
+    arrays = [normal(2, 3, 4, seed=seed) for seed in range(2)]
+    y = layer(arrays, training=True)
+    dy = normal(*y.shape, seed=5)
+    gradients = layer.backward(dy)
+    on_gpu = layer([put(array) for array in arrays], training=True)
+    close(got(on_gpu), y)
+    close(got(layer.backward(put(dy))), gradients)
+
+
+def test_merging_what_is_not_computed_there():
+    layer = Add()
+    y = layer([put(normal(2, 3, 4)), put(normal(2, 3, 1))], training=True)
+    with pytest.raises(TypeError, match=r"are on a GPU, where gradients are not summed; give them one shape, or move"):
+        layer.backward(put(normal(*y.shape)))
+    with pytest.raises(TypeError, match="Maximum: x is on a GPU, where this layer does not compute; move x to the CPU"):
+        Maximum()([put(normal(2, 3))] * 2)
 
 
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])

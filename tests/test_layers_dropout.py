@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from layer_checks import check_gradients, check_laws, check_saving, close, equal, normal
 
-from fastclstm.layers import Dropout
+from fastclstm.layers import Dropout, SpatialDropout2D, SpatialDropout3D
 
 
 @pytest.mark.parametrize("options", [{"rate": 0.4}, {"rate": 0.4, "noise_shape": (None, 1, 3)}, {"rate": 0}], ids=str)
@@ -79,3 +79,40 @@ def test_nan_is_dropped_too(rate):
 def test_rates_that_are_no_numbers(rate):
     with pytest.raises(ValueError, match=r"Dropout: rate must be a number in \[0, 1\]"):
         Dropout(rate)
+
+
+SPATIAL = [
+    (SpatialDropout2D, {}, (3, 4, 5, 6), (1, 2)),
+    (SpatialDropout2D, {}, (2, 3, 4, 5, 6), (2, 3)),
+    (SpatialDropout2D, {"data_format": "channels_first"}, (2, 3, 6, 4, 5), (3, 4)),
+    (SpatialDropout3D, {}, (3, 2, 4, 5, 6), (1, 2, 3)),
+    (SpatialDropout3D, {"data_format": "channels_first"}, (3, 6, 2, 4, 5), (2, 3, 4)),
+]
+
+
+@pytest.mark.parametrize(("kind", "options", "shape", "pixels"), SPATIAL, ids=str)
+def test_whole_channels_are_dropped(kind, options, shape, pixels, tmp_path):
+    x = 1 + normal(*shape) ** 2
+    check_gradients(kind(0.4, **options, seed=0), x, count=12)
+    check_laws(kind(0.4, **options, seed=0), x)
+    check_saving(kind(0.4, **options, seed=0), x, tmp_path / "layer")
+    layer = kind(0.5, **options, seed=0)
+    equal(layer(x), x)
+    kept = layer(x, training=True) != 0
+    equal(kept, np.broadcast_to(kept.any(pixels, keepdims=True), shape))  # of a channel all or nothing
+    equal(layer(x, training=True), np.where(layer.backward(np.ones(shape)) != 0, 2 * x, 0))
+    drawn = kept.all(pixels)
+    assert 0.2 < drawn.mean() < 0.8
+    assert drawn.shape == tuple(n for axis, n in enumerate(shape) if axis not in pixels)
+    assert all((drawn != drawn[index]).any() for index in range(len(drawn)))  # for each sample anew
+
+
+def test_errors_of_spatial_dropout():
+    with pytest.raises(ValueError, match=r"SpatialDropout2D: rate must be a number in \[0, 1\]"):
+        SpatialDropout2D(2)
+    with pytest.raises(
+        ValueError, match=r"SpatialDropout3D: x must be \(batch, time, height, width, channels\), got 4D"
+    ):
+        SpatialDropout3D(0.5)(np.zeros((1, 2, 3, 4)))
+    with pytest.raises(ValueError, match=r"SpatialDropout2D: x must be .* got 3D"):
+        SpatialDropout2D(0.5)(np.zeros((1, 2, 3)), training=True)

@@ -1,9 +1,20 @@
 import numpy as np
 import pytest
-from layer_checks import check_gradients, check_laws, check_saving, close, equal, normal
+from layer_checks import (
+    IN_FLOAT32,
+    check_against_torch,
+    check_complex_step,
+    check_gradients,
+    check_laws,
+    check_saving,
+    close,
+    equal,
+    keras_values,
+    normal,
+)
 
 from fastclstm import functional
-from fastclstm.layers import AveragePooling2D, GlobalAveragePooling, GlobalMaxPooling, MaxPooling2D
+from fastclstm.layers import AveragePooling2D, AveragePooling3D, GlobalAveragePooling, GlobalMaxPooling, MaxPooling2D
 
 OPTIONS = [
     {},
@@ -173,3 +184,53 @@ def test_flags_are_true_or_false():
     ):
         with pytest.raises(ValueError, match=f"{name} must be True or False"):
             make()
+
+
+VOLUMES = [
+    {},
+    {"pool_size": 3, "stride": 2, "padding": "same"},
+    {"pool_size": (1, 2, 3), "stride": (2, 1, 2), "padding": ((0, 0), (1, 0), (1, 2))},
+    {"pool_size": 2, "padding": (1, 0, 1), "ceil_mode": True, "count_include_pad": True},
+    {"pool_size": (2, 2, 1), "data_format": "channels_first"},
+]
+
+
+@pytest.mark.parametrize("options", VOLUMES, ids=str)
+def test_average_pooling_of_volumes(options, tmp_path):
+    layer, x = AveragePooling3D(**options), normal(2, 3, 4, 5, 3)
+    check_gradients(layer, x)
+    check_complex_step(layer, x)
+    check_laws(layer, x)
+    check_saving(layer, x, tmp_path / "layer")
+
+
+def test_frames_are_volumes_of_one_step():
+    for options in OPTIONS:
+        x, frames = normal(2, 5, 8, 3), AveragePooling2D(**options)
+        three = frames._options()
+        volumes = AveragePooling3D(three["pool_size"], three["strides"], padding=three["padding"],
+                                   ceil_mode=three["ceil_mode"])  # fmt: skip
+        equal(frames(x), volumes(x[:, np.newaxis])[:, 0])
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("include", [False, True])
+@pytest.mark.parametrize(("size", "stride", "padding", "ceil"), [(2, 2, 0, False), (3, 2, 1, False), (3, 2, 1, True),
+                                                                 (2, 3, 1, True), (4, 3, 2, True)])  # fmt: skip
+def test_average_pooling_of_torch(size, stride, padding, ceil, include):
+    torch = pytest.importorskip("torch")
+    F = torch.nn.functional
+    for kind, function, shape in ((AveragePooling2D, F.avg_pool2d, (2, 3, 7, 6)),
+                                  (AveragePooling3D, F.avg_pool3d, (2, 3, 5, 7, 6))):  # fmt: skip
+        layer = kind(size, stride, padding=padding, ceil_mode=ceil, count_include_pad=include,
+                     data_format="channels_first")  # fmt: skip
+        check_against_torch(layer, normal(*shape), lambda x, f=function: f(x, size, stride, padding, ceil, include))
+
+
+@pytest.mark.keras
+@pytest.mark.parametrize(("size", "stride", "padding"), [((3, 1, 5), 1, "same"), ((2, 2, 3), 2, "valid")])
+def test_average_pooling_of_volumes_of_keras(size, stride, padding):
+    """With the same padding on both sides: else Keras on PyTorch repeats the border, which other backends do not."""
+    x = normal(2, 5, 4, 6, 3)
+    theirs = keras_values(lambda L: L.AveragePooling3D(size, stride, padding, dtype="float64"), x)
+    close(AveragePooling3D(size, stride, padding=padding)(x), theirs, IN_FLOAT32)

@@ -2,9 +2,18 @@ import os
 
 import numpy as np
 import pytest
-from layer_checks import check_gradients, check_laws, check_saving, close, equal, normal
+from layer_checks import (
+    check_against_torch,
+    check_complex_step,
+    check_gradients,
+    check_laws,
+    check_saving,
+    close,
+    equal,
+    normal,
+)
 
-from fastclstm.layers import UpSampling, ZeroPadding2D
+from fastclstm.layers import UpSampling, UpSampling2D, UpSampling3D, ZeroPadding2D
 
 LAYERS = [
     UpSampling(),
@@ -12,6 +21,7 @@ LAYERS = [
     UpSampling(2, "bilinear"),
     UpSampling((3, 4), "bilinear"),
     UpSampling((1, 5), "bilinear"),
+    UpSampling((3, 2), "bilinear", align_corners=True),
     ZeroPadding2D(),
     ZeroPadding2D((0, 2)),
     ZeroPadding2D(((1, 2), (0, 3))),
@@ -103,3 +113,63 @@ def test_a_bad_pixel_reaches_what_is_made_of_it_alone(bad):
     dy = np.zeros((1, 12, 20, 1))
     dy[0, 4, 2, 0] = bad  # the centres of pixels 1 and 0
     equal(np.argwhere(~np.isfinite(layer.backward(dy))), [[0, 1, 0, 0]])
+
+
+VOLUMES = [
+    UpSampling3D(),
+    UpSampling3D((3, 1, 2), "trilinear"),
+    UpSampling3D((2, 3, 1), "trilinear", align_corners=True),
+    UpSampling3D((2, 1, 3), data_format="channels_first"),
+]
+
+
+@pytest.mark.parametrize("layer", VOLUMES, ids=repr)
+def test_volumes(layer, tmp_path):
+    for shape in ((2, 2, 3, 4, 2), (1, 1, 3, 1, 2)):
+        check_gradients(layer, normal(*shape))
+        check_complex_step(layer, normal(*shape))
+        check_laws(layer, normal(*shape))
+    check_saving(layer, normal(1, 2, 2, 2, 1), tmp_path / "layer.safetensors")
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=repr)
+def test_complex_steps(layer):
+    check_complex_step(layer, normal(2, 3, 4, 2))
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("size", [2, 3, (4, 5), (1, 2)])
+def test_corners_of_torch(size):
+    torch = pytest.importorskip("torch")
+    scale = tuple(map(float, size)) if isinstance(size, tuple) else float(size)
+    options = {"scale_factor": scale, "mode": "bilinear", "align_corners": True}
+    layer = UpSampling(size, "bilinear", align_corners=True, data_format="channels_first")
+    check_against_torch(layer, normal(2, 3, 5, 4), lambda x: torch.nn.functional.interpolate(x, **options))
+    check_against_torch(layer, normal(2, 3, 1, 1), lambda x: torch.nn.functional.interpolate(x, **options))
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("align_corners", [None, False, True])
+def test_volumes_of_torch(align_corners):
+    torch = pytest.importorskip("torch")
+    mode = "nearest" if align_corners is None else "trilinear"
+    options = {"scale_factor": (2.0, 3.0, 1.0), "mode": mode, "align_corners": align_corners}
+    layer = UpSampling3D((2, 3, 1), mode, align_corners=bool(align_corners), data_format="channels_first")
+    check_against_torch(layer, normal(2, 3, 3, 2, 4), lambda x: torch.nn.functional.interpolate(x, **options))
+
+
+def test_a_bad_pixel_between_corners_reaches_what_is_made_of_it_alone():
+    layer, x = UpSampling((1, 3), "bilinear", align_corners=True), normal(1, 1, 3, 1)
+    x[0, 0, 1, 0] = np.nan
+    weights = layer(np.eye(3).reshape(3, 1, 3, 1))[1, 0, :, 0]
+    equal(np.isnan(layer(x)[0, 0, :, 0]), weights != 0)
+
+
+def test_the_name_of_keras_is_another_for_the_same():
+    assert UpSampling2D is UpSampling
+    with pytest.raises(
+        ValueError, match="UpSampling: align_corners=True needs interpolation='bilinear', got 'nearest'"
+    ):
+        UpSampling(2, align_corners=True)
+    with pytest.raises(ValueError, match="UpSampling3D: interpolation must be one of 'nearest', 'trilinear'"):
+        UpSampling3D(2, "bilinear")

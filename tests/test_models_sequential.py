@@ -72,10 +72,11 @@ def test_everything_together(tmp_path):
 
 
 CONVOLUTION = (
-    "in_channels, out_channels, kernel_size, padding='same', stride=1, *, dilation=1, padding_mode='zeros', "
+    "in_channels, out_channels, kernel_size, padding='same', stride=1, *, dilation=1, "
     "use_bias=True, activation='linear', kernel_initializer='glorot_uniform', bias_initializer='zeros', "
     "kernel_regularizer=None, bias_regularizer=None, kernel_constraint=None, bias_constraint=None, "
-    "data_format='channels_last', dtype='float32', seed=None, engine=None, algorithm='auto'"
+    "data_format='channels_last', dtype='float32', seed=None, engine=None, algorithm='auto', "
+    "padding_mode='zeros', groups=1"
 )
 NORMALIZATION = (
     "beta_initializer='zeros', gamma_initializer='ones', {}beta_regularizer=None, gamma_regularizer=None, "
@@ -107,10 +108,10 @@ POOLING = "pool_size=(2, 2), stride=None, *, padding='valid', ceil_mode=False, d
         (Activation, "activation"),
         (LeakyReLU, "negative_slope=0.3"),
         (MaxPooling2D, POOLING + ", engine=None"),
-        (AveragePooling2D, POOLING),
+        (AveragePooling2D, POOLING + ", count_include_pad=False"),
         (GlobalAveragePooling, "data_format='channels_last', *, keep_dims=False, channel_axis=None"),
         (GlobalMaxPooling, "data_format='channels_last', *, keep_dims=False, channel_axis=None"),
-        (UpSampling, "size=(2, 2), interpolation='nearest', *, data_format='channels_last'"),
+        (UpSampling, "size=(2, 2), interpolation='nearest', *, align_corners=False, data_format='channels_last'"),
         (ZeroPadding2D, "padding=1, *, data_format='channels_last'"),
         (TimeDistributed, "layer"),
         (Sequential, "layers"),

@@ -13,28 +13,64 @@ import numpy as np
 from fastclstm.io import keras_files
 from fastclstm.io.bounds import shown
 from fastclstm.layers import (
+    GRU,
+    LSTM,
     Activation,
+    AdaptiveAveragePooling2D,
+    Add,
+    Average,
     AveragePooling2D,
+    AveragePooling3D,
     BatchNormalization,
+    Concatenate,
     Conv2D,
+    Conv2DTranspose,
     Conv3D,
+    Conv3DTranspose,
     ConvLSTM2D,
+    Cropping2D,
+    Cropping3D,
     Dense,
+    DepthwiseConv2D,
     Dropout,
+    Embedding,
     Flatten,
+    GaussianNoise,
     GlobalAveragePooling,
+    GlobalAveragePooling2D,
+    GlobalAveragePooling3D,
     GlobalMaxPooling,
+    GlobalMaxPooling2D,
+    GlobalMaxPooling3D,
+    GroupNormalization,
     Layer,
     LayerNormalization,
     LeakyReLU,
+    Maximum,
     MaxPooling2D,
     MaxPooling3D,
+    Minimum,
+    Multiply,
+    Permute,
+    PReLU,
+    ReLU,
+    RepeatVector,
+    Rescaling,
+    Reshape,
+    SeparableConv2D,
     Softmax,
+    SpatialDropout2D,
+    SpatialDropout3D,
+    Subtract,
     TimeDistributed,
-    UpSampling,
+    UpSampling2D,
+    UpSampling3D,
     ZeroPadding2D,
+    ZeroPadding3D,
 )
 from fastclstm.layers.base import uninitialized
+from fastclstm.layers.global_pooling import GlobalPooling
+from fastclstm.layers.recurrent import Recurrent
 from fastclstm.models import Sequential
 from fastclstm.nn import constraints, regularizers
 from fastclstm.nn.activations import LEAKY_RELU_SLOPE
@@ -55,9 +91,11 @@ def from_keras(
     source : path or model
         A .keras file, an .h5 file with a whole model, or a live model: keras.Sequential, or a functional model in
         which every layer takes the output of one other. Its layers may be ConvLSTM2D and Bidirectional(ConvLSTM2D)
-        with all their options but return_state, TimeDistributed, Conv2D, Conv3D, Dense, BatchNormalization,
-        LayerNormalization, Dropout, Activation, ReLU, LeakyReLU, Softmax, Flatten, MaxPooling2D, MaxPooling3D,
-        AveragePooling2D, GlobalAveragePooling, GlobalMaxPooling, UpSampling2D, UpSampling3D and ZeroPadding2D.
+        with all their options but return_state, TimeDistributed, LSTM, GRU, Embedding, Dense,
+        Conv2D, Conv3D, Conv2DTranspose, Conv3DTranspose, DepthwiseConv2D, SeparableConv2D, BatchNormalization,
+        LayerNormalization, GroupNormalization, Dropout, SpatialDropout, GaussianNoise, Activation, ReLU, LeakyReLU,
+        PReLU, Softmax, Rescaling, Flatten, Reshape, Permute, RepeatVector, MaxPooling, AveragePooling,
+        GlobalAveragePooling, GlobalMaxPooling, UpSampling, ZeroPadding and Cropping, of 2D and 3D.
     dtype : "float32" or "float64", optional
         Of all layers; None: each as in the model, half precision as float32.
     engine : str, optional
@@ -333,10 +371,14 @@ def _rank_after(layer: Layer, rank: int | None) -> int | None:
     if isinstance(layer, TimeDistributed):
         inner = _rank_after(layer.layer, rank - 1)
         return None if inner is None else inner + 1
-    if isinstance(layer, Flatten) or (
-        isinstance(layer, GlobalAveragePooling | GlobalMaxPooling) and not layer.keep_dims
-    ):
+    if isinstance(layer, Flatten) or (isinstance(layer, GlobalPooling) and not layer.keep_dims):
         return 2
+    if isinstance(layer, Reshape):
+        return 1 + len(layer.target_shape)
+    if isinstance(layer, Embedding | RepeatVector):
+        return rank + 1
+    if isinstance(layer, Recurrent):
+        return 2 + layer.return_sequences
     return rank - 1 if isinstance(layer, ConvLSTM2D) and not layer.return_sequences else rank
 
 
@@ -458,10 +500,11 @@ def _convlstm2d(config: Config, arrays: Arrays, rank: int | None) -> Made:
 
 
 def _convolution(config: Config, arrays: Arrays) -> dict[str, Any]:
-    _expect(config, "one group of channels only", groups=1)
+    groups = config.get("groups", 1)
     return {
-        "in_channels": _first(arrays).shape[-2],
-        "out_channels": config["filters"],
+        "in_channels": _first(arrays).shape[-2] * groups,
+        "out_channels": config.get("filters"),
+        "groups": groups,
         "kernel_size": config["kernel_size"],
         "padding": config["padding"],
         "stride": config["strides"],
@@ -509,6 +552,41 @@ def _conv(cls: type[Layer]) -> Callable[..., Made]:
     return lambda config, arrays, rank: (cls, _convolution(config, arrays))
 
 
+def _transposed(cls: type[Layer]) -> Callable[..., Made]:
+    return lambda config, arrays, rank: (cls, _convolution(config, arrays) | {
+        "in_channels": _first(arrays).shape[-1],
+        "output_padding": config.get("output_padding"),
+    })  # fmt: skip
+
+
+def _depthwise(cls: type[Layer]) -> Callable[..., Made]:
+    return lambda config, arrays, rank: (
+        cls, _convolution(config, arrays) | {"depth_multiplier": config["depth_multiplier"]}
+    )  # fmt: skip
+
+
+def _recurrent(cls: type[Layer]) -> Callable[..., Made]:
+    def make(config: Config, arrays: Arrays, rank: int | None) -> Made:
+        _expect(config, "a Sequential model has one output; take the state from the layer here", return_state=False)
+        names = ("units", "activation", "recurrent_activation", "use_bias", "unit_forget_bias", "dropout",
+                 "recurrent_dropout", "return_sequences", "go_backwards", "stateful")  # fmt: skip
+        options = {name: config[name] for name in names if name in config}
+        return cls, options | {"in_features": _first(arrays).shape[0], "reset_after": config.get("reset_after", False)}
+
+    return make
+
+
+def _embedding(config: Config, arrays: Arrays, rank: int | None) -> Made:
+    _expect(config, "masks are not handed on; give them to the layers that are to skip steps", mask_zero=False)
+    return Embedding, {"input_dim": config["input_dim"], "output_dim": config["output_dim"]}
+
+
+def _masking(config: Config, arrays: Arrays, rank: int | None) -> Made:
+    raise ValueError("is not supported, as masks are not handed on here; leave it out and give the layers behind it a "
+                     "mask, or, where none of them looks at one, pass custom={'Masking': lambda config: "
+                     "fastclstm.layers.Masking(config['mask_value'])}")  # fmt: skip
+
+
 def _dense(config: Config, arrays: Arrays, rank: int | None) -> Made:
     return Dense, {
         "in_features": _first(arrays).shape[0],
@@ -538,6 +616,17 @@ def _layer_normalization(config: Config, arrays: Arrays, rank: int | None) -> Ma
     return LayerNormalization, {"shape": _first(arrays).shape} | _normal(config)
 
 
+def _group_normalization(config: Config, arrays: Arrays, rank: int | None) -> Made:
+    if not (config["center"] or config["scale"]):
+        raise ValueError("center=False with scale=False is not supported; the channels are counted in beta or gamma")
+    (axis,) = _axes(config["axis"])
+    return GroupNormalization, {
+        "num_features": _first(arrays).shape[0],
+        "groups": config["groups"],
+        "axis": axis,
+    } | _normal(config)
+
+
 def _axes(axis: Any) -> list[int]:
     return list(axis) if isinstance(axis, list | tuple) else [axis]
 
@@ -555,30 +644,15 @@ def _pooling(cls: type[Layer]) -> Callable[..., Made]:
     })  # fmt: skip
 
 
-def _global(cls: type[Layer], axes: int) -> Callable[..., Made]:
-    def make(config: Config, arrays: Arrays, rank: int | None) -> Made:
-        if axes != 2:
-            _expect(config, "use channels_last", data_format="channels_last")
-        return cls, {"data_format": config["data_format"], "keep_dims": config.get("keepdims", False)}
-
-    return make
+def _global(cls: type[Layer]) -> Callable[..., Made]:
+    return lambda config, arrays, rank: (
+        cls, {"data_format": config["data_format"], "keep_dims": config.get("keepdims", False)}
+    )  # fmt: skip
 
 
-def _up_sampling(config: Config, arrays: Arrays, rank: int | None) -> Made:
-    size = _axes(config["size"])
-    if len(size) == 3:
-        _expect(config, "use channels_last", data_format="channels_last")
-        if size[0] != 1:
-            raise ValueError(f"size={config['size']!r} is not supported: the number of time steps must stay")
-    return UpSampling, {
-        "size": size[-2:],
-        "interpolation": config.get("interpolation", "nearest"),
-        "data_format": config["data_format"],
-    }
-
-
-def _zero_padding(config: Config, arrays: Arrays, rank: int | None) -> Made:
-    return ZeroPadding2D, {"padding": config["padding"], "data_format": config["data_format"]}
+def _named(cls: type[Layer], *names: str) -> Callable[..., Made]:
+    """Return what makes a class whose options are called as Keras's are; those that a config lacks are left out."""
+    return lambda config, arrays, rank: (cls, {name: config[name] for name in names if name in config})
 
 
 def _flatten(config: Config, arrays: Arrays, rank: int | None) -> Made:
@@ -586,20 +660,15 @@ def _flatten(config: Config, arrays: Arrays, rank: int | None) -> Made:
     return Flatten, {}
 
 
-def _dropout(config: Config, arrays: Arrays, rank: int | None) -> Made:
-    return Dropout, {"rate": config["rate"], "noise_shape": config.get("noise_shape")}
-
-
-def _activation_layer(config: Config, arrays: Arrays, rank: int | None) -> Made:
-    return Activation, {"activation": config["activation"]}
-
-
 def _relu(config: Config, arrays: Arrays, rank: int | None) -> Made:
-    _expect(config, "leave it out", max_value=None)
-    if config.get("threshold"):
-        raise ValueError(f"threshold={config['threshold']!r} is not supported: leave it out")
-    slope = config.get("negative_slope") or 0.0
+    slope, largest, threshold = config.get("negative_slope") or 0.0, config.get("max_value"), config.get("threshold")
+    if largest is not None or threshold:
+        return ReLU, {"max_value": largest, "negative_slope": float(slope), "threshold": float(threshold or 0)}
     return (LeakyReLU, {"negative_slope": float(slope)}) if slope else (Activation, {"activation": "relu"})
+
+
+def _prelu(config: Config, arrays: Arrays, rank: int | None) -> Made:
+    return PReLU, {"shape": _first(arrays).shape}
 
 
 def _leaky_relu(config: Config, arrays: Arrays, rank: int | None) -> Made:
@@ -616,26 +685,55 @@ _MAKERS: dict[str, Callable[[Config, Arrays, int | None], Made]] = {
     "Bidirectional": _bidirectional,
     "Conv2D": _conv(Conv2D),
     "Conv3D": _conv(Conv3D),
+    "Conv2DTranspose": _transposed(Conv2DTranspose),
+    "Conv3DTranspose": _transposed(Conv3DTranspose),
+    "DepthwiseConv2D": _depthwise(DepthwiseConv2D),
+    "SeparableConv2D": _depthwise(SeparableConv2D),
     "Dense": _dense,
     "BatchNormalization": _batch_normalization,
     "LayerNormalization": _layer_normalization,
-    "Dropout": _dropout,
-    "Activation": _activation_layer,
+    "GroupNormalization": _group_normalization,
+    "Dropout": _named(Dropout, "rate", "noise_shape"),
+    "SpatialDropout2D": _named(SpatialDropout2D, "rate", "data_format"),
+    "SpatialDropout3D": _named(SpatialDropout3D, "rate", "data_format"),
+    "GaussianNoise": _named(GaussianNoise, "stddev"),
+    "Activation": _named(Activation, "activation"),
     "ReLU": _relu,
     "LeakyReLU": _leaky_relu,
+    "PReLU": _prelu,
     "Softmax": _softmax,
+    "Rescaling": _named(Rescaling, "scale", "offset"),
+    "Masking": _masking,
+    "Embedding": _embedding,
+    "LSTM": _recurrent(LSTM),
+    "GRU": _recurrent(GRU),
     "Flatten": _flatten,
+    "Reshape": _named(Reshape, "target_shape"),
+    "Permute": _named(Permute, "dims"),
+    "RepeatVector": _named(RepeatVector, "n"),
     "MaxPooling2D": _pooling(MaxPooling2D),
     "MaxPooling3D": _pooling(MaxPooling3D),
     "AveragePooling2D": _pooling(AveragePooling2D),
-    "GlobalAveragePooling1D": _global(GlobalAveragePooling, 1),
-    "GlobalAveragePooling2D": _global(GlobalAveragePooling, 2),
-    "GlobalAveragePooling3D": _global(GlobalAveragePooling, 3),
-    "GlobalMaxPooling1D": _global(GlobalMaxPooling, 1),
-    "GlobalMaxPooling2D": _global(GlobalMaxPooling, 2),
-    "GlobalMaxPooling3D": _global(GlobalMaxPooling, 3),
-    "UpSampling2D": _up_sampling,
-    "UpSampling3D": _up_sampling,
-    "ZeroPadding2D": _zero_padding,
+    "AveragePooling3D": _pooling(AveragePooling3D),
+    "AdaptiveAveragePooling2D": _named(AdaptiveAveragePooling2D, "output_size", "data_format"),
+    "GlobalAveragePooling1D": _global(GlobalAveragePooling),
+    "GlobalAveragePooling2D": _global(GlobalAveragePooling2D),
+    "GlobalAveragePooling3D": _global(GlobalAveragePooling3D),
+    "GlobalMaxPooling1D": _global(GlobalMaxPooling),
+    "GlobalMaxPooling2D": _global(GlobalMaxPooling2D),
+    "GlobalMaxPooling3D": _global(GlobalMaxPooling3D),
+    "UpSampling2D": _named(UpSampling2D, "size", "interpolation", "data_format"),
+    "UpSampling3D": _named(UpSampling3D, "size", "data_format"),
+    "ZeroPadding2D": _named(ZeroPadding2D, "padding", "data_format"),
+    "ZeroPadding3D": _named(ZeroPadding3D, "padding", "data_format"),
+    "Cropping2D": _named(Cropping2D, "cropping", "data_format"),
+    "Cropping3D": _named(Cropping3D, "cropping", "data_format"),
+    "Concatenate": _named(Concatenate, "axis"),
+    "Add": _named(Add),
+    "Subtract": _named(Subtract),
+    "Multiply": _named(Multiply),
+    "Average": _named(Average),
+    "Maximum": _named(Maximum),
+    "Minimum": _named(Minimum),
 }
 """For each class of Keras, what makes our class and its options out of the config, the arrays and the input's rank."""

@@ -19,7 +19,7 @@ Convolution = Callable[..., np.ndarray]
 """An engine's conv2d: ``(spec, x, kernel, bias, *, algorithm) -> y``."""
 
 ConvolutionBackward = Callable[..., tuple[Any, np.ndarray, np.ndarray]]
-"""An engine's conv2d_backward: ``(spec, x, kernel, dy, *, algorithm, input_gradient) -> (dx, dkernel, dbias)``."""
+"""An engine's conv2d_backward: ``(spec, x, kernel, dy, *, algorithm, wanted) -> (dx, dkernel, dbias)``."""
 
 
 @dataclass(frozen=True)
@@ -302,7 +302,7 @@ def _convolve_backward(
     dz: np.ndarray, *, input_gradient: bool = True,
 ) -> tuple[np.ndarray | None, np.ndarray]:  # fmt: skip
     """Pull dz back through `_convolve`: dx and dkernel."""
-    conv2d_backward = partial(conv2d_backward, input_gradient=input_gradient)
+    conv2d_backward = partial(conv2d_backward, wanted=("x", "kernel", "bias")[not input_gradient :])
     if masks is None:
         dx, dkernel, _ = conv2d_backward(spec, x, kernel, dz)
         return dx, dkernel

@@ -7,7 +7,7 @@ mathematics is analytic, complex arrays work too, so that complex-step different
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import numpy as np
@@ -41,28 +41,36 @@ def conv2d(
 
 def conv2d_backward(
     spec: ConvSpec, x: np.ndarray, kernel: np.ndarray, dy: np.ndarray | None, *, algorithm: str = "auto",
-    input_gradient: bool = True,
-) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:  # fmt: skip
-    """Pull dy (B, HO, WO, F) back through `conv2d`: dx, None where nobody asks for it, dkernel, dbias.
+    wanted: Collection[str] = ("x", "kernel", "bias"),
+) -> tuple[Any, Any, Any]:  # fmt: skip
+    """Pull dy (B, HO, WO, F) back through `conv2d`: dx, dkernel, dbias, None for what is not `wanted`.
 
     The transposes of the forward pass: ``dkernel[k, l] = Σ x[.., i·s + k·d, j·s + l·d, :]ᵀ dy[.., i, j, :]`` and
-    ``dx[.., i·s + k·d, j·s + l·d, :] += dy[.., i, j, :] kernel[k, l]ᵀ``.
+    ``dx[.., i·s + k·d, j·s + l·d, :] += dy[.., i, j, :] kernel[k, l]ᵀ``. Only dkernel looks at x, only dx at kernel:
+    what is not looked at may be any array of the dtype.
     """
-    dkernel = np.zeros_like(kernel)
     if dy is None:
-        return np.zeros_like(x) if input_gradient else None, dkernel, np.zeros(spec.F, x.dtype)
-    matrix, dmatrix = kernel.reshape(-1, spec.F), dkernel.reshape(-1, spec.F)
-    padded = _pad(spec, x)
-    dpadded = np.zeros_like(padded)
-    for b, rows in _blocks(spec, x.itemsize):
-        block = dy[b, rows].reshape(-1, spec.F)
-        dmatrix += _columns(spec, padded, b, rows).T @ block
-        if not input_gradient:
-            continue
-        dcolumns = (block @ matrix.T).reshape(-1, spec.WO, spec.KH, spec.KW, spec.C)
+        dy = np.zeros((spec.B, spec.HO, spec.WO, spec.F), x.dtype)
+    dx = _input_gradient(spec, kernel, dy) if "x" in wanted else None
+    dkernel = _kernel_gradient(spec, x, dy) if "kernel" in wanted else None
+    return dx, dkernel, recurrence.total(dy, (0, 1, 2)) if "bias" in wanted else None
+
+
+def _input_gradient(spec: ConvSpec, kernel: np.ndarray, dy: np.ndarray) -> np.ndarray:
+    matrix = kernel.reshape(-1, spec.F)
+    dpadded = _pad(spec, np.zeros((spec.B, spec.H, spec.W, spec.C), dy.dtype))
+    for b, rows in _blocks(spec, dy.itemsize):
+        dcolumns = (dy[b, rows].reshape(-1, spec.F) @ matrix.T).reshape(-1, spec.WO, spec.KH, spec.KW, spec.C)
         for kh, kw in np.ndindex(spec.KH, spec.KW):
             _tap(spec, dpadded, kh, kw)[b, rows] += dcolumns[:, :, kh, kw]
-    return _unpad(spec, dpadded) if input_gradient else None, dkernel, recurrence.total(dy, (0, 1, 2))
+    return _unpad(spec, dpadded)
+
+
+def _kernel_gradient(spec: ConvSpec, x: np.ndarray, dy: np.ndarray) -> np.ndarray:
+    padded, dkernel = _pad(spec, x), np.zeros((spec.KH, spec.KW, spec.C, spec.F), x.dtype)
+    for b, rows in _blocks(spec, x.itemsize):
+        dkernel.reshape(-1, spec.F)[...] += _columns(spec, padded, b, rows).T @ dy[b, rows].reshape(-1, spec.F)
+    return dkernel
 
 
 def convlstm2d(

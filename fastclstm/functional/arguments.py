@@ -46,3 +46,12 @@ def shapes_of(arrays: Mapping[str, np.ndarray] | None) -> dict[str, tuple[int, .
 def is_pair(value: Any) -> bool:
     """Return whether `value` is a tuple or list of two."""
     return isinstance(value, tuple | list) and len(value) == 2
+
+
+GRADIENTS = "x", "kernel", "bias"
+"""What a convolution's backward pass returns gradients of."""
+
+
+def asked_for(input_gradient: bool, bias: Any) -> tuple[str, ...]:
+    """Return of what a convolution's gradients are wanted."""
+    return GRADIENTS[not input_gradient : 2 if bias is None else 3]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fastclstm import dispatch
-from fastclstm.functional.arguments import Gradients, Reader, read_cotangent
+from fastclstm.functional.arguments import GRADIENTS, Gradients, Reader, asked_for, read_cotangent
 from fastclstm.spec import ConvSpec
 
 
@@ -87,7 +87,7 @@ def conv2d_vjp(
     dilation: Any = 1,
     algorithm: str = "auto",
     engine: str | None = None,
-) -> tuple[Any, Callable[[Any], Gradients]]:
+) -> tuple[Any, Callable[..., Gradients]]:
     """Compute `conv2d` and the function that pulls gradients back through it.
 
     Parameters are those of `conv2d`.
@@ -107,14 +107,9 @@ def conv2d_vjp(
 
     def pullback(dy: Any, *, input_gradient: bool = True) -> Gradients:
         cotangent = read_cotangent("conv2d", "dy", dy, y.shape, y.dtype, read)
-        dx, dkernel, dbias = module.conv2d_backward(
-            spec, *arrays[:2], cotangent, algorithm=algorithm, input_gradient=input_gradient
-        )
-        gradients = {"x": restore(dx)} if input_gradient else {}
-        gradients["kernel"] = restore(dkernel)
-        if bias is not None:
-            gradients["bias"] = restore(dbias)
-        return gradients
+        wanted = asked_for(input_gradient, bias)
+        gradients = module.conv2d_backward(spec, *arrays[:2], cotangent, algorithm=algorithm, wanted=wanted)
+        return {name: restore(gradients[GRADIENTS.index(name)]) for name in wanted}
 
     return restore(y), pullback
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from fastclstm import dispatch
-from fastclstm.functional.arguments import Gradients, read_cotangent
+from fastclstm.functional.arguments import GRADIENTS, Gradients, asked_for, read_cotangent
 from fastclstm.spec import Conv3DSpec
 
 GATHERED_BYTES = 64 << 20
@@ -83,7 +84,7 @@ def conv3d_vjp(
     dilation: Any = 1,
     algorithm: str = "auto",
     engine: str | None = None,
-) -> tuple[Any, Callable[[Any], Gradients]]:
+) -> tuple[Any, Callable[..., Gradients]]:
     """Compute `conv3d` and the function that pulls gradients back through it.
 
     Parameters are those of `conv3d`.
@@ -100,12 +101,9 @@ def conv3d_vjp(
 
     def pullback(dy: Any, *, input_gradient: bool = True) -> Gradients:
         cotangent = read_cotangent("conv3d", "dy", dy, call.spec.output_shape, call.x.dtype, call.read)
-        dx, dkernel, dbias = call.backward(cotangent, input_gradient)
-        gradients = {"x": restore(dx)} if input_gradient else {}
-        gradients["kernel"] = restore(dkernel)
-        if bias is not None:
-            gradients["bias"] = restore(dbias)
-        return gradients
+        wanted = asked_for(input_gradient, bias)
+        gradients = call.volumes.pull_back(call.x, cotangent, wanted)
+        return {name: restore(gradients[GRADIENTS.index(name)]) for name in wanted}
 
     return restore(call.forward()), pullback
 
@@ -117,9 +115,8 @@ class Conv3DCall:
         self, x: Any, kernel: Any, bias: Any, strides: Any, padding: Any, padding_mode: str, dilation: Any,
         algorithm: str, engine: str | None,
     ):  # fmt: skip
-        self.engine, self.read = dispatch.choose("conv3d", engine, x)
-        dispatch.check_algorithm("conv3d", self.engine, algorithm)
-        self.algorithm = algorithm
+        module, self.read = dispatch.choose("conv3d", engine, x)
+        dispatch.check_algorithm("conv3d", module, algorithm)
         given = {"x": x, "kernel": kernel} | ({} if bias is None else {"bias": bias})
         arrays = {name: self.read(name, value) for name, value in given.items()}
         self.spec = Conv3DSpec.infer(
@@ -129,50 +126,73 @@ class Conv3DCall:
         dtype = dispatch.working_dtype(*arrays.values())
         ready = {name: dispatch.native(array, dtype) for name, array in arrays.items()}
         self.x, self.bias = dispatch.to_view(ready["x"]), ready.get("bias")
-        self.kernel_shape, frame = ready["kernel"].shape, self.spec.frame
-        self.kernel = dispatch.contiguous(np.moveaxis(dispatch.to_view(ready["kernel"]), 0, 2)).reshape(
-            frame.KH, frame.KW, frame.C, frame.F
-        )
+        self.volumes = Volumes(module, self.spec, ready["kernel"], algorithm)
 
     def forward(self) -> np.ndarray:
         """Return y (B, TO, HO, WO, F)."""
-        y = np.empty_like(self.x, shape=self.spec.output_shape)
+        return self.volumes.convolve(self.x, self.bias)
+
+
+class Volumes:
+    """The convolution of volumes of a geometry with a kernel, on an engine: forward, and its transposes."""
+
+    def __init__(self, engine: ModuleType, spec: Conv3DSpec, kernel: Any, algorithm: str, op: str = "conv3d"):
+        """Lay the taps on time of a native kernel (KT, KH, KW, C, F) side by side."""
+        self.engine, self.spec, self.algorithm, self._op = engine, spec, algorithm, op
+        self._kernel_shape, frame = kernel.shape, spec.frame
+        self._kernel = dispatch.contiguous(np.moveaxis(dispatch.to_view(kernel), 0, 2)).reshape(
+            frame.KH, frame.KW, frame.C, frame.F
+        )
+
+    def convolve(self, x: Any, bias: Any) -> Any:
+        """Return y (B, TO, HO, WO, F) of a view of x (B, T, H, W, C)."""
+        y = np.empty_like(x, shape=self.spec.output_shape)
         frames = y.reshape(self.spec.B * self.spec.TO, *y.shape[2:])
         for part in self._chunks():
-            gathered = self._gather(part)
-            with _told_as_conv3d():
+            gathered = self._gather(x, part)
+            with self._told():
                 frames[part.start : part.stop] = self.engine.conv2d(
-                    self.spec.frame.with_batch(len(part)), gathered, self.kernel, self.bias, algorithm=self.algorithm
+                    self.spec.frame.with_batch(len(part)), gathered, self._kernel, bias, algorithm=self.algorithm
                 )
         return y
 
-    def backward(self, dy: np.ndarray | None, input_gradient: bool) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:
-        """Pull dy back: dx, None where nobody asks for it, dkernel, dbias."""
-        dx = np.zeros_like(self.x) if input_gradient else None
-        dkernel, dbias = (np.zeros_like(self.x, shape=shape) for shape in (self.kernel.shape, (self.spec.frame.F,)))
+    def pull_back(
+        self, x: Any, dy: Any, wanted: Collection[str] = ("x", "kernel", "bias")
+    ) -> tuple[Any, Any, Any]:  # fmt: skip
+        """Pull dy, None for zeros, back through `convolve`: dx, dkernel, dbias, None for what is not `wanted`.
+
+        Only dkernel looks at x, which for the others may be any view of the dtype.
+        """
+        spec, frame = self.spec, self.spec.frame
+        shapes = {"x": (spec.B, spec.T, frame.H, frame.W, frame.C // spec.KT), "kernel": self._kernel.shape,
+                  "bias": (frame.F,)}  # fmt: skip
+        results = {name: np.zeros_like(x, shape=shapes[name]) for name in wanted}
         if dy is not None:
-            frames = dispatch.to_view(dy).reshape(self.spec.B * self.spec.TO, *dy.shape[2:])
+            frames = dispatch.to_view(dy).reshape(spec.B * spec.TO, *dy.shape[2:])
             for part in self._chunks():
-                dgathered, dk, db = self.engine.conv2d_backward(
-                    self.spec.frame.with_batch(len(part)), self._gather(part), self.kernel,
-                    frames[part.start : part.stop], algorithm=self.algorithm,
-                    input_gradient=input_gradient,
-                )  # fmt: skip
-                dkernel += dk
-                dbias += db
-                if dx is None:
-                    continue
-                by_tap = dgathered.reshape(*dgathered.shape[:3], self.spec.KT, self.x.shape[-1])
-                for rows, tap, b, steps in self._runs(part):
-                    dx[b, steps] += by_tap[rows, :, :, tap]
-        KT, KH, KW, C, F = self.kernel_shape
-        dkernel = dispatch.contiguous(np.moveaxis(dkernel.reshape(KH, KW, KT, C, F), 2, 0))
-        return dx, dkernel, dbias
+                seen = self._gather(x, part) if "kernel" in wanted else x
+                with self._told():
+                    dgathered, *others = self.engine.conv2d_backward(
+                        frame.with_batch(len(part)), seen, self._kernel, frames[part.start : part.stop],
+                        algorithm=self.algorithm, wanted=wanted,
+                    )  # fmt: skip
+                for name, gradient in zip(("kernel", "bias"), others, strict=True):
+                    if gradient is not None:
+                        results[name] += gradient
+                if dgathered is not None:
+                    by_tap = dgathered.reshape(*dgathered.shape[:3], spec.KT, frame.C // spec.KT)
+                    for rows, tap, b, steps in self._runs(part):
+                        results["x"][b, steps] += by_tap[rows, :, :, tap]
+        if "kernel" in wanted:
+            KT, KH, KW, C, F = self._kernel_shape
+            by_time = np.moveaxis(results["kernel"].reshape(KH, KW, KT, C, F), 2, 0)
+            results["kernel"] = dispatch.contiguous(by_time)
+        return results.get("x"), results.get("kernel"), results.get("bias")
 
     def _chunks(self) -> Iterator[range]:
         """Yield runs of output frames, counted through B and TO, whose gathered input fits in `GATHERED_BYTES`."""
         frame = self.spec.frame
-        count = max(1, GATHERED_BYTES // (frame.H * frame.W * frame.C * self.x.itemsize))
+        count = max(1, GATHERED_BYTES // (frame.H * frame.W * frame.C * self._kernel.dtype.itemsize))
         total = self.spec.B * self.spec.TO
         for start in range(0, total, count):
             yield range(start, min(start + count, total))
@@ -199,19 +219,18 @@ class Conv3DCall:
         return [(slice(row, stop), tap, b, slice(t, t + (stop - row - 1) * stride + 1, stride))
                 for row, stop, tap, b, t in runs]  # fmt: skip
 
-    def _gather(self, part: range) -> np.ndarray:
+    def _gather(self, x: Any, part: range) -> Any:
         """Lay the frames that each output frame sees side by side: (len(part), H, W, KT·C)."""
         frame, spec = self.spec.frame, self.spec
-        gathered = np.zeros_like(self.x, shape=(len(part), frame.H, frame.W, spec.KT, self.x.shape[-1]))
+        gathered = np.zeros_like(x, shape=(len(part), frame.H, frame.W, spec.KT, x.shape[-1]))
         for rows, tap, b, steps in self._runs(part):
-            gathered[rows, :, :, tap] = self.x[b, steps]
+            gathered[rows, :, :, tap] = x[b, steps]
         return gathered.reshape(len(part), frame.H, frame.W, frame.C)
 
-
-@contextmanager
-def _told_as_conv3d() -> Iterator[None]:
-    """Let an engine's error about the frames' convolution name the operation that the caller knows."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(str(error).replace("conv2d:", "conv3d: of its frames,", 1)) from None
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Let an engine's error about the frames' convolution name the operation that the caller knows."""
+        try:
+            yield
+        except ValueError as error:
+            raise ValueError(str(error).replace("conv2d:", f"{self._op}: of its frames,", 1)) from None

@@ -3,26 +3,109 @@
 from typing import TYPE_CHECKING
 
 from fastclstm.layers.activation import Activation, LeakyReLU, Softmax
+from fastclstm.layers.adaptive_pooling import AdaptiveAveragePooling2D
 from fastclstm.layers.base import Layer
+from fastclstm.layers.borders import Cropping2D, Cropping3D, ZeroPadding2D, ZeroPadding3D
 from fastclstm.layers.convlstm2d import ConvLSTM2D
 from fastclstm.layers.convlstm2d_cell import ConvLSTM2DCell
 from fastclstm.layers.convolution import Conv2D, Conv3D
 from fastclstm.layers.dense import Dense, Flatten
-from fastclstm.layers.dropout import Dropout
+from fastclstm.layers.depthwise import DepthwiseConv2D, SeparableConv2D
+from fastclstm.layers.dropout import Dropout, SpatialDropout2D, SpatialDropout3D
+from fastclstm.layers.embedding import Embedding
+from fastclstm.layers.global_pooling import (
+    GlobalAveragePooling,
+    GlobalAveragePooling2D,
+    GlobalAveragePooling3D,
+    GlobalMaxPooling,
+    GlobalMaxPooling2D,
+    GlobalMaxPooling3D,
+)
+from fastclstm.layers.group_normalization import GroupNormalization, InstanceNormalization
+from fastclstm.layers.gru import GRU
+from fastclstm.layers.lstm import LSTM
+from fastclstm.layers.masking import Masking
 from fastclstm.layers.max_pooling3d import MaxPooling3D
+from fastclstm.layers.merging import Add, Average, Concatenate, Maximum, Minimum, Multiply, Subtract
+from fastclstm.layers.noise import GaussianNoise
 from fastclstm.layers.normalization import BatchNormalization, LayerNormalization
-from fastclstm.layers.pooling import AveragePooling2D, GlobalAveragePooling, GlobalMaxPooling, MaxPooling2D
-from fastclstm.layers.resampling import UpSampling, ZeroPadding2D
+from fastclstm.layers.pooling import AveragePooling2D, AveragePooling3D, MaxPooling2D
+from fastclstm.layers.rearranging import DepthToSpace, PixelShuffle, PixelUnshuffle, SpaceToDepth
+from fastclstm.layers.rectifiers import PReLU, ReLU
+from fastclstm.layers.resampling import UpSampling, UpSampling2D, UpSampling3D
+from fastclstm.layers.rescaling import Rescaling
+from fastclstm.layers.reshaping import Permute, RepeatVector, Reshape
 from fastclstm.layers.symbolic import Input
 from fastclstm.layers.time_distributed import TimeDistributed
 from fastclstm.layers.time_distribution import TimeDistributionCalculator
+from fastclstm.layers.transposed import Conv2DTranspose, Conv3DTranspose
 from fastclstm.lazy import moved
 
 __all__ = [
-    "Activation", "AveragePooling2D", "BatchNormalization", "Conv2D", "Conv3D", "ConvLSTM2D", "ConvLSTM2DCell",
-    "Dense", "Dropout", "Flatten", "GlobalAveragePooling", "GlobalMaxPooling", "Input",
-    "Layer", "LayerNormalization", "LeakyReLU", "MaxPooling2D", "MaxPooling3D", "Softmax",
-    "TimeDistributed", "TimeDistributionCalculator", "UpSampling", "ZeroPadding2D",
+    "GRU",
+    "LSTM",
+    "Activation",
+    "AdaptiveAveragePooling2D",
+    "Add",
+    "Average",
+    "AveragePooling2D",
+    "AveragePooling3D",
+    "BatchNormalization",
+    "Concatenate",
+    "Conv2D",
+    "Conv2DTranspose",
+    "Conv3D",
+    "Conv3DTranspose",
+    "ConvLSTM2D",
+    "ConvLSTM2DCell",
+    "Cropping2D",
+    "Cropping3D",
+    "Dense",
+    "DepthToSpace",
+    "DepthwiseConv2D",
+    "Dropout",
+    "Embedding",
+    "Flatten",
+    "GaussianNoise",
+    "GlobalAveragePooling",
+    "GlobalAveragePooling2D",
+    "GlobalAveragePooling3D",
+    "GlobalMaxPooling",
+    "GlobalMaxPooling2D",
+    "GlobalMaxPooling3D",
+    "GroupNormalization",
+    "Input",
+    "InstanceNormalization",
+    "Layer",
+    "LayerNormalization",
+    "LeakyReLU",
+    "Masking",
+    "MaxPooling2D",
+    "MaxPooling3D",
+    "Maximum",
+    "Minimum",
+    "Multiply",
+    "PReLU",
+    "Permute",
+    "PixelShuffle",
+    "PixelUnshuffle",
+    "ReLU",
+    "RepeatVector",
+    "Rescaling",
+    "Reshape",
+    "SeparableConv2D",
+    "Softmax",
+    "SpaceToDepth",
+    "SpatialDropout2D",
+    "SpatialDropout3D",
+    "Subtract",
+    "TimeDistributed",
+    "TimeDistributionCalculator",
+    "UpSampling",
+    "UpSampling2D",
+    "UpSampling3D",
+    "ZeroPadding2D",
+    "ZeroPadding3D",
 ]  # fmt: skip
 
 if not TYPE_CHECKING:

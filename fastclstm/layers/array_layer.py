@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from fastclstm.spec import Shape, expect_shape
 Pullback = Callable[[np.ndarray], Any]
 """Takes dy, the gradient of a layer's output, and returns dx."""
 
-FRAME_AXES = {"channels_last": "height, width, channels", "channels_first": "channels, height, width"}
+_SPATIAL = {2: "height, width", 3: "time, height, width"}
 
 
 @dataclass(eq=False, repr=False)
@@ -89,27 +89,35 @@ class FrameLayer(ArrayLayer):
     A subclass has the option `data_format`, `_frame_shape`, from (H, W, C) to that of the output, and `_frames`.
     """
 
+    _rank: ClassVar[int] = 2
+
     def output_shape(self, input_shape: Sequence[int]) -> Shape:
         """Return the shape of the output for an x of `input_shape`; raise ValueError where that does not fit."""
-        op, axes = type(self).__name__, FRAME_AXES[self._data_format]
-        if len(input_shape) not in (4, 5):
+        first = self._data_format == "channels_first"
+        self._check_rank(input_shape)
+        leading, item = input_shape[: -self._rank - 1], input_shape[-self._rank - 1 :]
+        *sizes, F = self._frame_shape((*item[1:], item[0]) if first else tuple(item))
+        return (*leading, F, *sizes) if first else (*leading, *sizes, F)
+
+    def _check_rank(self, shape: Sequence[int]) -> None:
+        """Raise ValueError unless `shape` has as many axes as the layer takes."""
+        if len(shape) not in ((4, 5) if self._rank == 2 else (5,)):
+            sizes = _SPATIAL[self._rank]
+            axes = f"channels, {sizes}" if self._data_format == "channels_first" else f"{sizes}, channels"
+            sequences = f" or (batch, time, {axes})" if self._rank == 2 else ""
             raise ValueError(
-                f"{op}: x must be (batch, {axes}) or (batch, time, {axes}), got "
-                f"{len(input_shape)}D {tuple(input_shape)}"
+                f"{type(self).__name__}: x must be (batch, {axes}){sequences}, got {len(shape)}D {tuple(shape)}"
             )
-        *leading, a, b, c = input_shape
-        if self._data_format == "channels_last":
-            return (*leading, *self._frame_shape((a, b, c)))
-        HO, WO, F = self._frame_shape((b, c, a))
-        return (*leading, F, HO, WO)
 
     def _apply(self, x: np.ndarray, training: bool) -> tuple[np.ndarray, Pullback]:
-        leading = x.shape[:-3]
+        leading = x.shape[: -self._rank - 1]
         y, pull = self._frames(self._fold(x), training)
 
         def unfold(frames: np.ndarray) -> np.ndarray:
             array = frames.reshape(*leading, *frames.shape[1:])
-            return array if self._data_format == "channels_last" else dispatch.contiguous(np.moveaxis(array, -1, -3))
+            if self._data_format == "channels_first":
+                array = np.moveaxis(array, -1, -self._rank - 1)
+            return dispatch.contiguous(array)
 
         def pullback(dy: np.ndarray) -> np.ndarray | None:
             dx = pull(self._fold(dy))
@@ -120,8 +128,9 @@ class FrameLayer(ArrayLayer):
     def _fold(self, array: np.ndarray) -> np.ndarray:
         """Return an array in the layer's data format as channels-last frames (N, H, W, C)."""
         if self._data_format == "channels_first":
-            array = dispatch.contiguous(np.moveaxis(array, -3, -1))
-        return array.reshape(int(np.prod(array.shape[:-3])), *array.shape[-3:])
+            array = dispatch.contiguous(np.moveaxis(array, -self._rank - 1, -1))
+        count = int(np.prod(array.shape[: -self._rank - 1]))
+        return array.reshape(count, *array.shape[-self._rank - 1 :])
 
     @property
     def _data_format(self) -> str:
@@ -134,3 +143,10 @@ class FrameLayer(ArrayLayer):
     def _frames(self, x: np.ndarray, training: bool) -> tuple[np.ndarray, Pullback]:
         """Return the output for frames (N, H, W, C), and its pullback."""
         raise NotImplementedError
+
+
+@dataclass(eq=False, repr=False)
+class VolumeLayer(FrameLayer):
+    """The same on volumes (B, T, H, W, C), or channels-first (B, C, T, H, W): its frames are (T, H, W, C)."""
+
+    _rank = 3

@@ -74,8 +74,9 @@ class Layer(Described):
     keeps what `backward` needs, the caller's own arrays included: they must not change until then.
 
     An x on a GPU, by DLPack or __cuda_array_interface__, is computed there, on its owner's stream and without copies:
-    by the ConvLSTM, convolution and maximum pooling layers, by activations with a name, by dropout, Flatten,
-    TimeDistributed, Sequential and EncoderForecaster. It must be C-contiguous and of the layer's dtype; other layers
+    by the ConvLSTM, convolution (transposed ones too) and maximum pooling layers, by activations with a name, by
+    dropout, Flatten, Reshape, Permute, Concatenate, Add, Subtract, Multiply, Average, TimeDistributed, Sequential and
+    EncoderForecaster. It must be C-contiguous and of the layer's dtype; other layers
     refuse it. With engine="cuda" arrays of NumPy are put on the GPU once and results got back once.
 
     Parameters

@@ -68,7 +68,7 @@ class ConvLSTMGates(ConvLSTMLayer):
                             regularizer=self.recurrent_regularizer, constraint=self.recurrent_constraint)  # fmt: skip
         if self.use_bias:
             drawn = initializers.get(self.bias_initializer)
-            self._add_parameter("bias", (4 * F,), _unit_forget(drawn) if self.unit_forget_bias else drawn, rng, dtype,
+            self._add_parameter("bias", (4 * F,), unit_forget(drawn) if self.unit_forget_bias else drawn, rng, dtype,
                                 regularizer=self.bias_regularizer, constraint=self.bias_constraint)  # fmt: skip
         grid: Shape = ()
         if self.frame_size is not None:
@@ -219,7 +219,7 @@ def own_generator(rng: np.random.Generator) -> np.random.Generator:
         return rng
 
 
-def _unit_forget(initializer: initializers.Initializer) -> Any:
+def unit_forget(initializer: initializers.Initializer) -> Any:
     """Return the initializer of a bias (4F,) whose forget block is one."""
 
     def initialize(shape: tuple[int, ...], rng: np.random.Generator, dtype: Any) -> np.ndarray:

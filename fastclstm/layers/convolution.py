@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from fastclstm import dispatch, functional
+from fastclstm.functional.grouped import grouped_vjp
 from fastclstm.layers.activation import activate, check_activation, gpu_knows
 from fastclstm.layers.array_layer import ArrayLayer, FrameLayer, Pullback
 from fastclstm.layers.base import Parameter, layer_dtype
@@ -16,8 +17,8 @@ from fastclstm.spec import DATA_FORMATS, UNKNOWN, Conv3DSpec, ConvSpec, Shape, c
 
 
 @dataclass(eq=False, repr=False)
-class _Convolution(ArrayLayer):
-    """The options of both convolutions."""
+class Convolution(ArrayLayer):
+    """The options of all convolutions of a kernel with all channels."""
 
     in_channels: int
     out_channels: int
@@ -26,7 +27,6 @@ class _Convolution(ArrayLayer):
     stride: Any = 1
     _: KW_ONLY
     dilation: Any = 1
-    padding_mode: str = "zeros"
     use_bias: bool = True
     activation: Any = "linear"
     kernel_initializer: Any = "glorot_uniform"
@@ -44,8 +44,6 @@ class _Convolution(ArrayLayer):
     kernel = Parameter()
     bias = Parameter()
     _rank: ClassVar[int]
-    _infer: ClassVar[Callable[..., Any]]
-    """`infer` of the geometry's class."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -60,28 +58,31 @@ class _Convolution(ArrayLayer):
         check_activation(op, self.activation)
         dispatch.check_engine(self.engine)
         choice(op, "algorithm", self.algorithm, dispatch.algorithms(self.engine))
-        rng, shape = np.random.default_rng(self.seed), (*self.kernel_size, self.in_channels, self.out_channels)
-        self._add_parameter("kernel", shape, self.kernel_initializer, rng, self.dtype,
+        rng = np.random.default_rng(self.seed)
+        self._add_parameter("kernel", self._kernel_shape(), self.kernel_initializer, rng, self.dtype,
                             regularizer=self.kernel_regularizer, constraint=self.kernel_constraint)  # fmt: skip
         if self.use_bias:
-            self._add_parameter("bias", shape[-1:], self.bias_initializer, rng, self.dtype,
+            self._add_parameter("bias", (self.out_channels,), self.bias_initializer, rng, self.dtype,
                                 regularizer=self.bias_regularizer, constraint=self.bias_constraint)  # fmt: skip
         self._geometry((1, *(self._rank * [UNKNOWN]), self.in_channels))  # wrong options are errors now, not later
 
+    def _kernel_shape(self) -> Shape:
+        raise NotImplementedError
+
     def _geometry(self, shape: Shape) -> Any:
         """Return the geometry for a channels-last shape; raise ValueError where that does not fit."""
-        return self._infer(shape, self._parameters["kernel"].shape, strides=self.stride, padding=self.padding,
-                           padding_mode=self.padding_mode, dilation=self.dilation, op=type(self).__name__)  # fmt: skip
+        raise NotImplementedError
+
+    def _convolution(self, x: Any) -> tuple[Any, Callable[..., Any]]:
+        """Return what `functional` makes of a channels-last x, and its pullback."""
+        raise NotImplementedError
 
     def _knows_gpu(self, training: bool) -> bool:
         return gpu_knows(self.activation)
 
-    def _convolve(self, x: np.ndarray, convolution: Callable[..., Any]) -> tuple[np.ndarray, Pullback]:
+    def _convolve(self, x: np.ndarray) -> tuple[np.ndarray, Pullback]:
         """Return the layer's output for a channels-last x, and its pullback."""
-        z, pull_convolution = convolution(
-            x, self.kernel, self.bias, strides=self.stride, padding=self.padding, padding_mode=self.padding_mode,
-            dilation=self.dilation, algorithm=self.algorithm, engine=self.engine,
-        )  # fmt: skip
+        z, pull_convolution = self._convolution(x)
         y, pull = activate(self.activation, z)
 
         def pullback(dy: np.ndarray) -> np.ndarray | None:
@@ -93,7 +94,43 @@ class _Convolution(ArrayLayer):
 
 
 @dataclass(eq=False, repr=False)
-class Conv2D(FrameLayer, _Convolution):
+class _Grouped(Convolution):
+    """Of those not transposed: what the padding holds, and groups of channels that do not see each other."""
+
+    _: KW_ONLY
+    padding_mode: str = "zeros"
+    groups: int = 1
+
+    _infer: ClassVar[Callable[..., Any]]
+    """`infer` of the geometry's class."""
+    _vjp: ClassVar[Callable[..., Any]]
+
+    def __post_init__(self) -> None:
+        op = type(self).__name__
+        (self.groups,) = integers(op, "groups", self.groups, 1, 1)
+        for name in ("in_channels", "out_channels"):
+            (count,) = integers(op, name, getattr(self, name), 1, 1)
+            if count % self.groups:
+                raise ValueError(f"{op}: {name} ({count}) must be a multiple of groups ({self.groups})")
+        super().__post_init__()
+
+    def _kernel_shape(self) -> Shape:
+        return (*self.kernel_size, self.in_channels // self.groups, self.out_channels)
+
+    def _geometry(self, shape: Shape) -> Any:
+        kernel = (*self.kernel_size, self.in_channels, self.out_channels)
+        return self._infer(shape, kernel, strides=self.stride, padding=self.padding, padding_mode=self.padding_mode,
+                           dilation=self.dilation, op=type(self).__name__)  # fmt: skip
+
+    def _convolution(self, x: Any) -> tuple[Any, Callable[..., Any]]:
+        return grouped_vjp(
+            self._vjp, x, self.kernel, self.bias, groups=self.groups, strides=self.stride, padding=self.padding,
+            padding_mode=self.padding_mode, dilation=self.dilation, algorithm=self.algorithm, engine=self.engine,
+        )  # fmt: skip
+
+
+@dataclass(eq=False, repr=False)
+class Conv2D(FrameLayer, _Grouped):
     """2D convolution of frames: (B, H, W, C) to (B, HO, WO, F), or of sequences of them, frame by frame.
 
     All numbers are those of `fastclstm.functional.conv2d`.
@@ -109,6 +146,8 @@ class Conv2D(FrameLayer, _Convolution):
         At most one of them above 1.
     padding_mode : "zeros" or "circular"
         What the padding holds.
+    groups : int
+        Divisor of C and F: the first F / groups filters see the first C / groups channels alone, and so on.
     use_bias : bool
     activation : str or pair of functions (forward, derivative)
         A name of `fastclstm.nn.activations`, or "softmax", over the channels.
@@ -130,7 +169,7 @@ class Conv2D(FrameLayer, _Convolution):
 
     Attributes
     ----------
-    kernel : array (KH, KW, C, F)
+    kernel : array (KH, KW, C / groups, F)
     bias : array (F,) or None
 
     Raises
@@ -148,17 +187,18 @@ class Conv2D(FrameLayer, _Convolution):
 
     _rank = 2
     _infer = ConvSpec.infer
+    _vjp = staticmethod(functional.conv2d_vjp)
 
     def _frame_shape(self, frame: Shape) -> Shape:
         geometry = self._geometry((1, *frame))
         return geometry.HO, geometry.WO, self.out_channels
 
     def _frames(self, x: np.ndarray, training: bool) -> tuple[np.ndarray, Pullback]:
-        return self._convolve(x, functional.conv2d_vjp)
+        return self._convolve(x)
 
 
 @dataclass(eq=False, repr=False)
-class Conv3D(_Convolution):
+class Conv3D(_Grouped):
     """3D convolution over time, height and width: (B, T, H, W, C) to (B, TO, HO, WO, F).
 
     All numbers are those of `fastclstm.functional.conv3d`.
@@ -175,13 +215,13 @@ class Conv3D(_Convolution):
     data_format : "channels_last" or "channels_first"
         The latter: volumes (B, C, T, H, W) to (B, F, TO, HO, WO), other than layers of frames, whose sequences are
         (B, T, C, H, W).
-    padding_mode, use_bias, activation, kernel_initializer, bias_initializer, kernel_regularizer, bias_regularizer, \
-kernel_constraint, bias_constraint, dtype, seed, engine, algorithm
+    padding_mode, groups, use_bias, activation, kernel_initializer, bias_initializer, kernel_regularizer, \
+bias_regularizer, kernel_constraint, bias_constraint, dtype, seed, engine, algorithm
         As in `Conv2D`.
 
     Attributes
     ----------
-    kernel : array (KT, KH, KW, C, F)
+    kernel : array (KT, KH, KW, C / groups, F)
     bias : array (F,) or None
 
     Raises
@@ -199,6 +239,7 @@ kernel_constraint, bias_constraint, dtype, seed, engine, algorithm
 
     _rank = 3
     _infer = Conv3DSpec.infer
+    _vjp = staticmethod(functional.conv3d_vjp)
 
     def output_shape(self, input_shape: Sequence[int]) -> Shape:
         """Return the shape of the output for an x of `input_shape`; raise ValueError where that does not fit."""
@@ -220,8 +261,8 @@ kernel_constraint, bias_constraint, dtype, seed, engine, algorithm
 
     def _apply(self, x: np.ndarray, training: bool) -> tuple[np.ndarray, Pullback]:
         if self.data_format == "channels_last":
-            return self._convolve(x, functional.conv3d_vjp)
-        y, pull = self._convolve(np.moveaxis(x, 1, -1), functional.conv3d_vjp)
+            return self._convolve(x)
+        y, pull = self._convolve(np.moveaxis(x, 1, -1))
 
         def first(array: np.ndarray) -> np.ndarray:
             return dispatch.contiguous(np.moveaxis(array, -1, 1))

@@ -16,7 +16,7 @@ from fastclstm.spec import DATA_FORMATS, Shape, choice, flag, integers
 
 
 @dataclass(eq=False, repr=False)
-class _Affine(ArrayLayer):
+class Affine(ArrayLayer):
     """What both have: a normalized x̂ becomes ``gamma · x̂ + beta``."""
 
     gamma = Parameter()
@@ -56,7 +56,7 @@ class _Affine(ArrayLayer):
 
 
 @dataclass(eq=False, repr=False)
-class BatchNormalization(_Affine):
+class BatchNormalization(Affine):
     """``gamma · (x − mean) / sqrt(variance + epsilon) + beta``, each channel over all samples, steps and pixels.
 
     While training, mean and (biased) variance are the batch's, and the moving values come nearer to them:
@@ -173,7 +173,7 @@ class BatchNormalization(_Affine):
         by_channel = np.moveaxis(x, self._channel_axis, -1)
         rows = by_channel.reshape(x.size // self.num_features, self.num_features)
         of_batch = training and self.trainable and len(rows) > 0
-        mean, variance = _moments(rows, 0) if of_batch else (self.moving_mean, self.moving_variance)
+        mean, variance = moments(rows, 0) if of_batch else (self.moving_mean, self.moving_variance)
         if of_batch:
             new, old = 1 - self.momentum, self.momentum
             self.moving_mean = old * self.moving_mean + new * mean
@@ -188,13 +188,13 @@ class BatchNormalization(_Affine):
 
         def pullback(dy: np.ndarray) -> np.ndarray:
             dnormal = pull(np.moveaxis(dy, self._channel_axis, -1).reshape(rows.shape))
-            return restored(_pull_moments(dnormal, normal, inverse, 0) if of_batch else dnormal * inverse)
+            return restored(pull_moments(dnormal, normal, inverse, 0) if of_batch else dnormal * inverse)
 
         return restored(y), pullback
 
 
 @dataclass(eq=False, repr=False)
-class LayerNormalization(_Affine):
+class LayerNormalization(Affine):
     """``gamma · (x − mean) / sqrt(variance + epsilon) + beta``, each sample over its last axes.
 
     Parameters
@@ -260,22 +260,22 @@ dtype, seed
     def _apply(self, x: np.ndarray, training: bool) -> tuple[np.ndarray, Pullback]:
         features = int(np.prod(self.shape))
         rows = x.reshape(x.size // features, features)
-        mean, variance = _moments(rows, 1)
+        mean, variance = moments(rows, 1)
         inverse = 1 / np.sqrt(variance + x.dtype.type(self.epsilon))
         normal = (rows - mean) * inverse
         y, pull = self._affine(normal)
-        return y.reshape(x.shape), lambda dy: _pull_moments(pull(dy.reshape(rows.shape)), normal, inverse, 1).reshape(
+        return y.reshape(x.shape), lambda dy: pull_moments(pull(dy.reshape(rows.shape)), normal, inverse, 1).reshape(
             x.shape
         )
 
 
-def _moments(rows: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
+def moments(rows: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
     """Return mean and biased variance over an axis: (features,) over axis 0, (N, 1) over axis 1."""
     mean = _sum(rows, axis) / rows.dtype.type(rows.shape[axis])
     return mean, _sum(np.square(rows - mean), axis) / rows.dtype.type(rows.shape[axis])
 
 
-def _pull_moments(dnormal: np.ndarray, normal: np.ndarray, inverse: np.ndarray, axis: int) -> np.ndarray:
+def pull_moments(dnormal: np.ndarray, normal: np.ndarray, inverse: np.ndarray, axis: int) -> np.ndarray:
     """Pull dnormal back through ``normal = (x − mean(x)) / sqrt(variance(x) + epsilon)``: section 3 of Ioffe & Szegedy.
 
     The mean and the variance of x over the axis depend on x too, which takes the part along 1 and along normal away.
@@ -287,4 +287,5 @@ def _pull_moments(dnormal: np.ndarray, normal: np.ndarray, inverse: np.ndarray, 
 
 def _sum(rows: np.ndarray, axis: int) -> np.ndarray:
     """Sum in float64, as float32 would lose digits over many rows: (features,) over axis 0, (N, 1) over axis 1."""
-    return rows.sum(axis, dtype=np.float64, keepdims=axis == 1).astype(rows.dtype)
+    precise = np.result_type(rows, np.float64)
+    return rows.sum(axis, dtype=precise, keepdims=axis == 1).astype(rows.dtype)

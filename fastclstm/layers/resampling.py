@@ -1,4 +1,4 @@
-"""Larger frames: repeated or interpolated pixels, and zeros around."""
+"""Larger frames and volumes: repeated or interpolated pixels."""
 
 from __future__ import annotations
 
@@ -8,15 +8,58 @@ from typing import Any
 
 import numpy as np
 
-from fastclstm.layers.array_layer import FrameLayer, Pullback
-from fastclstm.spec import DATA_FORMATS, Shape, choice, integers
+from fastclstm.layers.array_layer import FrameLayer, Pullback, VolumeLayer
+from fastclstm.spec import DATA_FORMATS, Shape, choice, flag, integers
 
-INTERPOLATIONS = ("nearest", "bilinear")
+INTERPOLATIONS = {2: ("nearest", "bilinear"), 3: ("nearest", "trilinear")}
 
 
 @dataclass(eq=False, repr=False)
-class UpSampling(FrameLayer):
+class _UpSampling(FrameLayer):
+    """The options of both."""
+
+    size: Any = 2
+    interpolation: str = "nearest"
+    _: KW_ONLY
+    align_corners: bool = False
+    data_format: str = "channels_last"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        op = type(self).__name__
+        self.size = integers(op, "size", self.size, self._rank, 1)
+        choice(op, "interpolation", self.interpolation, INTERPOLATIONS[self._rank])
+        choice(op, "data_format", self.data_format, DATA_FORMATS)
+        flag(op, "align_corners", self.align_corners)
+        if self.align_corners and self.interpolation == "nearest":
+            raise ValueError(f"{op}: align_corners=True needs interpolation={INTERPOLATIONS[self._rank][1]!r}, got "
+                             f"'nearest'")  # fmt: skip
+
+    def _frame_shape(self, frame: Shape) -> Shape:
+        return (*(n * factor for n, factor in zip(frame, self.size, strict=False)), frame[-1])
+
+    def _frames(self, x: np.ndarray, training: bool) -> tuple[np.ndarray, Pullback]:
+        if self.interpolation == "nearest":
+            stretch, squeeze = _repeat, _sum_repeated
+        elif self.align_corners:
+            stretch, squeeze = _between_corners, _between_corners_back
+        else:
+            stretch, squeeze = _interpolate, _interpolate_back
+        axes = [(axis, factor) for axis, factor in enumerate(self.size, 1) if factor > 1]
+
+        def along(function: Callable[..., np.ndarray], array: np.ndarray) -> np.ndarray:
+            for axis, factor in axes:
+                array = function(array, axis, factor)
+            return array if axes else array.copy()
+
+        return along(stretch, x), lambda dy: along(squeeze, dy)
+
+
+@dataclass(eq=False, repr=False)
+class UpSampling(_UpSampling):
     """Frames made larger by whole factors: (B, H, W, C) to (B, H·sh, W·sw, C), or sequences of them, frame by frame.
+
+    Its name in Keras, UpSampling2D, stands for it too.
 
     Parameters
     ----------
@@ -25,6 +68,9 @@ class UpSampling(FrameLayer):
     interpolation : "nearest" or "bilinear"
         Repeat every pixel, or interpolate between the pixels' centres, the border pixels being continued outwards (as
         Keras does, and PyTorch with ``align_corners=False``).
+    align_corners : bool
+        With "bilinear": the centres of the first and of the last pixel stay where they are, and the others lie evenly
+        between, as PyTorch's ``align_corners=True``.
     data_format : "channels_last" or "channels_first"
         The latter: (B, C, H, W) and (B, T, C, H, W).
 
@@ -36,40 +82,33 @@ class UpSampling(FrameLayer):
     Examples
     --------
     >>> import numpy as np
-    >>> UpSampling((1, 2), "bilinear")(np.array([0.0, 4.0]).reshape(1, 1, 2, 1)).ravel()
+    >>> x = np.array([0.0, 4.0]).reshape(1, 1, 2, 1)
+    >>> UpSampling((1, 2), "bilinear")(x).ravel()
     array([0., 1., 3., 4.])
+    >>> UpSampling((1, 2), "bilinear", align_corners=True)(x).ravel().round(2)
+    array([0.  , 1.33, 2.67, 4.  ])
     """
 
     size: Any = (2, 2)
-    interpolation: str = "nearest"
-    _: KW_ONLY
-    data_format: str = "channels_last"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.size = integers("UpSampling", "size", self.size, 2, 1)
-        choice("UpSampling", "interpolation", self.interpolation, INTERPOLATIONS)
-        choice("UpSampling", "data_format", self.data_format, DATA_FORMATS)
 
-    def _frame_shape(self, frame: Shape) -> Shape:
-        H, W, C = frame
-        return H * self.size[0], W * self.size[1], C
-
-    def _frames(self, x: np.ndarray, training: bool) -> tuple[np.ndarray, Pullback]:
-        stretch, squeeze = _FUNCTIONS[self.interpolation]
-        y = stretch(stretch(x, 1, self.size[0]), 2, self.size[1])
-        return y, lambda dy: squeeze(squeeze(dy, 2, self.size[1]), 1, self.size[0])
+UpSampling2D = UpSampling
 
 
 @dataclass(eq=False, repr=False)
-class ZeroPadding2D(FrameLayer):
-    """Zeros around frames: (B, H, W, C) to (B, top + H + bottom, left + W + right, C), or sequences of them.
+class UpSampling3D(VolumeLayer, _UpSampling):
+    """Volumes made larger by whole factors: (B, T, H, W, C) to (B, T·st, H·sh, W·sw, C).
 
     Parameters
     ----------
-    padding : int, (int, int) or ((top, bottom), (left, right))
+    size : int or (int, int, int)
+        The factors of time, height and width.
+    interpolation : "nearest" or "trilinear"
+        As in `UpSampling`, on all three axes.
+    align_corners : bool
+        As in `UpSampling`.
     data_format : "channels_last" or "channels_first"
-        The latter: (B, C, H, W) and (B, T, C, H, W).
+        The latter: (B, C, T, H, W), other than layers of frames, whose sequences are (B, T, C, H, W).
 
     Raises
     ------
@@ -79,34 +118,11 @@ class ZeroPadding2D(FrameLayer):
     Examples
     --------
     >>> import numpy as np
-    >>> ZeroPadding2D((0, 1))(np.ones((1, 1, 1, 1))).ravel()
-    array([0., 1., 0.])
+    >>> UpSampling3D((2, 1, 2))(np.zeros((1, 3, 4, 4, 2))).shape
+    (1, 6, 4, 8, 2)
     """
 
-    padding: Any = 1
-    _: KW_ONLY
-    data_format: str = "channels_last"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        choice("ZeroPadding2D", "data_format", self.data_format, DATA_FORMATS)
-        pair = self.padding if isinstance(self.padding, tuple) else (self.padding, self.padding)
-        if len(pair) != 2:
-            raise ValueError(f"ZeroPadding2D: padding must be an int, 2 ints or 2 pairs of ints, got {self.padding!r}")
-        self._pads = [
-            integers("ZeroPadding2D", f"padding of the {axis}", item, 2, 0)
-            for axis, item in zip(("height", "width"), pair, strict=True)
-        ]
-
-    def _frame_shape(self, frame: Shape) -> Shape:
-        H, W, C = frame
-        return H + sum(self._pads[0]), W + sum(self._pads[1]), C
-
-    def _frames(self, x: np.ndarray, training: bool) -> tuple[np.ndarray, Pullback]:
-        (top, bottom), (left, right) = self._pads
-        _, H, W, _ = x.shape
-        y = np.pad(x, ((0, 0), (top, bottom), (left, right), (0, 0)))
-        return y, lambda dy: np.ascontiguousarray(dy[:, top : top + H, left : left + W])
+    size: Any = (2, 2, 2)
 
 
 def _repeat(x: np.ndarray, axis: int, factor: int) -> np.ndarray:
@@ -158,8 +174,29 @@ def _offsets(factor: int) -> list[float]:
     return [(phase + 0.5) / factor - 0.5 for phase in range(factor)]
 
 
-_Axiswise = Callable[[np.ndarray, int, int], np.ndarray]
-_FUNCTIONS: dict[str, tuple[_Axiswise, _Axiswise]] = {
-    "nearest": (_repeat, _sum_repeated),
-    "bilinear": (_interpolate, _interpolate_back),
-}
+def _between_corners(x: np.ndarray, axis: int, factor: int) -> np.ndarray:
+    """Interpolate linearly along an axis, to as many times as many elements, the first and last being those of x."""
+    x = np.moveaxis(x, axis, 0)
+    low, share = _corners(len(x), factor, x)
+    high = np.minimum(low + 1, len(x) - 1)
+    y = np.where(share == 0, x[low], (1 - share) * x[low] + share * x[high])  # 0 · NaN would be NaN
+    return np.ascontiguousarray(np.moveaxis(y, 0, axis))
+
+
+def _between_corners_back(dy: np.ndarray, axis: int, factor: int) -> np.ndarray:
+    """Pull dy back through `_between_corners`: its transpose."""
+    dy = np.moveaxis(dy, axis, 0)
+    count = len(dy) // factor
+    low, share = _corners(count, factor, dy)
+    starts = np.searchsorted(low, np.arange(count))  # every element of x is the lower one of some
+    dx = np.add.reduceat((1 - share) * dy, starts, 0)
+    dx[1:] += np.add.reduceat(np.where(share == 0, 0, share * dy), starts, 0)[:-1]
+    return np.ascontiguousarray(np.moveaxis(dx, 0, axis))
+
+
+def _corners(count: int, factor: int, like: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return for each output element the input element before it, and its distance from there, to broadcast."""
+    numerator = np.arange(count * factor) * (count - 1)
+    low, rest = np.divmod(numerator, count * factor - 1)
+    share = (rest / (count * factor - 1)).astype(like.real.dtype)
+    return low, share.reshape(-1, *(1,) * (like.ndim - 1))

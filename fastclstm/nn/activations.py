@@ -180,6 +180,30 @@ def _silu_derivative(x: np.ndarray) -> np.ndarray:
     return y + np.clip(x, -1000, 1000) * y * (1 - y)
 
 
+def _mish_gate(x: np.ndarray) -> np.ndarray:
+    """Return tanh(softplus(x)) by exp(−|x|), which does not overflow."""
+    e = np.exp(-_magnitude(x))
+    return np.where(x < 0, e * (e + 2) / (e * (e + 2) + 2), (1 + 2 * e) / (1 + 2 * e * (1 + e)))
+
+
+def _mish(x: np.ndarray) -> np.ndarray:
+    """Return x tanh(softplus(x)): Misra, "Mish", BMVC 2020."""
+    return np.maximum(x, -1000) * _mish_gate(x)
+
+
+def _mish_derivative(x: np.ndarray) -> np.ndarray:
+    gate = _mish_gate(x)
+    return gate + np.clip(x, -1000, 1000) * (1 - gate**2) * _sigmoid(x)
+
+
+def _relu6(x: np.ndarray) -> np.ndarray:
+    return np.clip(x, 0, 6)
+
+
+def _relu6_derivative(x: np.ndarray) -> np.ndarray:
+    return ((x > 0) & (x < 6)).astype(x.dtype)
+
+
 def _softplus(x: np.ndarray) -> np.ndarray:
     return np.maximum(x, 0) + np.log1p(np.exp(-_magnitude(x)))
 
@@ -210,6 +234,8 @@ TABLE: dict[str, Activation] = {
         Activation("softsign", _softsign, _softsign_derivative),
         Activation("exponential", np.exp, np.exp),
         Activation("linear", np.positive, np.ones_like),
+        Activation("relu6", _relu6, _relu6_derivative),
+        Activation("mish", _mish, _mish_derivative),
     )
 }
 """The named activations. `leaky_relu` has slope 0.2 (as Keras 3), `hard_sigmoid` is relu6(x + 3) / 6."""

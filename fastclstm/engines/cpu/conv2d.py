@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from typing import Any
+
 import numpy as np
 
 from fastclstm.engines import recurrence
@@ -38,24 +41,34 @@ def conv2d(
 
 def conv2d_backward(
     spec: ConvSpec, x: np.ndarray, kernel: np.ndarray, dy: np.ndarray | None, *, algorithm: str = "auto",
-    input_gradient: bool = True,
-) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:  # fmt: skip
-    """Pull dy (B, HO, WO, F) back through `conv2d`: dx, None where nobody asks for it, dkernel, dbias."""
+    wanted: Collection[str] = ("x", "kernel", "bias"),
+) -> tuple[Any, Any, Any]:  # fmt: skip
+    """Pull dy (B, HO, WO, F) back through `conv2d`: dx, dkernel, dbias, None for what is not `wanted`.
+
+    Only dkernel looks at x, only dx at kernel: what is not looked at may be any array of the dtype.
+    """
+    dtype, of_x, of_kernel = x.dtype, "x" in wanted, "kernel" in wanted
+    dx = np.empty((spec.B, spec.H, spec.W, spec.C), dtype) if of_x else None
+    dkernel = np.zeros((spec.KH, spec.KW, spec.C, spec.F), dtype) if of_kernel else None
     if dy is None or dy.size == 0:
-        return np.zeros_like(x) if input_gradient else None, np.zeros_like(kernel), np.zeros(spec.F, x.dtype)
-    dx = np.empty_like(x) if input_gradient else None
-    dkernel, dbias = np.zeros_like(kernel), recurrence.total(dy, (0, 1, 2))
+        if dx is not None:
+            dx.fill(0)
+        return dx, dkernel, np.zeros(spec.F, dtype) if "bias" in wanted else None
     direct = algorithm == "direct" or not plans.fits((spec,))
-    runs = outliers.runs(np.zeros(spec.B, np.bool_) if direct else outliers.find(x) | outliers.find(dy))
+    looked_at = (dy, x) if of_kernel else (dy,)
+    spoilt_images = np.zeros(spec.B, np.bool_) if direct else np.any([outliers.find(a) for a in looked_at], 0)
+    runs = outliers.runs(spoilt_images)
     for spoilt in sorted({spoilt for _, spoilt in runs}):
         way = "direct" if spoilt else algorithm
-        inputs = InputGradient(spec, kernel, way) if input_gradient else None
-        kernels = WeightGradient((spec,), x.dtype, 1, way)
+        inputs = InputGradient(spec, kernel, way) if of_x else None
+        kernels = WeightGradient((spec,), dtype, 1, way) if of_kernel else None
         for images in (images for images, kind in runs if kind == spoilt):
             B = images.stop - images.start
             team = team_size(spec.with_batch(B).flops)
             if inputs is not None and dx is not None:
                 inputs.pull_back(slots(dy[images]), slots(dx[images]), B, 1, team)
-            kernels.add((slots(x[images]),), slots(dy[images]), B, 1, team)
-        dkernel += kernels.result()[0]
-    return dx, dkernel, dbias
+            if kernels is not None:
+                kernels.add((slots(x[images]),), slots(dy[images]), B, 1, team)
+        if kernels is not None:
+            dkernel += kernels.result()[0]
+    return dx, dkernel, recurrence.total(dy, (0, 1, 2)) if "bias" in wanted else None

@@ -7,7 +7,7 @@ alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -48,13 +48,12 @@ def conv2d(spec: ConvSpec, x: Array, kernel: Array, bias: Array | None, *, algor
 
 def conv2d_backward(
     spec: ConvSpec, x: Array, kernel: Array, dy: Array | None, *, algorithm: str = "auto",
-    input_gradient: bool = True,
+    wanted: Collection[str] = ("x", "kernel", "bias"),
 ) -> tuple[Any, Any, Any]:  # fmt: skip
-    """Pull dy (B, HO, WO, F) back through `conv2d`: dx, None where nobody asks for it, dkernel, dbias."""
+    """Pull dy (B, HO, WO, F) back through `conv2d`: dx, dkernel, dbias, None for what is not `wanted`."""
     with _at(x) as place:
         arrays = place.take(x), plain(kernel), place.take(dy)
-        dx, *others = place.give(_conv2d.conv2d_backward(spec, *arrays, algorithm=algorithm))
-        return (dx if input_gradient else None, *others)
+        return place.give(_conv2d.conv2d_backward(spec, *arrays, algorithm=algorithm, wanted=wanted))
 
 
 def convlstm2d(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from typing import Any
+
 import numpy as np
 
 from fastclstm.engines.cuda import choice, product, recorded
@@ -32,23 +35,39 @@ def conv2d(
 
 
 def conv2d_backward(
-    spec: ConvSpec, x: DeviceArray, kernel: Weights, dy: DeviceArray | None, *, algorithm: str = "auto"
-) -> tuple[DeviceArray, DeviceArray, DeviceArray]:
-    """Pull dy (B, HO, WO, F) back through `conv2d`: dx, dkernel, dbias."""
+    spec: ConvSpec, x: DeviceArray, kernel: Weights, dy: DeviceArray | None, *, algorithm: str = "auto",
+    wanted: Collection[str] = ("x", "kernel", "bias"),
+) -> tuple[Any, Any, Any]:  # fmt: skip
+    """Pull dy (B, HO, WO, F) back through `conv2d`: dx, dkernel, dbias, None for what is not `wanted`.
+
+    Only dkernel looks at x, only dx at kernel: what is not looked at may be any array of the dtype.
+    """
     device, dtype = x.device, x.dtype
+    names = tuple(name for name in ("x", "kernel", "bias") if name in wanted)
     if dy is None or not dy.size:
-        return device.zeros(x.shape, dtype), device.zeros(kernel.shape, dtype), device.zeros((spec.F,), dtype)
+        shapes = {
+            "x": (spec.B, spec.H, spec.W, spec.C),
+            "kernel": (spec.KH, spec.KW, spec.C, spec.F),
+            "bias": (spec.F,),
+        }
+        found = {name: device.zeros(shapes[name], dtype) for name in names}
+        return found.get("x"), found.get("kernel"), found.get("bias")
     kind = product.backward_kind(product.kind(device, dtype, algorithm))
 
-    def compute(x: DeviceArray, kernel: DeviceArray, dy: DeviceArray) -> tuple[DeviceArray, DeviceArray, DeviceArray]:
-        x_operand, dy_operand = (product.operands(x.device, kind, array)[0] for array in (x, dy))
-        dx = input_gradient(spec, kind, kernel, dy_operand)
-        dkernel = weight_gradient(spec, kind, dtype, x_operand, dy_operand)
-        return dx, dkernel, column_sums(dy, spec.F, dtype)
+    def compute(x: DeviceArray | None, kernel: DeviceArray | None, dy: DeviceArray) -> dict[str, DeviceArray]:
+        results = {}
+        dy_operand = product.operands(dy.device, kind, dy)[0]
+        if kernel is not None:
+            results["x"] = input_gradient(spec, kind, kernel, dy_operand)
+        if x is not None:
+            results["kernel"] = weight_gradient(spec, kind, dtype, product.operands(x.device, kind, x)[0], dy_operand)
+        if "bias" in names:
+            results["bias"] = column_sums(dy, spec.F, dtype)
+        return results
 
-    arrays = x, on_device(device, kernel), dy
-    dx, dkernel, dbias = recorded.call(device, ("conv2d_backward", spec, kind, dtype), arrays, compute)
-    return dx, dkernel, dbias
+    arrays = x if "kernel" in names else None, on_device(device, kernel) if "x" in names else None, dy
+    found = recorded.call(device, ("conv2d_backward", spec, kind, dtype, names), arrays, compute)
+    return found.get("x"), found.get("kernel"), found.get("bias")
 
 
 def input_gradient(

@@ -9,7 +9,7 @@ from fastclstm.spec import ConvLSTMSpec, ConvSpec, Pair
 
 ACTIVATIONS = (
     "tanh", "sigmoid", "hard_sigmoid", "hard_sigmoid_keras2", "relu", "leaky_relu", "elu", "selu", "gelu", "silu",
-    "softplus", "softsign", "exponential", "linear",
+    "softplus", "softsign", "exponential", "linear", "relu6", "mish",
 )  # fmt: skip
 """Names in the order of `Activation` in csrc/activations.cuh."""
 
