@@ -204,9 +204,8 @@ class TransposedCall:
         cotangent = read_cotangent(self.op, "dy", dy, self._shape, self._x.dtype, self._read)
         cotangent = np.zeros_like(self._x, shape=self._shape) if cotangent is None else dispatch.to_view(cotangent)
         _, dkernel, _ = self._way.pull_back(cotangent, self._x, wanted=("kernel",))
-        gradients = {"kernel": self.restore(dkernel)}
-        if input_gradient:
-            gradients["x"] = self.restore(self._way.convolve(cotangent, None))
+        gradients = {"x": self.restore(self._way.convolve(cotangent, None))} if input_gradient else {}
+        gradients["kernel"] = self.restore(dkernel)
         if self._bias is not None:
             gradients["bias"] = self.restore(self._sum(cotangent))
         return gradients
