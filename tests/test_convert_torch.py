@@ -344,10 +344,11 @@ def test_what_is_known_is_said():
         ValueError, match=r"no ConvLSTM is recognized by its names: got conv\.weight; known are"
     ) as caught:
         from_torch({"conv.weight": np.zeros(3)})
-    assert all(name in str(caught.value) for name in DIALECTS)
+    assert f"ndrplz, kl4805, aserdega, seyongk and {len(DIALECTS) - 4} more (DIALECTS)" in str(caught.value)
     assert "cells=" in str(caught.value)
-    with pytest.raises(ValueError, match="dialect must be one of 'ndrplz', 'kl4805'"):
+    with pytest.raises(ValueError, match="dialect must be one of 'ndrplz', 'kl4805'") as caught:
         from_torch(joint(), "keras")
+    assert all(repr(name) in str(caught.value) for name in DIALECTS)
     assert {dialect for dialect, _ in MODULES.values()} | {"stae", "seagochen"} == set(DIALECTS)
 
 
@@ -695,6 +696,13 @@ def test_single_cells_are_told_by_their_prefix():
     for shape in ((12, 3, 3, 3), (13, 9, 3, 3), (12, 6, 3)):  # those of other convolutions
         with pytest.raises(ValueError, match="no ConvLSTM is recognized by its names: got"):
             from_torch({"a.conv.weight": np.zeros(shape)})
+
+
+def test_many_that_might_be_meant_are_said_in_short():
+    state = cells_of([f"{'encoder.' * 9}block_{n}" for n in range(99)])
+    with pytest.raises(ValueError, match=r"may be cells: .* and 97 more; say which") as caught:
+        from_torch(state)
+    assert len(str(caught.value)) <= 300
 
 
 def test_several_dialects_that_fit_are_listed():

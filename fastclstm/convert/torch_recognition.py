@@ -49,7 +49,7 @@ def recognize(state: Mapping[str, Any], rows: list[Dialect], prefix: str) -> Rec
         )
     if not found:
         under = f" under {start!r}" if start else ""
-        told = f"by their shapes these may be cells: {_places(likely)}; say which with prefix=…" if likely \
+        told = f"by their shapes these may be cells: {_places(likely, 2)}; say which with prefix=…" if likely \
             else _nearest(state, rows, candidates, start)  # fmt: skip
         raise ValueError(f"{rows[0].reader}: no ConvLSTM is recognized by its names{under}: {told}")
     row, place, cells = found[0]
@@ -128,8 +128,8 @@ def _unmistakable(row: Dialect, cell: Mapping[str, Any]) -> bool:
     return row.split is not None or any(name in cell for name in row.peephole or ())
 
 
-def _places(found: list[Recognized]) -> str:
-    return shown((f"{row.name!r} at prefix={place!r}" for row, place, _ in found), 3)
+def _places(found: list[Recognized], most: int = 3) -> str:
+    return shown((f"{row.name!r} at prefix={place!r}" for row, place, _ in found), most)
 
 
 def _misfits(row: Dialect, cell: Mapping[str, Any]) -> tuple[list[str], list[str]]:
@@ -163,8 +163,8 @@ def _nearest(state: Mapping[str, Any], rows: list[Dialect], candidates: list[Rec
         place = shown([row.cells] if isinstance(row.cells, str) else row.cells, 2)
         where = f" in each of its cells {place:.80}" if place else ", and nothing else"
         return f"got {_few(names)}; {row.name!r} has {_few([*row.required])}{where}"
-    known = ", ".join(row.name for row in rows)
-    return f"got {_few(names)}; known are {known}; describe others yourself with cells=…, joint=… or split=…"
+    known = shown((row.name for row in rows), 4)
+    return f"got {_few(names)}; known are {known} (DIALECTS); describe others yourself with cells=…, joint=… or split=…"
 
 
 def _few(names: list[str]) -> str:
