@@ -135,7 +135,8 @@ def conv2d_cases(draw, winograd):
     return arguments, normal(*functional.conv2d(**arguments, engine="reference").shape)
 
 
-ACTIVATIONS = ["tanh", "sigmoid", "hard_sigmoid", "hard_sigmoid_keras2", "elu", "gelu", "silu", "softsign", "linear"]
+ACTIVATIONS = ["tanh", "sigmoid", "hard_sigmoid", "hard_sigmoid_keras2", "elu", "gelu", "silu", "softplus", "softsign",
+               "linear"]  # fmt: skip
 
 
 @st.composite

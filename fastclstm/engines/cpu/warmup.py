@@ -18,7 +18,7 @@ from fastclstm.engines.cpu.kernels import gates
 from fastclstm.engines.cpu.kernels.entry import table
 from fastclstm.engines.cpu.kernels.team import run_team
 from fastclstm.engines.cpu.max_pool3d import max_pool3d, max_pool3d_backward
-from fastclstm.nn import activations
+from fastclstm.nn import activations, normalization
 from fastclstm.spec import ConvLSTMSpec, ConvSpec, PoolSpec
 
 DTYPES = ("float32", "float64")
@@ -79,6 +79,7 @@ def _backward(dtype: str) -> Iterator[tuple[str, Callable[[], Any]]]:
         yield f"ConvLSTM in training, {how}", partial(_compile_sequence, dtype, m, k, "update_and_keep")
         yield f"gradient of kernels, {how}", partial(_train, dtype, m, k, None)
     yield "gradient of gates of any kind", partial(_train, dtype, 0, 3, 1.0)
+    yield "normalization and dropout", partial(_step_by_step, dtype)
     image = np.ones((1, 3, 3, 1), dtype)
     strided = ConvSpec.infer(image.shape, (3, 3, 1, 1), strides=2)
     pulled = image, np.ones((3, 3, 1, 1), dtype), np.ones((1, 2, 2, 1), dtype)
@@ -106,5 +107,20 @@ def _train(dtype: str, m: int, k: int, cell_clip: float | None) -> None:
                               output_activation=tanh, cell_clip=cell_clip)  # fmt: skip
     algorithm = "winograd" if m else "direct"
     *_, saved = convlstm2d(spec, x, kernel, kernel, None, None, None, None, None, algorithm=algorithm, save=True)
+    assert saved is not None
+    convlstm2d_backward(spec, saved, x, None, None)
+
+
+def _step_by_step(dtype: str) -> None:
+    """Take one small step forward and backward with normalization and dropout."""
+    x, kernel, masks = np.ones((1, 1, 3, 3, 1), dtype), np.ones((3, 3, 1, 4), dtype), np.ones((4, 1, 3, 3, 1), dtype)
+    sigmoid, tanh = activations.get("sigmoid"), activations.get("tanh")
+    spec = ConvLSTMSpec.infer(
+        x.shape, kernel.shape, kernel.shape, activation=tanh, recurrent_activation=sigmoid, output_activation=tanh,
+        normalization=normalization.get("layer"), normalization_shapes={"gamma": (4,), "beta": (4,)},
+    )  # fmt: skip
+    weights, state = {"gamma": np.ones(4, dtype), "beta": np.ones(4, dtype)}, np.ones((1, 3, 3, 1), dtype)
+    *_, saved = convlstm2d(spec, x, kernel, kernel, None, state, state, None, None, normalization=weights,
+                           dropout={"h": masks}, algorithm="direct", save=True)  # fmt: skip
     assert saved is not None
     convlstm2d_backward(spec, saved, x, None, None)
