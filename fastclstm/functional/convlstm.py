@@ -147,9 +147,9 @@ def convlstm2d_vjp(
         With normalization, dropout or activations whose derivative needs more than their value it keeps the
         pre-activations instead of the gates (9 numbers, where x and h are normalized separately), or with True h and c
         of every step. Where NumPy computes (engine="reference", and with convolutions as peepholes and activations that
-        are called) it is 6·B·HO·WO·F numbers a step, 10 or 14 with normalization, or with True 2. The cuda engine keeps 5·B·HO·WO·F numbers a step too (with
-        algorithm="bfloat16" 14 bytes instead of 20 for each pixel and filter, and x in 16 bits), or with True what the
-        cpu engine does.
+        are called) it is 6·B·HO·WO·F numbers a step, 10 or 14 with normalization, or with True 2. The cuda engine keeps
+        5·B·HO·WO·F numbers a step too (with algorithm="bfloat16" 14 bytes instead of 20 for each pixel and filter, and
+        x in 16 bits), or with True what the cpu engine does.
 
     Returns
     -------
