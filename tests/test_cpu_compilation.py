@@ -190,7 +190,11 @@ def test_code_of_several_processes_works_together(tmp_path):
     """
     infer = drawn.replace("y, pull", "y").replace("_vjp", "").replace("PULLED", "[]")
     train = drawn.replace("PULLED", "pull(y).values()")
-    for code in (infer, train):
+    convolve = """
+        x, kernel = np.ones((1, 5, 6, 1)), np.ones((3, 3, 1, 12))
+        print(json.dumps(float(functional.conv2d(x, kernel, algorithm="direct").sum())))
+    """
+    for code in (convolve, infer, train):
         run(code, tmp_path / "cache")
     assert run(train, tmp_path / "cache") == run(train, tmp_path / "fresh")
 

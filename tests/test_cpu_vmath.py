@@ -31,11 +31,12 @@ def of_vectors(function):
     return apply
 
 
-EXP, TANH, SIGMOID, EXPM1, GATE, RATIO, ACTIVATE = map(of_vectors, (
+EXP, TANH, SIGMOID, EXPM1, GATE, RATIO, ACTIVATE, SLOPE = map(of_vectors, (
     numba.njit(lambda code, x: vmath.exp(x)), numba.njit(lambda code, x: vmath.tanh(x)),
     numba.njit(lambda code, x: vmath.sigmoid(x)), numba.njit(lambda code, x: vmath.expm1_negative(x)),
     numba.njit(lambda code, x: vmath.exp2_gate(x)),
     numba.njit(lambda code, x: simd.quotient(simd.broadcast(x, code), x)), vmath.activate,
+    numba.njit(lambda code, x: vmath.slope(code, x, vmath.activate(code, x))),
 ))  # fmt: skip
 
 
@@ -157,6 +158,17 @@ def test_activations_are_those_of_the_table(name, dtype):
     assert result.dtype == dtype
     eps = np.finfo(dtype).eps
     np.testing.assert_allclose(result, expected.astype(dtype), rtol=8 * eps, atol=eps)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("name", vmath.ACTIVATION_CODES)
+@every_dtype
+def test_slopes_are_those_of_the_table(name, dtype):
+    x = np.concatenate([np.linspace(-9, 9, 4002), [30, -30, 200, -200]]).astype(dtype)
+    expected = activations.get(name).derivative(x.astype(np.float64))
+    result = SLOPE(x, vmath.ACTIVATION_CODES[name])
+    eps = np.finfo(dtype).eps
+    np.testing.assert_allclose(result, expected.astype(dtype), rtol=16 * eps, atol=4 * eps)
 
 
 def test_numbers_of_activations_differ():

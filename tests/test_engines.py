@@ -161,7 +161,8 @@ def conv2d_transpose_cases(draw, winograd):
     return arguments, normal(*functional.conv2d_transpose(**arguments, engine="reference").shape)
 
 
-ACTIVATIONS = ["tanh", "sigmoid", "hard_sigmoid", "hard_sigmoid_keras2", "elu", "gelu", "silu", "softsign", "linear"]
+ACTIVATIONS = ["tanh", "sigmoid", "hard_sigmoid", "hard_sigmoid_keras2", "elu", "gelu", "silu", "softplus", "softsign",
+               "linear"]  # fmt: skip
 
 
 @st.composite

@@ -149,11 +149,12 @@ def convlstm2d_vjp(
         False: the activated gates and the cell state of every step are kept for the way back, 5·B·HO·WO·F numbers a
         step. True: only states are, and the way back takes the steps forward again, for a third more time: the cpu
         engine keeps h and c every few steps, 2·B·HO·WO·F numbers a piece, and has the gates of one piece at a time.
-        Where NumPy computes (engine="reference", and with normalization, dropout, convolutions as peepholes and
-        activations that are called or whose derivative needs more than their value) it is 6·B·HO·WO·F numbers a step,
-        10 or 14 with normalization, or with True 2. The cuda engine keeps 5·B·HO·WO·F numbers a step too (with
-        algorithm="bfloat16" 14 bytes instead of 20 for each pixel and filter, and x in 16 bits), or with True what the
-        cpu engine does.
+        With normalization, dropout or activations whose derivative needs more than their value it keeps the
+        pre-activations instead of the gates (9 numbers, where x and h are normalized separately), or with True h and c
+        of every step. Where NumPy computes (engine="reference", and with convolutions as peepholes and activations that
+        are called) it is 6·B·HO·WO·F numbers a step, 10 or 14 with normalization, or with True 2. The cuda engine keeps
+        5·B·HO·WO·F numbers a step too (with algorithm="bfloat16" 14 bytes instead of 20 for each pixel and filter, and
+        x in 16 bits), or with True what the cpu engine does.
 
     Returns
     -------
@@ -192,8 +193,8 @@ def convlstm2d_step(
         NumPy arrays (B, HO, WO, F) that receive the new states: writeable, C-contiguous, of the dtype computed in.
         Their memory is their own, but the new c may be the old c itself. Where x and the states are C-contiguous
         arrays of that dtype, the cpu engine then allocates nothing as large as a frame in calls after the first; but it
-        does with "softplus", "gelu" or activations of your own, "layer" and "group" normalization, convolutions as
-        peepholes and dropout masks, which NumPy computes, and for samples that are computed directly (see `conv2d`).
+        does with "layer" and "group" normalization and dropout masks, with activations of your own and convolutions as
+        peepholes, which NumPy computes, and for samples that are computed directly (see `conv2d`).
 
     Returns
     -------

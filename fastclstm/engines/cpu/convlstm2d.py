@@ -1,7 +1,8 @@
 """convlstm2d on the cpu engine: one kernel a time step convolves x and h, applies the gates and writes c and h.
 
-What the kernels do not know (a caller's own activations, convolutions of the cell state) takes the recurrence in NumPy
-over this engine's convolutions.
+What one kernel for all of a step cannot do (normalization, in-cell dropout, the training of some activations) goes by
+`stepwise`; what no kernel knows (a caller's own activations, convolutions of the cell state) takes the recurrence in
+NumPy over this engine's convolutions.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def convlstm2d_backward(
 
 
 def _is_fused(spec: ConvLSTMSpec) -> bool:
-    """Whether the kernels know everything that the cell does."""
+    """Whether the kernels of a whole step know everything that the cell does."""
     return spec.peephole != "conv" and spec.normalization is None and gates.activation_codes(spec) is not None
 
 

@@ -9,6 +9,7 @@ What a step keeps for the way back is z, of which everything else is computed ag
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any
@@ -166,6 +167,7 @@ class _Cell:
             B=spec.B, pixels=pixels, F=F, chunk=chunk, strip=strip, strips=len(strips), recurrent_activation=codes[0],
             activation=codes[1], output_activation=codes[2], clip=np.inf if spec.cell_clip is None else spec.cell_clip,
             pixel=F if self.planar else 4 * F,
+            runs=4 if self.planar else 1, run=F if self.planar else 4 * F,
         )  # fmt: skip
         if len(self.normalizing.parts):
             self.put(statistics_image=4 * F if self.normalizing.per_image else 0,
@@ -233,23 +235,24 @@ class _Cell:
         shape = (4, *frame, spec.F) if self.planar else (*frame, 4 * spec.F)
         return packing.aligned_empty(math.prod(shape), self.dtype).reshape(shape)
 
-    def _gates_of(self, z: np.ndarray, t: int) -> list[Slots]:
+    def gates_of(self, z: np.ndarray, t: int) -> list[Slots]:
         return [slots(gate[:, t:]) for gate in z] if self.planar else [slots(z[:, t:])]
 
-    def masked(self, name: str, frames: np.ndarray, gate: int) -> np.ndarray:
-        """Frames (B, T, …), a new array where there is dropout, as a gate sees them."""
+    def seen(self, name: str, frames: np.ndarray) -> Iterator[np.ndarray]:
+        """Frames (B, T, …) as the gates see them, one after the other in the same memory where there is dropout."""
         if name not in self.masks:
-            return np.ascontiguousarray(frames)
-        return frames * self.masks[name][gate][:, np.newaxis]
+            yield from (frames for _ in self.kernels)
+            return
+        memory = np.empty(frames.shape, self.dtype)
+        for mask in self.masks[name]:
+            yield np.multiply(frames, mask[:, np.newaxis], out=memory)
 
     def convolve_x(self, z: np.ndarray, first: int, count: int) -> None:
         """Convolve the frames of some steps together."""
         if self.joint:
             return
-        frames = self.x[:, first : first + count]
-        plain = None if "x" in self.masks else np.ascontiguousarray(frames)
-        for gate, (convolution, target) in enumerate(zip(self._of_x, self._gates_of(z, 0), strict=True)):
-            seen = self.masked("x", frames, gate) if plain is None else plain
+        frames = self.seen("x", self.x[:, first : first + count])
+        for convolution, target, seen in zip(self._of_x, self.gates_of(z, 0), frames, strict=True):
             convolution.run(target, self.spec.B, count, self.direct, x=slots(seen))
 
     def convolve_h(
@@ -283,7 +286,7 @@ class _Cell:
         if h is None:
             zh[(slice(None),) * (2 if self.planar else 1) + (jh,)] = 0
             return
-        for gate, (convolution, target) in enumerate(zip(self._of_h, self._gates_of(zh, jh), strict=True)):
+        for gate, (convolution, target) in enumerate(zip(self._of_h, self.gates_of(zh, jh), strict=True)):
             seen = hidden if masked is None else slots(masked[gate])
             convolution.run(target, B, 1, direct, x=seen)
 
@@ -528,7 +531,7 @@ class _WayBack:
         cell, dh = self._cell, self._dh
         keeps = not valid.all()
         new = self._parts if self._parts is not None else np.empty_like(dh) if keeps or cell.planar else dh
-        for gate, source in enumerate(cell._gates_of(dz, j)):
+        for gate, source in enumerate(cell.gates_of(dz, j)):
             target = new[gate] if self._parts is not None else new if gate == 0 else np.empty_like(dh)
             for images, direct in self._runs:
                 B = images.stop - images.start
@@ -549,12 +552,12 @@ class _WayBack:
         if self._dx is not None:
             dx = (self._dx[:, ::-1] if spec.go_backwards else self._dx)[:, first : first + count]
         frames = cell.x[:, first : first + count]
-        for gate, (of_x, of_h) in enumerate(zip(cell._gates_of(dz_x, 0), cell._gates_of(dz_h, 0), strict=True)):
-            seen = {
-                "kernel": frames if "x" not in cell.masks else cell.masked("x", frames, gate),
-                "recurrent_kernel": h if "h" not in cell.masks else cell.masked("h", h, gate),
-            }
-            target = np.empty_like(dx) if cell.planar and dx is not None else dx
+        target = np.empty_like(dx) if cell.planar and dx is not None else dx
+        gates = zip(
+            cell.gates_of(dz_x, 0), cell.gates_of(dz_h, 0), cell.seen("x", frames), cell.seen("h", h), strict=True
+        )
+        for gate, (of_x, of_h, seen_x, seen_h) in enumerate(gates):
+            seen = {"kernel": seen_x, "recurrent_kernel": seen_h}
             for images, direct in self._runs:
                 B = images.stop - images.start
                 team, b = self._team(B), images.start
@@ -564,7 +567,9 @@ class _WayBack:
                     dz = of_x if names == ("kernel",) else of_h
                     job.add(tuple(slots(seen[name][images]) for name in names), dz.after(b, 0), B, count, team)
             if cell.planar and dx is not None and target is not None:
-                dx += target * cell.masks["x"][gate][:, np.newaxis] if "x" in cell.masks else target
+                if "x" in cell.masks:
+                    target *= cell.masks["x"][gate][:, np.newaxis]
+                dx += target
 
     def gradients(self) -> dict[str, Any]:
         """Return all gradients, when every step has been taken back."""

@@ -19,7 +19,7 @@ from fastclstm.engines.cpu.kernels.entry import table
 from fastclstm.engines.cpu.kernels.team import run_team
 from fastclstm.engines.cpu.max_pool3d import max_pool3d, max_pool3d_backward
 from fastclstm.engines.cpu.tiles import Tile
-from fastclstm.nn import activations
+from fastclstm.nn import activations, normalization
 from fastclstm.spec import ConvLSTMSpec, ConvSpec, PoolSpec
 
 DTYPES = ("float32", "float64")
@@ -82,6 +82,7 @@ def _backward(dtype: str) -> Iterator[tuple[str, Callable[[], Any]]]:
         yield f"gradient of kernels, {how}", partial(_train, dtype, tile)
     yield "gradient of gates with peepholes or clipping", partial(_train, dtype, None, cell_clip=1.0)
     yield "gradient of gates of any kind", partial(_train, dtype, None, activation="relu")
+    yield "normalization and dropout", partial(_step_by_step, dtype)
     image = np.ones((1, 3, 3, 1), dtype)
     strided = ConvSpec.infer(image.shape, (3, 3, 1, 1), strides=2)
     pulled = image, np.ones((3, 3, 1, 1), dtype), np.ones((1, 2, 2, 1), dtype)
@@ -111,5 +112,20 @@ def _train(dtype: str, tile: Tile | None, activation: str = "tanh", cell_clip: f
     )  # fmt: skip
     algorithm = "winograd" if tile else "direct"
     *_, saved = convlstm2d(spec, x, kernel, kernel, None, None, None, None, None, algorithm=algorithm, save=True)
+    assert saved is not None
+    convlstm2d_backward(spec, saved, x, None, None)
+
+
+def _step_by_step(dtype: str) -> None:
+    """Take one small step forward and backward with normalization and dropout."""
+    x, kernel, masks = np.ones((1, 1, 3, 3, 1), dtype), np.ones((3, 3, 1, 4), dtype), np.ones((4, 1, 3, 3, 1), dtype)
+    sigmoid, tanh = activations.get("sigmoid"), activations.get("tanh")
+    spec = ConvLSTMSpec.infer(
+        x.shape, kernel.shape, kernel.shape, activation=tanh, recurrent_activation=sigmoid, output_activation=tanh,
+        normalization=normalization.get("layer"), normalization_shapes={"gamma": (4,), "beta": (4,)},
+    )  # fmt: skip
+    weights, state = {"gamma": np.ones(4, dtype), "beta": np.ones(4, dtype)}, np.ones((1, 3, 3, 1), dtype)
+    *_, saved = convlstm2d(spec, x, kernel, kernel, None, state, state, None, None, normalization=weights,
+                           dropout={"h": masks}, algorithm="direct", save=True)  # fmt: skip
     assert saved is not None
     convlstm2d_backward(spec, saved, x, None, None)

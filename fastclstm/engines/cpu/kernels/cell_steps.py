@@ -24,6 +24,7 @@ STEP = np.dtype([
     ("clip", np.float64),
     *((f"{name}{field}", kind) for name in _ARRAYS
       for field, kind in (("", np.uint64), ("_image", np.int64))),  # addresses, 0: none; bytes to the next image
+    ("runs", np.int64), ("run", np.int64),  # of channels of a pixel that lie together: 1 of 4F, or 4 of F
     ("pixel", np.int64), ("z_gate", np.int64), ("zh_gate", np.int64), ("da_gate", np.int64),  # scalars to the next one
     ("peephole", np.uint64), ("peephole_size", np.int64), ("peephole_pixel", np.int64),  # lines of i, f, o
     ("masks", np.uint64), ("masked", np.uint64),  # (4, B, pixels, F): of dropout; h times these
@@ -96,17 +97,31 @@ def _gather(like, step, parts, b, first, count, lines, pitch):
 
 @inline
 def _activate(code, source, target, count):
-    """Apply an activation to a line."""
-    for k in range(0, count, simd.vector_lanes(source)):
-        simd.store(simd.shift(target, k), vmath.activate(code, simd.load(simd.shift(source, k))))
+    """Apply an activation to a line; the usual ones in loops of their own, several vectors of which are under way."""
+    lanes = simd.vector_lanes(source)
+    if code == 0:
+        for k in range(0, count, lanes):
+            simd.store(simd.shift(target, k), vmath.tanh(simd.load(simd.shift(source, k))))
+    elif code == 1:
+        for k in range(0, count, lanes):
+            simd.store(simd.shift(target, k), vmath.sigmoid(simd.load(simd.shift(source, k))))
+    else:
+        for k in range(0, count, lanes):
+            simd.store(simd.shift(target, k), vmath.activate(code, simd.load(simd.shift(source, k))))
 
 
 @inline
 def _slopes(code, source, values, target, count):
     """Derivatives of an activation along a line, whose values there are known."""
-    for k in range(0, count, simd.vector_lanes(source)):
-        x, y = simd.load(simd.shift(source, k)), simd.load(simd.shift(values, k))
-        simd.store(simd.shift(target, k), vmath.slope(code, x, y))
+    lanes = simd.vector_lanes(source)
+    if code <= 1:
+        for k in range(0, count, lanes):
+            y = simd.load(simd.shift(values, k))
+            simd.store(simd.shift(target, k), y * (1.0 - y) if code == 1 else 1.0 - y * y)
+    else:
+        for k in range(0, count, lanes):
+            x, y = simd.load(simd.shift(source, k)), simd.load(simd.shift(values, k))
+            simd.store(simd.shift(target, k), vmath.slope(code, x, y))
 
 
 @inline
@@ -226,11 +241,11 @@ def measure(job, worker, like, steps, valid, sums):
         if not valid[b]:
             clear_run(target, 8 * F)
             last = first
-        for gate in range(4):
+        for gate in range(step.runs):
             z = _place(like, step.z, step.z_image, b, gate * step.z_gate)
             zh = _place(like, step.zh, step.zh_image, b, gate * step.zh_gate)
-            for k in range(0, F, lanes):
-                some = min(lanes, F - k)
+            for k in range(0, step.run, lanes):
+                some = min(lanes, step.run - k)
                 total = simd.zeros(target)
                 for pixel in range(first, last):
                     at = pixel * step.pixel + k
@@ -406,14 +421,14 @@ def backward_of_normalization(job, worker, like, steps, parts, valid, number):
         b, first = item // step.strips, item % step.strips * step.strip
         sums = simd.shift(simd.at(like, step.sums), item * 7 * F)
         for pixel in range(first, min(first + step.strip, step.pixels)):
-            for gate in range(4):
+            for gate in range(step.runs):
                 z = _place(like, base, image, b, pixel * step.pixel + gate * plane)
                 if not valid[b]:
-                    clear_run(z, F)
+                    clear_run(z, step.run)
                     continue
                 da = _place(like, step.da, step.da_image, b, pixel * step.pixel + gate * step.da_gate)
-                for k in range(0, F, lanes):
-                    some, channel = min(lanes, F - k), gate * F + k
+                for k in range(0, step.run, lanes):
+                    some, channel = min(lanes, step.run - k), gate * F + k
                     at = b * step.statistics_image + channel
                     gamma = simd.shift(simd.at(like, part.gamma), pixel * step.weights_pixel + channel)
                     value = _standardized(like, part, at, take(simd.shift(z, k), some), some)
