@@ -25,13 +25,13 @@ def test_auto_is_direct_where_tiles_do_not_fit_or_do_not_pay(options):
 @pytest.mark.parametrize("K", [3, 5])
 def test_auto_takes_large_tiles_on_large_frames_and_small_ones_on_small(K):
     assert choose("auto", K=K) == Tile(4, 4, K, K)
-    assert choose("auto", H=4, W=4, K=K) == Tile(2, 2, K, K)
+    assert choose("auto", H=6, W=6, K=K) == Tile(2, 2, K, K)
 
 
 def test_auto_weighs_the_batch_but_winograd_does_not():
-    assert choose("auto", B=1, H=4, W=4) == Tile(2, 2, 3, 3)
-    assert choose("auto", B=16, H=4, W=4) == Tile(4, 4, 3, 3)
-    assert choose("winograd", B=16, H=4, W=4) == choose("winograd", B=1, H=4, W=4)
+    assert choose("auto", B=1, H=8, W=8) == Tile(2, 2, 3, 3)
+    assert choose("auto", B=16, H=8, W=8) == Tile(4, 4, 3, 3)
+    assert choose("winograd", B=16, H=8, W=8) == choose("winograd", B=1, H=8, W=8)
 
 
 @pytest.mark.parametrize("options", [{"strides": 2}, {"strides": (1, 2), "K": 7}])

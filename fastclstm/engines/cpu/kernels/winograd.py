@@ -282,7 +282,7 @@ def _multiply(chunk, vectors, inputs, weights, channels, blocks, result, row, co
 @inline
 def corner(m, dilation, index):
     """First output of a tile on an axis: `dilation` interleaved ones, then those m outputs of each further on."""
-    return index // dilation * (m * dilation) + index % dilation
+    return index * m if dilation == 1 else index // dilation * (m * dilation) + index % dilation
 
 
 @inline
@@ -384,14 +384,15 @@ def _run(finish):
                 skipped_rows += sources[s].C
                 skipped_blocks += (sources[s].C + step - 1) // step
             rows += sources[s].C
+        HO, WO, tiles_x = work.HO, work.WO, work.tiles_x
+        d_y, d_x = sources[0].dilation_y, sources[0].dilation_x
         for n in range(count):
             b, tile = (first + n) // work.tiles, (first + n) % work.tiles
-            ty = corner(m_y, sources[0].dilation_y, tile // work.tiles_x)
-            tx = corner(m_x, sources[0].dilation_x, tile % work.tiles_x)
+            ty, tx = corner(m_y, d_y, tile // tiles_x), corner(m_x, d_x, tile % tiles_x)
             for i in range(m_y):
                 for j in range(m_x):
-                    y, x = ty + i * sources[0].dilation_y, tx + j * sources[0].dilation_x
-                    pixels[n * side + i * m_x + j] = y * work.WO + x if y < work.HO and x < work.WO else -1
+                    y, x = ty + i * d_y, tx + j * d_x
+                    pixels[n * side + i * m_x + j] = y * WO + x if y < HO and x < WO else -1
             block_n = simd.shift(inputs, n // chunk * chunk_size + (n % chunk + skipped_blocks * chunk) * step)
             for s in range(skipped, len(sources)):
                 src = sources[s]
