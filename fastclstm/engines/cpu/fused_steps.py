@@ -86,27 +86,28 @@ class Steps:
             plan = plans.plan((spec.recurrent, spec.input), self._ways.h, finish, groups, itemsize, team)
         else:
             plan = plans.plan((spec.recurrent,), self._ways.h, finish, groups, itemsize, team)
-            convolve = partial(self._convolve, B, team, mask, x, zx)
+            convolve = partial(self._convolve, B, team, x, zx)
             x = NOTHING
         launch.run(plan, self._packed.steps, self._cell, B, T, team, x=x, zx=zx, convolve=convolve, mask=mask,
                    step_flops=flops, **rest)  # fmt: skip
 
-    def _convolve(self, B: int, team: int, mask: np.ndarray | None, x: Slots, zx: Slots, t: int, count: int) -> None:
-        """Convolve x of some steps, as so many images where they are evenly apart in memory."""
+    def _convolve(self, B: int, team: int, x: Slots, zx: Slots, t: int, count: int) -> None:
+        """Convolve x of some steps, as so many images where they are evenly apart in memory.
+
+        Also frames that are masked: what they give, were it NaN, is not read.
+        """
         columns, spec, steps = self._packed.before, self._spec.input, count
         assert columns is not None
         assert self._ways.x is not None
         x = x.after(0, t)
-        valid = None if mask is None else mask[:, t : t + count]
         if B == 1 or (count == zx.kept and x.image == count * x.step):
             B, steps = B * count, 1
             x, zx = x._replace(image=x.step), zx._replace(image=zx.step)
-            valid = None if valid is None else valid.reshape(-1, 1)
         spec = spec if spec.B == B else spec.with_batch(B)
         plan = plans.plan((spec,), self._ways.x, "store", len(columns.groups), self._dtype.itemsize, team)
         cell = np.zeros(1, gates.CELL)
         cell["F"] = spec.F
-        launch.run(plan, columns, cell, B, steps, team, x=x, h=zx, mask=valid, step_flops=spec.flops)
+        launch.run(plan, columns, cell, B, steps, team, x=x, h=zx, step_flops=spec.flops)
 
 
 def _pack(

@@ -379,8 +379,6 @@ def _carry(like, pixels, count, F, first, filters, old, new):
 @inline
 def skip_step(like, flow, cell, group, pixels, count, b, t):
     """Carry the states of `count` pixels on, and repeat the output before (zeros before the first)."""
-    if flow.c == 0:  # a convolution alone has no states
-        return
     F, first, filters = cell.F, group[3], group[4]
     _carry(like, pixels, count, F, first, filters, h_before(flow, b, t), h_after(flow, b, t))
     _carry(like, pixels, count, F, first, filters, c_before(flow, b, t), c_after(flow, b, t))
