@@ -19,6 +19,7 @@ import numpy as np
 from fastclstm.engines.cpu import launch, outliers, packing, plans, threads
 from fastclstm.engines.cpu.input_gradient import InputGradient
 from fastclstm.engines.cpu.kernels import cell_steps, gates
+from fastclstm.engines.cpu.kernels.entry import Kernel, Table, table
 from fastclstm.engines.cpu.kernels.schedule import NOTHING, Slots, slots
 from fastclstm.engines.cpu.normalizing import Normalizing, Statistics
 from fastclstm.engines.cpu.tiles import Tile
@@ -39,6 +40,8 @@ PIECE_BYTES = 4 << 20
 
 CELL_FLOPS = 200
 """Computing one value of a new state takes as long as so many operations, for the number of threads."""
+
+PART_NUMBERS = table(np.array([0])), table(np.array([1]))
 
 _BOUNDED = {"sigmoid", "tanh", "hard_sigmoid", "hard_sigmoid_keras2", "softsign"}
 """Activations whose states need not be searched for what Winograd's transforms would spoil."""
@@ -161,7 +164,6 @@ class _Cell:
         self.separate = len(self.normalizing.parts) == 2
         codes = gates.activation_codes(spec)
         assert codes is not None
-        self.like = np.empty(0, dtype)
         self._step = np.zeros(1, cell_steps.STEP)
         self.put(
             B=spec.B, pixels=pixels, F=F, chunk=chunk, strip=strip, strips=len(strips), recurrent_activation=codes[0],
@@ -180,7 +182,11 @@ class _Cell:
                      peephole_pixel=F if spec.peephole == "elementwise" else 0)  # fmt: skip
         self.team = launch.team_size(CELL_FLOPS * spec.B * pixels * F)
         pitch = -(-chunk * F // 16) * 16 + 32  # lines at different places of the cache
-        self.rows = packing.aligned_empty(self.team * cell_steps.LINES * pitch, dtype).reshape(self.team, -1)
+        rows = packing.aligned_empty(self.team * cell_steps.LINES * pitch, dtype).reshape(self.team, -1)
+        self._like, self._record, self._parts, self.rows = (
+            table(array) for array in (np.empty(0, dtype), self._step, self.normalizing.parts, rows)
+        )
+        self._valid = [table(step) for step in self.valid]
         self._plan_convolutions(remember)
 
     def _plan_convolutions(self, remember: bool) -> None:
@@ -272,15 +278,8 @@ class _Cell:
         hidden = slots(h)
         if self.joint:
             frame = self.x[:, t]
-            self._both.run(
-                slots(z[:, j:]),
-                B,
-                1,
-                direct,
-                x=slots(frame),
-                h=hidden,
-                fresh=h is None,
-            )
+            target = slots(z[:, j:])
+            self._both.run(target, B, 1, direct, x=slots(frame), h=hidden, fresh=h is None)
             return
         assert zh is not None
         if h is None:
@@ -300,18 +299,17 @@ class _Cell:
                     for end in ("", "_image", "_gate"):
                         record[f"z{end}"] = record[f"zh{end}" if part else f"z{end}"]
                     record["zh"] = 0
-                threads.run(
-                    cell_steps.measure, self.team, (), self.like, record, self.valid[t], n.sums[part].reshape(-1)
-                )
+                sums = n.sums[part].reshape(-1)
+                threads.run(cell_steps.measure, self.team, (), self._like, record, self._valid[t], sums)
             found.append(n.statistics(part, self.valid[t]))
             n.use(part, found[-1])
         if found and not n.given and not self.separate:
             self.put(zh=0)  # it was added
         return tuple(found)
 
-    def run(self, kernel: Any, t: int, *rest: np.ndarray) -> None:
+    def run(self, kernel: Kernel, t: int, *rest: Table) -> None:
         """Run a kernel on a step."""
-        threads.run(kernel, self.team, (), self.like, self._step, *rest[:1], self.valid[t], *rest[1:])
+        threads.run(kernel, self.team, (), self._like, self._record, self._parts, self._valid[t], *rest)
 
 
 def forward(
@@ -374,7 +372,7 @@ def forward(
         statistics = cell.normalize(t)
         if save:
             saved.statistics.append(statistics)
-        cell.run(cell_steps.forward, t, cell.normalizing.parts, cell.rows)
+        cell.run(cell_steps.forward, t, cell.rows)
     h_last, c_last = h[:, (T - 1) % h.shape[1]].copy(), np.ascontiguousarray(c[:, T if save else 0])
     if save:
         c_last = c_last.copy()
@@ -512,10 +510,10 @@ class _WayBack:
             cell.place(c=slots(c[:, j:]), h=slots(c[:, j + 1 :]), dy=dy)
             for part, statistics in enumerate(saved.statistics[t]):
                 n.use(part, statistics)
-            cell.run(cell_steps.backward, t, n.parts, cell.rows)
+            cell.run(cell_steps.backward, t, cell.rows)
             for part, statistics in enumerate(saved.statistics[t]):
                 n.pull_back(part, statistics.count)
-                cell.run(cell_steps.backward_of_normalization, t, n.parts, np.array([part]))
+                cell.run(cell_steps.backward_of_normalization, t, PART_NUMBERS[part])
             steps = valid[t] != 0
             if with_mask:
                 self._doutput[steps] = 0

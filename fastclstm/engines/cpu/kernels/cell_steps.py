@@ -443,7 +443,7 @@ def backward_of_normalization(job, worker, like, steps, parts, valid, number):
 
 
 @kernel
-def combine(job, worker, like, steps, valid):
+def combine(job, worker, like, steps, parts, valid):
     """Sum, where `valid` (B,), four gradients times their masks, (4, B, pixels, F) both, to dh."""
     step = steps[0]
     lanes, plane, length = simd.vector_lanes(simd.pointer(like)), step.pixels * step.F, step.strip * step.F
