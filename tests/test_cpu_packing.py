@@ -61,7 +61,7 @@ def test_round_trip(dtype, gates):
 
 @pytest.mark.parametrize(
     ("size", "tile"),
-    [((3, 3), Tile(2, 2, 3, 3)), ((5, 5), Tile(4, 4, 5, 5)), ((3, 1), Tile(4, 4, 3, 1)), ((4, 8), Tile(3, 4, 4, 3))],
+    [((3, 3), Tile(2, 2, 3, 3)), ((5, 5), Tile(4, 4, 5, 5)), ((3, 1), Tile(4, 4, 3, 1)), ((7, 8), Tile(3, 4, 4, 3))],
     ids=str,
 )
 @pytest.mark.parametrize("gates", [1, 4])
