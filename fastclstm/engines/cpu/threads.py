@@ -20,7 +20,7 @@ import numba
 import numpy as np
 
 from fastclstm.engines.cpu.kernels.entry import Kernel, Table, table
-from fastclstm.engines.cpu.kernels.team import HEADER, WORKERS, run_team
+from fastclstm.engines.cpu.kernels.team import BUSY, HEADER, WORKERS, run_team
 
 VARIABLE = "FASTCLSTM_NUM_THREADS"
 GENERAL_VARIABLE = "OMP_NUM_THREADS"
@@ -31,6 +31,8 @@ _SAFE_LAYERS = ("tbb", "omp")
 _HEADER = [0] * HEADER
 _LOSS = 0.2
 """Share of a call's time that its own thread may be without a processor before teams are given up for a while."""
+_GAIN = 1.2
+"""But not where the team together had a processor for so many times the call's time: alone no thread could."""
 _PATIENCE = 20.0, 640.0
 """How many times as long as what was lost, at least and at most: twice the last after a loss, less after each gain."""
 _SLICE = 0.005
@@ -177,8 +179,9 @@ def run(kernel: Kernel, team: int, variant: tuple[int, ...], *arguments: np.ndar
     """Run a kernel on some arrays by up to `team` threads.
 
     Where others keep the processors busy, threads of a team wait for each other's turns: then the caller's thread is
-    without a processor for a good part of the call, asleep or not, and computes alone for a while, many times as long
-    as it lost, so that asking a team again costs little; and more the more often that is in vain.
+    without a processor for a good part of the call, asleep or not, while the others hardly work more than it could
+    alone; and it computes alone for a while, many times as long as it lost, so that asking a team again costs little;
+    and more the more often that is in vain.
     """
     global _alone_until, _patience
     tables = [argument if isinstance(argument, Table) else table(argument) for argument in arguments]
@@ -198,7 +201,7 @@ def run(kernel: Kernel, team: int, variant: tuple[int, ...], *arguments: np.ndar
         now = time.perf_counter()
         lost = now - start - (time.thread_time() - used)
         least, most = _PATIENCE
-        if lost > _LOSS * (now - start):
+        if lost > _LOSS * (now - start) and 1e-9 * job[BUSY] < _GAIN * (now - start):
             _alone_until = now + _patience * min(lost, _SLICE)
             _patience = min(most, 2 * _patience)
         else:

@@ -14,6 +14,7 @@ a layer may run several workers on one thread, one after the other (OMP_THREAD_L
 from __future__ import annotations
 
 import os
+import time
 
 import numba
 from llvmlite import ir
@@ -24,10 +25,11 @@ from numba.extending import intrinsic
 from fastclstm.engines.cpu.compilation import inline, kept
 from fastclstm.engines.cpu.kernels.simd import INT32, INT64, IS_ARM
 
-WORKERS, TICKET, DONE, BEGUN, LEFT = range(0, 40, 8)
-"""Where in a job's header of int64 is what: workers, pieces claimed and done, workers but the first begun and gone."""
+WORKERS, TICKET, DONE, BEGUN, LEFT, BUSY = range(0, 48, 8)
+"""Where in a job's header of int64 is what: workers, pieces claimed and done, workers but the first begun and gone,
+nanoseconds of processor time that a team has had."""
 
-HEADER = 40
+HEADER = 48
 
 SPINS = 4000
 """How often a worker looks before it sleeps: some 50 to 200 µs."""
@@ -85,6 +87,23 @@ def _sleep(typingctx):
         return context.get_dummy_value()
 
     return types.void(), codegen
+
+
+@intrinsic
+def _processor_time(typingctx):
+    """Nanoseconds of processor time that this thread has had; 0 where the system does not tell."""
+
+    def codegen(context, builder, sig, args):
+        if os.name != "posix" or not hasattr(time, "CLOCK_THREAD_CPUTIME_ID"):
+            return INT64(0)
+        pair = cgutils.alloca_once(builder, ir.ArrayType(INT64, 2))  # seconds, nanoseconds
+        kind = ir.FunctionType(INT32, [INT32, pair.type])
+        clock = cgutils.get_or_insert_function(builder.module, kind, "clock_gettime")
+        builder.call(clock, [INT32(time.CLOCK_THREAD_CPUTIME_ID), pair])
+        seconds, rest = (builder.extract_value(builder.load(pair), n) for n in range(2))
+        return builder.add(builder.mul(seconds, INT64(10**9)), rest)
+
+    return types.int64(), codegen
 
 
 @intrinsic
@@ -211,7 +230,9 @@ def _run_team(function, job, workers):
     before = _get_num_threads()
     _set_num_threads(workers)
     for worker in numba.prange(workers):
+        begun = _processor_time()
         _call(function, job, worker)
+        add(job + 8 * BUSY, _processor_time() - begun)
     _set_num_threads(before)
 
 
