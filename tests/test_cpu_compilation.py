@@ -163,23 +163,6 @@ def test_processes_that_start_cold_at_once(tmp_path):
     assert run("print(json.dumps([pooled('f4'), pooled('f8')]))", tmp_path) == [0, 0]
 
 
-def test_no_two_processes_name_functions_alike():
-    """Else a kernel from the cache and a new one would call each other's functions."""
-    code = """
-import os
-from numba.core.bytecode import FunctionIdentity
-from fastclstm.engines.cpu import compilation
-read, write = os.pipe()
-if os.fork() == 0:
-    os.write(write, str(next(FunctionIdentity._unique_ids)).encode())
-    os._exit(0)
-os.wait()
-print(os.read(read, 99).decode(), next(FunctionIdentity._unique_ids))
-"""
-    numbers = [int(n) for _ in range(2) for n in subprocess.check_output([sys.executable, "-c", code]).split()]
-    assert all(abs(a - b) > 10**9 for n, a in enumerate(numbers) for b in numbers[:n])
-
-
 def test_code_of_several_processes_works_together(tmp_path):
     """Each begins with another kernel; who finds the code of both gets the numbers of who compiles alone."""
     drawn = """
