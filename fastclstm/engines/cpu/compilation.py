@@ -213,10 +213,10 @@ class _KernelLibrary(_AlignedLibrary):
 
     def _optimize_final_module(self) -> None:
         # Kernels compiled in different processes number their functions alike: what one calls must not be found in
-        # another that was loaded before it.
+        # another that was loaded before it. LLVM's linker still finds internal names; private functions have none.
         for function in self._final_module.functions:
             if not function.is_declaration and function.linkage.name == "linkonce_odr":
-                function.linkage = "internal"
+                function.linkage = "private"
         passes, options = self._codegen._module_pass_manager()
         passes.run(self._final_module, options)
 
