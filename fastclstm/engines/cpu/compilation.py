@@ -219,7 +219,7 @@ class _KernelLibrary(_AlignedLibrary):
     def _optimize_final_module(self) -> None:
         for function in self._final_module.functions:
             if not function.is_declaration and function.linkage == Linkage.linkonce_odr:
-                function.linkage = Linkage.internal
+                function.linkage = Linkage.private  # which LLVM's linker cannot find, as it does internal ones
         passes, options = self._codegen._module_pass_manager()
         passes.run(self._final_module, options)
 
