@@ -95,7 +95,6 @@ class Steps:
         """Convolve x of some steps, as so many images where they are evenly apart in memory."""
         columns, spec, steps = self._packed.before, self._spec.input, count
         assert columns is not None
-        assert self._ways.x is not None
         x = x.after(0, t)
         valid = None if mask is None else mask[:, t : t + count]
         if B == 1 or (count == zx.kept and x.image == count * x.step):
