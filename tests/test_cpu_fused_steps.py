@@ -6,16 +6,18 @@ import pytest
 import fastclstm
 from fastclstm import functional
 from fastclstm.engines.cpu import fused_steps, launch, plans, threads
-from fastclstm.engines.cpu.plans import Ways
+from fastclstm.engines.cpu.plans import DIRECT, Ways
+from fastclstm.engines.cpu.tiles import Tile
 from fastclstm.functional.convlstm import ConvLSTMCall
 
 GEOMETRIES = {
     "stride": {"strides": 2}, "dilation": {"dilation": 2}, "recurrent dilation": {"recurrent_dilation": 2},
     "5×5 and 3×3": {"k": 5}, "1×1 and 3×3": {"k": 1}, "3×3 and 1×1": {"rk": 1}, "same": {},
 }  # fmt: skip
-WAYS = {name: Ways(4, 0) for name in ("stride", "dilation", "1×1 and 3×3")}
-WAYS |= {name: Ways(0, 4) for name in ("recurrent dilation", "3×3 and 1×1")}
-WAYS |= {"5×5 and 3×3": Ways(4, 2), "same": Ways(2, 4)}
+F2, F4, F2_5 = Tile(2, 2, 3, 3), Tile(4, 4, 3, 3), Tile(2, 2, 5, 5)
+WAYS = {name: Ways(F4, None, before=True) for name in ("stride", "dilation", "1×1 and 3×3")}
+WAYS |= {name: Ways(None, F4, before=True) for name in ("recurrent dilation", "3×3 and 1×1")}
+WAYS |= {"5×5 and 3×3": Ways(F4, F2_5, before=True), "same": Ways(F2, F4, before=True)}
 every_geometry = pytest.mark.parametrize("name", GEOMETRIES)
 
 
@@ -75,37 +77,36 @@ def choose(algorithm="auto", B=1, H=64, C=16, F=64, **options):
 
 @every_geometry
 def test_auto_gives_each_convolution_what_fits_it(name):
+    chosen = choose(**GEOMETRIES[name])
     if name == "same":
-        assert choose() == Ways(4, None)
-    else:
-        chosen = choose(**GEOMETRIES[name])
-        assert (bool(chosen.h), bool(chosen.x)) == tuple(map(bool, WAYS[name if name in WAYS else "same"]))
-        assert chosen.x is not None
+        assert chosen == Ways(F4, F4)
+        return
+    assert chosen.before
+    assert bool(chosen.h) == (name != "3×3 and 1×1")
+    assert bool(chosen.x) == (name not in ("stride", "1×1 and 3×3"))
 
 
 def test_auto_convolves_much_of_small_frames_beforehand_and_few_channels_never():
-    assert choose(H=8, C=128, F=256).x == 4
+    assert choose(H=8, C=128, F=256).before
     for C in (1, 4):
         for H in (8, 16, 64):
-            assert choose(H=H, C=C).x is None
-    assert choose(H=16, C=1, F=16, strides=2) == Ways(0, None)  # another kernel would cost more than it brings
+            assert not choose(H=H, C=C).before
+    assert choose(H=16, C=1, F=16, strides=2) == DIRECT  # another kernel would cost more than it brings
 
 
-@pytest.mark.parametrize("algorithm", ["auto", "winograd"])
-def test_winograd_takes_what_fits_and_only_nothing_is_an_error(algorithm):
-    assert choose(algorithm, strides=2) == choose("auto", strides=2)
-    if algorithm == "winograd":
-        with pytest.raises(ValueError, match=r"convlstm2d: algorithm='winograd' needs .*use 'auto' or 'direct'"):
-            choose(algorithm, strides=2, recurrent_dilation=2)
-        assert choose(algorithm, B=16, H=8, C=64, F=64) == choose(algorithm, B=1, H=8, C=64, F=64)
+def test_winograd_takes_what_fits_whatever_the_batch():
+    assert choose("winograd", strides=2) == choose("auto", strides=2)
+    both = choose("winograd", dilation=3, recurrent_dilation=2)
+    assert both.before
+    assert both.h
+    assert both.x
+    assert choose("winograd", B=16, H=8, C=64, F=64) == choose("winograd", B=1, H=8, C=64, F=64)
 
 
 def test_direct_is_direct():
-    assert choose("direct", strides=2) == Ways(0, None)
-    assert not Ways(0, None).transform
-    assert Ways(0, 2).transform
-    assert Ways(4, None).of_x == 4
-    assert Ways(4, 0).of_x == 0
+    assert choose("direct", strides=2) == DIRECT
+    assert not DIRECT.transform
+    assert Ways(None, F2, before=True).transform
 
 
 # What is computed.
@@ -120,7 +121,7 @@ def test_numbers_are_those_of_the_reference(name, options, forced, launched):
     launched.clear()
     results = run(arguments)
     finishes = {kernel.partition(".")[2] for kernel in launched}
-    assert {"store", "update" if not {"cell_clip", "peephole"} & options.keys() else "update_any"} <= finishes
+    assert {"store", "update" if not {"cell_clip", "peephole"} & options.keys() else "update_peeping"} <= finishes
     for result, value in zip(results, expected, strict=True):
         np.testing.assert_allclose(result, value, rtol=0, atol=2e-5)
 
@@ -243,6 +244,25 @@ def test_huge_weights_times_zeros_are_zeros(name, dtype, huge, forced):
     arguments["x"][..., 0] = 0
     expected = functional.convlstm2d(**arguments, engine="reference")
     np.testing.assert_allclose(functional.convlstm2d(**arguments), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["x", "h"])
+def test_a_last_output_gate_that_transforms_would_spoil(name):
+    """Transformed weights that are infinite leave the cell states as they are, where only the last gate has them."""
+    arguments = problem(B=2, T=1, F=8)
+    source, kernel = ("x", "kernel") if name == "x" else ("initial_state", "recurrent_kernel")
+    arguments["bias"][24:] = 0
+    for weights in ("kernel", "recurrent_kernel"):
+        arguments[weights][..., 24:] = 0
+    arguments[kernel][..., 24:] = 2.5e38
+    tiny = np.float32(1e-39)
+    if source == "x":
+        arguments["x"] *= tiny
+    else:
+        h, c = arguments["initial_state"]
+        arguments["initial_state"] = tiny * h, c
+    expected = functional.convlstm2d(**arguments, engine="reference")
+    np.testing.assert_allclose(run(arguments, algorithm="winograd")[0], expected, rtol=0, atol=1e-5)
 
 
 # Training.

@@ -102,8 +102,8 @@ def convlstm2d(
         x and h differ in kernel size, stride or dilation, so that Winograd's transforms fit only one or each alone, and
         where frames are small and channels many. Then x is convolved ahead of the steps, some of them at once, into up
         to 8 MB (at least a step of one image, 4·HO·WO·F numbers). Else one sum goes over both. "winograd" takes the
-        transforms wherever they fit, and is an error where they fit neither; "auto" the cheapest. The length of the
-        sequence changes neither choice, nor "winograd" the size of the batch.
+        transforms wherever they fit, for h always; "auto" the cheapest. The length of the sequence changes neither
+        choice, nor "winograd" the size of the batch.
 
     Returns
     -------
@@ -193,8 +193,9 @@ def convlstm2d_step(
         NumPy arrays (B, HO, WO, F) that receive the new states: writeable, C-contiguous, of the dtype computed in.
         Their memory is their own, but the new c may be the old c itself. Where x and the states are C-contiguous
         arrays of that dtype, the cpu engine then allocates nothing as large as a frame in calls after the first; but it
-        does with "layer" and "group" normalization and dropout masks, with activations of your own and convolutions as
-        peepholes, which NumPy computes, and for samples that are computed directly (see `conv2d`).
+        does with normalization whose statistics are not given, with dropout masks, with activations of your own and
+        convolutions as peepholes, for samples that are computed directly (see `conv2d`), and where x is convolved ahead
+        into more than 64 MB.
 
     Returns
     -------

@@ -127,7 +127,7 @@ def _fused(
     output = separate if separate is not None else h_states if spec.return_sequences else h_last
     if out is None and np.may_share_memory(output, h_last):
         output = output.copy()
-    spoilt |= np.isnan(c_last.min((1, 2, 3))) if ways.transform else False  # a cell that a NaN reached stays NaN
+    spoilt |= np.isnan(h_last.min((1, 2, 3))) if ways.transform else False  # where a NaN has been h is NaN to the end
     if ways.transform and spoilt.any():
         h, c, mask = (None if array is None else array[spoilt] for array in (*first, mask))
         *again, saved_again = _fused(spec.with_batch(int(spoilt.sum())), plans.DIRECT, x[spoilt], kernels, bias, (h, c),

@@ -98,7 +98,6 @@ class Steps:
         """
         columns, spec, steps = self._packed.before, self._spec.input, count
         assert columns is not None
-        assert self._ways.x is not None
         x = x.after(0, t)
         if B == 1 or (count == zx.kept and x.image == count * x.step):
             B, steps = B * count, 1

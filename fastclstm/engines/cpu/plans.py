@@ -91,21 +91,16 @@ cells with strides (16²: 1→16, 64→16) 1.2 to 1.3, and is not taken.
 def choose_ways(recurrent: ConvSpec, inputs: ConvSpec, algorithm: str, itemsize: int) -> Ways:
     """Choose the algorithm of each convolution of a ConvLSTM, or one for both; see `choose`.
 
-    "winograd" takes the transforms wherever they fit, and is in vain where they fit neither convolution. "direct" does
-    nothing beforehand.
+    "winograd" takes the transforms wherever they fit: for h, whose stride is 1, always. "direct" does nothing
+    beforehand.
     """
+    if algorithm == "direct":
+        return DIRECT
     both = recurrent, inputs
-    fitting = [fits((conv,)) for conv in both]
-    if algorithm == "direct" or not any(fitting):
-        together = choose("convlstm2d", both, algorithm, itemsize)
-        return Ways(together, together)
     if algorithm == "winograd":
         both = recurrent.with_batch(1), inputs.with_batch(1)
     one, many = both[:1], (both[1].with_batch(AHEAD * both[1].B),)
-    h, x = (
-        choose("convlstm2d", convs, algorithm if fit else "auto", itemsize)
-        for convs, fit in zip((one, many), fitting, strict=True)
-    )
+    h, x = (choose("convlstm2d", convs, algorithm if fits(convs) else "auto", itemsize) for convs in (one, many))
     if algorithm == "winograd" and not fits(both):
         return Ways(h, x, before=True)
     together = choose("convlstm2d", both, algorithm, itemsize)
