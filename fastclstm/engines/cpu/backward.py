@@ -356,8 +356,7 @@ def _team(spec: ConvLSTMSpec, B: int) -> int:
 def _kernel_gradients(
     spec: ConvLSTMSpec, algorithm: str, frames: int, dtype: np.dtype
 ) -> list[tuple[tuple[str, ...], WeightGradient]]:
-    """The gradients to gather: of both kernels together, or apart where Winograd's tiles fit only one."""
+    """The gradients to gather: of both kernels together, or apart where tiles cannot do both."""
     specs = {"recurrent_kernel": spec.recurrent, "kernel": spec.input}
-    together = plans.fits(tuple(specs.values())) or not any(plans.fits((part,)) for part in specs.values())
-    jobs = [tuple(specs)] if together else [(name,) for name in specs]
+    jobs = [tuple(specs)] if plans.fits(tuple(specs.values())) else [(name,) for name in specs]
     return [(names, WeightGradient(tuple(specs[n] for n in names), dtype, frames, algorithm)) for names in jobs]

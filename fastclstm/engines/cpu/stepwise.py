@@ -201,11 +201,11 @@ class _Cell:
             self.specs = replace(spec.recurrent, F=spec.F), replace(spec.input, F=spec.F)
             self.kernels = list(zip(*map(_split, inputs.kernels), strict=True))
             biases = [None] * len(GATES) if bias is None else [*_split(bias)]
-        self.alike = plans.fits(self.specs) or not any(plans.fits((part,)) for part in self.specs)
+        self.alike = plans.fits(self.specs)
         """Whether the same algorithms fit the convolutions of x and h."""
         self.joint = self.alike and not self.separate and not self.planar
         """Whether the convolutions of x and h are summed by one kernel."""
-        one = partial(_Convolution, algorithm=inputs.algorithm, remember=remember)
+        one = partial(_Convolution, algorithm=inputs.algorithm, remember=remember and not self.planar)
         if self.joint:
             self._both = one(self.specs, inputs.kernels, bias)
         else:
