@@ -21,14 +21,16 @@ from fastclstm.io.bounds import Bounds, Refused, shown
 from fastclstm.io.kinds import told
 
 Path = str | os.PathLike[str]
-Arrays = dict[str, list[np.ndarray]]
-"""The arrays of each layer, in the order of Keras's ``get_weights``."""
+Arrays = dict[str, Any]
+"""The arrays of each layer, in the order of Keras's ``get_weights``; of a model within a .keras file, by its layers."""
 
 _ZIP_MAGIC = b"PK\x03\x04"
 _HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 _RESAVE = "write it anew with model.save('….keras')"
 _LAYERS = ("layers", "_layer_checkpoint_dependencies")
 """Where the layers are in a file of weights: of Keras 3, and of 2.12 to 2.14."""
+_MODELS = ("Sequential", "Functional", "Model")
+_OPERATIONS = ("keras.src.ops", "keras.ops")
 _BESIDE_LAYERS = ("vars", "optimizer", "metrics", "seed_generator")
 _DEFLATE, _SHUFFLE, _CHECKSUM = 1, 2, 3
 """HDF5's numbers for the filters that its chunks may have passed, in one of these orders."""
@@ -105,6 +107,23 @@ def layer_paths(class_names: Iterable[str]) -> list[str]:
     return paths
 
 
+def layer_name(spec: Any) -> Any:
+    """Return the name in a layer's description."""
+    return spec["config"].get("name", spec.get("name"))
+
+
+def inner_layers(spec: Any) -> list[Any] | None:
+    """Return the descriptions of a model's layers; None where `spec` is of a layer."""
+    config = spec["config"]
+    known = spec["class_name"] in _MODELS and isinstance(config, dict) and isinstance(config.get("layers"), list)
+    return config["layers"] if known else None
+
+
+def is_operation(spec: Any) -> bool:
+    """Whether `spec` is of a function called on symbols, such as ``a + b``, which Keras counts among the layers."""
+    return spec["class_name"] == "TFOpLambda" or str(spec.get("module")).startswith(_OPERATIONS)
+
+
 def _read_zip(bounds: Bounds) -> KerasFile:
     name = bounds.name
     with _telling(name), zipfile.ZipFile(name) as archive:
@@ -117,12 +136,9 @@ def _read_zip(bounds: Bounds) -> KerasFile:
         if layers is None:
             raise Refused(f"{name} holds a subclassed model, {config['class_name']:.60}, whose layers only its class "
                           f"knows; make a keras.Sequential of them and save that")  # fmt: skip
-        paths = layer_paths(layer["class_name"] for layer in layers)
-        names = [layer["config"]["name"] for layer in layers]
         weights = bounds.member(archive, "model.weights.h5")
     with _hdf5(name, BytesIO(weights)) as file, _telling(name):
-        arrays = _Reader(bounds).layers(file)
-    arrays = {n: arrays.get(p, []) for n, p in zip(names, paths, strict=True)}
+        arrays = _Reader(bounds).model(file, layers)
     return KerasFile(config | {"keras_version": version}, arrays, version)
 
 
@@ -177,6 +193,25 @@ class _Reader:
             return {f"layers/{layer}": list(self._walk(_member(group, layer))) for layer in group}
         new = numbered(group)
         return {f"layers/{new[layer]}": list(self._walk(_member(group, layer))) for layer in group}
+
+    def model(self, group: Any, specs: list[Any]) -> Arrays:
+        """Return the arrays of the layers that are described, by their names; of models among them, likewise."""
+        place = next((place for place in _LAYERS if place in group), _LAYERS[0])
+        found = _member(group, place)
+        new = {layer: layer for layer in found} if place == _LAYERS[0] else numbered(found)
+        stored = {f"layers/{number}": layer for layer, number in new.items()}
+        specs = [spec for spec in specs if not is_operation(spec)]
+        arrays: Arrays = {}
+        for spec, path in zip(specs, layer_paths(spec["class_name"] for spec in specs), strict=True):
+            if path not in stored:
+                arrays[layer_name(spec)] = []
+                continue
+            own = _member(found, stored[path])
+            distributed = spec["class_name"] == "TimeDistributed" and "layer" in own
+            inner = inner_layers(spec["config"]["layer"] if distributed else spec)
+            own = _member(own, "layer") if distributed else own
+            arrays[layer_name(spec)] = list(self._walk(own)) if inner is None else self.model(own, inner)
+        return arrays
 
     def beside_layers(self, file: Any) -> Arrays:
         """Return the arrays that a subclassed model has outside its list of layers, under the attributes' names."""
