@@ -1,0 +1,205 @@
+import json
+import zipfile
+
+import numpy as np
+import pytest
+from keras_2_files import as_keras_2, as_keras_2_config
+
+from fastclstm import load
+from fastclstm.convert.keras import from_keras, load_weights
+from fastclstm.layers import Activation, Cropping2D, Dense
+from fastclstm.models import Model, Sequential
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+
+
+@pytest.fixture(autouse=True)
+def seeded(keras):
+    pytest.importorskip("h5py")
+    keras.utils.set_random_seed(0)
+
+
+def drawn(*shape, seed=1):
+    return np.random.default_rng(seed).standard_normal(shape).astype("f4")
+
+
+def shuffle(model, seed=0):
+    """Give all weights random values; what is a variance stays positive."""
+    rng = np.random.default_rng(seed)
+    for variable in model.weights:
+        shape = variable.shape
+        variable.assign(rng.uniform(0.5, 2, shape) if "variance" in variable.path else rng.normal(0, 0.3, shape))
+    return model
+
+
+def flat(value):
+    if isinstance(value, dict):
+        return [array for key in sorted(value) for array in flat(value[key])]
+    return [a for item in value for a in flat(item)] if isinstance(value, list | tuple) else [value]
+
+
+def agree(ours, theirs):
+    ours, theirs = flat(ours), flat(theirs)
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        b = b.detach().cpu().numpy()
+        assert a.shape == b.shape
+        assert np.abs(b).max() > 1e-3
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
+
+
+def check(model, x, tmp_path, kind=Model, **options):
+    """Compare ours with Keras's model, of both kinds of files and live; return that of the .keras file."""
+    expected = shuffle(model)(x, training=False)
+    made = []
+    for source in (tmp_path / "m.keras", tmp_path / "m.h5", model):
+        if source is not model:
+            model.save(source)
+        ours = from_keras(source, **options)
+        assert type(ours) is kind
+        agree(ours(x), expected)
+        made.append(ours)
+    model.save_weights(tmp_path / "m.weights.h5")
+    return made[0]
+
+
+# Architectures
+
+
+def u_net(keras, state=False):
+    """BCDU-Net's form: a U-Net whose skips meet what comes from below in bidirectional ConvLSTM2D."""
+    L = keras.layers
+    frame = L.Input((16, 16, 1), name="frame")
+
+    def convolved(x, filters):
+        x = L.Conv2D(filters, 3, activation="relu", padding="same")(x)
+        return L.Conv2D(filters, 3, activation="relu", padding="same")(x)
+
+    skips, x = [], frame
+    for filters in (4, 6):
+        skips.append(convolved(x, filters))
+        x = L.MaxPooling2D(2)(skips[-1])
+    x = L.Dropout(0.5)(convolved(x, 8))
+    x = L.Concatenate(axis=3)([x, convolved(x, 8)])
+    for size, filters in ((8, 6), (16, 4)):
+        x = L.Conv2DTranspose(filters, 2, 2, padding="same")(x)
+        x = L.Activation("relu")(L.BatchNormalization(axis=3)(x))
+        pair = [L.Reshape((1, size, size, filters))(part) for part in (skips.pop(), x)]
+        x = L.Concatenate(axis=1)(pair)
+        x = L.Bidirectional(L.ConvLSTM2D(filters // 2, 3, padding="same", return_sequences=False))(x)
+        x = convolved(x, filters)
+    return keras.Model(frame, L.Conv2D(1, 1, activation="sigmoid", name="mask")(x))
+
+
+def encoder_decoder(keras):
+    L = keras.layers
+    frames = L.Input((None, 8, 8, 1), name="frames")
+    future = L.Input((3, 8, 8, 2), name="future")
+    options = {"padding": "same", "return_sequences": True}
+    hidden, h, c = L.ConvLSTM2D(3, 3, return_state=True, name="encoder", **options)(frames)
+    both = L.Bidirectional(L.ConvLSTM2D(2, 3, return_state=True, **options), name="both")(hidden)
+    y = L.ConvLSTM2D(3, 3, name="decoder", **options)(future, initial_state=[h, c])
+    y = L.Bidirectional(L.ConvLSTM2D(2, 3, **options), merge_mode="sum", name="again")(y, initial_state=both[1:])
+    return keras.Model([frames, future], [L.TimeDistributed(L.Conv2D(1, 1), name="head")(y), c])
+
+
+def two_outputs(keras):
+    L = keras.layers
+    frames = L.Input((4, 8, 8, 1), name="frames")
+    a = L.ConvLSTM2D(3, 3, padding="same", return_sequences=True)(frames)
+    b = L.ConvLSTM2D(3, 3, padding="same", return_sequences=True)(a)
+    last = L.ConvLSTM2D(2, 3, padding="same")(L.Concatenate()([L.Add()([a, b]), frames]))
+    label = L.Dense(3, "softmax", name="label")(L.GlobalAveragePooling2D()(last))
+    return keras.Model(frames, [L.Conv2D(1, 1, name="next")(last), label])
+
+
+def nested(keras):
+    """Models within models, called twice, distributed over steps, with statistics in their midst."""
+    L = keras.layers
+    inner = keras.Sequential([L.Input((8, 8, 2)), L.Conv2D(3, 3, padding="same", name="one"), L.BatchNormalization(),
+                              L.Conv2D(2, 1, name="two")], name="inner")  # fmt: skip
+    a = L.Input((8, 8, 2))
+    b = L.BatchNormalization()(L.Conv2D(2, 1, name="alone")(inner(a)))
+    branching = keras.Model(a, [b, L.Multiply()([a, b])], name="branching")
+    frames = L.Input((4, 8, 8, 2), name="frames")
+    y = L.TimeDistributed(keras.models.clone_model(inner), name="each")(frames)
+    y, h, c = L.ConvLSTM2D(2, 3, padding="same", return_state=True)(y)
+    first, second = branching(h), branching(c)
+    return keras.Model(frames, L.Average()([*first, second[1], y]), name="outer")
+
+
+def shared(keras):
+    L = keras.layers
+    x, y = L.Input((6, 6, 2), name="x"), L.Input((6, 6, 2), name="y")
+    conv, norm = L.Conv2D(2, 3, padding="same", name="conv"), L.BatchNormalization(name="norm")
+    a, b = norm(conv(x)), conv(norm(conv(y)))
+    return keras.Model({"x": x, "y": y}, {"z": L.Subtract()([a, b]), "a": a, "same": L.Maximum()([conv(b), a])})
+
+
+def recurrent(keras):
+    L = keras.layers
+    words, numbers = L.Input((5,), name="words"), L.Input((4, 3), name="numbers")
+    y, h, c = L.LSTM(3, return_sequences=True, return_state=True)(L.Embedding(7, 2)(words))
+    z, s = L.GRU(3, return_sequences=True, return_state=True)(numbers, initial_state=h)
+    z = L.LSTM(3)(z, initial_state=[s, c])
+    return keras.Model([words, numbers], [L.Concatenate()([z, s]), L.Dense(2)(y)])
+
+
+X = {
+    u_net: drawn(2, 16, 16, 1),
+    encoder_decoder: [drawn(2, 4, 8, 8, 1), drawn(2, 3, 8, 8, 2, seed=2)],
+    two_outputs: drawn(2, 4, 8, 8, 1),
+    nested: drawn(2, 4, 8, 8, 2),
+    shared: {"x": drawn(2, 6, 6, 2), "y": drawn(2, 6, 6, 2, seed=2)},
+    recurrent: [np.arange(10).reshape(2, 5) % 7, drawn(2, 4, 3)],
+}
+
+
+@pytest.mark.keras
+@pytest.mark.parametrize("make", list(X))
+@pytest.mark.parametrize("engine", ["reference", "cpu"])
+def test_architectures(keras, tmp_path, make, engine):
+    model = make(keras)
+    ours = check(model, X[make], tmp_path, engine=engine)
+    inner = [layer.name for layer in model.layers if type(layer).__name__ != "InputLayer"]
+    assert [layer.name for layer in ours.layers] == inner
+    ours.save(tmp_path / "ours.safetensors")
+    for a, b in zip(flat(load(tmp_path / "ours.safetensors")(X[make])), flat(ours(X[make])), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+# Files of Keras 2, rewritten from Keras 3's
+
+
+@pytest.mark.keras
+@pytest.mark.parametrize("make", list(X))
+def test_h5_of_keras_2(keras, tmp_path, make):
+    import h5py
+
+    expected = (model := shuffle(make(keras)))(X[make], training=False)
+    model.save(tmp_path / "m.h5")
+    with h5py.File(tmp_path / "m.h5", "a") as file:
+        config = as_keras_2_config(json.loads(file.attrs["model_config"]))
+        assert "__keras_tensor__" not in json.dumps(config)
+        file.attrs["model_config"], file.attrs["keras_version"] = json.dumps(config), "2.15.0"
+    agree(from_keras(tmp_path / "m.h5", engine="reference")(X[make]), expected)
+
+
+@pytest.mark.keras
+def test_first_keras_format_of_keras_2(keras, tmp_path):
+    import h5py
+
+    model, path = shuffle(nested(keras)), tmp_path / "m.keras"
+    model.save(path)
+    with zipfile.ZipFile(path) as archive:
+        config, weights = as_keras_2_config(json.loads(archive.read("config.json"))), archive.read("model.weights.h5")
+    (tmp_path / "w.h5").write_bytes(weights)
+    with h5py.File(tmp_path / "w.h5") as new, h5py.File(tmp_path / "old.h5", "w") as old:
+        new.visititems(lambda name, item: old.create_dataset(
+            name.replace("layers/", "_layer_checkpoint_dependencies/"), data=item[()]) if hasattr(item, "shape") else
+            old.require_group(name.replace("layers", "_layer_checkpoint_dependencies")) and None)  # fmt: skip
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("metadata.json", json.dumps({"keras_version": "2.14.0"}))
+        archive.writestr("config.json", json.dumps(config))
+        archive.write(tmp_path / "old.h5", "model.weights.h5")
+    agree(from_keras(path, engine="reference")(X[nested]), model(X[nested], training=False))
