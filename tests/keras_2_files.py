@@ -31,10 +31,12 @@ def as_keras_2_config(model):
     def call(layer, node):
         kwargs = {name: value for name, value in node["kwargs"].items() if name != "initial_state"}
         given = node["args"][0]
-        given = given if isinstance(given, list) else [given]
+        given = list(given) if isinstance(given, list) else [given]
         if layer["class_name"] == "Add" and len(node["args"]) > 1:  # a + b
             return [*tensor(given[0]), {"y": tensor(node["args"][1]), "name": None}]
-        return [[*tensor(item), kwargs] for item in (*given, *node["kwargs"].get("initial_state", []))]
+        states = node["kwargs"].get("initial_state", [])
+        given += states if isinstance(states, list) else [states]
+        return [[*tensor(item), kwargs] for item in given]
 
     layers = []
     for old in config["layers"]:

@@ -3,11 +3,10 @@ import zipfile
 
 import numpy as np
 import pytest
-from keras_2_files import as_keras_2, as_keras_2_config
+from keras_2_files import as_keras_2_config
 
 from fastclstm import load
-from fastclstm.convert.keras import from_keras, load_weights
-from fastclstm.layers import Activation, Cropping2D, Dense
+from fastclstm.convert.keras import from_keras
 from fastclstm.models import Model, Sequential
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
@@ -123,7 +122,7 @@ def nested(keras):
     branching = keras.Model(a, [b, L.Multiply()([a, b])], name="branching")
     frames = L.Input((4, 8, 8, 2), name="frames")
     y = L.TimeDistributed(keras.models.clone_model(inner), name="each")(frames)
-    y, h, c = L.ConvLSTM2D(2, 3, padding="same", return_state=True)(y)
+    y, h, c = L.ConvLSTM2D(2, 3, padding="same", return_state=True, name="lstm")(y)
     first, second = branching(h), branching(c)
     return keras.Model(frames, L.Average()([*first, second[1], y]), name="outer")
 
@@ -195,11 +194,110 @@ def test_first_keras_format_of_keras_2(keras, tmp_path):
         config, weights = as_keras_2_config(json.loads(archive.read("config.json"))), archive.read("model.weights.h5")
     (tmp_path / "w.h5").write_bytes(weights)
     with h5py.File(tmp_path / "w.h5") as new, h5py.File(tmp_path / "old.h5", "w") as old:
-        new.visititems(lambda name, item: old.create_dataset(
-            name.replace("layers/", "_layer_checkpoint_dependencies/"), data=item[()]) if hasattr(item, "shape") else
-            old.require_group(name.replace("layers", "_layer_checkpoint_dependencies")) and None)  # fmt: skip
+        places = []
+        new.visit(places.append)
+        for place in places:
+            renamed = place.replace("layers", "_layer_checkpoint_dependencies")
+            if isinstance(new[place], h5py.Dataset):
+                old[renamed] = new[place][()]
+            else:
+                old.create_group(renamed)
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("metadata.json", json.dumps({"keras_version": "2.14.0"}))
         archive.writestr("config.json", json.dumps(config))
         archive.write(tmp_path / "old.h5", "model.weights.h5")
     agree(from_keras(path, engine="reference")(X[nested]), model(X[nested], training=False))
+
+
+# Chains, and models within
+
+
+@pytest.mark.keras
+def test_chains_stay_sequential(keras, tmp_path):
+    L = keras.layers
+    inner = keras.Sequential([L.Input((8, 8, 2)), L.Conv2D(2, 3, name="c"), L.BatchNormalization()], name="inner")
+    inner.add(keras.Sequential([L.Input((6, 6, 2)), L.Dense(3), L.BatchNormalization(), L.Dense(2)], name="innermost"))
+    model = keras.Sequential([L.Input((3, 8, 8, 1)), L.ConvLSTM2D(2, 3, padding="same", name="lstm"), inner,
+                              L.Flatten(), L.Dense(2)])  # fmt: skip
+    ours = check(model, drawn(2, 3, 8, 8, 1), tmp_path, Sequential)
+    assert [layer.name for layer in ours] == [layer.name for layer in model.layers]
+    assert isinstance(ours[1], Sequential)
+    assert "1.2.0.kernel" in ours.parameters
+    x = L.Input((3, 8, 8, 1))
+    chained = keras.Model(x, L.Dense(2)(L.Flatten()(inner(L.ConvLSTM2D(2, 3, padding="same")(x)))))
+    check(chained, drawn(2, 3, 8, 8, 1), tmp_path, Sequential)
+
+
+@pytest.mark.keras
+def test_branching_models_within_chains(keras, tmp_path):
+    L = keras.layers
+    a = L.Input((6, 6, 2))
+    branching = keras.Model(a, L.Add()([a, L.Conv2D(2, 3, padding="same")(a)]), name="branching")
+    model = keras.Sequential([L.Input((4, 6, 6, 2)), L.TimeDistributed(branching), L.LayerNormalization()])
+    ours = check(model, drawn(2, 4, 6, 6, 2), tmp_path, Sequential)
+    assert type(ours[0].layer) is Model
+
+
+@pytest.mark.keras
+@pytest.mark.parametrize("frozen", ["inner", "one", "batch_normalization"])
+def test_frozen_layers_within(keras, tmp_path, frozen):
+    """In an .h5 file, the arrays of a model within stand in another order then."""
+    L = keras.layers
+    inner = keras.Sequential([L.Input((4,)), L.Dense(4, name="one"), L.BatchNormalization(name="batch_normalization"),
+                              L.Dense(4, name="two"), L.BatchNormalization()], name="inner")  # fmt: skip
+    model = keras.Sequential([L.Input((4,)), inner, L.Dense(4)])
+    (inner if frozen == "inner" else inner.get_layer(frozen)).trainable = False
+    ours = check(model, drawn(3, 4), tmp_path, Sequential)
+    assert len(ours.trainable_parameters) == len(model.trainable_weights)
+
+
+@pytest.mark.keras
+def test_functions_on_symbols(keras, tmp_path):
+    L, ops = keras.layers, keras.ops
+    x, y = L.Input((5, 3)), L.Input((5, 3))
+    z = 1 - (x + y) * 0.5
+    z = ops.relu(ops.maximum(z, x) - 0.25) / 3
+    model = keras.Model([x, y], [ops.concatenate([z, x * y], axis=1), L.Dense(2)(ops.tanh(z))])
+    check(model, [drawn(2, 5, 3), drawn(2, 5, 3, seed=2)], tmp_path)
+
+
+@pytest.mark.keras
+def test_dropout_that_was_told_to_train(keras, tmp_path):
+    L = keras.layers
+    x = L.Input((400,))
+    ours = from_keras(keras.Model(x, L.Dropout(0.5)(x, training=True)))
+    assert 0.3 < (ours(np.ones((1, 400))) == 0).mean() < 0.7
+
+
+# One layer
+
+
+@pytest.mark.keras
+@pytest.mark.parametrize("ending", ["keras", "h5"])
+def test_one_layer(keras, tmp_path, ending):
+    L = keras.layers
+    model = nested(keras)
+    y = L.UnitNormalization()(model.outputs[0])
+    model = shuffle(keras.Model(model.inputs, L.Dense(1, name="two")(y)))
+    model.save(path := tmp_path / f"m.{ending}")
+    with pytest.raises(
+        ValueError, match=r"layer 'unit_normalization.*not supported.*custom=\{'UnitNormalization': fac"
+    ):
+        from_keras(path)
+    for name, inner in (("lstm", None), ("one", "each"), ("alone", "branching"), ("branching/inner/two", None)):
+        found = from_keras(path, layer=name)
+        theirs = model.get_layer(inner or name.partition("/")[0])
+        theirs = getattr(theirs, "layer", theirs).get_layer(name) if inner and name != "one" else theirs
+        if name == "one":
+            theirs = model.get_layer("each").layer.get_layer("one")
+        if "/" in name:
+            theirs = theirs.get_layer("inner").get_layer("two")
+        assert found.name == theirs.name
+        for a, b in zip(found.parameters.values(), theirs.get_weights(), strict=True):
+            np.testing.assert_array_equal(a, b)
+    assert from_keras(path, layer="two").out_features == 1  # the outer one
+    assert isinstance(from_keras(path, layer="branching"), Model)
+    with pytest.raises(ValueError, match=r"there are several layers 'one'; give one of each/one, branching/inner/one"):
+        from_keras(path, layer="one")
+    with pytest.raises(ValueError, match=r"there is no layer 'three'; there are .*lstm"):
+        from_keras(path, layer="three")

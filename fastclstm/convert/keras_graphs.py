@@ -419,7 +419,7 @@ def _graph(calls: _Calls, arrays: Mapping[str, Any], common: Common) -> Model:
             if spec["class_name"] == "InputLayer":
                 y = _input(spec)
             elif is_operation(spec):
-                y = _operation(spec, args, kwargs, common)
+                y = _operation(spec, args, kwargs, arrays.get(name, ()), common)
             else:
                 first = next((leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, Symbol)), None)
                 if first is None:
@@ -477,15 +477,14 @@ _MERGING: dict[str, Callable[[], Merging]] = {
 _FUNCTIONS = ("relu", "sigmoid", "tanh", "silu", "softplus")
 
 
-def _operation(spec: Config, args: Sequence[Any], kwargs: Mapping[str, Any], common: Common) -> Any:
+def _operation(spec: Config, args: Sequence[Any], kwargs: Mapping[str, Any], arrays: Tree, common: Common) -> Any:
     """Return what a function of Keras, or of TensorFlow, returns that was called on symbols: ``a + b`` and the like."""
     function = str(spec["config"].get("function") or spec["class_name"])
     name = function.rpartition(".")[2].lower()
     given = [*args, *kwargs.values()]
     symbols = [leaf for leaf in leaves(given) if isinstance(leaf, Symbol)]
-    if (layer := _custom(spec, common)) is not None:
-        layer.name = layer.name or own_name(spec)
-        return layer(symbols[0] if len(symbols) == 1 else symbols)
+    if _custom(spec, common) is not None:
+        return layer_of(spec, arrays, None, common)(symbols[0] if len(symbols) == 1 else symbols)
     options: Any = {"name": own_name(spec)}
     if name in ("concatenate", "concat"):
         axis = spec["config"].get("axis", kwargs.get("axis", args[1] if len(args) > 1 else 0))

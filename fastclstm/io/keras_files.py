@@ -121,7 +121,10 @@ def inner_layers(spec: Any) -> list[Any] | None:
 
 def is_operation(spec: Any) -> bool:
     """Whether `spec` is of a function called on symbols, such as ``a + b``, which Keras counts among the layers."""
-    return spec["class_name"] == "TFOpLambda" or str(spec.get("module")).startswith(_OPERATIONS)
+    if spec["class_name"] == "TFOpLambda" or str(spec.get("module")).startswith(_OPERATIONS):
+        return True
+    nodes = spec.get("inbound_nodes")  # an .h5 file of Keras 3 names no module; layers have more in their config
+    return "module" not in spec and "trainable" not in spec["config"] and bool(nodes) and isinstance(nodes[0], dict)
 
 
 def _read_zip(bounds: Bounds) -> KerasFile:
