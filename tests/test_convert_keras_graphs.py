@@ -6,7 +6,8 @@ import pytest
 from keras_2_files import as_keras_2_config
 
 from fastclstm import load
-from fastclstm.convert.keras import from_keras
+from fastclstm.convert.keras import from_keras, load_weights
+from fastclstm.layers import Cropping2D, Dense, GlobalAveragePooling, Input, Rescaling
 from fastclstm.models import Model, Sequential
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
@@ -284,14 +285,14 @@ def test_one_layer(keras, tmp_path, ending):
         ValueError, match=r"layer 'unit_normalization.*not supported.*custom=\{'UnitNormalization': fac"
     ):
         from_keras(path)
-    for name, inner in (("lstm", None), ("one", "each"), ("alone", "branching"), ("branching/inner/two", None)):
+    inner, each = model.get_layer("branching"), model.get_layer("each").layer
+    for name, theirs in {
+        "lstm": model.get_layer("lstm"),
+        "each/one": each.get_layer("one"),
+        "alone": inner.get_layer("alone"),
+        "branching/inner/two": inner.get_layer("inner").get_layer("two"),
+    }.items():
         found = from_keras(path, layer=name)
-        theirs = model.get_layer(inner or name.partition("/")[0])
-        theirs = getattr(theirs, "layer", theirs).get_layer(name) if inner and name != "one" else theirs
-        if name == "one":
-            theirs = model.get_layer("each").layer.get_layer("one")
-        if "/" in name:
-            theirs = theirs.get_layer("inner").get_layer("two")
         assert found.name == theirs.name
         for a, b in zip(found.parameters.values(), theirs.get_weights(), strict=True):
             np.testing.assert_array_equal(a, b)
@@ -301,3 +302,125 @@ def test_one_layer(keras, tmp_path, ending):
         from_keras(path, layer="one")
     with pytest.raises(ValueError, match=r"there is no layer 'three'; there are .*lstm"):
         from_keras(path, layer="three")
+
+
+# Weights alone
+
+
+@pytest.mark.keras
+@pytest.mark.parametrize("ending", ["weights.h5", "keras", "h5"])
+@pytest.mark.parametrize("make", [u_net, nested, recurrent])
+def test_weights_into_models_that_are_there(keras, tmp_path, make, ending):
+    model, path = shuffle(make(keras)), tmp_path / f"m.{ending}"
+    ours, other = from_keras(model), from_keras(shuffle(model, 1))
+    before = other.parameters
+    shuffle(model)
+    (model.save_weights if ending == "weights.h5" else model.save)(path)
+    load_weights(other, path)
+    for name, array in ours.parameters.items():
+        np.testing.assert_array_equal(array, other.parameters[name])
+        assert not np.array_equal(array, before[name])
+
+
+@pytest.mark.keras
+def test_weights_that_do_not_fit_a_model(keras, tmp_path):
+    model, path = nested(keras), tmp_path / "m.weights.h5"
+    model.save_weights(path)
+    x = Input((8, 8, 2))
+    with pytest.raises(ValueError, match=r"holds no layer 'mine'; it has .*branching.*; give the layers Keras's names"):
+        load_weights(Model(x, Dense(2, 2, name="mine")(x)), path)
+    with pytest.raises(ValueError, match=r"branching has layers within it in .*, but Dense has none"):
+        load_weights(Model(x, Dense(2, 2, name="branching")(x)), path)
+    with pytest.raises(ValueError, match=r"lstm in .* has 3 arrays, but Dense needs 2: lstm.kernel, lstm.bias"):
+        load_weights(Model(x, Dense(2, 2, name="lstm")(x)), path)
+    wrong = from_keras(model)
+    keras.Sequential([keras.layers.Input((3,)), keras.layers.Dense(2)]).save_weights(path)
+    with pytest.raises(ValueError, match="holds no layer 'each'"):
+        load_weights(wrong, path)
+    model.save_weights(path)
+    with pytest.raises(
+        ValueError, match="holds the weights of layers/conv_lstm2d, layers/functional, .*Dense has Dense"
+    ):
+        load_weights(Dense(3, 2), path)
+
+
+# What is not supported
+
+
+@pytest.mark.keras
+def test_what_is_not_supported_is_named_with_its_place(keras, tmp_path):
+    L = keras.layers
+    a = L.Input((4, 3), name="a")
+
+    def told(y, x=a, **options):
+        with pytest.raises(ValueError, match=r"^from_keras: ") as caught:
+            from_keras(keras.Model(x, y), **options)
+        return str(caught.value)
+
+    inner = keras.Sequential([L.Input((4, 3)), L.UnitNormalization(name="unit")], name="inner")
+    assert "layer 'inner' (Sequential): layer 'unit' (UnitNormalization): not supported" in told([a, inner(a)])
+    assert "custom={'UnitNormalization': factory}" in told([a, inner(a)])
+    assert "layer 'twice' (Lambda): not supported" in told([a, L.Lambda(lambda x: 2 * x, name="twice")(a)])
+    assert "(GetItem): not supported as it is called; give custom={'GetItem': factory}" in told([a, a[:, 1:]])
+    assert "(Masking): is not supported, as masks" in told([a, L.Masking()(a)])
+    mask = L.Input((4,), dtype="bool", name="mask")
+    assert "(LSTM): is called with mask, which is not supported" in told(L.LSTM(2)(a, mask=mask), [a, mask])
+
+    class Mine(keras.Model):
+        def call(self, x):
+            return x
+
+    assert "layer 'own' (Mine): not supported" in told([a, Mine(name="own")(a)])
+    assert "of (None, 4, 3) and (None, 3) is not supported" in told(a + a[:, 0], custom={
+        "GetItem": lambda config: Sequential([GlobalAveragePooling()])})  # fmt: skip
+
+
+@pytest.mark.keras
+@pytest.mark.parametrize("ending", ["keras", "h5"])
+def test_custom_layers_in_graphs(keras, tmp_path, ending):
+    @keras.saving.register_keras_serializable("mine")
+    class Twice(keras.layers.Dense):
+        def call(self, x):
+            return 2 * super().call(x)
+
+    L = keras.layers
+    x = L.Input((6, 5, 3))
+    inner = keras.Sequential([L.Input((6, 5, 3)), L.BatchNormalization(), Twice(3), L.Dense(2)])
+    y = L.Lambda(lambda x: x * 2, name="lam")(inner(x))
+    model = shuffle(keras.Model(x, [y[:, 1:-1], Twice(3)(x)]))
+    model.save(tmp_path / f"m.{ending}")
+    twice = lambda config: Dense(3, config["units"], activation=(lambda x: 2 * x, lambda x: 2 + 0 * x))  # noqa: E731
+    ours = from_keras(tmp_path / f"m.{ending}", custom={
+        "Twice": twice, "Lambda": lambda config: Rescaling(2.0), "GetItem": lambda config: Cropping2D(((1, 1), (0, 0))),
+    })  # fmt: skip
+    agree(ours(drawn(2, 6, 5, 3)), model(drawn(2, 6, 5, 3), training=False))
+
+
+def test_damaged_graphs(tmp_path):
+    h5py = pytest.importorskip("h5py")
+
+    def told(**changes):
+        layer = {"name": "act", "trainable": True, "activation": "relu", "dtype": "float32"}
+        layers = [{"class_name": "InputLayer", "name": "x", "config": {"name": "x", "batch_input_shape": [None, 3]},
+                   "inbound_nodes": []},
+                  {"class_name": "Activation", "name": "act", "config": layer,
+                   "inbound_nodes": changes.pop("nodes", [[["x", 0, 0, {}]]])}]  # fmt: skip
+        config = {"name": "m", "layers": layers, "input_layers": [["x", 0, 0]], "output_layers": [["act", 0, 0]]}
+        with h5py.File(tmp_path / "m.h5", "w") as file:
+            model = {"class_name": "Functional", "config": config | changes}
+            file.attrs["keras_version"], file.attrs["model_config"] = "2.11.0", json.dumps(model)
+            group = file.create_group("model_weights")
+            group.attrs["layer_names"] = np.array([], "S1")
+        try:
+            return from_keras(tmp_path / "m.h5")
+        except ValueError as error:
+            return str(error)
+
+    assert isinstance(told(), Sequential)
+    assert f"in a circle (in {tmp_path / 'm.h5'})" in told(nodes=[[["act", 0, 0, {}]]])
+    assert "call 3 of 'x'" in told(nodes=[[["x", 3, 0, {}]]])
+    assert "refers to a layer 'y'" in told(nodes=[[["y", 0, 0, {}]]])
+    assert "it lacks" in told(nodes=[[["x", 0, 5, {}]]])
+    assert "is damaged" in told(output_layers=[["act", 5, 0]])
+    assert "damaged" in told(output_layers=3)
+    assert "two layers" in told(layers=2 * [{"class_name": "InputLayer", "config": {"name": "x"}}])

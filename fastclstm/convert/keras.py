@@ -5,17 +5,18 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from fastclstm.convert.keras_graphs import Tree, model_of, picked
+from fastclstm.convert.keras_graphs import Tree, model_of, picked, tree_of
 from fastclstm.convert.keras_layers import Common, Config, Custom, activation_name, parameter_slots
 from fastclstm.io import keras_files
 from fastclstm.io.bounds import shown
-from fastclstm.layers import ConvLSTM2D, Layer
-from fastclstm.models import Sequential
+from fastclstm.layers import ConvLSTM2D, Layer, TimeDistributed
+from fastclstm.layers.container import parts
+from fastclstm.models import Model, Sequential
 
 
 def from_keras(
@@ -93,11 +94,27 @@ def load_weights(layer: Layer, path: str | os.PathLike[str]) -> None:
         A damaged file, other layers or shapes in it, a layer that Keras has no weights for.
     """
     name = os.fspath(path)
-    config, arrays, version = keras_files.read(path)
+    config, arrays, version, names = keras_files.read(path)
+    if any(isinstance(part, Model) or (part is not layer and isinstance(part, Sequential)) for part in parts(layer)):
+        if config is not None:
+            arrays = dict(tree_of(config, arrays, Common(None, None, {})))
+        arrays = {names.get(place, place): values for place, values in arrays.items()}
+        parameters = dict(_named(name, layer, arrays, ""))
+    else:
+        parameters = _in_order(name, layer, arrays, config is None)
+    try:
+        layer.set_parameters(parameters)
+    except ValueError as error:
+        raise ValueError(f"load_weights: {name} does not fit: {error}") from error
+    _warn_of_activations(name, layer, config, version)
+
+
+def _in_order(name: str, layer: Layer, arrays: Mapping[str, Any], paths: bool) -> dict[str, np.ndarray]:
+    """Return the parameters of a layer or a chain from those of the file's layers, in the same order."""
     slots = [slot for part, prefix in _parts(layer) for slot in parameter_slots(part, prefix)]
     places = [place for place, values in arrays.items() if values]
-    fits = len(slots) == len(places)
-    among_layers = sum(place.startswith("layers/") for place in places) if config is None else 0
+    fits = len(slots) == len(places) and not any(isinstance(values, Mapping) for values in arrays.values())
+    among_layers = sum(place.startswith("layers/") for place in places) if paths else 0
     if among_layers:
         new = keras_files.numbered(places)  # layers without weights count where they stand, but not here
         ordered = keras_files.layer_paths(class_name for class_name, _ in slots)
@@ -109,17 +126,39 @@ def load_weights(layer: Layer, path: str | os.PathLike[str]) -> None:
         outside = " (not all among the layers: a subclassed model)" if 0 < among_layers < len(places) else ""
         raise ValueError(f"load_weights: {name} holds the weights of {shown(sorted(places), 20)}{outside}, but "
                          f"{type(layer).__name__} has {own}")  # fmt: skip
-    parameters: dict[str, np.ndarray] = {}
-    for place, (class_name, names) in zip(places, slots, strict=True):
-        if len(arrays[place]) != len(names):
-            raise ValueError(f"load_weights: {place} in {name} has {len(arrays[place])} arrays, but {class_name} needs "
-                             f"{len(names)}: {', '.join(names)}")  # fmt: skip
-        parameters |= dict(zip(names, arrays[place], strict=True))
-    try:
-        layer.set_parameters(parameters)
-    except ValueError as error:
-        raise ValueError(f"load_weights: {name} does not fit: {error}") from error
-    _warn_of_activations(name, layer, config, version)
+    pairs = zip(places, slots, strict=True)
+    return {key: array for place, slot in pairs for key, array in _paired(name, place, arrays[place], *slot).items()}
+
+
+def _named(name: str, layer: Layer, arrays: Any, prefix: str) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield the parameters of a model, and of those within, from those of the file's layers of the same names."""
+    for key, part in layer._sublayers.items():
+        if not part.parameters:
+            continue
+        if part.name not in arrays:
+            raise ValueError(f"load_weights: {name} holds no layer {part.name!r}; it has {shown(arrays, 20)}; give the "
+                             f"layers Keras's names, as from_keras does")  # fmt: skip
+        values, own = arrays[part.name], f"{prefix}{key}."
+        inner = part.layer if isinstance(part, TimeDistributed) else part
+        if isinstance(inner, Model | Sequential) and isinstance(values, Mapping):
+            yield from _named(name, inner, values, own if inner is part else f"{own}layer.")
+            continue
+        if isinstance(inner, Model | Sequential) or isinstance(values, Mapping):
+            has = "layers within it" if isinstance(values, Mapping) else "none"
+            needs = type(inner).__name__ + (" has none" if isinstance(values, Mapping) else " has layers")
+            raise ValueError(f"load_weights: {part.name} has {has} in {name}, but {needs}")
+        slots = parameter_slots(part, own)
+        names = [each for _, names in slots for each in names]
+        yield from _paired(name, str(part.name), values, slots[0][0], names).items()
+
+
+def _paired(
+    name: str, place: str, arrays: Sequence[np.ndarray], class_name: str, names: Sequence[str]
+) -> dict[str, np.ndarray]:
+    if len(arrays) != len(names):
+        raise ValueError(f"load_weights: {place} in {name} has {len(arrays)} arrays, but {class_name} needs "
+                         f"{len(names)}: {', '.join(names)}")  # fmt: skip
+    return dict(zip(names, arrays, strict=True))
 
 
 def _warn_of_activations(name: str, layer: Layer, config: Config | None, version: str) -> None:
@@ -162,7 +201,7 @@ def _found(node: Any, key: str) -> Iterator[Any]:
 def _read(source: Any) -> tuple[Config, Mapping[str, Any]]:
     """Return a model's config and the arrays of its layers, by name."""
     if isinstance(source, str | os.PathLike):
-        config, arrays, _ = keras_files.read(source)
+        config, arrays, *_ = keras_files.read(source)
         if config is None:
             raise ValueError(f"from_keras: {os.fspath(source)} holds weights alone; build the layers, then "
                              f"fastclstm.convert.keras.load_weights(layer, path)")  # fmt: skip

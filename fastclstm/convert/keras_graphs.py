@@ -82,6 +82,18 @@ def layer_of(spec: Config, arrays: Tree, rank: int | None, common: Common) -> La
     return model
 
 
+def tree_of(spec: Config, arrays: Tree, common: Common) -> Mapping[str, Any]:
+    """Return the arrays of a model by the names of its layers; those of models within likewise."""
+    specs = _specs(spec)
+
+    def own(spec: Config, arrays: Tree) -> Any:
+        inner = _within(spec)
+        return arrays if inner_layers(inner) is None else tree_of(inner, arrays, common)
+
+    found = _by_layer(specs, arrays, common)
+    return {name: own(spec, found[name]) for name, spec in specs.items() if name in found}
+
+
 def picked(spec: Config, arrays: Tree, wanted: str, common: Common) -> Layer:
     """Return the one layer of a model that has the name, or the path of names, `wanted`."""
     hits = sorted(_found(spec, lambda: arrays, wanted, common), key=lambda hit: hit[0].count("/"))
@@ -116,7 +128,8 @@ def _found(
 def _custom(spec: Config, common: Common) -> Layer | None:
     """Return the layer that the caller makes of a class of Keras, or of others; None where there is no such factory."""
     class_name = spec["class_name"]
-    factory = common.factory(spec.get("registered_name"), spec["config"].get("function"), class_name)
+    names = class_name, class_name.rpartition(">")[2]  # an .h5 file has the package in it
+    factory = common.factory(spec.get("registered_name"), spec["config"].get("function"), *names)
     layer = None if factory is None else factory(spec["config"])
     if factory is not None and not isinstance(layer, Layer):
         raise TypeError(f"custom[{class_name!r}] must return a layer of fastclstm, got {type(layer).__name__}")
@@ -390,8 +403,10 @@ def _histories(node: Any, kwargs: dict[str, Any]) -> Any:
 
 
 def _is_plain(call: _Call) -> bool:
-    """Whether a call is of one tensor, the first that a layer returns, and nothing else."""
-    return len(call.args) == 1 and not call.kwargs and isinstance(call.args[0], _Ref) and call.args[0].tensor == 0
+    """Whether a call is of one tensor, the first that a layer's first call returns, and nothing else."""
+    if len(call.args) != 1 or call.kwargs or not isinstance(call.args[0], _Ref):
+        return False
+    return call.args[0].node == call.args[0].tensor == 0
 
 
 def _returns_one(spec: Config) -> bool:

@@ -22,7 +22,8 @@ from fastclstm.io.kinds import told
 
 Path = str | os.PathLike[str]
 Arrays = dict[str, Any]
-"""The arrays of each layer, in the order of Keras's ``get_weights``; of a model within a .keras file, by its layers."""
+"""The arrays of each layer, in the order of Keras's ``get_weights``. Of a model within they are by its layers in turn,
+but in an .h5 file of Keras 2, or of a whole model, in one row: those that are trained first."""
 
 _ZIP_MAGIC = b"PK\x03\x04"
 _HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
@@ -56,6 +57,8 @@ class KerasFile(NamedTuple):
     2.12 to 2.14 too; others are attributes of a subclassed model), or its name (other Keras 2)."""
     version: str
     """Of Keras, as far as the file shows it: "2" and "3" where it has no number."""
+    names: dict[str, str] = {}  # noqa: RUF012
+    """Of the layers, by their paths, where `arrays` has these and the file tells."""
 
 
 def read(path: Path) -> KerasFile:
@@ -153,7 +156,8 @@ def _read_hdf5(bounds: Bounds) -> KerasFile:
             if others and not any(place in file for place in _LAYERS):
                 raise Refused(f"{bounds.name} holds the weights of a subclassed model ({shown(others)}), in an order "
                               f"that only its class knows; in Keras, hand each layer's get_weights() on")  # fmt: skip
-            return KerasFile(None, reader.layers(file) | others, "2" if _LAYERS[1] in file else "3")
+            version = "2" if _LAYERS[1] in file else "3"
+            return KerasFile(None, reader.layers(file) | others, version, reader.layer_names(file))
         version = reader.text(file, "keras_version")
         group = _member(file, "model_weights") if "model_weights" in file else file
         arrays = {}
@@ -192,10 +196,26 @@ class _Reader:
         """
         place = next((place for place in _LAYERS if place in file), _LAYERS[0])
         group = _member(file, place)
-        if place == _LAYERS[0]:
-            return {f"layers/{layer}": list(self._walk(_member(group, layer))) for layer in group}
-        new = numbered(group)
-        return {f"layers/{new[layer]}": list(self._walk(_member(group, layer))) for layer in group}
+        new = {layer: layer for layer in group} if place == _LAYERS[0] else numbered(group)
+        return {f"layers/{new[layer]}": self._of_layer(_member(group, layer)) for layer in group}
+
+    def layer_names(self, file: Any) -> dict[str, str]:
+        """Return the names of the layers, as far as a file of Keras 3 tells them, by the paths that `layers` gives."""
+        group = _member(file, _LAYERS[0]) if _LAYERS[0] in file else {}
+        return {f"layers/{layer}": self._name(_member(group, layer), layer) for layer in group}
+
+    def _name(self, group: Any, otherwise: str) -> str:
+        told = "vars" in group and "name" in _member(group, "vars").attrs
+        return self.text(_member(group, "vars"), "name") if told else otherwise
+
+    def _of_layer(self, group: Any) -> Any:
+        """Return the arrays of a layer; of a model, or one for every step, by the names of its layers."""
+        own = _member(group, "layer") if "layer" in group else group
+        place = next((place for place in _LAYERS if place in own), None)
+        if place is None:
+            return list(self._walk(group))
+        layers = _member(own, place)
+        return {self._name(_member(layers, key), key): self._of_layer(_member(layers, key)) for key in layers}
 
     def model(self, group: Any, specs: list[Any]) -> Arrays:
         """Return the arrays of the layers that are described, by their names; of models among them, likewise."""
