@@ -1,4 +1,4 @@
-"""Sequential models from Keras's, out of files or live; Keras itself is not needed."""
+"""Models from Keras's, out of files or live; Keras itself is not needed."""
 
 from __future__ import annotations
 
@@ -23,27 +23,35 @@ def from_keras(
     source: Any, *, dtype: str | None = None, engine: str | None = None, custom: Custom | None = None,
     layer: str | None = None,
 ) -> Any:  # fmt: skip
-    """Return the Sequential model that computes what a Keras model computes.
+    """Return the model that computes what a Keras model computes: Sequential of a chain of layers, else a Model.
+
+    Layers keep Keras's names, as ``name``; a chain within a model is a Sequential in it, a graph a Model.
 
     Parameters
     ----------
     source : path or model
-        A .keras file, an .h5 file with a whole model, or a live model: keras.Sequential, or a functional model in
-        which every layer takes the output of one other. Its layers may be ConvLSTM2D and Bidirectional(ConvLSTM2D)
-        with all their options but return_state, TimeDistributed, LSTM, GRU, Embedding, Dense,
+        A .keras file, an .h5 file with a whole model, or a live model, of Keras 2 or 3: keras.Sequential, or a
+        functional model of any graph, with several inputs and outputs, layers that are called more than once, models
+        within, states that one layer hands to another. Its layers may be ConvLSTM2D and Bidirectional(ConvLSTM2D)
+        with all their options, TimeDistributed of a layer or a model, LSTM, GRU, Embedding, Dense,
         Conv2D, Conv3D, Conv2DTranspose, Conv3DTranspose, DepthwiseConv2D, SeparableConv2D, BatchNormalization,
         LayerNormalization, GroupNormalization, Dropout, SpatialDropout, GaussianNoise, Activation, ReLU, LeakyReLU,
         PReLU, Softmax, Rescaling, Flatten, Reshape, Permute, RepeatVector, MaxPooling, AveragePooling,
-        GlobalAveragePooling, GlobalMaxPooling, UpSampling, ZeroPadding and Cropping, of 2D and 3D.
+        GlobalAveragePooling, GlobalMaxPooling, UpSampling, ZeroPadding and Cropping, of 2D and 3D, Concatenate, Add,
+        Subtract, Multiply, Average, Maximum, Minimum; and sums, differences and products of symbols.
     dtype : "float32" or "float64", optional
         Of all layers; None: each as in the model, half precision as float32.
     engine : str, optional
         Of all layers that have one.
     custom : dict from str to callable, optional
-        What to make of classes and functions that are not Keras's own, or not known here, by their names in Keras
+        What to make of classes and functions that are not Keras's own, or not known here, such as Lambda, by their
+        names in Keras
         (class_name, registered_name, a function's name or "<lambda>"). Each is called with the config that Keras saved,
         a dict. For a layer it returns a layer of ours, whose parameters, in their order, are given the Keras layer's
         arrays; for an activation what ``activation=`` takes: a name or a pair of functions (forward, derivative).
+    layer : str, optional
+        Return only the layer of this name, with its weights; the others may then be of any class. One within a model
+        is named by its path too, "encoder/conv_lstm2d_1".
 
     Raises
     ------
@@ -75,10 +83,12 @@ def from_keras(
 
 
 def load_weights(layer: Layer, path: str | os.PathLike[str]) -> None:
-    """Give an existing layer or Sequential model the weights in a .weights.h5, .keras or .h5 file.
+    """Give an existing layer or model the weights in a .weights.h5, .keras or .h5 file.
 
     The file's layers must be those of `layer`, in the same order, each with arrays of the same shapes; a ConvLSTM2D
-    with num_layers=n stands for n layers of Keras. After an error nothing is changed.
+    with num_layers=n stands for n layers of Keras. Those of a Model, or of a Sequential with models in it, are found
+    by their names instead, which must be Keras's, as in what `from_keras` returns; in a .weights.h5 file Keras 3 keeps
+    names. After an error nothing is changed.
 
     Weights do not tell the activations. Keras 2's ConvLSTM2D has recurrent_activation="hard_sigmoid" unless told
     otherwise, which is "hard_sigmoid_keras2" here; Keras 3's, and the default here, is "sigmoid". A warning says so

@@ -307,9 +307,7 @@ class _Calls:
 
     def chain(self) -> list[str] | None:
         """Return the names of the layers, where each takes what one before returns and nothing else; else None."""
-        if not isinstance(self.inputs, _Ref) or not isinstance(self.outputs, _Ref):
-            return None
-        if len(self._calls) != len(self.specs):
+        if not _is_first(self.inputs) or not _is_first(self.outputs) or len(self._calls) != len(self.specs):
             return None
         follower = {}
         for call in self._calls:
@@ -334,8 +332,7 @@ class _Calls:
             missing.append(len(needed))
             for key in needed:
                 if key not in places:
-                    raise ValueError(f"layer {call.layer!r} takes what call {key[1]} of {key[0]!r} returns; there is "
-                                     f"none")  # fmt: skip
+                    raise ValueError(f"there is no call {key[1]} of {key[0]!r}, which {call.layer!r} refers to")
                 readers.setdefault(places[key], []).append(n)
         ready, done = [n for n, count in enumerate(missing) if not count], 0
         while ready:
@@ -404,9 +401,12 @@ def _histories(node: Any, kwargs: dict[str, Any]) -> Any:
 
 def _is_plain(call: _Call) -> bool:
     """Whether a call is of one tensor, the first that a layer's first call returns, and nothing else."""
-    if len(call.args) != 1 or call.kwargs or not isinstance(call.args[0], _Ref):
-        return False
-    return call.args[0].node == call.args[0].tensor == 0
+    return len(call.args) == 1 and not call.kwargs and _is_first(call.args[0])
+
+
+def _is_first(ref: Any) -> bool:
+    """Whether `ref` is of the first tensor that the first call of a layer returns."""
+    return isinstance(ref, _Ref) and ref.node == ref.tensor == 0
 
 
 def _returns_one(spec: Config) -> bool:
@@ -425,7 +425,13 @@ def _graph(calls: _Calls, arrays: Mapping[str, Any], common: Common) -> Model:
     layers: dict[str, Layer] = {}
 
     def symbol(ref: Any) -> Any:
-        return made[ref.layer, ref.node][ref.tensor] if isinstance(ref, _Ref) else ref
+        if not isinstance(ref, _Ref):
+            return ref
+        found = made.get((ref.layer, ref.node))
+        if found is None or not 0 <= ref.tensor < len(found):
+            what = f"call {ref.node}" if found is None else f"array {ref.tensor} of call {ref.node}"
+            raise ValueError(f"there is no {what} of {ref.layer!r}, which the model refers to")
+        return found[ref.tensor]
 
     for call in calls:
         name, spec = call.layer, calls.specs[call.layer]
