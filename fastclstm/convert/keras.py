@@ -173,7 +173,7 @@ def _paired(
 
 def _warn_of_activations(name: str, layer: Layer, config: Config | None, version: str) -> None:
     """Warn where the weights of `layer` were trained with another recurrent activation, or may have been."""
-    own = [part.recurrent_activation for part, _ in _parts(layer) if isinstance(part, ConvLSTM2D)
+    own = [part.recurrent_activation for part in parts(layer) if isinstance(part, ConvLSTM2D)
            for _ in range(part.num_layers)]  # fmt: skip
     if config is not None:
         modern = _modern(config) if version.startswith("2") else config
