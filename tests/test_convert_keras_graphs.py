@@ -214,6 +214,19 @@ def test_first_keras_format_of_keras_2(keras, tmp_path):
 
 
 @pytest.mark.keras
+def test_outputs_by_name_of_models_within(keras, tmp_path):
+    """Keras counts them in the order of their sorted names."""
+    L = keras.layers
+    a, b = L.Input((4,), name="a"), L.Input((4,), name="b")
+    inner = keras.Model({"b": b, "a": a}, {"z": L.Dense(4)(a), "y": L.Subtract()([a, b]), "x": L.Add()([a, b])},
+                        name="inner")  # fmt: skip
+    p, q = L.Input((4,), name="p"), L.Input((4,), name="q")
+    made = inner({"a": p, "b": L.Dense(4)(q)})
+    outer = keras.Model([p, q], [made["y"], L.Multiply()([made["z"], made["x"]])])
+    check(outer, [drawn(3, 4), drawn(3, 4, seed=2)], tmp_path)
+
+
+@pytest.mark.keras
 def test_chains_stay_sequential(keras, tmp_path):
     L = keras.layers
     inner = keras.Sequential([L.Input((8, 8, 2)), L.Conv2D(2, 3, name="c"), L.BatchNormalization()], name="inner")

@@ -12,7 +12,7 @@ import numpy as np
 
 from fastclstm.convert.keras_layers import ROWS, Arrays, Common, Config, Counts, filled, leaf, own_name
 from fastclstm.io.bounds import shown
-from fastclstm.io.keras_files import inner_layers, is_operation, layer_name
+from fastclstm.io.keras_files import inner_layers, layer_name
 from fastclstm.layers import (
     GRU,
     Activation,
@@ -156,6 +156,14 @@ def _specs(model: Config) -> dict[str, Config]:
     if len(specs) < len(config["layers"]):
         raise ValueError(f"two layers of the {model['class_name']} have the same name; give each its own")
     return specs
+
+
+def _is_operation(spec: Config) -> bool:
+    """Whether `spec` is of a function called on symbols, such as ``a + b``, which Keras counts among the layers."""
+    if spec["class_name"] == "TFOpLambda" or str(spec.get("module")).startswith(("keras.src.ops", "keras.ops")):
+        return True
+    nodes = spec.get("inbound_nodes")  # an .h5 file of Keras 3 names no module; layers have more in their config
+    return "module" not in spec and "trainable" not in spec["config"] and bool(nodes) and isinstance(nodes[0], Mapping)
 
 
 def _within(spec: Config) -> Config:
@@ -314,7 +322,7 @@ class _Calls:
             spec = self.specs[call.layer]
             if spec["class_name"] == "InputLayer":
                 continue
-            if is_operation(spec) or not _is_plain(call) or not _returns_one(spec):
+            if _is_operation(spec) or not _is_plain(call) or not _returns_one(spec):
                 return None
             follower[call.args[0].layer] = call.layer
         order = [self.inputs.layer]
@@ -439,7 +447,7 @@ def _graph(calls: _Calls, arrays: Mapping[str, Any], common: Common) -> Model:
             args, kwargs = mapped(symbol, call.args), mapped(symbol, call.kwargs)
             if spec["class_name"] == "InputLayer":
                 y = _input(spec)
-            elif is_operation(spec):
+            elif _is_operation(spec):
                 y = _operation(spec, args, kwargs, arrays.get(name, ()), common)
             else:
                 first = next((leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, Symbol)), None)

@@ -128,9 +128,9 @@ def leaf(spec: Config, arrays: Arrays, rank: int | None, common: Common) -> Laye
     """Return the layer of the table that a config and its arrays describe, for an input of `rank` axes."""
     class_name, config = spec["class_name"], spec["config"]
     if class_name not in ROWS or spec.get("registered_name"):
-        raise ValueError(f"not supported; supported are TimeDistributed, {', '.join(list(ROWS)[:5])} and what else "
-                         f"help(from_keras) names; or give custom={{{class_name!r}: factory}}, called with the "
-                         f"layer's config for a layer of fastclstm")  # fmt: skip
+        raise ValueError(f"not supported; supported are TimeDistributed, {next(iter(ROWS))} and what else "
+                         f"help(from_keras) names; or give custom={{{class_name!r}: factory}}, called with its config "
+                         f"for a layer")  # fmt: skip
     cls, options = ROWS[class_name].make(config, arrays, rank)
     fields = cls.__dataclass_fields__
     options |= {"dtype": common.dtype or _dtype(config.get("dtype")), "engine": common.engine}

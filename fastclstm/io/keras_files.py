@@ -31,7 +31,6 @@ _RESAVE = "write it anew with model.save('….keras')"
 _LAYERS = ("layers", "_layer_checkpoint_dependencies")
 """Where the layers are in a file of weights: of Keras 3, and of 2.12 to 2.14."""
 _MODELS = ("Sequential", "Functional", "Model")
-_OPERATIONS = ("keras.src.ops", "keras.ops")
 _BESIDE_LAYERS = ("vars", "optimizer", "metrics", "seed_generator")
 _DEFLATE, _SHUFFLE, _CHECKSUM = 1, 2, 3
 """HDF5's numbers for the filters that its chunks may have passed, in one of these orders."""
@@ -120,14 +119,6 @@ def inner_layers(spec: Any) -> list[Any] | None:
     config = spec["config"]
     known = spec["class_name"] in _MODELS and isinstance(config, dict) and isinstance(config.get("layers"), list)
     return config["layers"] if known else None
-
-
-def is_operation(spec: Any) -> bool:
-    """Whether `spec` is of a function called on symbols, such as ``a + b``, which Keras counts among the layers."""
-    if spec["class_name"] == "TFOpLambda" or str(spec.get("module")).startswith(_OPERATIONS):
-        return True
-    nodes = spec.get("inbound_nodes")  # an .h5 file of Keras 3 names no module; layers have more in their config
-    return "module" not in spec and "trainable" not in spec["config"] and bool(nodes) and isinstance(nodes[0], dict)
 
 
 def _read_zip(bounds: Bounds) -> KerasFile:
@@ -223,7 +214,6 @@ class _Reader:
         found = _member(group, place)
         new = {layer: layer for layer in found} if place == _LAYERS[0] else numbered(found)
         stored = {f"layers/{number}": layer for layer, number in new.items()}
-        specs = [spec for spec in specs if not is_operation(spec)]
         arrays: Arrays = {}
         for spec, path in zip(specs, layer_paths(spec["class_name"] for spec in specs), strict=True):
             if path not in stored:
