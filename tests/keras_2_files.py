@@ -26,11 +26,14 @@ def as_keras_2_config(model):
     def tensor(node):
         if isinstance(node, dict):
             node = node["config"]["keras_history"]
-        return [node[0], node[1] + (node[0] in names), node[2]]
+            return [node[0], node[1] + (node[0] in names), node[2]]
+        return node  # of the outputs, where Keras 3 counts as Keras 2
 
     def call(layer, node):
         kwargs = {name: value for name, value in node["kwargs"].items() if name != "initial_state"}
         given = node["args"][0]
+        if isinstance(given, dict) and "class_name" not in given:
+            return {name: [*tensor(item), {}] for name, item in given.items()}
         given = list(given) if isinstance(given, list) else [given]
         if layer["class_name"] == "Add" and len(node["args"]) > 1:  # a + b
             return [*tensor(given[0]), {"y": tensor(node["args"][1]), "name": None}]

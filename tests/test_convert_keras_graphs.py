@@ -145,7 +145,20 @@ def recurrent(keras):
     return keras.Model([words, numbers], [L.Concatenate()([z, s]), L.Dense(2)(y)])
 
 
+def by_name(keras):
+    """A model within whose outputs Keras counts in the order of their sorted names; one of them is an output of all."""
+    L = keras.layers
+    a, b = L.Input((4,), name="a"), L.Input((4,), name="b")
+    inner = keras.Model({"b": b, "a": a}, {"z": L.Dense(4)(a), "y": L.Subtract()([a, b]), "x": L.Add()([a, b])},
+                        name="inner")  # fmt: skip
+    p, q = L.Input((4,), name="p"), L.Input((4,), name="q")
+    made = inner({"a": p, "b": L.Dense(4)(q)})
+    again = inner({"a": q, "b": p})
+    return keras.Model([p, q], [made["y"], L.Multiply()([made["z"], again["x"]])])
+
+
 X = {
+    by_name: [drawn(3, 4), drawn(3, 4, seed=2)],
     u_net: drawn(2, 16, 16, 1),
     encoder_decoder: [drawn(2, 4, 8, 8, 1), drawn(2, 3, 8, 8, 2, seed=2)],
     two_outputs: drawn(2, 4, 8, 8, 1),
@@ -211,19 +224,6 @@ def test_first_keras_format_of_keras_2(keras, tmp_path):
 
 
 # Chains, and models within
-
-
-@pytest.mark.keras
-def test_outputs_by_name_of_models_within(keras, tmp_path):
-    """Keras counts them in the order of their sorted names."""
-    L = keras.layers
-    a, b = L.Input((4,), name="a"), L.Input((4,), name="b")
-    inner = keras.Model({"b": b, "a": a}, {"z": L.Dense(4)(a), "y": L.Subtract()([a, b]), "x": L.Add()([a, b])},
-                        name="inner")  # fmt: skip
-    p, q = L.Input((4,), name="p"), L.Input((4,), name="q")
-    made = inner({"a": p, "b": L.Dense(4)(q)})
-    outer = keras.Model([p, q], [made["y"], L.Multiply()([made["z"], made["x"]])])
-    check(outer, [drawn(3, 4), drawn(3, 4, seed=2)], tmp_path)
 
 
 @pytest.mark.keras

@@ -162,8 +162,10 @@ def _is_operation(spec: Config) -> bool:
     """Whether `spec` is of a function called on symbols, such as ``a + b``, which Keras counts among the layers."""
     if spec["class_name"] == "TFOpLambda" or str(spec.get("module")).startswith(("keras.src.ops", "keras.ops")):
         return True
-    nodes = spec.get("inbound_nodes")  # an .h5 file of Keras 3 names no module; layers have more in their config
-    return "module" not in spec and "trainable" not in spec["config"] and bool(nodes) and isinstance(nodes[0], Mapping)
+    nodes = spec.get("inbound_nodes") or []  # an .h5 file of Keras 3 names no module; layers have more in their config
+    return (
+        "module" not in spec and "trainable" not in spec["config"] and any(isinstance(node, Mapping) for node in nodes)
+    )
 
 
 def _within(spec: Config) -> Config:
@@ -293,24 +295,21 @@ class _Calls:
         self._number()
 
     def _number(self) -> None:
-        """Count the calls of models from 0, which Keras 2 counts from 1."""
-        refs = [ref for ref in leaves([self.outputs, *((c.args, c.kwargs) for c in self._calls)])
-                if isinstance(ref, _Ref)]  # fmt: skip
-        last: dict[str, int] = {}
-        for ref in refs:
+        """Count the calls of models from 0; Keras 2 counts them from 1, and Keras 3 in a model's outputs alone."""
+        modern = any(isinstance(node, Mapping) and "args" in node
+                     for spec in self.specs.values() for node in spec.get("inbound_nodes") or [])  # fmt: skip
+
+        def shifted(ref: Any, whose: bool) -> Any:
+            if not isinstance(ref, _Ref):
+                return ref
             if ref.layer not in self.specs:
                 raise ValueError(f"the model refers to a layer {ref.layer!r}, which it has not")
-            last[ref.layer] = max(ref.node, last.get(ref.layer, 0))
-        models = [name for name, spec in self.specs.items() if inner_layers(spec) is not None and name in last]
-        shifts = {name: last[name] + 1 - len(self.specs[name]["inbound_nodes"]) for name in models}
+            spec = self.specs[ref.layer]
+            count = inner_layers(spec) is not None and whose and not (modern and spec["class_name"] == "Sequential")
+            return _Ref(ref.layer, ref.node - count, ref.tensor)
 
-        def shifted(ref: Any) -> Any:
-            if isinstance(ref, _Ref) and shifts.get(ref.layer, 0) > 0:
-                return _Ref(ref.layer, ref.node - shifts[ref.layer], ref.tensor)
-            return ref
-
-        self.outputs = mapped(shifted, self.outputs)
-        self._calls = [_Call(*call[:2], mapped(shifted, call.args), mapped(shifted, call.kwargs))
+        self.outputs = mapped(lambda ref: shifted(ref, True), self.outputs)
+        self._calls = [_Call(*call[:2], *(mapped(lambda ref: shifted(ref, not modern), part) for part in call[2:]))
                        for call in self._calls]  # fmt: skip
 
     def chain(self) -> list[str] | None:
@@ -380,9 +379,9 @@ def _arguments(node: Any) -> tuple[list[Any], dict[str, Any]]:
         kwargs = {}
         first = _histories(node, kwargs)
         args = [first[0] if isinstance(first, list) and len(first) == 1 else first]
-    kwargs = {name: value for name, value in kwargs.items()
-              if value is not None and (name, value) not in (("training", False), ("name", value))}  # fmt: skip
-    return args, kwargs
+    dropped = {"training": False, "name": kwargs.get("name")}
+    given = {name: value for name, value in kwargs.items() if any(leaf is not None for leaf in leaves(value))}
+    return args, {name: value for name, value in given.items() if name not in dropped or value != dropped[name]}
 
 
 def _tensors(node: Any) -> Any:
