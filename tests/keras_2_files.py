@@ -14,3 +14,54 @@ def as_keras_2(file, layers, doubled):
         file.create_group(f"{place}/vars")
         for name, array in arrays.items():
             file[f"{place}/{name}"] = array
+
+
+def as_keras_2_config(model):
+    """Return the config of a model of Keras 3 in the words of Keras 2: calls are lists of [layer, call, tensor]."""
+    config = dict(model["config"])
+    names = {
+        layer["config"]["name"] for layer in config["layers"] if layer["class_name"] in ("Functional", "Sequential")
+    }
+
+    def tensor(node):
+        if isinstance(node, dict):
+            node = node["config"]["keras_history"]
+            return [node[0], node[1] + (node[0] in names), node[2]]
+        return node  # of the outputs, where Keras 3 counts as Keras 2
+
+    def call(layer, node):
+        kwargs = {name: value for name, value in node["kwargs"].items() if name != "initial_state"}
+        given = node["args"][0]
+        if isinstance(given, dict) and "class_name" not in given:
+            return {name: [*tensor(item), {}] for name, item in given.items()}
+        given = list(given) if isinstance(given, list) else [given]
+        if layer["class_name"] == "Add" and len(node["args"]) > 1:  # a + b
+            return [*tensor(given[0]), {"y": tensor(node["args"][1]), "name": None}]
+        states = node["kwargs"].get("initial_state", [])
+        given += states if isinstance(states, list) else [states]
+        return [[*tensor(item), kwargs] for item in given]
+
+    layers = []
+    for old in config["layers"]:
+        layer = dict(old, config=dict(old["config"]))
+        if "layers" in layer["config"]:
+            layer = as_keras_2_config(layer)
+        if "batch_shape" in layer["config"]:
+            layer["config"]["batch_input_shape"] = layer["config"].pop("batch_shape")
+        if layer["class_name"] == "TimeDistributed" and "layers" in layer["config"]["layer"]["config"]:
+            layer["config"]["layer"] = as_keras_2_config(layer["config"]["layer"])
+        layer["inbound_nodes"] = [call(old, node) for node in old.get("inbound_nodes", [])]
+        if str(old.get("module")).startswith("keras.src.ops"):
+            name = old["config"]["name"]
+            layer |= {"class_name": "TFOpLambda", "module": "keras", "config": {"name": name, "function": "math.add"}}
+        layers.append(layer)
+    config["layers"] = layers
+    for key in ("input_layers", "output_layers"):
+        if key in config:
+            found = config[key]
+            ends = found.items() if isinstance(found, dict) else None
+            single = isinstance(found, list) and isinstance(found[0], str)
+            config[key] = dict((k, tensor(v)) for k, v in ends) if ends else [
+                tensor(item) for item in ([found] if single else found)
+            ]  # fmt: skip
+    return model | {"config": config}

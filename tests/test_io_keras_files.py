@@ -44,7 +44,7 @@ def equal(arrays, expected):
 def test_models(model, tmp_path, keras, ending):
     path = tmp_path / f"model.{ending}"
     model.save(path)
-    config, arrays, _ = keras_files.read(path)
+    config, arrays, *_ = keras_files.read(path)
     assert config["class_name"] == "Sequential"
     assert config["keras_version"] == keras.__version__
     weights = {layer.name: layer.get_weights() for layer in model.layers}
@@ -55,7 +55,7 @@ def test_models(model, tmp_path, keras, ending):
 def test_weights(model, tmp_path):
     path = tmp_path / "model.weights.h5"
     model.save_weights(path)
-    config, arrays, _ = keras_files.read(path)
+    config, arrays, *_ = keras_files.read(path)
     assert config is None
     kept = {place: values for place, values in arrays.items() if values}
     first, both, td, bn, _, last = (layer.get_weights() for layer in model.layers)
@@ -104,7 +104,7 @@ def test_many_arrays_are_in_the_order_of_their_numbers(tmp_path, h5py):
         file["layers/dense/forward_layer/vars/0"] = np.array([12])
 
     write(tmp_path / "m.keras", h5py, fill)
-    _, arrays, _ = keras_files.read(tmp_path / "m.keras")
+    _, arrays, *_ = keras_files.read(tmp_path / "m.keras")
     assert [int(a[0]) for a in arrays["d"]] == [0, 1, 2, 10, 11, 12, 13]
 
 
@@ -203,7 +203,7 @@ def test_layers_of_keras_2_are_numbered_anew(tmp_path, h5py, doubled):
         as_keras_2(file, layers, doubled)
         file["optimizer/vars/0"] = [7]
         file.create_group("metrics/mean/vars")
-    config, arrays, version = keras_files.read(tmp_path / "m.weights.h5")
+    config, arrays, version, _ = keras_files.read(tmp_path / "m.weights.h5")
     assert (config, version) == (None, "2")
     found = {place: [int(a[0]) for a in values] for place, values in arrays.items()}
     lstm = {f"layers/conv_lstm2d_{n}" if n else "layers/conv_lstm2d": [n] for n in range(12)}
@@ -222,7 +222,7 @@ def test_long_lists_of_names_are_cut(tmp_path, h5py, count):
             file.attrs["layer_names" if count == 3 else f"layer_names{n}"] = part
         for name in names:
             file.create_group(name).attrs["weight_names"] = np.array([], "S1")
-    _, arrays, version = keras_files.read(tmp_path / "old.h5")
+    _, arrays, version, _ = keras_files.read(tmp_path / "old.h5")
     assert version == "2.11.0"
     assert list(arrays) == [name.decode() for name in names]
 

@@ -16,7 +16,8 @@ from layer_checks import (
 )
 
 from fastclstm.functional.gru import gru_vjp
-from fastclstm.layers import GRU, LSTM, ConvLSTM2D
+from fastclstm.layers import GRU, LSTM, Concatenate, ConvLSTM2D, Input
+from fastclstm.models import Model
 from fastclstm.nn import activations
 
 FIXED = {"dtype": "float64", "seed": 0, "bias_initializer": "random_normal"}
@@ -70,6 +71,31 @@ def test_gradients_of_states(make, options):
             return np.sum(y * dy) + sum(np.sum(a * b) for a, b in zip(last, dstates, strict=True))
 
         close(gradient.ravel(), differences(loss, states[index], range(states[index].size)), 1e-7)
+
+
+@pytest.mark.parametrize("form", ["as returned", "tuple", "one, or a list"])
+def test_states_in_graphs(make, form):
+    """Encoder and decoder, as with arrays; gradients through the states by central differences."""
+    encoder, decoder = make(3, 2, return_state=True), make(2, 2, return_state=True, seed=1)
+    given = {"as returned": lambda s: s, "tuple": lambda s: s[0],
+             "one, or a list": lambda s: s[0][0] if len(s[0]) == 1 else list(s[0])}[form]  # fmt: skip
+    x = Input((None, 3))
+    y, states = encoder(x)
+    z, last = decoder(y, initial_state=given(states))
+    model = Model(x, [z, *last[0], Concatenate()([y, z])])
+    array = normal(3, 4, 3)
+    first, kept = encoder(array)
+    second, after = decoder(first, initial_state=kept)
+    for a, b in zip(model(array), (second, *after[0], np.concatenate([first, second], -1)), strict=True):
+        equal(a, b)
+    out = Model(x, Concatenate(axis=1)([z, decoder(y, initial_state=given(states))[0]]))
+    check_gradients(out, array)
+    only = Model(x, last[0][0])
+    check_gradients(only, array)
+    with pytest.raises(ValueError, match=r"initial_state has shape \(None, 5\) but must be \(\d+, 2\)"):
+        decoder(y, initial_state=[(Input((5,)),) * len(encoder._state_names)])
+    with pytest.raises(ValueError, match=r"initial_state must be .*, got 3 items"):
+        decoder(y, initial_state=[(Input((2,)),) * 3])
 
 
 def test_splitting_a_sequence_and_handing_on_the_state_is_the_whole(make):

@@ -21,14 +21,16 @@ from fastclstm.io.bounds import Bounds, Refused, shown
 from fastclstm.io.kinds import told
 
 Path = str | os.PathLike[str]
-Arrays = dict[str, list[np.ndarray]]
-"""The arrays of each layer, in the order of Keras's ``get_weights``."""
+Arrays = dict[str, Any]
+"""The arrays of each layer, in the order of Keras's ``get_weights``. Of a model within they are by its layers in turn,
+but in an .h5 file of Keras 2, or of a whole model, in one row: those that are trained first."""
 
 _ZIP_MAGIC = b"PK\x03\x04"
 _HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 _RESAVE = "write it anew with model.save('….keras')"
 _LAYERS = ("layers", "_layer_checkpoint_dependencies")
 """Where the layers are in a file of weights: of Keras 3, and of 2.12 to 2.14."""
+_MODELS = ("Sequential", "Functional", "Model")
 _BESIDE_LAYERS = ("vars", "optimizer", "metrics", "seed_generator")
 _DEFLATE, _SHUFFLE, _CHECKSUM = 1, 2, 3
 """HDF5's numbers for the filters that its chunks may have passed, in one of these orders."""
@@ -54,6 +56,8 @@ class KerasFile(NamedTuple):
     2.12 to 2.14 too; others are attributes of a subclassed model), or its name (other Keras 2)."""
     version: str
     """Of Keras, as far as the file shows it: "2" and "3" where it has no number."""
+    names: dict[str, str] = {}  # noqa: RUF012
+    """Of the layers, by their paths, where `arrays` has these and the file tells."""
 
 
 def read(path: Path) -> KerasFile:
@@ -105,6 +109,18 @@ def layer_paths(class_names: Iterable[str]) -> list[str]:
     return paths
 
 
+def layer_name(spec: Any) -> Any:
+    """Return the name in a layer's description."""
+    return spec["config"].get("name", spec.get("name"))
+
+
+def inner_layers(spec: Any) -> list[Any] | None:
+    """Return the descriptions of a model's layers; None where `spec` is of a layer."""
+    config = spec["config"]
+    known = spec["class_name"] in _MODELS and isinstance(config, dict) and isinstance(config.get("layers"), list)
+    return config["layers"] if known else None
+
+
 def _read_zip(bounds: Bounds) -> KerasFile:
     name = bounds.name
     with _telling(name), zipfile.ZipFile(name) as archive:
@@ -117,12 +133,9 @@ def _read_zip(bounds: Bounds) -> KerasFile:
         if layers is None:
             raise Refused(f"{name} holds a subclassed model, {config['class_name']:.60}, whose layers only its class "
                           f"knows; make a keras.Sequential of them and save that")  # fmt: skip
-        paths = layer_paths(layer["class_name"] for layer in layers)
-        names = [layer["config"]["name"] for layer in layers]
         weights = bounds.member(archive, "model.weights.h5")
     with _hdf5(name, BytesIO(weights)) as file, _telling(name):
-        arrays = _Reader(bounds).layers(file)
-    arrays = {n: arrays.get(p, []) for n, p in zip(names, paths, strict=True)}
+        arrays = _Reader(bounds).model(file, layers)
     return KerasFile(config | {"keras_version": version}, arrays, version)
 
 
@@ -134,7 +147,8 @@ def _read_hdf5(bounds: Bounds) -> KerasFile:
             if others and not any(place in file for place in _LAYERS):
                 raise Refused(f"{bounds.name} holds the weights of a subclassed model ({shown(others)}), in an order "
                               f"that only its class knows; in Keras, hand each layer's get_weights() on")  # fmt: skip
-            return KerasFile(None, reader.layers(file) | others, "2" if _LAYERS[1] in file else "3")
+            version = "2" if _LAYERS[1] in file else "3"
+            return KerasFile(None, reader.layers(file) | others, version, reader.layer_names(file))
         version = reader.text(file, "keras_version")
         group = _member(file, "model_weights") if "model_weights" in file else file
         arrays = {}
@@ -173,10 +187,44 @@ class _Reader:
         """
         place = next((place for place in _LAYERS if place in file), _LAYERS[0])
         group = _member(file, place)
-        if place == _LAYERS[0]:
-            return {f"layers/{layer}": list(self._walk(_member(group, layer))) for layer in group}
-        new = numbered(group)
-        return {f"layers/{new[layer]}": list(self._walk(_member(group, layer))) for layer in group}
+        new = {layer: layer for layer in group} if place == _LAYERS[0] else numbered(group)
+        return {f"layers/{new[layer]}": self._of_layer(_member(group, layer)) for layer in group}
+
+    def layer_names(self, file: Any) -> dict[str, str]:
+        """Return the names of the layers, as far as a file of Keras 3 tells them, by the paths that `layers` gives."""
+        group = _member(file, _LAYERS[0]) if _LAYERS[0] in file else {}
+        return {f"layers/{layer}": self._name(_member(group, layer), layer) for layer in group}
+
+    def _name(self, group: Any, otherwise: str) -> str:
+        told = "vars" in group and "name" in _member(group, "vars").attrs
+        return self.text(_member(group, "vars"), "name") if told else otherwise
+
+    def _of_layer(self, group: Any) -> Any:
+        """Return the arrays of a layer; of a model, or one for every step, by the names of its layers."""
+        own = _member(group, "layer") if "layer" in group else group
+        place = next((place for place in _LAYERS if place in own), None)
+        if place is None:
+            return list(self._walk(group))
+        layers = _member(own, place)
+        return {self._name(_member(layers, key), key): self._of_layer(_member(layers, key)) for key in layers}
+
+    def model(self, group: Any, specs: list[Any]) -> Arrays:
+        """Return the arrays of the layers that are described, by their names; of models among them, likewise."""
+        place = next((place for place in _LAYERS if place in group), _LAYERS[0])
+        found = _member(group, place)
+        new = {layer: layer for layer in found} if place == _LAYERS[0] else numbered(found)
+        stored = {f"layers/{number}": layer for layer, number in new.items()}
+        arrays: Arrays = {}
+        for spec, path in zip(specs, layer_paths(spec["class_name"] for spec in specs), strict=True):
+            if path not in stored:
+                arrays[layer_name(spec)] = []
+                continue
+            own = _member(found, stored[path])
+            distributed = spec["class_name"] == "TimeDistributed" and "layer" in own
+            inner = inner_layers(spec["config"]["layer"] if distributed else spec)
+            own = _member(own, "layer") if distributed else own
+            arrays[layer_name(spec)] = list(self._walk(own)) if inner is None else self.model(own, inner)
+        return arrays
 
     def beside_layers(self, file: Any) -> Arrays:
         """Return the arrays that a subclassed model has outside its list of layers, under the attributes' names."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar
 
@@ -13,6 +13,7 @@ from fastclstm.layers.base import Layer, Parameter, layer_dtype
 from fastclstm.layers.convlstm_gates import own_generator
 from fastclstm.layers.masks import steps_mask
 from fastclstm.layers.place import place_of
+from fastclstm.layers.symbolic import fits, is_shape
 from fastclstm.nn import activations
 from fastclstm.spec import Shape, expect_shape, flag, integers, rate
 
@@ -46,6 +47,8 @@ class Recurrent(Layer):
     stateful: bool = False
     dtype: Any = "float32"
     seed: int | np.random.Generator | None = None
+
+    _symbolic_options: ClassVar[frozenset[str]] = frozenset({"initial_state", "mask", "lengths"})
 
     kernel = Parameter()
     recurrent_kernel = Parameter()
@@ -195,6 +198,28 @@ class Recurrent(Layer):
             raise ValueError(f"{op}: x has no time steps {shape}; at least one is needed")
         return (*shape[:2], self.units) if self.return_sequences else (shape[0], self.units)
 
+    def _call_shapes(
+        self, x: Any, *, initial_state: Any = None, mask: Any = None, lengths: Any = None, **options: Any
+    ) -> Any:
+        op, output = type(self).__name__, self.output_shape(x)
+        state = (x[0], self.units)
+        for name, given, expected in (
+            *(("initial_state", s, state) for s in self._in_order(initial_state, is_shape)),
+            ("mask", mask, x[:2]),
+            ("lengths", lengths, x[:1]),
+        ):
+            if given is not None and not fits(given, expected):
+                raise ValueError(f"{op}: {name} has shape {given} but must be {expected}, as x is {x}")
+        return (output, [(state,) * len(self._state_names)]) if self.return_state else output
+
+    def _pull_call(self, dy: Any, options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+        dx = self.backward(*dy) if self.return_state else self.backward(dy)
+        given, gradients = options.get("initial_state"), self.state_gradients
+        if gradients is None or not isinstance(given, list | tuple):
+            return dx, {"initial_state": None if gradients is None else gradients[0][0]}
+        within = len(given) == 1 and isinstance(given[0], list | tuple)
+        return dx, {"initial_state": gradients if within else gradients[0]}
+
     def _several_outputs(self) -> str | None:
         return "give it return_state=False" if self.return_state else None
 
@@ -225,15 +250,7 @@ class Recurrent(Layer):
     def _tuple(self, name: str, value: Any, B: int) -> States:
         """Return states, or their gradients, that a caller gives, as arrays of the layer's dtype or None."""
         op, names = type(self).__name__, self._state_names
-        if isinstance(value, list | tuple) and len(value) == 1 and isinstance(value[0], list | tuple):
-            value = value[0]
-        if value is None:
-            return (None,) * len(names)
-        if len(names) == 1 and not isinstance(value, list | tuple):
-            value = (value,)
-        if not isinstance(value, list | tuple) or len(value) != len(names):
-            came = f"{len(value)} items" if isinstance(value, list | tuple) else type(value).__name__
-            raise ValueError(f"{op}: {name} must be ({', '.join(names)}), each (batch, units) or None, got {came}")
+        value = self._in_order(value, lambda item: not isinstance(item, list | tuple), name)
         read = []
         for state, array in zip(names, value, strict=True):
             if array is not None:
@@ -242,3 +259,18 @@ class Recurrent(Layer):
                 array = dispatch.native(array, np.dtype(self.dtype))
             read.append(array)
         return tuple(read)
+
+    def _in_order(self, value: Any, is_one: Callable[[Any], bool], name: str = "initial_state") -> Sequence[Any]:
+        """Return states in the order of their names, given as a list of one tuple, as a tuple, or by itself."""
+        names = self._state_names
+        if value is None:
+            return (None,) * len(names)
+        if isinstance(value, list | tuple) and len(value) == 1 and not is_one(value) and not is_one(value[0]):
+            value = value[0]
+        if len(names) == 1 and is_one(value):
+            value = (value,)
+        if not isinstance(value, list | tuple) or is_one(value) or len(value) != len(names):
+            came = f"{len(value)} items" if isinstance(value, list | tuple) else type(value).__name__
+            raise ValueError(f"{type(self).__name__}: {name} must be ({', '.join(names)}), each (batch, units) or "
+                             f"None, got {came}")  # fmt: skip
+        return value
