@@ -7,12 +7,18 @@ from fastclstm import (
     Activation,
     BatchNormalization,
     Conv2D,
+    Conv2DTranspose,
     Conv3D,
+    Conv3DTranspose,
     ConvLSTM2D,
     Dense,
+    Embedding,
     Flatten,
+    GroupNormalization,
+    InstanceNormalization,
     LayerNormalization,
     MaxPooling2D,
+    PReLU,
     Sequential,
 )
 from fastclstm.layers import torch_weights
@@ -47,6 +53,13 @@ LAYERS = {
     "BatchNorm2d": (lambda n: n.BatchNorm2d(3), lambda o: BatchNormalization(3, epsilon=1e-5, **o), 4),
     "BatchNorm2d, plain": (lambda n: n.BatchNorm2d(3, affine=False, eps=1e-3),
                            lambda o: BatchNormalization(3, center=False, scale=False, **o), 4),
+    "ConvTranspose2d": (lambda n: n.ConvTranspose2d(3, 2, (3, 4), 2, (1, 0), (1, 0)),
+                        lambda o: Conv2DTranspose(3, 2, (3, 4), (1, 0), 2, output_padding=(1, 0), **o), 4),
+    "ConvTranspose3d": (lambda n: n.ConvTranspose3d(3, 2, (2, 3, 3), (1, 2, 2), (0, 1, 1), bias=False),
+                        lambda o: Conv3DTranspose(3, 2, (2, 3, 3), (0, 1, 1), (1, 2, 2), use_bias=False, **o), 5),
+    "GroupNorm": (lambda n: n.GroupNorm(3, 3), lambda o: GroupNormalization(3, 3, epsilon=1e-5, **o), 4),
+    "InstanceNorm2d": (lambda n: n.InstanceNorm2d(3, affine=True),
+                       lambda o: InstanceNormalization(3, epsilon=1e-5, **o), 4),
 }  # fmt: skip
 
 
@@ -93,6 +106,17 @@ def test_linear_and_layer_norm(torch):
     norm = randomized(torch, torch.nn.LayerNorm(3))
     close(LayerNormalization(3, epsilon=1e-5, dtype="float64").load_torch(norm)(x),
           norm(torch.from_numpy(x)).detach().numpy())  # fmt: skip
+
+
+@pytest.mark.torch
+def test_prelu_and_embedding(torch):
+    x = RNG.normal(size=(5, 3))
+    prelu = randomized(torch, torch.nn.PReLU(3))
+    close(PReLU(3, dtype="float64").load_torch(prelu)(x), prelu(torch.from_numpy(x)).detach().numpy())
+    embedding = randomized(torch, torch.nn.Embedding(7, 3))
+    numbers = RNG.integers(0, 7, (2, 4))
+    layer = Embedding(7, 3, dtype="float64").load_torch(embedding.state_dict())
+    close(layer(numbers), embedding(torch.from_numpy(numbers)).detach().numpy())
 
 
 @pytest.mark.torch
