@@ -24,6 +24,12 @@ BLOCK_PIXELS = 512
 BLOCK_TILES = 64
 """Tiles between two visits of the sums, at most: many make the visits rare."""
 
+PULLED_BACK = 400
+"""Making a vector of sums and bringing it back to the taps takes as long as so many multiply-adds: much for few tiles.
+
+128→256 channels on 12 frames of 8²: 48 ms of the 72 that Winograd's way took on two threads, one of them shared.
+"""
+
 SCRATCH_BYTES = 12 << 20
 """Size of the gathered blocks or tiles, about: small enough for the last-level cache."""
 
@@ -104,7 +110,7 @@ def _winograd_cost(specs: tuple[ConvSpec, ...], tile: Tile, T: int, itemsize: in
     count, pieces = T * spec.B * math.prod(plans.grid(spec, tile)), len(tiles.pieces(spec.KH, spec.KW, tile))
     rows, vectors = pieces * sum(s.C for s in specs), -(-spec.F // lanes)
     transforms = 10 * count * tile.points * (vectors + pieces * sum(-(-s.C // lanes) for s in specs))
-    visits = (4 * -(-count // BLOCK_TILES) + 40) * tile.points * rows * vectors
+    visits = (4 * -(-count // BLOCK_TILES) + PULLED_BACK) * tile.points * rows * vectors
     return count * tile.points * rows * vectors / 0.9 + transforms + visits
 
 
