@@ -15,14 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from fastclstm.engines.cpu import outliers, packing, plans
+from fastclstm.engines.cpu import outliers, packing, plans, weight_gradient
 from fastclstm.engines.cpu.fused_steps import Steps
 from fastclstm.engines.cpu.gate_gradients import GateGradients
 from fastclstm.engines.cpu.input_gradient import InputGradient
 from fastclstm.engines.cpu.kernels import gates, vmath
 from fastclstm.engines.cpu.kernels.schedule import NOTHING, Slots, slots
 from fastclstm.engines.cpu.launch import team_size
-from fastclstm.engines.cpu.weight_gradient import WeightGradient
 from fastclstm.spec import PEEPHOLE_GATES, ConvLSTMSpec
 
 Arrays = dict[str, np.ndarray]
@@ -242,7 +241,7 @@ class _WayBack:
             for conv, kernel in zip((spec.recurrent, spec.input), saved.kernels, strict=True)
         )
         self._kernels = {
-            direct: _kernel_gradients(spec, ways[direct], spec.B * spec.T, dtype)
+            direct: weight_gradient.of_kernels(spec.recurrent, spec.input, ways[direct], spec.B * spec.T, dtype)
             for direct in sorted({direct for _, direct in self.runs} or {False})
         }
 
@@ -351,12 +350,3 @@ def _spoilt(saved: Saved, mask: np.ndarray | None, *gradients: np.ndarray | None
 def _team(spec: ConvLSTMSpec, B: int) -> int:
     """Threads for a step of B images."""
     return team_size(B * spec.recurrent.flops // max(1, spec.B))
-
-
-def _kernel_gradients(
-    spec: ConvLSTMSpec, algorithm: str, frames: int, dtype: np.dtype
-) -> list[tuple[tuple[str, ...], WeightGradient]]:
-    """The gradients to gather: of both kernels together, or apart where tiles cannot do both."""
-    specs = {"recurrent_kernel": spec.recurrent, "kernel": spec.input}
-    jobs = [tuple(specs)] if plans.fits(tuple(specs.values())) else [(name,) for name in specs]
-    return [(names, WeightGradient(tuple(specs[n] for n in names), dtype, frames, algorithm)) for names in jobs]

@@ -10,7 +10,7 @@ import numpy as np
 from fastclstm.engines import recurrence
 from fastclstm.engines.cpu import launch, outliers, plans
 from fastclstm.engines.cpu.input_gradient import InputGradient
-from fastclstm.engines.cpu.kernels.gates import CELL
+from fastclstm.engines.cpu.kernels.gates import storing
 from fastclstm.engines.cpu.kernels.schedule import slots
 from fastclstm.engines.cpu.launch import team_size
 from fastclstm.engines.cpu.weight_gradient import WeightGradient
@@ -28,12 +28,10 @@ def conv2d(
     spoilt = outliers.find(x) if outliers.spoil(m) else np.zeros(spec.B, np.bool_)
     if spoilt.all():
         m = None
-    cell = np.zeros(1, CELL)
-    cell["F"] = spec.F
     team = team_size(spec.flops)
     columns = launch.pack((kernel,), bias, np.ones(1), m)
     plan = plans.plan((spec,), m, "store", len(columns.groups), x.itemsize, team)
-    spoilt |= launch.run(plan, columns, cell, spec.B, 1, team, x=slots(x), h=slots(y))
+    spoilt |= launch.run(plan, columns, storing(spec.F), spec.B, 1, team, x=slots(x), h=slots(y))
     if m and spoilt.any():
         y[spoilt] = conv2d(spec.with_batch(int(spoilt.sum())), x[spoilt], kernel, bias, algorithm="direct")
     return y

@@ -45,7 +45,6 @@ def convlstm2d(
 
     `out` are arrays for the last h, whose memory the output of a single step shares, and the last c, which may be `c`.
     """
-    ways = plans.choose_ways(spec.recurrent, spec.input, algorithm, x.itemsize)
     if dropout is not None or not _is_fused(spec) or (save and not backward.fits(spec)):
         if stepwise.knows(spec):
             inputs = stepwise.Inputs(
@@ -57,6 +56,7 @@ def convlstm2d(
             spec, conv2d, *arguments, normalization=normalization, dropout=dropout, save=save, out=out,
             algorithm="direct" if algorithm == "direct" else "auto",
         )  # fmt: skip
+    ways = plans.choose_ways(spec.recurrent, spec.input, algorithm, x.itemsize)
     length = backward.piece_length(spec, x.itemsize) if save == "states" else spec.T
     return _fused(spec, ways, x, (recurrent_kernel, kernel), bias, (h, c), peephole, mask, algorithm, save, length, out)
 

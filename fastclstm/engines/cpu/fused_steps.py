@@ -104,9 +104,7 @@ class Steps:
             x, zx = x._replace(image=x.step), zx._replace(image=zx.step)
         spec = spec if spec.B == B else spec.with_batch(B)
         plan = plans.plan((spec,), self._ways.x, "store", len(columns.groups), self._dtype.itemsize, team)
-        cell = np.zeros(1, gates.CELL)
-        cell["F"] = spec.F
-        launch.run(plan, columns, cell, B, steps, team, x=x, h=zx, step_flops=spec.flops)
+        launch.run(plan, columns, gates.storing(spec.F), B, steps, team, x=x, h=zx, step_flops=spec.flops)
 
 
 def _pack(

@@ -11,7 +11,7 @@ import numpy as np
 from fastclstm.engines.cpu import launch, plans, threads, tiles
 from fastclstm.engines.cpu.kernels import col2im, simd
 from fastclstm.engines.cpu.kernels.entry import table
-from fastclstm.engines.cpu.kernels.gates import CELL
+from fastclstm.engines.cpu.kernels.gates import storing
 from fastclstm.engines.cpu.kernels.padding import SOURCE, source
 from fastclstm.engines.cpu.kernels.schedule import Slots, slots
 from fastclstm.engines.cpu.tiles import Tile
@@ -35,8 +35,7 @@ class InputGradient:
         self._inner, self._m, self._folds = _way_back(spec, algorithm, kernel.itemsize, tiles.choices(spec.KH, spec.KW))
         if self._folds:
             kernel = kernel.reshape(1, 1, -1, spec.F)
-        self._cell = np.zeros(1, CELL)
-        self._cell["F"] = self._inner.F
+        self._cell = storing(self._inner.F)
         self._columns = launch.pack((kernel,), None, np.ones(1), self._m, transposed=True, remember=False)
 
     def pull_back(self, dy: Slots, dx: Slots, B: int, T: int, team: int) -> None:

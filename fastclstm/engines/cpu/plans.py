@@ -43,11 +43,9 @@ def choose(op: str, specs: tuple[ConvSpec, ...], algorithm: str, itemsize: int) 
             f"{op}: algorithm='winograd' needs stride 1, and one kernel size and dilation for all convolutions, "
             f"got {[(s.KH, s.KW, s.strides, s.dilation) for s in specs]}; use 'auto' or 'direct'"
         )
-    if algorithm == "winograd":
-        specs = tuple(spec.with_batch(1) for spec in specs)
     choices = tiles.choices(specs[0].KH, specs[0].KW)
     if algorithm == "winograd":
-        return _cheapest(specs, choices, itemsize)
+        return _cheapest(tuple(spec.with_batch(1) for spec in specs), choices, itemsize)
     return None if specs[0].KH == specs[0].KW == 1 else _cheapest(specs, (None, *choices), itemsize)
 
 

@@ -16,14 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from fastclstm.engines.cpu import launch, outliers, packing, plans, threads
+from fastclstm.engines.cpu import launch, outliers, packing, plans, threads, weight_gradient
 from fastclstm.engines.cpu.input_gradient import InputGradient
 from fastclstm.engines.cpu.kernels import cell_steps, gates
 from fastclstm.engines.cpu.kernels.entry import Kernel, Table, table
 from fastclstm.engines.cpu.kernels.schedule import NOTHING, Slots, slots
 from fastclstm.engines.cpu.normalizing import Normalizing, Statistics
 from fastclstm.engines.cpu.tiles import Tile
-from fastclstm.engines.cpu.weight_gradient import WeightGradient
 from fastclstm.spec import GATES, PEEPHOLE_GATES, ConvLSTMSpec, ConvSpec
 
 Arrays = dict[str, np.ndarray]
@@ -105,12 +104,11 @@ class _Convolution:
         *,
         remember: bool,
     ):
-        self._specs, self._kernels, self._bias, self._remember = specs, kernels, bias, remember
+        self._specs, self._kernels = specs, kernels
         way = algorithm if plans.fits(specs) or algorithm == "direct" else "auto"
         self._tile = plans.choose("convlstm2d", specs, way, kernels[0].itemsize)
         self._packed = cache(lambda tile: launch.pack(kernels, bias, np.ones(1), tile, remember=remember))
-        self._cell = np.zeros(1, gates.CELL)
-        self._cell["F"] = specs[0].F
+        self._cell = gates.storing(specs[0].F)
 
     def run(
         self,
@@ -201,9 +199,7 @@ class _Cell:
             self.specs = replace(spec.recurrent, F=spec.F), replace(spec.input, F=spec.F)
             self.kernels = list(zip(*map(_split, inputs.kernels), strict=True))
             biases = [None] * len(GATES) if bias is None else [*_split(bias)]
-        self.alike = plans.fits(self.specs)
-        """Whether the same algorithms fit the convolutions of x and h."""
-        self.joint = self.alike and not self.separate and not self.planar
+        self.joint = plans.fits(self.specs) and not self.separate and not self.planar
         """Whether the convolutions of x and h are summed by one kernel."""
         one = partial(_Convolution, algorithm=inputs.algorithm, remember=remember and not self.planar)
         if self.joint:
@@ -453,18 +449,12 @@ class _WayBack:
             for n in range(2)
         )
         self._kernels = {
-            (gate, direct): self._kernel_gradients(ways[direct])
+            (gate, direct): weight_gradient.of_kernels(
+                *cell.specs, ways[direct], spec.B * spec.T, dtype, one_dz=not cell.separate
+            )
             for gate in range(len(cell.kernels))
             for direct in sorted({direct for _, direct in self._runs})
         }
-
-    def _kernel_gradients(self, way: str) -> list[tuple[tuple[str, ...], WeightGradient]]:
-        """The gradients to gather: of both kernels together, or apart where dz or Winograd's tiles are not the same."""
-        cell = self._cell
-        specs = dict(zip(("recurrent_kernel", "kernel"), cell.specs, strict=True))
-        jobs = [tuple(specs)] if cell.alike and not cell.separate else [(name,) for name in specs]
-        frames = self._spec.B * self._spec.T
-        return [(names, WeightGradient(tuple(specs[n] for n in names), cell.dtype, frames, way)) for names in jobs]
 
     def _team(self, B: int) -> int:
         """Threads for a step of B images."""

@@ -91,6 +91,19 @@ class WeightGradient:
         ]  # fmt: skip
 
 
+def of_kernels(
+    recurrent: ConvSpec, inputs: ConvSpec, algorithm: str, frames: int, dtype: np.dtype, *, one_dz: bool = True
+) -> list[tuple[tuple[str, ...], WeightGradient]]:
+    """The gradients to gather of a ConvLSTM's kernels, by name, in up to so many frames.
+
+    Of both together, or apart where tiles cannot do both or where they do not see the same dz.
+    """
+    specs = {"recurrent_kernel": recurrent, "kernel": inputs}
+    together = one_dz and plans.fits((recurrent, inputs))
+    jobs = [tuple(specs)] if together else [(name,) for name in specs]
+    return [(names, WeightGradient(tuple(specs[n] for n in names), dtype, frames, algorithm)) for names in jobs]
+
+
 def choose(specs: tuple[ConvSpec, ...], T: int, algorithm: str, itemsize: int) -> Tile | None:
     """Winograd's tile; None: direct."""
     is_pointwise = specs[0].KH == specs[0].KW == 1

@@ -40,8 +40,7 @@ _NAMES = {TABLE[name]: code for name, code in vmath.ACTIVATION_CODES.items()}
 
 def activation_codes(spec: ConvLSTMSpec) -> tuple[int, int, int] | None:
     """Numbers of the three activations, or None where NumPy must compute one of them."""
-    names = _NAMES
-    codes = names.get(spec.recurrent_activation), names.get(spec.activation), names.get(spec.output_activation)
+    codes = tuple(map(_NAMES.get, (spec.recurrent_activation, spec.activation, spec.output_activation)))
     return None if None in codes else codes  # type: ignore[return-value]
 
 
@@ -58,6 +57,13 @@ def cell(spec: ConvLSTMSpec, peephole: dict[str, np.ndarray] | None) -> np.ndarr
         for gate in PEEPHOLE_GATES:
             record[f"peephole_{gate}"] = peephole[gate].ctypes.data
         record["peephole_pixel"] = spec.F if spec.peephole == "elementwise" else 0
+    return cells
+
+
+def storing(columns: int) -> np.ndarray:
+    """Describe what has no gates, whose columns are stored, as one `CELL`."""
+    cells = np.zeros(1, CELL)
+    cells["F"] = columns
     return cells
 
 
