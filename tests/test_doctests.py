@@ -1,5 +1,6 @@
 import doctest
 import importlib
+import os
 import pkgutil
 from pathlib import Path
 
@@ -25,6 +26,7 @@ WITH_EXAMPLES = {f"fastclstm.functional.{name}" for name in ("convlstm", "convol
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_of_docstrings(name):
     for package in NEEDS.get(name.partition("adapters.")[2], ()):
+        os.environ.setdefault("KERAS_BACKEND", "torch")
         pytest.importorskip(package)
     outcome = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
     assert outcome.failed == 0

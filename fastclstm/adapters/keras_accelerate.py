@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -51,7 +52,9 @@ def accelerate(model: Any, *, return_report: bool = False) -> Any:
     ``conv_lstm2d  swapped  over whole sequences``.
     """
     if not isinstance(model, keras.Layer):
-        raise TypeError(f"accelerate: model must be a model or layer of Keras {keras.__version__}, got {type(model)}")
+        raise TypeError(
+            f"accelerate: model must be a model or layer of Keras {keras.__version__}, got {type(model).__name__}"
+        )
     report = Report(nothing="no ConvLSTM2D was found")
     _visit(model, "", report, set())
     print(report)
@@ -103,8 +106,9 @@ def _obstacle(layer: Any) -> str | None:
     try:
         return _difference(layer)
     except Exception as error:  # whatever Keras raises for a layer like this one and a drawn input
-        lines = str(error).strip().splitlines() or [""]
-        return f"a call with a drawn input failed: {type(error).__name__}: {lines[0][:120]}"
+        lines = [line for line in str(error).splitlines() if line and not line.startswith("Exception encountered")]
+        told = re.sub("\x1b\\[[0-9]*m", "", lines[0])[:120] if lines else ""
+        return f"a call with a drawn input failed: {type(error).__name__}: {told}"
 
 
 # What is compared
@@ -127,11 +131,10 @@ def _difference(layer: Any) -> str | None:
     expected, found = (_numpy(twin(x, initial_state=[h, c], mask=mask, training=False)) for twin in twins)
     if not _close(expected, found, tolerance):
         return "what it returns is not what our kernels return"
-    pull = _GRADIENTS.get(keras.backend.backend())
-    if pull is None:
+    if keras.backend.backend() not in _GRADIENTS:
         return None
     cotangents = [generator.standard_normal(y.shape).astype(y.dtype) for y in expected]
-    expected, found = (_numpy(pull(twin, x, [h, c], mask, cotangents)) for twin in twins)
+    expected, found = (_numpy(gradients(twin, x, [h, c], mask, cotangents)) for twin in twins)
     return None if _close(expected, found, tolerance) else "gradients in training are others"
 
 
@@ -148,7 +151,7 @@ def _inputs(layer: Any, generator: np.random.Generator) -> tuple[Any, ...]:
     x, h, c = (generator.standard_normal(shape).astype(layer.cell.compute_dtype) for shape in shapes)
     if layer.data_format == "channels_first":
         x, h, c = (np.ascontiguousarray(np.moveaxis(array, -1, -3)) for array in (x, h, c))
-    masks = keras.backend.backend() != "jax"  # there Keras's own layer raises for a mask
+    masks = keras.backend.backend() in ("torch", "tensorflow")  # elsewhere Keras's own layer raises for a mask
     return x, h, c, np.array([[True, False, True], [True, True, True]]) if masks else None
 
 
@@ -163,17 +166,21 @@ def _close(expected: list[np.ndarray], found: list[np.ndarray], tolerance: float
     )
 
 
+def gradients(layer: Any, x: Any, state: Any, mask: Any, cotangents: list[np.ndarray]) -> Any:
+    """Return the gradients of frames, initial states and weights in a call for training, by the backend's own way."""
+    return _GRADIENTS[keras.backend.backend()](layer, x, state, mask, cotangents)
+
+
 def _weighted(outputs: Any, cotangents: list[np.ndarray]) -> Any:
-    return sum(
-        keras.ops.sum(y * dy) for y, dy in zip(outputs, map(keras.ops.convert_to_tensor, cotangents), strict=True)
-    )
+    given = map(keras.ops.convert_to_tensor, cotangents)
+    return sum(keras.ops.sum(y * dy) for y, dy in zip(keras.tree.flatten(outputs), given, strict=True))
 
 
 def _torch_gradients(layer: Any, x: Any, state: Any, mask: Any, cotangents: Any) -> Any:
     import torch
 
     given = [keras.ops.convert_to_tensor(array).requires_grad_() for array in (x, *state)]
-    outputs = layer(given[0], initial_state=given[1:], mask=keras.ops.convert_to_tensor(mask), training=True)
+    outputs = layer(given[0], initial_state=given[1:], mask=mask, training=True)
     weights = [weight.value for weight in layer.trainable_weights]
     return torch.autograd.grad(_weighted(outputs, cotangents), [*given, *weights])
 
@@ -205,4 +212,4 @@ _GRADIENTS: dict[str, Callable[..., Any]] = {
     "jax": _jax_gradients,
     "tensorflow": _tensorflow_gradients,
 }
-"""Of the frames, the states and the weights, in each backend that has gradients."""
+"""How each backend that has gradients takes them."""
