@@ -417,14 +417,3 @@ def test_accelerate_leaves_what_does_not_agree(keras, ours, accelerating, monkey
 def test_accelerate_refuses_what_is_no_model(keras, accelerating):
     with pytest.raises(TypeError, match=r"must be a model or layer of Keras 3.*got list"):
         accelerating.accelerate([])
-
-
-def test_torch_compile(keras, ours):
-    if keras.backend.backend() != "torch":
-        pytest.skip("of the backend torch")
-    import torch
-
-    layer = twins(keras, ours, return_sequences=True)[1]
-    x = torch.from_numpy(frames({}))
-    compiled = torch.compile(lambda x: layer(x) * 2, backend="eager")
-    torch.testing.assert_close(compiled(x), layer(x) * 2)
