@@ -1,7 +1,7 @@
-"""A nowcast from an xarray DataArray with a blind sector: train on an archive, forecast an ensemble, and keep both lazy.
+"""A nowcast from xarray's DataArrays, some pixels missing: train on an archive and forecast an ensemble, both lazy.
 
-Run it with ``python examples/nowcast_xarray.py``; it needs xarray and Dask, no data, and about half a minute. It ends in
-the errors by lead time beside persistence's and, with matplotlib, in a picture, nowcast_xarray.png.
+Run it with ``python examples/nowcast_xarray.py``; it needs xarray and Dask, no data, and about half a minute. It ends
+in the errors by lead time beside persistence's and, with matplotlib, in a picture, nowcast_xarray.png.
 """
 
 import importlib.util
