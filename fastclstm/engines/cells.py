@@ -23,6 +23,7 @@ import numpy as np
 
 from fastclstm.engines import remembered
 from fastclstm.engines.recurrence import total
+from fastclstm.nn.activations import is_bounded
 from fastclstm.spec import CELL_GATES, CELL_STATES, CellSpec
 
 Arrays = dict[str, np.ndarray]
@@ -38,6 +39,9 @@ class Convolves(Protocol):
     @property
     def gradient(self) -> np.ndarray:
         """Of the kernel: what `add` has summed up."""
+
+    def look(self, *arrays: np.ndarray | None) -> None:
+        """Take note of samples (B, …) that transforms would spoil, in what will be convolved or pulled back."""
 
     def forward(self, x: np.ndarray, z: np.ndarray) -> None:
         """Write the convolution of x, and its bias, to z."""
@@ -206,6 +210,9 @@ class Convolution:
         self._spec, self._kernel, self._bias = spec, kernel, bias
         self.gradient = np.zeros_like(kernel)
 
+    def look(self, *arrays: np.ndarray | None) -> None:
+        """Leave it to conv2d, which looks itself."""
+
     def forward(self, x: np.ndarray, z: np.ndarray) -> None:
         """Write the convolution of x to z."""
         frames = _frames(x)
@@ -238,6 +245,10 @@ class _Masked:
 
     def __init__(self, gates: Sequence[Convolves], masks: np.ndarray):
         self._gates, self._masks = gates, masks[:, :, np.newaxis]
+
+    def look(self, *arrays: np.ndarray | None) -> None:
+        for gate in self._gates:
+            gate.look(*arrays)
 
     def forward(self, x: np.ndarray, z: np.ndarray) -> None:
         for gate, mask, part in zip(self._gates, self._masks, np.split(z, len(self._gates), -1), strict=True):
@@ -348,6 +359,11 @@ class _Run:
             self.of_h.append(self._convolution(spec.recurrent, inputs.recurrent_kernel, second, masks.get("h"), gate,
                                                gate + count, algorithm))  # fmt: skip
             gate += count
+        self._of_x.look(self.x)
+        for convolution in self.of_h:
+            convolution.look(inputs.states[0])
+        ends = (spec.recurrent_activation, spec.output_activation) if spec.cell == "lstm" else (spec.activation,)
+        self._bounded = all(map(is_bounded, ends))
         slots = self.T + 1 if save else 2
         self.states = [self.empty(slots) for _ in CELL_STATES[spec.cell]]
         for held, given in zip(self.states, inputs.states, strict=True):
@@ -432,10 +448,15 @@ class _Run:
 
     def convolved(self, number: int, h: np.ndarray) -> np.ndarray:
         """Return one of the convolutions of h (B, *grid, F), in memory that the next step uses again."""
-        convolution = self.of_h[number]
         z_h = self._memory(("z_h", number), self.spec.columns[number] * self.F)
-        convolution.forward(h[:, np.newaxis], z_h)
+        self.convolve(number, h, z_h)
         return z_h[:, 0]
+
+    def convolve(self, number: int, h: np.ndarray, z_h: np.ndarray) -> None:
+        """Write one of the convolutions of h (B, *grid, F) to z_h (B, 1, *grid, columns)."""
+        if not self._bounded:
+            self.of_h[number].look(h)
+        self.of_h[number].forward(h[:, np.newaxis], z_h)
 
     def _memory(self, key: Any, columns: int | None = None) -> np.ndarray:
         memory = self.__dict__.setdefault("_lent", {})
@@ -478,6 +499,8 @@ class _Run:
         self, dy: np.ndarray | None, dstates: Sequence[np.ndarray | None], input_gradient: bool
     ) -> dict[str, Any]:  # fmt: skip
         spec, T = self.spec, self.T
+        for convolution in (self._of_x, *self.of_h):
+            convolution.look(dy, *dstates)
         d = [np.zeros(spec.state_shape, self.dtype) if given is None else given.copy() for given in dstates]
         if dy is not None and not spec.return_sequences:
             steps, dy = [dy if t == T - 1 else None for t in range(T)], None
@@ -617,7 +640,7 @@ class _GRU(_Run):
         self, t: int, z: np.ndarray, before: list[np.ndarray], after: list[np.ndarray], y: np.ndarray | None
     ) -> None:  # fmt: skip
         z_h = self._z_h[:, t : t + 1] if self.save else self._z_h
-        self.of_h[0].forward(before[0][:, np.newaxis], z_h)
+        self.convolve(0, before[0], z_h)
         self.updates.gru(z, z_h[:, 0], before[0], after[0], y)
 
     def back(

@@ -64,27 +64,31 @@ class PlannedConvolution:
 
     def __init__(self, spec: ConvSpec, kernel: np.ndarray, bias: np.ndarray | None, algorithm: str):
         self._spec, self._kernel, self._dtype = spec, kernel, kernel.dtype
-        direct = algorithm == "direct" or not plans.fits((spec,))
-        way = algorithm if direct is (algorithm == "direct") else "auto"
+        self._looks = algorithm != "direct" and plans.fits((spec,))
+        way = algorithm if self._looks or algorithm == "direct" else "auto"
         self._tile = plans.choose("conv2d", (spec,), way, kernel.itemsize)
-        self._looks = not direct
         self._packed = cache(lambda tile: launch.pack((kernel,), bias, np.ones(1), tile))
         self._cell = storing(spec.F)
-        self._back = cache(lambda spoilt: InputGradient(spec, kernel, "direct" if spoilt else algorithm))
+        self._direct = np.zeros(spec.B, np.bool_)
+        self._back = cache(lambda direct: InputGradient(spec, kernel, "direct" if direct else algorithm))
         self._of_kernel: dict[bool, WeightGradient] = {}
         self._algorithm = algorithm
+
+    def look(self, *arrays: np.ndarray | None) -> None:
+        """Take note of samples (B, …) that transforms would spoil: they will be computed directly."""
+        for array in arrays if self._looks else ():
+            if array is not None and array.size:
+                self._direct = self._direct | outliers.find(array)
 
     def forward(self, x: np.ndarray, z: np.ndarray) -> None:
         """Write the convolution of x to z."""
         if not z.size:
             return
         x = _with_whole_frames(x)
-        B = len(x)
-        spoilt = outliers.find(x) if outliers.spoil(self._tile) else np.zeros(B, np.bool_)
-        tile = None if spoilt.all() else self._tile
-        spoilt |= self._run(tile, x, z)
+        tile = None if self._direct.all() else self._tile
+        spoilt = self._run(tile, x, z)
         if tile:
-            for b in np.flatnonzero(spoilt).tolist():
+            for b in np.flatnonzero(spoilt | self._direct).tolist():
                 self._run(None, x[b : b + 1], z[b : b + 1])
 
     def _run(self, tile: Tile | None, x: np.ndarray, z: np.ndarray) -> np.ndarray:
@@ -99,7 +103,7 @@ class PlannedConvolution:
         if not dz.size:
             dx.fill(0)
             return
-        for images, spoilt in self._parts(dz):
+        for images, spoilt in self._parts():
             d, target = dz[images], dx[images]
             team = launch.team_size(self._spec.with_batch(len(d)).flops)
             self._back(spoilt).pull_back(slots(d), slots(target), d.shape[0], d.shape[1], team)
@@ -109,7 +113,7 @@ class PlannedConvolution:
         if not dz.size:
             return
         x = _with_whole_frames(x)
-        for images, spoilt in self._parts(dz, x):
+        for images, spoilt in self._parts():
             d = dz[images]
             if spoilt not in self._of_kernel:
                 way = "direct" if spoilt else self._algorithm
@@ -117,12 +121,9 @@ class PlannedConvolution:
             team = launch.team_size(self._spec.with_batch(len(d)).flops)
             self._of_kernel[spoilt].add((slots(x[images]),), slots(d), d.shape[0], d.shape[1], team)
 
-    def _parts(self, *arrays: np.ndarray) -> list[tuple[slice, bool]]:
+    def _parts(self) -> list[tuple[slice, bool]]:
         """Return runs of images, and whether they are computed directly."""
-        spoilt = np.zeros(len(arrays[0]), np.bool_)
-        for array in arrays if self._looks else ():
-            spoilt |= outliers.find(array)
-        return outliers.runs(spoilt)
+        return outliers.runs(self._direct)
 
     @property
     def gradient(self) -> np.ndarray:
