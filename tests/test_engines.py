@@ -282,7 +282,7 @@ def cell_cases(draw, winograd):
         ("convgru2d", 3, {}), ("convgru2d", 3, {"reset_after": False}), ("convrnn2d", 1, {})
     ]))  # fmt: skip
     T, F, normal = draw(st.integers(1, 4)), draw(st.sampled_from([1, 3, 8, 20])), randoms(draw(st.integers(0, 999)))
-    recurrent = draw(tiled_kernels) if winograd else (draw(taps), draw(taps))
+    recurrent = draw(st.sampled_from([(3, 3), (5, 5)])) if winograd else (draw(taps), draw(taps))
     arguments = {"x": normal(B, T, H, W, C), "kernel": normal(*kernel, C, G * F) / 4, **options, **further,
                  "recurrent_kernel": normal(*recurrent, F, G * F) / 4, "return_state": True}  # fmt: skip
     for name in ("go_backwards", "return_sequences"):
@@ -303,7 +303,7 @@ def cell_cases(draw, winograd):
 
 @every_case
 def test_cells(engine, dtype, algorithm):
-    @examples(engine, 25, algorithm)
+    @examples(engine, 20, algorithm)
     @given(cell_cases(algorithm == "winograd"))
     def check(case):
         operation, arguments, cotangents = case
