@@ -157,6 +157,10 @@ def test_conv2d_and_max_pool3d(jax, ours):
     assert close([found], [pullback(dy)["x"]])
 
 
+def test_callbacks_do_not_wait_for_the_thread_that_waits_for_them(jax, ours):
+    assert jax.config.values["jax_cpu_enable_async_dispatch"] is False
+
+
 def test_dtypes(jax, ours):
     x, kernel = draw((B, H, W, C), (3, 3, C, F))
     half = ours.conv2d(x.astype(jax.numpy.bfloat16), kernel.astype(jax.numpy.bfloat16), **ENGINE)

@@ -9,6 +9,10 @@ samples of all; gradients are computed member by member, as each has weights' gr
 
 float64, where JAX has it, is computed in float64, everything else in float32; the result is of the widest dtype of the
 arrays given. Shapes and options are checked when the call is traced.
+
+Importing this module sets JAX's option jax_cpu_enable_async_dispatch to False: else programs wait on JAX's own threads
+while their callbacks wait for arguments that those threads are to copy, and on a machine of one processor nothing ever
+ends. JAX reads the option when it first computes: import this module before.
 """
 
 from __future__ import annotations
@@ -26,6 +30,8 @@ try:
     import jax.numpy as jnp
 except ImportError as error:
     raise ImportError(f"fastclstm.adapters.jax needs JAX: pip install 'fastclstm[jax]' ({error})") from error
+
+jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
 def convlstm2d(

@@ -16,6 +16,8 @@ except ImportError as error:
     raise ImportError(f"fastclstm.adapters.keras needs Keras 3: pip install 'fastclstm[keras]' ({error})") from error
 if not keras.__version__.startswith("3"):
     raise ImportError(f"fastclstm.adapters.keras is for Keras 3, found {keras.__version__}: pip install 'keras>=3.3'")
+if keras.backend.backend() == "jax":
+    import fastclstm.adapters.jax  # noqa: F401 (sets an option that JAX reads when it first computes)
 
 
 class _Call(NamedTuple):
@@ -31,7 +33,8 @@ class ConvLSTM2D(keras.layers.ConvLSTM2D):
 
     It runs on Keras's backends torch, jax, tensorflow and numpy; models with it train and predict as any other. On
     torch a GPU's tensors are computed there; jax and tensorflow call back to the processor. TensorFlow's XLA cannot
-    compile it, so that there Keras's jit_compile="auto" means no, and True gives Keras's warning.
+    compile it, so that there Keras's jit_compile="auto" means no, and True gives Keras's warning. On jax, import this
+    before a model is built: see `fastclstm.adapters.jax`.
 
     A layer that our kernels do not compute as it is meant is computed by Keras, and a warning says why: one in half or
     mixed precision, with an activation that is not one of Keras's own, with a mask that is not (batch, time).
