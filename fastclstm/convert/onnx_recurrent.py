@@ -1,0 +1,376 @@
+"""Recurrent layers in ONNX: each is a Scan over time.
+
+A Scan reads a sequence from its beginning or its end, and writes so too, which is all that go_backwards and bidirectional
+ask for: stacked layers are one Scan, and so are two directions, the halves of which know nothing of each other.
+
+Within it everything is (B, C, H, W), of vectors (B, N), and sequences are (T, B, …). A step convolves [x, h] at once
+where both convolutions have the same geometry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from fastclstm.convert.onnx_builder import LAST, Builder, Size, Value
+from fastclstm.convert.onnx_export import Export
+from fastclstm.convert.onnx_operators import (
+    activate,
+    convolve,
+    lengths,
+    normalize_groups,
+    output_sizes,
+    paddings,
+    to_channels_first,
+    where,
+    windows,
+)
+from fastclstm.layers import GRU, LSTM, ConvLSTM2D, ConvLSTM2DCell
+from fastclstm.layers.recurrent import Recurrent
+from fastclstm.layers.states import is_pair
+from fastclstm.layers.symbolic import Known, tried
+from fastclstm.spec import GATES, NORMALIZED_PARTS, Shape, integers
+
+Take = Callable[[Builder, Value, list[Value]], tuple[Value, list[Value]]]
+"""Takes an item of a sequence and states; returns the output and the states after it."""
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Cells, one on the other, that go through a sequence in one direction."""
+
+    take: Take
+    backwards: bool
+    states: list[Value]
+    hidden: int
+    """Which of them has the shape of the output."""
+
+
+def run(
+    g: Builder, sequence: Value, mask: Value | None, chains: Sequence[Chain], *, return_sequences: bool,
+    zero_output_for_mask: bool = False,
+) -> tuple[list[Value], list[list[Value]]]:  # fmt: skip
+    """Run chains over a sequence (T, B, …) in one Scan; return the output of each, and its last states.
+
+    Sequences come out in the order in which the first chain computes them. Where the mask (T, B) is False states stay,
+    and an output is the one before, zeros before the first, or with `zero_output_for_mask` zeros everywhere.
+    """
+    masked = mask is not None
+    sequences = [(each, chain.backwards) for chain in chains for each in (sequence, mask) if each is not None]
+    states: list[Value] = []
+    for chain in chains:
+        states += chain.states
+        if masked:  # the output so far
+            like = chain.states[chain.hidden]
+            states.append(g.full([g.length(like, axis) for axis in range(like.rank)], like.dtype))
+
+    def body(inner: Builder, before: list[Value], items: list[Value]) -> tuple[list[Value], list[Value]]:
+        after: list[Value] = []
+        made: list[Value] = []
+        for number, chain in enumerate(chains):
+            count = len(chain.states)
+            own = before[len(after) : len(after) + count]
+            output, new = chain.take(inner, items[number * (1 + masked)], own)
+            if masked:
+                valid, held = items[number * 2 + 1], before[len(after) + count]
+                new = [where(inner, valid, n, old) for n, old in zip(new, own, strict=True)]
+                held = where(inner, valid, output, held)
+                output = where(inner, valid, output, 0.0) if zero_output_for_mask else held
+                new.append(held)
+            after += new
+            made.append(output)
+        return after, made if return_sequences else []
+
+    directions = [chain.backwards != chains[0].backwards for chain in chains] if return_sequences else []
+    last, outputs = g.scan(body, states, sequences, directions)
+    ends: list[list[Value]] = []
+    for chain in chains:
+        start = sum(len(end) for end in ends) + masked * len(ends)
+        ends.append(last[start : start + len(chain.states)])
+        if not return_sequences:
+            output = last[start + len(chain.states)] if masked else ends[-1][chain.hidden]
+            if mask is not None and zero_output_for_mask:
+                step = g.node("Gather", mask, np.array(0 if chain.backwards else -1), axis=0, rank=1)
+                output = where(g, step, output, 0.0)
+            outputs.append(output)
+    return outputs, ends
+
+
+def steps_mask(g: Builder, mask: Value | None, lengths: Value | None, sequence: Value) -> Value | None:
+    """Return the mask (T, B) of a mask (B, T), or of lengths (B,), for a sequence (T, B, …)."""
+    if lengths is not None:
+        steps = g.unsqueeze(g.range(0, g.length(sequence, 0)), [1])
+        return g.node("Less", steps, g.unsqueeze(g.cast(lengths, "int64"), [0]), dtype="bool")
+    return None if mask is None else g.transpose(g.cast(mask, "bool"), (1, 0))
+
+
+def _expect_states(e: Export, layer: ConvLSTM2D | Recurrent) -> None:
+    if layer.stateful and not e.wants_states:
+        raise ValueError("to_onnx: the layer is stateful, but a graph of ONNX remembers nothing between calls; give "
+                         "states=True, which makes its states inputs and outputs, or set stateful=False")  # fmt: skip
+
+
+def _gates(g: Builder, layer: Any, z: Sequence[Value], c: Value, peep: Callable[[str, Value, Value], Value]) -> Any:
+    """Return h and c of the pre-activations of i, f, g, o; `peep` is what a gate sees of the cell."""
+    i, f, o = (partial(activate, g, layer.recurrent_activation) for _ in range(3))
+    z_i, z_f, z_g, z_o = z
+    kept = g.elementwise("Mul", f(peep("f", z_f, c)), c)
+    c = g.elementwise("Add", kept, g.elementwise("Mul", i(peep("i", z_i, c)), activate(g, layer.activation, z_g)))
+    if (clip := getattr(layer, "cell_clip", None)) is not None:
+        c = g.elementwise("Clip", c, -clip, clip)
+    told = getattr(layer, "output_activation", None)
+    return g.elementwise("Mul", o(peep("o", z_o, c)), activate(g, layer.activation if told is None else told, c)), c
+
+
+# ConvLSTM
+
+
+def convlstm2d(
+    e: Export, layer: ConvLSTM2D, x: Value, initial_state: Any = None, mask: Value | None = None,
+    lengths: Value | None = None,
+) -> Any:  # fmt: skip
+    """Convert a ConvLSTM2D: to one Scan, or where both directions are stacked one a layer."""
+    g = e.g
+    _expect_states(e, layer)
+    frames = g.move(x, x.rank - 1, 2) if layer.data_format == "channels_last" else x
+    if layer.time_major:
+        mask = None if mask is None else g.transpose(mask, (1, 0))
+    else:
+        frames = g.transpose(frames, (1, 0, 2, 3, 4))
+    steps = steps_mask(g, mask, lengths, frames)
+    given = _given_states(e, layer, x, initial_state)
+    before = _filled_states(g, layer, given, frames)
+    slope, each = layer.leaky_relu_slope, layer._stack.layers
+    groups = [[[cell] for cell in one.cells] for one in each] if layer.bidirectional else [[list(layer.cells)]]
+    last: list[Value] = []
+    made = [frames]
+    for index, directions in enumerate(groups):
+        final, y = index == len(groups) - 1, made[0]
+        if index and slope is not None:
+            y = g.elementwise("LeakyRelu", y, alpha=slope)
+        chains = []
+        for number, cells in enumerate(directions):
+            states, before = before[: 2 * len(cells)], before[2 * len(cells) :]
+            backwards = (layer.go_backwards and index == 0) != bool(number)
+            chains.append(Chain(partial(_through, cells, slope), backwards, states, -2))
+        outputs, ends = run(g, y, steps, chains, return_sequences=layer.return_sequences or not final,
+                            zero_output_for_mask=layer.zero_output_for_mask and final)  # fmt: skip
+        made = _merged(g, outputs, layer.merge_mode)
+        last += [state for end in ends for state in end]
+        if index == 0 and steps is not None and layer.go_backwards:
+            steps = g.slice(steps, {0: (-1, -LAST, -1)})  # what the first layer hands on is as it was processed
+    after = [_channels(g, layer, state) for state in last]
+    e.keep_states(given, after)
+    if layer.return_sequences and not layer.time_major:
+        made = [g.transpose(part, (1, 0, 2, 3, 4)) for part in made]
+    written = tuple(_channels(g, layer, part) for part in made)
+    result = written if len(written) > 1 else written[0]
+    return (result, list(zip(after[::2], after[1::2], strict=True))) if layer.return_state else result
+
+
+def convlstm2d_cell(e: Export, cell: ConvLSTM2DCell, x: Value, h: Value, c: Value) -> tuple[Value, Value]:
+    """Convert one step of a cell."""
+    first = cell.data_format == "channels_first"
+    x, h, c = (value if first else to_channels_first(e.g, value) for value in (x, h, c))
+    h, c = _step(e.g, cell, x, h, c)
+    return _channels(e.g, cell, h), _channels(e.g, cell, c)
+
+
+def _channels(g: Builder, layer: Any, value: Value) -> Value:
+    """Return (…, C, H, W) with the channels where the layer has them."""
+    return value if layer.data_format == "channels_first" else g.move(value, value.rank - 3, value.rank - 1)
+
+
+def _merged(g: Builder, outputs: list[Value], mode: str | None) -> list[Value]:
+    """Return both directions' outputs as one, on whose last three axes a frame is, or as they are."""
+    if len(outputs) == 1 or mode is None:
+        return outputs
+    if mode == "concat":
+        return [g.concatenate(outputs, outputs[0].rank - 3)]
+    merged = g.elementwise("Mul" if mode == "mul" else "Add", *outputs)
+    return [g.elementwise("Mul", merged, 0.5) if mode == "ave" else merged]
+
+
+def _given_states(e: Export, layer: ConvLSTM2D, x: Value, initial_state: Any) -> list[Value | None]:
+    """Return h and c of every cell, (B, F, H, W), that a call is given, or that are inputs of the graph."""
+    count = len(layer.cells)
+    if initial_state is None:
+        names = [f"{cell}.{name}" for cell in range(count) for name in "hc"]
+
+        def shapes(shape: Shape) -> list[Shape]:
+            layout = layer._layout(shape)
+            B, _, *frame = layout.read_shape("x", shape, sequence=True)
+            return [layout.shape(state) for state in layer._state_shapes((B, *frame)) for _ in "hc"]
+
+        flat = e.state(names, tried(shapes, x.shape), x.dtype)
+    else:
+        one = count == 1 and is_pair(initial_state) and not any(map(is_pair, initial_state))
+        pairs = [initial_state] if one else initial_state
+        flat = [s if s is None else e.g.cast(s, x.dtype) for pair in pairs for s in (pair or (None, None))]
+    last = layer.data_format == "channels_last"
+    return [to_channels_first(e.g, s) if last and s is not None else s for s in flat]
+
+
+def _filled_states(
+    g: Builder, layer: ConvLSTM2D, given: Sequence[Value | None], sequence: Value
+) -> list[Value]:
+    """Return the states with zeros for those that are not given."""
+    if all(state is not None for state in given):
+        return [state for state in given if state is not None]
+    zeros: list[Value] = []
+    sizes: list[Size] = [g.length(sequence, axis) for axis in (3, 4)]
+    for one in layer._stack.layers:
+        for cell in one.cells:
+            strides, window, _ = _geometry(cell)
+            made = output_sizes(g, sizes.__getitem__, cell.padding, window, strides)
+            zeros += [g.full([g.length(sequence, 1), cell.out_channels, *made], sequence.dtype)] * 2
+        sizes = made
+    return [zero if state is None else state for state, zero in zip(given, zeros, strict=True)]
+
+
+def _geometry(cell: ConvLSTM2DCell) -> tuple[Shape, Shape, Shape]:
+    """Return strides, dilated extent and dilation of the input's convolution."""
+    strides, dilation = (integers("to_onnx", "stride", value, 2, 1) for value in (cell.stride, cell.dilation))
+    return strides, windows(cell.kernel_size, dilation), dilation
+
+
+def _through(
+    cells: Sequence[ConvLSTM2DCell], slope: float | None, g: Builder, x: Value, states: list[Value]
+) -> tuple[Value, list[Value]]:
+    """Take x through cells one on the other; h and c of each are the states."""
+    after: list[Value] = []
+    for number, cell in enumerate(cells):
+        if number and slope is not None:
+            x = g.elementwise("LeakyRelu", x, alpha=slope)
+        x, c = _step(g, cell, x, *states[2 * number : 2 * number + 2])
+        after += [x, c]
+    return x, after
+
+
+def _step(g: Builder, cell: ConvLSTM2DCell, x: Value, h: Value, c: Value) -> tuple[Value, Value]:
+    """Return the next h and c."""
+    parts = g.split(_pre_activations(g, cell, x, h), len(GATES), 1)
+    return _gates(g, cell, parts, c, partial(_peep, g, cell))
+
+
+def _pre_activations(g: Builder, cell: ConvLSTM2DCell, x: Value, h: Value) -> Value:
+    strides, window, dilation = _geometry(cell)
+    recurrent_dilation = integers("to_onnx", "recurrent_dilation", cell.recurrent_dilation, 2, 1)
+    recurrent_window = windows(cell.recurrent_kernel.shape[:2], recurrent_dilation)
+    options = {"strides": strides, "dilation": dilation, "padding": cell.padding, "padding_mode": cell.padding_mode}
+    how, bias = cell.normalization, cell.bias
+    separate = how is not None and how.separate
+    same_taps = cell.kernel.shape[:2] == cell.recurrent_kernel.shape[:2] and dilation == recurrent_dilation
+    if not separate and same_taps and max(strides) == 1 and (
+        paddings(g, lengths(g, x), cell.padding, window, strides)
+        == paddings(g, lengths(g, h), "same", recurrent_window, (1, 1))
+    ):  # fmt: skip
+        kernel = np.concatenate([cell.kernel, cell.recurrent_kernel], 2)
+        z = convolve(g, g.concatenate([x, h], 1), kernel, bias, **options)
+    else:
+        z_x = convolve(g, x, cell.kernel, None if separate else bias, **options)
+        z_h = convolve(g, h, cell.recurrent_kernel, dilation=recurrent_dilation, padding_mode=cell.padding_mode)
+        if separate:
+            z_x, z_h = (_normalized(g, cell, z, part) for z, part in zip((z_x, z_h), NORMALIZED_PARTS[True], strict=True))
+        z = g.elementwise("Add", z_x, z_h)
+        if separate and bias is not None:
+            z = g.elementwise("Add", z, _by_channel(bias))
+    return z if how is None or separate else _normalized(g, cell, z, "")
+
+
+def _normalized(g: Builder, cell: ConvLSTM2DCell, z: Value, part: str) -> Value:
+    how, have = cell.normalization, cell._parameters
+    gamma, beta = have[f"gamma{part}"], have[f"beta{part}"]
+    if how.kind == "batch":
+        return g.node("BatchNormalization", z, gamma, beta, have[f"moving_mean{part}"], have[f"moving_variance{part}"],
+                      epsilon=how.epsilon)  # fmt: skip
+    groups = 1 if how.kind == "layer" else how.groups or len(GATES)
+    if not how.elementwise:
+        return normalize_groups(g, z, groups, how.epsilon, gamma, beta)
+    ones = np.ones(gamma.shape[-1:], gamma.dtype)
+    z = normalize_groups(g, z, groups, how.epsilon, ones, 0 * ones)
+    return g.elementwise("Add", g.elementwise("Mul", z, _by_channel(gamma)), _by_channel(beta))
+
+
+def _peep(g: Builder, cell: ConvLSTM2DCell, gate: str, z: Value, c: Value) -> Value:
+    """Return z with what its gate sees of the cell."""
+    if cell.peephole is None:
+        return z
+    weight = cell._parameters[f"peephole_{gate}"]
+    if cell.peephole == "conv":
+        bias = cell._parameters.get(f"peephole_bias_{gate}")
+        return g.elementwise("Add", z, convolve(g, c, weight, bias, padding_mode=cell.padding_mode))
+    return g.elementwise("Add", z, g.elementwise("Mul", c, _by_channel(weight)))
+
+
+def _by_channel(weights: np.ndarray) -> np.ndarray:
+    """Return weights (F,) or (HO, WO, F) so that they broadcast against (B, F, HO, WO)."""
+    return np.moveaxis(weights.reshape((1,) * (3 - weights.ndim) + weights.shape), -1, 0)
+
+
+# LSTM and GRU over vectors
+
+
+def recurrent(
+    e: Export, layer: Recurrent, x: Value, initial_state: Any = None, mask: Value | None = None,
+    lengths: Value | None = None,
+) -> Any:  # fmt: skip
+    """Convert an LSTM or a GRU."""
+    g, names = e.g, layer._state_names
+    _expect_states(e, layer)
+    sequence = g.transpose(x, (1, 0, 2))
+    shape: Known = (x.shape[0], layer.units)
+    if initial_state is None:
+        given = e.state(names, [shape] * len(names), x.dtype)
+    else:
+        flat = layer._in_order(initial_state, lambda item: not isinstance(item, list | tuple))
+        given = [state if state is None else g.cast(state, x.dtype) for state in flat]
+    before = [g.full([g.length(x, 0), layer.units], x.dtype) if state is None else state for state in given]
+    take = partial(_lstm if isinstance(layer, LSTM) else _gru, layer)
+    chain = Chain(take, layer.go_backwards, before, -len(names))
+    outputs, (after,) = run(
+        g, sequence, steps_mask(g, mask, lengths, sequence), [chain], return_sequences=layer.return_sequences
+    )
+    e.keep_states(given, after)
+    y = g.transpose(outputs[0], (1, 0, 2)) if layer.return_sequences else outputs[0]
+    return (y, [tuple(after)]) if layer.return_state else y
+
+
+def _lstm(layer: LSTM, g: Builder, x: Value, states: list[Value]) -> tuple[Value, list[Value]]:
+    h, c = states
+    kernel = np.concatenate([layer.kernel, layer.recurrent_kernel])
+    z = g.node("MatMul", g.concatenate([x, h], 1), kernel)
+    if layer.bias is not None:
+        z = g.elementwise("Add", z, layer.bias)
+    h, c = _gates(g, layer, g.split(z, len(GATES), 1), c, lambda gate, z, c: z)
+    return h, [h, c]
+
+
+def _gru(layer: GRU, g: Builder, x: Value, states: list[Value]) -> tuple[Value, list[Value]]:
+    """Take a step of `functional.gru.gru_vjp`."""
+    (h,), U = states, layer.units
+    bias, R = layer.bias, layer.recurrent_kernel
+    of_x, of_h = (None, None) if bias is None else (bias[0], bias[1]) if layer.reset_after else (bias, None)
+
+    def product(a: Value, kernel: np.ndarray, bias: np.ndarray | None = None) -> Value:
+        made = g.node("MatMul", a, kernel)
+        return made if bias is None else g.elementwise("Add", made, bias)
+
+    zx = g.split(product(x, layer.kernel, of_x), 3, 1)
+    if layer.reset_after:
+        zh = g.split(product(h, R, of_h), 3, 1)
+    else:
+        zh = g.split(product(h, R[:, : 2 * U]), 2, 1)
+    z, r = (activate(g, layer.recurrent_activation, g.elementwise("Add", a, b)) for a, b in zip(zx[:2], zh[:2], strict=True))
+    seen = g.elementwise("Mul", r, zh[2] if layer.reset_after else h)
+    if not layer.reset_after:
+        seen = product(seen, R[:, 2 * U :])
+    n = activate(g, layer.activation, g.elementwise("Add", zx[2], seen))
+    kept = g.elementwise("Mul", z, h)
+    new = g.elementwise("Mul", g.elementwise("Sub", 1.0, z), n)
+    h = g.elementwise("Add", kept, new)
+    return h, [h]
