@@ -12,8 +12,8 @@ What was decided:
 - ceil_mode, "wrap" and adaptive pooling are made of operators on which all runtimes agree.
 - A layer that is not in the table (`onnx_layers.TABLE`) is an error that names it and its place, before a file is
   touched. A subclass is another layer, as it may compute something else.
-- float64 is float64 in the graph, but ONNX Runtime neither convolves nor pools in it (1.31): ``dtype="float32"``. Slopes
-  and epsilons are float32 by ONNX's own definition, so float64 agrees to about 1e-7.
+- float64 is float64 in the graph, but ONNX Runtime (1.31) neither convolves nor pools in it: ``dtype="float32"``.
+  Slopes and epsilons are float32 by ONNX's own definition, so float64 agrees to about 1e-7.
 """
 
 from __future__ import annotations
@@ -106,8 +106,8 @@ def to_onnx(
     """
     if not isinstance(model, Layer):
         raise TypeError(f"to_onnx: model must be a layer or a model of layers, got {type(model).__name__}")
-    for name, value in (("states", states), ("mask", mask)):
-        flag("to_onnx", name, value)
+    flag("to_onnx", "states", states)
+    flag("to_onnx", "mask", mask)
     choice("to_onnx", "dtype", dtype, (None, *DTYPES))
     try:
         e = Export(TABLE, dtype, states)
@@ -133,7 +133,7 @@ def to_onnx(
 def _converted(e: Export, model: Layer, input_shape: Any, mask: bool) -> list[tuple[str, Value]]:
     """Return the outputs by name."""
     if isinstance(model, Model):
-        shapes = {slot: model._graph.shapes[slot] for slot in model._inputs.values()}
+        shapes: dict[Any, Any] = {slot: model._graph.shapes[slot] for slot in model._inputs.values()}
         if input_shape is not None:
             shapes = model._by_slot("input_shape", input_shape)
             model._check_shapes("input_shape", shapes)
@@ -229,7 +229,7 @@ def _default_shape(model: Layer) -> Known:
     if "in_channels" not in options:
         raise ValueError(f"to_onnx: {type(layer).__name__} takes arrays of several shapes; give input_shape, with the "
                          f"batch, such as (None, None, 64, 64, 1), None for any size")  # fmt: skip
-    leading = {ConvLSTM2D: 2}.get(type(layer), 1)
+    leading = 2 if isinstance(layer, ConvLSTM2D) else 1
     frame = options.get("frame_size") or (None,) * (3 if getattr(layer, "_rank", 2) == 3 else 2)
     C = options["in_channels"]
     inner = (C, *frame) if options["data_format"] == "channels_first" else (*frame, C)

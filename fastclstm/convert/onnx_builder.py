@@ -1,7 +1,7 @@
 """Graphs of ONNX, node by node; ONNX itself is imported when a builder is made.
 
-A layer of ours has its channels last, an operator of ONNX has them first. So a value knows in which order its tensor has
-the axes: reordering them costs no node, operators that work element by element leave the order as it is, and a
+A layer of ours has its channels last, an operator of ONNX has them first. So a value knows in which order its tensor
+has the axes: reordering them costs no node, operators that work element by element leave the order as it is, and a
 Transpose is made where an operator needs another one, once for a tensor.
 
 Sizes are numbers where they are known, else tensors of one int64 that are computed when the graph runs.
@@ -259,17 +259,16 @@ class Builder:
         Of what Gather takes, as OpenVINO knows no Pad of the mode "wrap".
         """
         for axis, (before, after) in pairs.items():
-            n = self.length(value, axis)
-            if (before, after) == (0, 0):
-                continue
-            steps = [self.range(self.count("Sub", 0, before), 0), self.range(0, after)]
-            ends = []
-            for step in steps:
-                index = self.node("Mod", step, self.vector(n))
-                name = self.several("Gather", [value.name, index.name], 1, axis=value.order[axis])[0]
-                ends.append(Value(name, value.dtype, value.order, (None,) * value.rank))
-            value = self.concatenate([ends[0], value, ends[1]], axis)
+            front = [] if before == 0 else [self._around(value, axis, self.count("Sub", 0, before), 0)]
+            back = [] if after == 0 else [self._around(value, axis, 0, after)]
+            value = self.concatenate([*front, value, *back], axis) if front or back else value
         return value
+
+    def _around(self, value: Value, axis: int, start: Size, stop: Size) -> Value:
+        """Return the items from `start` up to `stop` of one of our axes, counted round and round."""
+        index = self.node("Mod", self.range(start, stop), self.vector(self.length(value, axis)))
+        (name,) = self.several("Gather", [value.name, index.name], 1, axis=value.order[axis])
+        return Value(name, value.dtype, value.order, (None,) * value.rank)
 
     # Sizes and shapes
 
@@ -381,8 +380,8 @@ class Builder:
         )  # fmt: skip
         self._within += inner.size
         last = [_value(name, s.dtype, s.shape) for name, s in zip(names, states, strict=False)]
-        length = sequences[0][0].shape[0]
-        return last, [_value(name, v.dtype, (length, *v.shape)) for name, v in zip(names[len(after) :], made, strict=True)]
+        T, written = sequences[0][0].shape[0], zip(names[len(after) :], made, strict=True)
+        return last, [_value(name, item.dtype, (T, *item.shape)) for name, item in written]
 
 
 def _value(name: str, dtype: str, shape: Sequence[int | None]) -> Value:

@@ -40,8 +40,8 @@ class Export:
         with self._at(path):
             where = told(self._path, layer)
             if type(layer) not in self._table:
-                raise NotImplementedError(f"to_onnx: {where} has no counterpart in ONNX here; leave it out, or put known "
-                                          f"layers in its place")  # fmt: skip
+                raise NotImplementedError(f"to_onnx: {where} has no counterpart in ONNX here; leave it out, or put "
+                                          f"known layers in its place")  # fmt: skip
             given = {name: value for name, value in (options or {}).items() if name != "training"}
             with told_of(where):
                 if (options or {}).get("training"):
@@ -49,18 +49,16 @@ class Export:
                                      "build the graph without that")  # fmt: skip
                 shapes = {name: mapped(_shape, value) for name, value in given.items()}
                 made_shapes = tried(lambda known: layer._call_shapes(known, **shapes), mapped(_shape, x))
-                x = mapped(lambda value: self.g.cast(value, self.dtype_of(layer, x)), x)
+                if not isinstance(layer, Embedding | Container):
+                    dtype = self._dtype(layer, x)
+                    x = mapped(lambda value: self.g.cast(value, dtype), x)
                 made = self._table[type(layer)](self, layer, x, **given)
             return _of_shapes(made, made_shapes)
 
-    def dtype_of(self, layer: Layer, x: Any) -> str:
-        """Return what a layer computes x in; of integers that are looked up, and in layers of layers, their own."""
-        kinds = {value.dtype for value in leaves(x)}
-        if isinstance(layer, Embedding | Container):
-            return min(kinds)
-        if self.dtype is not None:
-            return self.dtype
-        return str(layer.options.get("dtype") or ("float64" if "float64" in kinds else "float32"))
+    def _dtype(self, layer: Layer, x: Any) -> str:
+        """Return what a layer computes x in."""
+        wide = any(value.dtype == "float64" for value in leaves(x))
+        return self.dtype or layer.options.get("dtype") or ("float64" if wide else "float32")
 
     def state(self, names: Sequence[str], shapes: Sequence[Known], dtype: str) -> list[Value | None]:
         """Return inputs for the states that a call of the layer starts from; None, zeros, where none are asked for."""

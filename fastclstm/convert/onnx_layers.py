@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,14 +17,12 @@ from fastclstm.convert.onnx_operators import (
     convolve,
     lengths,
     normalize_groups,
-    output_sizes,
     padding_attributes,
     paddings,
     to_channels_first,
     to_channels_last,
 )
 from fastclstm.convert.onnx_recurrent import convlstm2d, recurrent
-from fastclstm.layers.array_layer import FrameLayer
 from fastclstm.layers.symbolic import leaves
 from fastclstm.models import Model, Sequential
 from fastclstm.models.graph import Slot, filled, paired
@@ -58,7 +55,7 @@ def on_arrays(convert: Frames) -> Converter:
 # Convolutions
 
 
-def convolution(g: Builder, layer: Any, x: Value) -> Value:
+def _convolution(g: Builder, layer: Any, x: Value) -> Value:
     count = layer._rank
     strides, dilation = _numbers(layer.stride, count), _numbers(layer.dilation, count)
     y = convolve(g, x, layer.kernel, layer.bias, strides=strides, dilation=dilation, padding=layer.padding,
@@ -66,18 +63,19 @@ def convolution(g: Builder, layer: Any, x: Value) -> Value:
     return _activated(g, layer, y)
 
 
-def depthwise(g: Builder, layer: Any, x: Value) -> Value:
+def _depthwise(g: Builder, layer: Any, x: Value) -> Value:
     kernel = layer.depthwise_kernel
     KH, KW, C, M = kernel.shape
     separable = isinstance(layer, layers.SeparableConv2D)
-    y = convolve(g, x, kernel.reshape(KH, KW, 1, C * M), None if separable else layer.bias, groups=C,
-                 strides=_numbers(layer.stride, 2), dilation=_numbers(layer.dilation, 2), padding=layer.padding)  # fmt: skip
+    strides, dilation = _numbers(layer.stride, 2), _numbers(layer.dilation, 2)
+    y = convolve(g, x, kernel.reshape(KH, KW, 1, C * M), None if separable else layer.bias, groups=C, strides=strides,
+                 dilation=dilation, padding=layer.padding)  # fmt: skip
     if separable:
         y = convolve(g, y, layer.pointwise_kernel, layer.bias)
     return _activated(g, layer, y)
 
 
-def transposed_convolution(g: Builder, layer: Any, x: Value) -> Value:
+def _transposed_convolution(g: Builder, layer: Any, x: Value) -> Value:
     kernel, count = layer.kernel, layer._rank
     strides, dilation = _numbers(layer.stride, count), _numbers(layer.dilation, count)
     sizes = [max(kernel.shape[:count])] * count  # any: what is cropped does not depend on them
@@ -102,12 +100,12 @@ def _activated(g: Builder, layer: Any, y: Value) -> Value:
     return to_channels_first(g, activate(g, layer.activation, to_channels_last(g, y)))
 
 
-def dense(g: Builder, layer: Any, x: Value) -> Value:
+def _dense(g: Builder, layer: Any, x: Value) -> Value:
     z = g.node("MatMul", x, layer.kernel)
     return activate(g, layer.activation, z if layer.bias is None else g.elementwise("Add", z, layer.bias))
 
 
-def embedding(e: Export, layer: Any, x: Value) -> Value:
+def _embedding(e: Export, layer: Any, x: Value) -> Value:
     numbers = e.g.plain(e.g.cast(x, "int64"))
     dtype = e.dtype or layer.dtype
     (name,) = e.g.several("Gather", [e.g.constant(layer.embeddings.astype(dtype)), numbers], 1)
@@ -117,7 +115,7 @@ def embedding(e: Export, layer: Any, x: Value) -> Value:
 # Pooling
 
 
-def pooling(kind: str) -> Frames:
+def _pooling(kind: str) -> Frames:
     """Return what converts MaxPool or AveragePool."""
 
     def convert(g: Builder, layer: Any, x: Value) -> Value:
@@ -126,9 +124,9 @@ def pooling(kind: str) -> Frames:
     return convert
 
 
-def max_pooling3d(e: Export, layer: Any, x: Value) -> Any:
+def _max_pooling3d(e: Export, layer: Any, x: Value) -> Any:
     if not layer.return_indices:
-        return on_frames(pooling("MaxPool"))(e, layer, x)
+        return on_frames(_pooling("MaxPool"))(e, layer, x)
     if layer.ceil_mode:
         raise NotImplementedError("to_onnx: MaxPooling3D with ceil_mode=True and return_indices=True has no "
                                   "counterpart in ONNX; leave one of them out")  # fmt: skip
@@ -181,7 +179,7 @@ def _less(g: Builder, pair: tuple[Size, Size], other: tuple[Size, Size]) -> tupl
     return g.count("Sub", pair[0], other[0]), g.count("Sub", pair[1], other[1])
 
 
-def global_pooling(kind: str) -> Frames:
+def _global_pooling(kind: str) -> Frames:
     """Return what converts ReduceMean or ReduceMax."""
 
     def convert(g: Builder, layer: Any, x: Value) -> Value:
@@ -190,7 +188,7 @@ def global_pooling(kind: str) -> Frames:
     return convert
 
 
-def adaptive_pooling(g: Builder, layer: Any, x: Value) -> Value:
+def _adaptive_pooling(g: Builder, layer: Any, x: Value) -> Value:
     """Multiply by matrices of shares: of pixels in output rows, and of output columns."""
     (rows, columns), size = layer.output_size, lengths(g, x)
     if rows is not None:
@@ -215,15 +213,15 @@ def _shares(g: Builder, size: Size, count: int, dtype: str) -> Value:
 # Borders, sizes, shapes
 
 
-def zero_padding(g: Builder, layer: Any, x: Value) -> Value:
+def _zero_padding(g: Builder, layer: Any, x: Value) -> Value:
     return g.pad(x, {axis: (before, after) for axis, (before, after) in enumerate(layer._pairs, 2)})
 
 
-def cropping(g: Builder, layer: Any, x: Value) -> Value:
+def _cropping(g: Builder, layer: Any, x: Value) -> Value:
     return g.slice(x, {axis: (before, -after or LAST, 1) for axis, (before, after) in enumerate(layer._pairs, 2)})
 
 
-def up_sampling(g: Builder, layer: Any, x: Value) -> Value:
+def _up_sampling(g: Builder, layer: Any, x: Value) -> Value:
     if layer.interpolation == "nearest":
         options = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
     else:
@@ -234,7 +232,7 @@ def up_sampling(g: Builder, layer: Any, x: Value) -> Value:
     return g.named(name, x.dtype, (None,) * x.rank)
 
 
-def space_to_depth(g: Builder, layer: Any, x: Value) -> Value:
+def _space_to_depth(g: Builder, layer: Any, x: Value) -> Value:
     """Take blocks apart, to (N, r, s, C, H/r, W/s) or (N, C, r, s, H/r, W/s); ONNX's own operator has no modes."""
     (r, s), size = layer.block_size, lengths(g, x)
     H, W, C = g.count("Div", size(0), r), g.count("Div", size(1), s), g.length(x, 1)
@@ -243,7 +241,7 @@ def space_to_depth(g: Builder, layer: Any, x: Value) -> Value:
     return g.reshape(g.transpose(blocks, order), [-1, g.count("Mul", C, r * s), H, W])
 
 
-def depth_to_space(g: Builder, layer: Any, x: Value) -> Value:
+def _depth_to_space(g: Builder, layer: Any, x: Value) -> Value:
     """Put blocks together: rectangular ones too, which ONNX's own operator does not know."""
     (r, s), size = layer.block_size, lengths(g, x)
     H, W, C = size(0), size(1), g.count("Div", g.length(x, 1), r * s)
@@ -253,19 +251,19 @@ def depth_to_space(g: Builder, layer: Any, x: Value) -> Value:
     return g.reshape(blocks, [-1, C, g.count("Mul", H, r), g.count("Mul", W, s)])
 
 
-def flatten(g: Builder, layer: Any, x: Value) -> Value:
+def _flatten(g: Builder, layer: Any, x: Value) -> Value:
     return g.reshape(x, [g.length(x, 0), -1 if None in x.shape[1:] else math.prod(n or 0 for n in x.shape[1:])])
 
 
-def reshaping(g: Builder, layer: Any, x: Value) -> Value:
+def _reshaping(g: Builder, layer: Any, x: Value) -> Value:
     return g.reshape(x, [g.length(x, 0), *layer.target_shape])
 
 
-def permuting(g: Builder, layer: Any, x: Value) -> Value:
+def _permuting(g: Builder, layer: Any, x: Value) -> Value:
     return g.transpose(x, (0, *layer.dims))
 
 
-def repeating(g: Builder, layer: Any, x: Value) -> Value:
+def _repeating(g: Builder, layer: Any, x: Value) -> Value:
     wide = g.unsqueeze(x, [1])
     (name,) = g.several("Expand", [wide.name, g.constant([1, layer.n, *[1] * (x.rank - 1)])], 1)
     return g.named(name, x.dtype, (None,) * (x.rank + 1))
@@ -274,21 +272,21 @@ def repeating(g: Builder, layer: Any, x: Value) -> Value:
 # Element by element
 
 
-def same(g: Builder, layer: Any, x: Value) -> Value:
+def _same(g: Builder, layer: Any, x: Value) -> Value:
     """Convert what only does something while training."""
     return x
 
 
-def activation(g: Builder, layer: Any, x: Value) -> Value:
+def _activation(g: Builder, layer: Any, x: Value) -> Value:
     return activate(g, getattr(layer, "activation", "softmax"), x)
 
 
-def leaky_relu(g: Builder, layer: Any, x: Value) -> Value:
+def _leaky_relu(g: Builder, layer: Any, x: Value) -> Value:
     slope = layer.negative_slope
     return g.elementwise("LeakyRelu", x, alpha=slope) if slope else g.elementwise("Relu", x)
 
 
-def relu(g: Builder, layer: Any, x: Value) -> Value:
+def _relu(g: Builder, layer: Any, x: Value) -> Value:
     most, slope, threshold = layer.max_value, layer.negative_slope, layer.threshold
     if not slope and not threshold:
         return g.elementwise("Relu", x) if most is None else g.elementwise("Clip", x, 0.0, most)
@@ -297,15 +295,15 @@ def relu(g: Builder, layer: Any, x: Value) -> Value:
     return y if most is None else g.elementwise("Min", y, most)
 
 
-def prelu(g: Builder, layer: Any, x: Value) -> Value:
+def _prelu(g: Builder, layer: Any, x: Value) -> Value:
     return g.elementwise("PRelu", x, layer.alpha)
 
 
-def rescaling(g: Builder, layer: Any, x: Value) -> Value:
+def _rescaling(g: Builder, layer: Any, x: Value) -> Value:
     return g.elementwise("Add", g.elementwise("Mul", x, np.asarray(layer.scale)), np.asarray(layer.offset))
 
 
-def masking(g: Builder, layer: Any, x: Value) -> Value:
+def _masking(g: Builder, layer: Any, x: Value) -> Value:
     other = g.elementwise("Not", g.elementwise("Equal", x, layer.mask_value, dtype="bool"))
     return g.elementwise("Mul", x, g.reduce("ReduceMax", g.cast(other, x.dtype), [x.rank - 1]))
 
@@ -313,7 +311,7 @@ def masking(g: Builder, layer: Any, x: Value) -> Value:
 # Normalization
 
 
-def batch_normalization(g: Builder, layer: Any, x: Value) -> Value:
+def _batch_normalization(g: Builder, layer: Any, x: Value) -> Value:
     """Scale and shift each channel, wherever it is."""
     scale = 1 / np.sqrt(layer.moving_variance.astype(np.float64) + layer.epsilon)
     scale = scale if layer.gamma is None else scale * layer.gamma
@@ -322,12 +320,12 @@ def batch_normalization(g: Builder, layer: Any, x: Value) -> Value:
     return g.elementwise("Add", g.elementwise("Mul", x, scale.reshape(wide)), shift.reshape(wide))
 
 
-def layer_normalization(g: Builder, layer: Any, x: Value) -> Value:
+def _layer_normalization(g: Builder, layer: Any, x: Value) -> Value:
     gamma, beta = _affine(layer, layer.shape)
     return g.node("LayerNormalization", x, gamma, beta, axis=-len(layer.shape), epsilon=layer.epsilon)
 
 
-def group_normalization(g: Builder, layer: Any, x: Value) -> Value:
+def _group_normalization(g: Builder, layer: Any, x: Value) -> Value:
     axis, (gamma, beta) = layer._channel_axis % x.rank, _affine(layer, (layer.num_features,))
     y = normalize_groups(g, g.move(x, axis, 1), layer._count, layer.epsilon, gamma, beta)
     return g.move(y, 1, axis)
@@ -342,7 +340,7 @@ def _affine(layer: Any, shape: Shape) -> tuple[np.ndarray, np.ndarray]:
 # Several arrays
 
 
-def merging(kind: str) -> Converter:
+def _merging(kind: str) -> Converter:
     """Return the converter of what makes one array of several of one shape, or of shapes that broadcast."""
 
     def converter(e: Export, layer: Any, x: Sequence[Value]) -> Value:
@@ -356,18 +354,18 @@ def merging(kind: str) -> Converter:
     return converter
 
 
-def concatenating(e: Export, layer: Any, x: Sequence[Value]) -> Value:
+def _concatenating(e: Export, layer: Any, x: Sequence[Value]) -> Value:
     return e.g.concatenate(x, layer.axis % x[0].rank)
 
 
 # Layers of layers
 
 
-def time_distributed(e: Export, layer: Any, x: Value) -> Value:
+def _time_distributed(e: Export, layer: Any, x: Value) -> Value:
     return e.g.unfold(e.call("layer", layer.layer, e.g.fold(x)), x)
 
 
-def network(e: Export, layer: Network, x: Any, mask: Value | None = None, lengths: Value | None = None) -> Any:
+def _network(e: Export, layer: Network, x: Any, mask: Value | None = None, lengths: Value | None = None) -> Any:
     """Convert a Sequential or a Model: what `Network` runs, step by step."""
     graph = layer._graph
     values: dict[Slot, Any] = layer._by_slot("x", x) if isinstance(layer, Model) else {graph.inputs[0]: x}
@@ -405,66 +403,66 @@ def _numbers(value: Any, count: int) -> Shape:
 
 
 TABLE: Mapping[type, Converter] = {
-    layers.Activation: on_arrays(activation),
-    layers.AdaptiveAveragePooling2D: on_frames(adaptive_pooling),
-    layers.Add: merging("Add"),
-    layers.Average: merging("Add"),
-    layers.AveragePooling2D: on_frames(pooling("AveragePool")),
-    layers.AveragePooling3D: on_frames(pooling("AveragePool")),
-    layers.BatchNormalization: on_arrays(batch_normalization),
-    layers.Concatenate: concatenating,
-    layers.Conv2D: on_frames(convolution),
-    layers.Conv2DTranspose: on_frames(transposed_convolution),
-    layers.Conv3D: on_frames(convolution),
-    layers.Conv3DTranspose: on_frames(transposed_convolution),
+    layers.Activation: on_arrays(_activation),
+    layers.AdaptiveAveragePooling2D: on_frames(_adaptive_pooling),
+    layers.Add: _merging("Add"),
+    layers.Average: _merging("Add"),
+    layers.AveragePooling2D: on_frames(_pooling("AveragePool")),
+    layers.AveragePooling3D: on_frames(_pooling("AveragePool")),
+    layers.BatchNormalization: on_arrays(_batch_normalization),
+    layers.Concatenate: _concatenating,
+    layers.Conv2D: on_frames(_convolution),
+    layers.Conv2DTranspose: on_frames(_transposed_convolution),
+    layers.Conv3D: on_frames(_convolution),
+    layers.Conv3DTranspose: on_frames(_transposed_convolution),
     layers.ConvLSTM2D: convlstm2d,
-    layers.Cropping2D: on_frames(cropping),
-    layers.Cropping3D: on_frames(cropping),
-    layers.Dense: on_arrays(dense),
-    layers.DepthToSpace: on_frames(depth_to_space),
-    layers.DepthwiseConv2D: on_frames(depthwise),
-    layers.Dropout: on_arrays(same),
-    layers.Embedding: embedding,
-    layers.Flatten: on_arrays(flatten),
+    layers.Cropping2D: on_frames(_cropping),
+    layers.Cropping3D: on_frames(_cropping),
+    layers.Dense: on_arrays(_dense),
+    layers.DepthToSpace: on_frames(_depth_to_space),
+    layers.DepthwiseConv2D: on_frames(_depthwise),
+    layers.Dropout: on_arrays(_same),
+    layers.Embedding: _embedding,
+    layers.Flatten: on_arrays(_flatten),
     layers.GRU: recurrent,
-    layers.GaussianNoise: on_arrays(same),
-    layers.GlobalAveragePooling: on_arrays(global_pooling("ReduceMean")),
-    layers.GlobalAveragePooling2D: on_arrays(global_pooling("ReduceMean")),
-    layers.GlobalAveragePooling3D: on_arrays(global_pooling("ReduceMean")),
-    layers.GlobalMaxPooling: on_arrays(global_pooling("ReduceMax")),
-    layers.GlobalMaxPooling2D: on_arrays(global_pooling("ReduceMax")),
-    layers.GlobalMaxPooling3D: on_arrays(global_pooling("ReduceMax")),
-    layers.GroupNormalization: on_arrays(group_normalization),
-    layers.InstanceNormalization: on_arrays(group_normalization),
+    layers.GaussianNoise: on_arrays(_same),
+    layers.GlobalAveragePooling: on_arrays(_global_pooling("ReduceMean")),
+    layers.GlobalAveragePooling2D: on_arrays(_global_pooling("ReduceMean")),
+    layers.GlobalAveragePooling3D: on_arrays(_global_pooling("ReduceMean")),
+    layers.GlobalMaxPooling: on_arrays(_global_pooling("ReduceMax")),
+    layers.GlobalMaxPooling2D: on_arrays(_global_pooling("ReduceMax")),
+    layers.GlobalMaxPooling3D: on_arrays(_global_pooling("ReduceMax")),
+    layers.GroupNormalization: on_arrays(_group_normalization),
+    layers.InstanceNormalization: on_arrays(_group_normalization),
     layers.LSTM: recurrent,
-    layers.LayerNormalization: on_arrays(layer_normalization),
-    layers.LeakyReLU: on_arrays(leaky_relu),
-    layers.Masking: on_arrays(masking),
-    layers.MaxPooling2D: on_frames(pooling("MaxPool")),
-    layers.MaxPooling3D: max_pooling3d,
-    layers.Maximum: merging("Max"),
-    layers.Minimum: merging("Min"),
-    layers.Multiply: merging("Mul"),
-    layers.PReLU: on_arrays(prelu),
-    layers.Permute: on_arrays(permuting),
-    layers.PixelShuffle: on_frames(depth_to_space),
-    layers.PixelUnshuffle: on_frames(space_to_depth),
-    layers.ReLU: on_arrays(relu),
-    layers.RepeatVector: on_arrays(repeating),
-    layers.Rescaling: on_arrays(rescaling),
-    layers.Reshape: on_arrays(reshaping),
-    layers.SeparableConv2D: on_frames(depthwise),
-    layers.Softmax: on_arrays(activation),
-    layers.SpaceToDepth: on_frames(space_to_depth),
-    layers.SpatialDropout2D: on_arrays(same),
-    layers.SpatialDropout3D: on_arrays(same),
-    layers.Subtract: merging("Sub"),
-    layers.TimeDistributed: time_distributed,
-    layers.TimeDistributionCalculator: on_arrays(same),
-    layers.UpSampling: on_frames(up_sampling),
-    layers.UpSampling3D: on_frames(up_sampling),
-    layers.ZeroPadding2D: on_frames(zero_padding),
-    layers.ZeroPadding3D: on_frames(zero_padding),
-    Model: network,
-    Sequential: network,
+    layers.LayerNormalization: on_arrays(_layer_normalization),
+    layers.LeakyReLU: on_arrays(_leaky_relu),
+    layers.Masking: on_arrays(_masking),
+    layers.MaxPooling2D: on_frames(_pooling("MaxPool")),
+    layers.MaxPooling3D: _max_pooling3d,
+    layers.Maximum: _merging("Max"),
+    layers.Minimum: _merging("Min"),
+    layers.Multiply: _merging("Mul"),
+    layers.PReLU: on_arrays(_prelu),
+    layers.Permute: on_arrays(_permuting),
+    layers.PixelShuffle: on_frames(_depth_to_space),
+    layers.PixelUnshuffle: on_frames(_space_to_depth),
+    layers.ReLU: on_arrays(_relu),
+    layers.RepeatVector: on_arrays(_repeating),
+    layers.Rescaling: on_arrays(_rescaling),
+    layers.Reshape: on_arrays(_reshaping),
+    layers.SeparableConv2D: on_frames(_depthwise),
+    layers.Softmax: on_arrays(_activation),
+    layers.SpaceToDepth: on_frames(_space_to_depth),
+    layers.SpatialDropout2D: on_arrays(_same),
+    layers.SpatialDropout3D: on_arrays(_same),
+    layers.Subtract: _merging("Sub"),
+    layers.TimeDistributed: _time_distributed,
+    layers.TimeDistributionCalculator: on_arrays(_same),
+    layers.UpSampling: on_frames(_up_sampling),
+    layers.UpSampling3D: on_frames(_up_sampling),
+    layers.ZeroPadding2D: on_frames(_zero_padding),
+    layers.ZeroPadding3D: on_frames(_zero_padding),
+    Model: _network,
+    Sequential: _network,
 }

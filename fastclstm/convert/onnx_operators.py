@@ -14,7 +14,7 @@ from fastclstm.spec import window_padding
 Lengths = Callable[[int], Size]
 """The size of each axis of frames, their batch and channels aside."""
 
-ACTIVATIONS: dict[str, tuple[str, dict[str, float]]] = {
+ACTIVATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "tanh": ("Tanh", {}),
     "sigmoid": ("Sigmoid", {}),
     "hard_sigmoid": ("HardSigmoid", {"alpha": 1 / 6, "beta": 0.5}),
@@ -71,7 +71,7 @@ def lengths(g: Builder, x: Value) -> Lengths:
 def paddings(
     g: Builder, sizes: Lengths, padding: Any, window: Sequence[int], strides: Sequence[int]
 ) -> list[tuple[Size, Size]]:
-    """Return how frames are padded: numbers, or what is computed of the sizes where "same" strides over unknown ones."""
+    """Return how frames are padded: where "same" strides over sizes that are not known, by what is computed of them."""
     if padding != "same" or max(strides) == 1:
         given = window_padding("to_onnx", padding, (1,) * len(window), tuple(window), tuple(strides))
         return [(before, after) for before, after in given]
@@ -95,9 +95,7 @@ def padding_attributes(
     return {"pads": [pair[end] for end in (0, 1) for pair in pairs]}
 
 
-def output_sizes(
-    g: Builder, sizes: Lengths, padding: Any, window: Sequence[int], strides: Sequence[int]
-) -> list[Size]:
+def output_sizes(g: Builder, sizes: Lengths, padding: Any, window: Sequence[int], strides: Sequence[int]) -> list[Size]:
     """Return how many windows fit on each axis of frames."""
     if padding == "same":
         return [ceil(g, sizes(axis), s) for axis, s in enumerate(strides)]
@@ -137,9 +135,7 @@ def convolve(
                   kernel_shape=kernel.shape[:count], group=groups, **options)  # fmt: skip
 
 
-def normalize_groups(
-    g: Builder, x: Value, groups: int, epsilon: float, gamma: np.ndarray, beta: np.ndarray
-) -> Value:
+def normalize_groups(g: Builder, x: Value, groups: int, epsilon: float, gamma: np.ndarray, beta: np.ndarray) -> Value:
     """Normalize each group of channels of each sample of x (N, C, …)."""
     stash = g.onnx.helper.np_dtype_to_tensor_dtype(np.dtype(x.dtype))
     return g.node("GroupNormalization", x, gamma, beta, num_groups=groups, epsilon=epsilon, stash_type=stash)

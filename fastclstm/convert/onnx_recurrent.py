@@ -1,7 +1,7 @@
 """Recurrent layers in ONNX: each is a Scan over time.
 
-A Scan reads a sequence from its beginning or its end, and writes so too, which is all that go_backwards and bidirectional
-ask for: stacked layers are one Scan, and so are two directions, the halves of which know nothing of each other.
+A Scan reads a sequence from its beginning or its end, and writes so too, which is all that go_backwards and
+bidirectional ask for: stacked layers are one Scan, and so are two directions, halves that know nothing of each other.
 
 Within it everything is (B, C, H, W), of vectors (B, N), and sequences are (T, B, …). A step convolves [x, h] at once
 where both convolutions have the same geometry.
@@ -215,9 +215,7 @@ def _given_states(e: Export, layer: ConvLSTM2D, x: Value, initial_state: Any) ->
     return [to_channels_first(e.g, s) if last and s is not None else s for s in flat]
 
 
-def _filled_states(
-    g: Builder, layer: ConvLSTM2D, given: Sequence[Value | None], sequence: Value
-) -> list[Value]:
+def _filled_states(g: Builder, layer: ConvLSTM2D, given: Sequence[Value | None], sequence: Value) -> list[Value]:
     """Return the states with zeros for those that are not given."""
     if all(state is not None for state in given):
         return [state for state in given if state is not None]
@@ -235,7 +233,7 @@ def _filled_states(
 def _geometry(cell: ConvLSTM2DCell) -> tuple[Shape, Shape, Shape]:
     """Return strides, dilated extent and dilation of the input's convolution."""
     strides, dilation = (integers("to_onnx", "stride", value, 2, 1) for value in (cell.stride, cell.dilation))
-    return strides, windows(cell.kernel_size, dilation), dilation
+    return strides, tuple(windows(cell.kernel_size, dilation)), dilation
 
 
 def _through(
@@ -275,7 +273,8 @@ def _pre_activations(g: Builder, cell: ConvLSTM2DCell, x: Value, h: Value) -> Va
         z_x = convolve(g, x, cell.kernel, None if separate else bias, **options)
         z_h = convolve(g, h, cell.recurrent_kernel, dilation=recurrent_dilation, padding_mode=cell.padding_mode)
         if separate:
-            z_x, z_h = (_normalized(g, cell, z, part) for z, part in zip((z_x, z_h), NORMALIZED_PARTS[True], strict=True))
+            of_x, of_h = NORMALIZED_PARTS[True]
+            z_x, z_h = _normalized(g, cell, z_x, of_x), _normalized(g, cell, z_h, of_h)
         z = g.elementwise("Add", z_x, z_h)
         if separate and bias is not None:
             z = g.elementwise("Add", z, _by_channel(bias))
@@ -330,7 +329,7 @@ def recurrent(
         flat = layer._in_order(initial_state, lambda item: not isinstance(item, list | tuple))
         given = [state if state is None else g.cast(state, x.dtype) for state in flat]
     before = [g.full([g.length(x, 0), layer.units], x.dtype) if state is None else state for state in given]
-    take = partial(_lstm if isinstance(layer, LSTM) else _gru, layer)
+    take: Take = partial(_STEPS[type(layer)], layer)
     chain = Chain(take, layer.go_backwards, before, -len(names))
     outputs, (after,) = run(
         g, sequence, steps_mask(g, mask, lengths, sequence), [chain], return_sequences=layer.return_sequences
@@ -361,11 +360,10 @@ def _gru(layer: GRU, g: Builder, x: Value, states: list[Value]) -> tuple[Value, 
         return made if bias is None else g.elementwise("Add", made, bias)
 
     zx = g.split(product(x, layer.kernel, of_x), 3, 1)
-    if layer.reset_after:
-        zh = g.split(product(h, R, of_h), 3, 1)
-    else:
-        zh = g.split(product(h, R[:, : 2 * U]), 2, 1)
-    z, r = (activate(g, layer.recurrent_activation, g.elementwise("Add", a, b)) for a, b in zip(zx[:2], zh[:2], strict=True))
+    seen_by_gates = R if layer.reset_after else R[:, : 2 * U]
+    zh = g.split(product(h, seen_by_gates, of_h), seen_by_gates.shape[1] // U, 1)
+    sums = (g.elementwise("Add", a, b) for a, b in zip(zx[:2], zh[:2], strict=True))
+    z, r = (activate(g, layer.recurrent_activation, total) for total in sums)
     seen = g.elementwise("Mul", r, zh[2] if layer.reset_after else h)
     if not layer.reset_after:
         seen = product(seen, R[:, 2 * U :])
@@ -374,3 +372,6 @@ def _gru(layer: GRU, g: Builder, x: Value, states: list[Value]) -> tuple[Value, 
     new = g.elementwise("Mul", g.elementwise("Sub", 1.0, z), n)
     h = g.elementwise("Add", kept, new)
     return h, [h]
+
+
+_STEPS: dict[type, Callable[..., tuple[Value, list[Value]]]] = {LSTM: _lstm, GRU: _gru}
