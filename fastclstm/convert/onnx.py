@@ -4,8 +4,8 @@ What was decided:
 
 - Opset 21, of 2024: the first whose GroupNormalization has a scale for each channel, as ours; Gelu and Mish are there.
 - A ConvLSTM2D is one Scan over time, whatever its options, however many layers are stacked; so the graph takes any
-  number of samples, steps and pixels, and the file holds each weight once. (tf2onnx makes a Loop that computes wrong
-  numbers, without a word: its issue 1760.) Each half of `bidirectional` is a half of the same Scan.
+  number of samples, steps and pixels, and the file holds each weight once. (What frameworks trace is unrolled over
+  time, or wrong: tensorflow-onnx's issue 1760, open since 2021.) `bidirectional` is one Scan with two halves.
 - What is exported infers. Dropout and noise are not there, batch normalization has its moving statistics.
 - Operators of ONNX have channels first, most of ours last. Transposes that meet cancel each other out, and what works
   pixel by pixel needs none.
@@ -97,12 +97,15 @@ def to_onnx(
     OSError
         The file cannot be written.
 
-    Examples
-    --------
-    >>> import tempfile
-    >>> from fastclstm import ConvLSTM2D
-    >>> with tempfile.TemporaryDirectory() as folder:  # doctest: +SKIP
-    ...     to_onnx(ConvLSTM2D(1, 8, 3), f"{folder}/model.onnx")
+    Notes
+    -----
+    A stream, frame by frame, in ONNX Runtime::
+
+        to_onnx(ConvLSTM2D(1, 8, 3), "model.onnx", states=True)
+        session = onnxruntime.InferenceSession("model.onnx")
+        h = c = np.zeros((B, H, W, 8), np.float32)
+        for frame in frames:  # each (B, 1, H, W, 1)
+            y, h, c = session.run(None, {"x": frame, "0.h": h, "0.c": c})
     """
     if not isinstance(model, Layer):
         raise TypeError(f"to_onnx: model must be a layer or a model of layers, got {type(model).__name__}")
