@@ -27,7 +27,7 @@ from fastclstm import __version__
 from fastclstm.convert.onnx_builder import IR_VERSION, OPSET, Value
 from fastclstm.convert.onnx_export import Export
 from fastclstm.convert.onnx_layers import TABLE
-from fastclstm.convert.onnx_recurrent import convlstm2d_cell
+from fastclstm.convert.onnx_recurrent import one_step
 from fastclstm.io.files import replacing
 from fastclstm.layers import (
     Conv3D,
@@ -158,10 +158,10 @@ def _converted(e: Export, model: Layer, input_shape: Any, mask: bool) -> list[tu
 
 
 def _cell(e: Export, cell: ConvLSTM2DCell, x: Value) -> list[tuple[str, Value]]:
-    state = tried(cell.output_shape, x.shape)
-    h, c = (_input(e, name, state, cell, "initial_state") for name in "hc")
-    made = convlstm2d_cell(e, cell, x, h, c)
-    return [(f"{name}.next", replace(value, shape=state)) for name, value in zip("hc", made, strict=True)]
+    shape = tried(cell.output_shape, x.shape)
+    states = [_input(e, name, shape, cell, "initial_state") for name in "hc"]
+    made = one_step(e, cell, x, states)
+    return [(f"{name}.next", replace(value, shape=shape)) for name, value in zip("hc", made, strict=True)]
 
 
 def _mask(e: Export, model: Layer, x: Value) -> Value:

@@ -22,7 +22,7 @@ from fastclstm.convert.onnx_operators import (
     to_channels_first,
     to_channels_last,
 )
-from fastclstm.convert.onnx_recurrent import convlstm2d, recurrent
+from fastclstm.convert.onnx_recurrent import convolutional, recurrent
 from fastclstm.layers.symbolic import leaves
 from fastclstm.models import Model, Sequential
 from fastclstm.models.graph import Slot, filled, paired
@@ -415,7 +415,7 @@ TABLE: Mapping[type, Converter] = {
     layers.Conv2DTranspose: on_frames(_transposed_convolution),
     layers.Conv3D: on_frames(_convolution),
     layers.Conv3DTranspose: on_frames(_transposed_convolution),
-    layers.ConvLSTM2D: convlstm2d,
+    layers.ConvLSTM2D: convolutional,
     layers.Cropping2D: on_frames(_cropping),
     layers.Cropping3D: on_frames(_cropping),
     layers.Dense: on_arrays(_dense),

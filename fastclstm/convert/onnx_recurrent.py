@@ -126,25 +126,25 @@ def _gates(g: Builder, layer: Any, z: Sequence[Value], c: Value, peep: Callable[
     return g.elementwise("Mul", o(peep("o", z_o, c)), activate(g, layer.activation if told is None else told, c)), c
 
 
-# ConvLSTM
+# Convolutional layers
 
 
-def convlstm2d(
+def convolutional(
     e: Export, layer: ConvLSTM2D, x: Value, initial_state: Any = None, mask: Value | None = None,
     lengths: Value | None = None,
 ) -> Any:  # fmt: skip
-    """Convert a ConvLSTM2D: to one Scan, or where both directions are stacked one a layer."""
+    """Convert a ConvLSTM2D or its like: to one Scan, or where both directions are stacked one a layer."""
     g = e.g
     _expect_states(e, layer)
     frames = g.move(x, x.rank - 1, 2) if layer.data_format == "channels_last" else x
     if layer.time_major:
         mask = None if mask is None else g.transpose(mask, (1, 0))
     else:
-        frames = g.transpose(frames, (1, 0, 2, 3, 4))
+        frames = _swapped(g, frames)
     steps = steps_mask(g, mask, lengths, frames)
     given = _given_states(e, layer, x, initial_state)
     before = _filled_states(g, layer, given, frames)
-    slope, each = layer.leaky_relu_slope, layer._stack.layers
+    slope, each, width = layer.leaky_relu_slope, layer._stack.layers, len(_STATE_NAMES)
     groups = [[[cell] for cell in one.cells] for one in each] if layer.bidirectional else [[list(layer.cells)]]
     last: list[Value] = []
     made = [frames]
@@ -154,57 +154,65 @@ def convlstm2d(
             y = g.elementwise("LeakyRelu", y, alpha=slope)
         chains = []
         for number, cells in enumerate(directions):
-            states, before = before[: 2 * len(cells)], before[2 * len(cells) :]
+            states, before = before[: width * len(cells)], before[width * len(cells) :]
             backwards = (layer.go_backwards and index == 0) != bool(number)
-            chains.append(Chain(partial(_through, cells, slope), backwards, states, -2))
+            chains.append(Chain(partial(_through, cells, slope), backwards, states, -width))
         outputs, ends = run(g, y, steps, chains, return_sequences=layer.return_sequences or not final,
                             zero_output_for_mask=layer.zero_output_for_mask and final)  # fmt: skip
-        made = _merged(g, outputs, layer.merge_mode)
+        made = _merged(g, outputs, layer.merge_mode, frames.rank - 2)
         last += [state for end in ends for state in end]
         if index == 0 and steps is not None and layer.go_backwards:
             steps = g.slice(steps, {0: (-1, -LAST, -1)})  # what the first layer hands on is as it was processed
-    after = [_channels(g, layer, state) for state in last]
+    after = [_written(g, layer, state) for state in last]
     e.keep_states(given, after)
     if layer.return_sequences and not layer.time_major:
-        made = [g.transpose(part, (1, 0, 2, 3, 4)) for part in made]
-    written = tuple(_channels(g, layer, part) for part in made)
+        made = [_swapped(g, part) for part in made]
+    written = tuple(_written(g, layer, part) for part in made)
     result = written if len(written) > 1 else written[0]
-    return (result, list(zip(after[::2], after[1::2], strict=True))) if layer.return_state else result
+    by_cell = [tuple(after[n : n + width]) for n in range(0, len(after), width)]
+    return (result, by_cell) if layer.return_state else result
 
 
-def convlstm2d_cell(e: Export, cell: ConvLSTM2DCell, x: Value, h: Value, c: Value) -> tuple[Value, Value]:
-    """Convert one step of a cell."""
-    first = cell.data_format == "channels_first"
-    x, h, c = (value if first else to_channels_first(e.g, value) for value in (x, h, c))
-    h, c = _step(e.g, cell, x, h, c)
-    return _channels(e.g, cell, h), _channels(e.g, cell, c)
+_STATE_NAMES = "hc"
 
 
-def _channels(g: Builder, layer: Any, value: Value) -> Value:
+def one_step(e: Export, cell: ConvLSTM2DCell, x: Value, states: Sequence[Value]) -> list[Value]:
+    """Convert one step of a cell; return the states after it."""
+    last = cell.data_format == "channels_last"
+    x, *states = (to_channels_first(e.g, value) if last else value for value in (x, *states))
+    return [_written(e.g, cell, state) for state in _step(e.g, cell, x, states)]
+
+
+def _swapped(g: Builder, x: Value) -> Value:
+    """Return (B, T, …) as (T, B, …), and the other way round."""
+    return g.transpose(x, (1, 0, *range(2, x.rank)))
+
+
+def _written(g: Builder, layer: Any, value: Value) -> Value:
     """Return (…, C, H, W) with the channels where the layer has them."""
     return value if layer.data_format == "channels_first" else g.move(value, value.rank - 3, value.rank - 1)
 
 
-def _merged(g: Builder, outputs: list[Value], mode: str | None) -> list[Value]:
-    """Return both directions' outputs as one, on whose last three axes a frame is, or as they are."""
+def _merged(g: Builder, outputs: list[Value], mode: str | None, axes: int) -> list[Value]:
+    """Return both directions' outputs as one, of which the last `axes` are those of a frame, or as they are."""
     if len(outputs) == 1 or mode is None:
         return outputs
     if mode == "concat":
-        return [g.concatenate(outputs, outputs[0].rank - 3)]
+        return [g.concatenate(outputs, outputs[0].rank - axes)]
     merged = g.elementwise("Mul" if mode == "mul" else "Add", *outputs)
     return [g.elementwise("Mul", merged, 0.5) if mode == "ave" else merged]
 
 
 def _given_states(e: Export, layer: ConvLSTM2D, x: Value, initial_state: Any) -> list[Value | None]:
-    """Return h and c of every cell, (B, F, H, W), that a call is given, or that are inputs of the graph."""
+    """Return the states of every cell, (B, F, H, W), that a call is given, or that are inputs of the graph."""
     count = len(layer.cells)
     if initial_state is None:
-        names = [f"{cell}.{name}" for cell in range(count) for name in "hc"]
+        names = [f"{cell}.{name}" for cell in range(count) for name in _STATE_NAMES]
 
         def shapes(shape: Shape) -> list[Shape]:
             layout = layer._layout(shape)
             B, _, *frame = layout.read_shape("x", shape, sequence=True)
-            return [layout.shape(state) for state in layer._state_shapes((B, *frame)) for _ in "hc"]
+            return [layout.shape(state) for state in layer._state_shapes((B, *frame)) for _ in _STATE_NAMES]
 
         flat = e.state(names, tried(shapes, x.shape), x.dtype)
     else:
@@ -220,54 +228,57 @@ def _filled_states(g: Builder, layer: ConvLSTM2D, given: Sequence[Value | None],
     if all(state is not None for state in given):
         return [state for state in given if state is not None]
     zeros: list[Value] = []
-    sizes: list[Size] = [g.length(sequence, axis) for axis in (3, 4)]
+    sizes: list[Size] = [g.length(sequence, axis) for axis in range(3, sequence.rank)]
     for one in layer._stack.layers:
         for cell in one.cells:
             strides, window, _ = _geometry(cell)
             made = output_sizes(g, sizes.__getitem__, cell.padding, window, strides)
-            zeros += [g.full([g.length(sequence, 1), cell.out_channels, *made], sequence.dtype)] * 2
+            zeros += [g.full([g.length(sequence, 1), cell.out_channels, *made], sequence.dtype)] * len(_STATE_NAMES)
         sizes = made
     return [zero if state is None else state for state, zero in zip(given, zeros, strict=True)]
 
 
 def _geometry(cell: ConvLSTM2DCell) -> tuple[Shape, Shape, Shape]:
     """Return strides, dilated extent and dilation of the input's convolution."""
-    strides, dilation = (integers("to_onnx", "stride", value, 2, 1) for value in (cell.stride, cell.dilation))
-    return strides, tuple(windows(cell.kernel_size, dilation)), dilation
+    size = cell.kernel.shape[:-2]
+    strides, dilation = (integers("to_onnx", "stride", n, len(size), 1) for n in (cell.stride, cell.dilation))
+    return strides, tuple(windows(size, dilation)), dilation
 
 
 def _through(
     cells: Sequence[ConvLSTM2DCell], slope: float | None, g: Builder, x: Value, states: list[Value]
 ) -> tuple[Value, list[Value]]:
-    """Take x through cells one on the other; h and c of each are the states."""
+    """Take x through cells one on the other, each with as many of the states."""
     after: list[Value] = []
     for number, cell in enumerate(cells):
         if number and slope is not None:
             x = g.elementwise("LeakyRelu", x, alpha=slope)
-        x, c = _step(g, cell, x, *states[2 * number : 2 * number + 2])
-        after += [x, c]
+        after += _step(g, cell, x, states[len(after) : len(after) + len(states) // len(cells)])
+        x = after[-(len(states) // len(cells))]
     return x, after
 
 
-def _step(g: Builder, cell: ConvLSTM2DCell, x: Value, h: Value, c: Value) -> tuple[Value, Value]:
-    """Return the next h and c."""
+def _step(g: Builder, cell: ConvLSTM2DCell, x: Value, states: Sequence[Value]) -> list[Value]:
+    """Return the next states, h first."""
+    h, c = states
     parts = g.split(_pre_activations(g, cell, x, h), len(GATES), 1)
-    return _gates(g, cell, parts, c, partial(_peep, g, cell))
+    return list(_gates(g, cell, parts, c, partial(_peep, g, cell)))
 
 
 def _pre_activations(g: Builder, cell: ConvLSTM2DCell, x: Value, h: Value) -> Value:
     strides, window, dilation = _geometry(cell)
-    recurrent_dilation = integers("to_onnx", "recurrent_dilation", cell.recurrent_dilation, 2, 1)
-    recurrent_window = windows(cell.recurrent_kernel.shape[:2], recurrent_dilation)
+    recurrent_dilation = integers("to_onnx", "recurrent_dilation", cell.recurrent_dilation, len(window), 1)
     options = {"strides": strides, "dilation": dilation, "padding": cell.padding, "padding_mode": cell.padding_mode}
     how, bias = cell.normalization, cell.bias
     separate = how is not None and how.separate
-    same_taps = cell.kernel.shape[:2] == cell.recurrent_kernel.shape[:2] and dilation == recurrent_dilation
-    if not separate and same_taps and max(strides) == 1 and (
-        paddings(g, lengths(g, x), cell.padding, window, strides)
-        == paddings(g, lengths(g, h), "same", recurrent_window, (1, 1))
-    ):  # fmt: skip
-        kernel = np.concatenate([cell.kernel, cell.recurrent_kernel], 2)
+    same = paddings(g, lengths(g, h), "same", window, (1,) * len(window))
+    if (
+        not separate
+        and max(strides) == 1
+        and (cell.kernel.shape[:-2], dilation) == (cell.recurrent_kernel.shape[:-2], recurrent_dilation)
+        and paddings(g, lengths(g, x), cell.padding, window, strides) == same
+    ):
+        kernel = np.concatenate([cell.kernel, cell.recurrent_kernel], -2)
         z = convolve(g, g.concatenate([x, h], 1), kernel, bias, **options)
     else:
         z_x = convolve(g, x, cell.kernel, None if separate else bias, **options)
