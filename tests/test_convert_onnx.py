@@ -4,6 +4,7 @@ What is exported has axes of unknown size, and is run with two sets of sizes.
 """
 
 import importlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -610,3 +611,12 @@ def test_without_onnx_it_is_said_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(ImportError, match=r"pip install 'fastclstm\[onnx\]'"):
         to_onnx(Dense(3, 2), tmp_path / "model.onnx")
+
+
+def test_the_example_runs(tmp_path):
+    pytest.importorskip("onnxruntime")
+    example = Path(fastclstm.__file__).parents[1] / "examples" / "export_onnx.py"
+    environment = os.environ | {"PYTHONPATH": str(example.parents[1])}
+    command = [sys.executable, str(example)]
+    told = subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True).stdout
+    assert [line[:8] for line in told.splitlines()[-3:]] == ["4 sequen", "one of 3", "frame by"]
