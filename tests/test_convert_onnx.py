@@ -613,6 +613,7 @@ def test_without_onnx_it_is_said_what_to_install(monkeypatch, tmp_path):
         to_onnx(Dense(3, 2), tmp_path / "model.onnx")
 
 
+@pytest.mark.slow
 def test_the_example_runs(tmp_path):
     pytest.importorskip("onnxruntime")
     example = Path(fastclstm.__file__).parents[1] / "examples" / "export_onnx.py"
