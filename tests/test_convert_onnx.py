@@ -31,8 +31,15 @@ from fastclstm.layers import (
     Conv2DTranspose,
     Conv3D,
     Conv3DTranspose,
+    ConvGRU2D,
+    ConvGRU2DCell,
+    ConvLSTM1D,
     ConvLSTM2D,
     ConvLSTM2DCell,
+    ConvLSTM3D,
+    ConvLSTM3DCell,
+    ConvRNN2D,
+    ConvRNN2DCell,
     Cropping2D,
     Cropping3D,
     Dense,
@@ -82,7 +89,7 @@ from fastclstm.layers import (
     ZeroPadding3D,
 )
 from fastclstm.layers.symbolic import leaves, mapped_shapes
-from fastclstm.models import Model, Sequential
+from fastclstm.models import EncoderForecaster, Model, Sequential
 from fastclstm.nn.activations import TABLE as ACTIVATIONS
 from fastclstm.nn.normalization import Normalization
 
@@ -235,12 +242,12 @@ LAYERS = rows(
 )  # fmt: skip
 
 
-def drawn(layer, seed=0):
+def drawn(layer, seed=0, scale=0.3):
     """A layer with parameters that are all different, variances above 0."""
     rng = np.random.default_rng(seed)
     new = {}
     for name, old in layer.parameters.items():
-        array = rng.normal(scale=0.5, size=old.shape)
+        array = rng.normal(scale=scale, size=old.shape)
         new[name] = np.abs(array) + 0.5 if "variance" in name else array
     layer.set_parameters(new)
     return layer
@@ -294,9 +301,11 @@ def same(made, expected, tolerance=1e-5):
 
 
 def test_every_layer_is_exported_or_refused():
-    exported = {type(case.values[0]).__name__ for case in LAYERS} | {"UpSampling2D", "Embedding", "ConvLSTM2DCell"}
-    assert exported - {"Sequential"} == set(layers.__all__) - REFUSED
-    in_table = {kind.__name__ for kind in TABLE} | {"UpSampling2D", "ConvLSTM2DCell"}
+    cells = {f"{name}Cell" for name in ("ConvLSTM2D", "ConvLSTM3D", "ConvGRU2D", "ConvRNN2D")}
+    exported = {type(case.values[0]).__name__ for case in LAYERS} | cells | {"UpSampling2D", "Embedding"}
+    elsewhere = {"ConvGRU2D", "ConvRNN2D", "ConvLSTM1D", "ConvLSTM3D"}  # test_other_cells_and_frames
+    assert (exported | elsewhere) - {"Sequential"} == set(layers.__all__) - REFUSED
+    in_table = {kind.__name__ for kind in TABLE} | cells | {"UpSampling2D"}
     assert in_table == (set(layers.__all__) - REFUSED) | {"Sequential", "Model"}
 
 
@@ -358,6 +367,36 @@ def test_a_convlstm_is_one_scan_whatever_its_options(options, tmp_path):
         same(run(x), layer(x))
 
 
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (ConvGRU2D(4, 3, 3, num_layers=2, go_backwards=True, return_state=True, leaky_relu_slope=0.1, **REF),
+         SEQUENCES),
+        (ConvGRU2D(4, 4, 3, reset_after=False, normalization=Normalization("group", groups=6), stride=2,
+                   bidirectional=True, **FIRST, **REF), CHANNELS_FIRST),
+        (ConvGRU2D(4, 3, 3, reset_after=False, use_bias=False, recurrent_kernel_size=5, **REF), SEQUENCES),
+        (ConvRNN2D(4, 3, 3, normalization="group", padding_mode="circular", return_sequences=False, **REF), SEQUENCES),
+        (ConvLSTM1D(4, 3, 3, num_layers=2, peephole="channel", stride=2, return_state=True, **REF), (N, N, N, 4)),
+        (ConvLSTM1D(4, 3, 2, 1, bidirectional=True, return_sequences=False, **FIRST, **REF), (N, N, 4, N)),
+        (ConvLSTM3D(4, 3, (2, 3, 3), normalization="group", stride=(1, 2, 1), return_state=True, **REF),
+         (N, N, N, N, N, 4)),
+        (ConvLSTM3D(4, 2, 3, bidirectional=True, merge_mode="sum", **FIRST, **REF), (N, N, 4, N, N, N)),
+    ],
+    ids=lambda value: type(value).__name__,
+)  # fmt: skip
+def test_other_cells_and_frames(layer, shape, tmp_path):
+    pytest.importorskip("onnxruntime")
+    run = Exported(drawn(layer), tmp_path, states=True)
+    assert run.kinds.count("Scan") == 1
+    returned, layer.return_state = layer.return_state, True
+    for batch, base in ((2, 4), (3, 6)):
+        x = values(shape, layer, batch, base)
+        _, zeros = layer(x)
+        states = [tuple(np.float32(normal(*array.shape, seed=n)) for n, array in enumerate(cell)) for cell in zeros]
+        y, after = layer(x, initial_state=states)
+        same(run(x, *leaves(states)), [y, after, after] if returned else [y, after])
+
+
 @pytest.mark.parametrize("zero", [False, True])
 @pytest.mark.parametrize("options", [CELLS[n] for n in (0, 2, 3, 4, 5, 7, 9)], ids=str)
 def test_masks_of_a_convlstm(options, zero, tmp_path):
@@ -404,6 +443,25 @@ def test_a_stream_is_its_pieces(options, tmp_path):
     output, states = layer(x)
     output = output[:, 4:] if layer.return_sequences else output
     same(made, [output, states])
+    one = Exported(layer, tmp_path, states=True, input_shape=(N, 1, N, N, 4))
+    assert "Scan" not in one.kinds  # of one frame no loop is made
+    y, states = layer(x[:, :1])
+    same(one(x[:, :1], *(np.zeros_like(state) for state in leaves(states))), [y, states, states])
+
+
+@pytest.mark.parametrize(
+    ("cell", "frame"),
+    [
+        (ConvLSTM3DCell(4, 3, 3, **REF), (3, 4, 5)), (ConvRNN2DCell(4, 3, 3, **REF), (4, 5)),
+        (ConvGRU2DCell(4, 3, 3, reset_after=False, **REF), (4, 5)), (ConvGRU2DCell(4, 3, 3, **REF), (4, 5)),
+    ],
+    ids=lambda value: type(value).__name__,
+)  # fmt: skip
+def test_a_step_of_other_cells(cell, frame, tmp_path):
+    pytest.importorskip("onnxruntime")
+    run = Exported(drawn(cell), tmp_path)
+    arrays = [np.float32(normal(2, *frame, C, seed=C)) for C in (4, *[3] * len(cell._state_names))]
+    same(run(*arrays), cell(*arrays))
 
 
 def test_a_cell_is_one_step(tmp_path):
@@ -568,6 +626,7 @@ class Own(LeakyReLU):
         (Dense(3, 2), {"input_shape": (N, 4)}, ValueError, "in_features is 3"),
         (Conv2D(1, 1, 3)(Input((8, 8, 1))), {}, TypeError, "must be a layer or a model of layers, got Symbol"),
         (encoder_decoder(), {"input_shape": [(1, 2, 3, 4, 5)]}, ValueError, "input_shape"),
+        (EncoderForecaster(1, 2, 3), {}, NotImplementedError, "EncoderForecaster has no counterpart"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_exported_is_told_before_a_file_is_touched(model, options, error, match, tmp_path):

@@ -13,6 +13,7 @@ import hashlib
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from importlib import import_module
 from itertools import count
 from typing import Any
 
@@ -64,20 +65,15 @@ class Builder:
     """A graph that is being built: the whole one, or the body of a loop in it."""
 
     def __init__(self, outer: Builder | None = None):
-        if outer is None:
-            import onnx
-
-            self.onnx: Any = onnx
-            self._numbers = count()
-        else:
-            self.onnx, self._numbers = outer.onnx, outer._numbers
+        self.onnx: Any = import_module("onnx") if outer is None else outer.onnx
+        self._numbers: Any = count() if outer is None else outer._numbers
+        self._outer = outer
         self.inputs: list[Any] = []
         self.outputs: list[Any] = []
         self._nodes: list[Any] = []
         self._constants: dict[tuple[Any, ...], tuple[str, np.ndarray]] = {}
         self._transposed: dict[tuple[str, tuple[int, ...]], str] = {}
         self._lengths: dict[tuple[str, int], str] = {}
-        self._within = 0
 
     # What goes in and out
 
@@ -98,8 +94,8 @@ class Builder:
 
     @property
     def size(self) -> int:
-        """Bytes of the constants, those of loops too."""
-        return self._within + sum(array.nbytes for _, array in self._constants.values())
+        """Bytes of the constants, which are all in the whole graph."""
+        return sum(array.nbytes for _, array in self._constants.values())
 
     def new_name(self, kind: str) -> str:
         """Return a name that nothing in the whole graph has; inputs and outputs have no slash in theirs."""
@@ -156,8 +152,9 @@ class Builder:
                 array = wide.transpose(np.argsort(like.order))
             names.append(self.constant(array.reshape(()) if array.size == 1 else array))
         (name,) = self.several(kind, names, 1, **attributes)
-        known = like.shape if len(values) == 1 else (None,) * like.rank
-        return Value(name, dtype or values[0].dtype, like.order, known)
+        known = [{n for n in sizes if n != 1} or {1} for sizes in zip(*(value.shape for value in values), strict=True)]
+        shape = tuple(max(sizes - {None}, default=None) for sizes in known)  # others are stretched to it
+        return Value(name, dtype or values[0].dtype, like.order, shape)
 
     def cast(self, value: Value, dtype: str) -> Value:
         """Return a value of that dtype."""
@@ -167,7 +164,9 @@ class Builder:
         return self.elementwise("Cast", value, dtype=dtype, to=to)
 
     def constant(self, array: Any) -> str:
-        """Return the name of a tensor that holds an array; equal ones are one."""
+        """Return the name of a tensor that holds an array; equal ones are one, within loops too."""
+        if self._outer is not None:
+            return self._outer.constant(array)
         array = np.array(array, order="C")
         key = array.dtype.str, array.shape, hashlib.sha256(array.tobytes()).digest()
         if key not in self._constants:
@@ -344,6 +343,13 @@ class Builder:
         (name,) = self.several("Unsqueeze", [self.plain(value), self.constant(list(axes))], 1)
         return _value(name, value.dtype, shape)
 
+    def squeeze(self, value: Value, axis: int) -> Value:
+        """Return a value without one of our axes, which is of 1."""
+        place, left = value.order[axis], [n for n in range(value.rank) if n != axis]
+        (name,) = self.several("Squeeze", [value.name, self.constant([place])], 1)
+        order = tuple(n - (n > place) for n in (value.order[axis] for axis in left))
+        return Value(name, value.dtype, order, tuple(value.shape[axis] for axis in left))
+
     def full(self, sizes: Sequence[Size], dtype: str) -> Value:
         """Return zeros."""
         fill = self.onnx.numpy_helper.from_array(np.zeros(1, dtype))
@@ -363,8 +369,12 @@ class Builder:
         """Run a body over the first axis of sequences; return the last states, and its outputs as sequences.
 
         `body` takes a builder, the states, and an item of each sequence, and returns the states after it and outputs.
-        Sequences come with whether they are read from the end, and `backwards` says so of the writing of outputs.
+        Sequences come with whether they are read from the end, and `backwards` says so of the writing of outputs. Of
+        sequences that are known to be of one item no loop is made.
         """
+        if sequences[0][0].shape[0] == 1:
+            after, made = body(self, list(states), [self.squeeze(sequence, 0) for sequence, _ in sequences])
+            return after, [self.unsqueeze(value, [0]) for value in made]
         inner = Builder(self)
         before = [inner.input(inner.new_name("state"), s.dtype, s.shape) for s in states]
         items = [inner.input(inner.new_name("item"), s.dtype, s.shape[1:]) for s, _ in sequences]
@@ -378,7 +388,6 @@ class Builder:
             "Scan", [self.plain(value) for value in (*states, *(s for s, _ in sequences))], len(after) + len(made),
             body=inner.graph(self.new_name("body")), num_scan_inputs=len(sequences), **directions,
         )  # fmt: skip
-        self._within += inner.size
         last = [_value(name, s.dtype, s.shape) for name, s in zip(names, states, strict=False)]
         T, written = sequences[0][0].shape[0], zip(names[len(after) :], made, strict=True)
         return last, [_value(name, item.dtype, (T, *item.shape)) for name, item in written]
