@@ -622,6 +622,6 @@ def _run(finish, transformed):
     return run
 
 
-DIRECT = {name: kernel(_run(GATES.get(name), False), f"planar.direct.{name}") for name in FINISHES}
-WINOGRAD = {name: kernel(_run(GATES.get(name), True), f"planar.winograd.{name}") for name in FINISHES}
+DIRECT = {name: kernel(_run(GATES.get(name), False), f"planar_direct.{name}") for name in FINISHES}
+WINOGRAD = {name: kernel(_run(GATES.get(name), True), f"planar_winograd.{name}") for name in FINISHES}
 """Compute a piece of a sequence directly, or with F(m_y×m_x, k_y×k_x), by what becomes of the columns."""
