@@ -11,7 +11,8 @@ from typing import NamedTuple
 import numpy as np
 
 from fastclstm.engines.cpu import tiles
-from fastclstm.engines.cpu.kernels import direct, gates, planar, simd, winograd
+from fastclstm.engines.cpu.kernels import direct, gates, simd, winograd
+from fastclstm.engines.cpu.kernels import planar as planar_kernels
 from fastclstm.engines.cpu.kernels.entry import table
 from fastclstm.engines.cpu.kernels.padding import SOURCE, source
 from fastclstm.engines.cpu.kernels.schedule import Plan
@@ -129,9 +130,15 @@ def is_planar(specs: tuple[ConvSpec, ...], tile: Tile | None, itemsize: int, gat
     return planar_cost(specs, tile, itemsize, gates) <= cost(specs, tile, itemsize, gates)
 
 
-def plan(specs: tuple[ConvSpec, ...], tile: Tile | None, finish: str, groups: int, itemsize: int, threads: int) -> Plan:
-    """Plan the sum of convolutions, with Winograd's tiles or directly (None), for up to so many threads."""
-    if is_planar(specs, tile, itemsize, finish != "store"):
+def plan(
+    specs: tuple[ConvSpec, ...], tile: Tile | None, finish: str, groups: int, itemsize: int, threads: int,
+    planar: bool | None = None,
+) -> Plan:  # fmt: skip
+    """Plan the sum of convolutions, with Winograd's tiles or directly (None), for up to so many threads.
+
+    planar: whether tiles are the lanes of vectors; None: as `is_planar` says.
+    """
+    if is_planar(specs, tile, itemsize, finish != "store") if planar is None else planar:
         return planar_plan(specs, tile, finish, itemsize, threads)
     if tile:
         return winograd_plan(specs, tile, finish, groups, itemsize, threads)
@@ -212,12 +219,12 @@ def planar_cost(specs: tuple[ConvSpec, ...], tile: Tile | None, itemsize: int, g
     filters = spec.F // 4 if gates else spec.F
     if filters > PLANAR_MOST or spec.B == 0:
         return math.inf
-    columns = -(-spec.F // planar.QUAD) * planar.QUAD
+    columns = -(-spec.F // planar_kernels.QUAD) * planar_kernels.QUAD
     m = tile or _direct_tile(specs)
     tiles_y, tiles_x = _tiles_of(spec, m, bool(tile))
     images, band = _cut(spec.B, tiles_y, tiles_x, tiles.dilation(spec)[0] if tile else 1, lanes, 1)
     vectors = -(-spec.B // images) * -(-tiles_y // band) * -(-images * band * tiles_x // lanes)
-    work = vectors * m.outputs * (60 + PLANAR_FINISH[not gates] * filters)
+    work: float = vectors * m.outputs * (60 + PLANAR_FINISH[not gates] * filters)
     pieces = len(tiles.pieces(spec.KH, spec.KW, tile)) if tile else 1
     for s in specs:
         reads_y, reads_x = (
@@ -435,64 +442,69 @@ def planar_plan(specs: tuple[ConvSpec, ...], tile: Tile | None, finish: str, ite
     if tile:
         m, sources, (d_y, d_x) = tile, tile_sources(specs, tile, hidden=hidden), tiles.dilation(spec)
         sources["KH"], sources["KW"] = tile.k_y, tile.k_x
-        steps_y, steps_x = sources["dilation_y"], sources["dilation_x"]
     else:
         sources = np.array([source(s, hidden and n == 0) for n, s in enumerate(specs)], SOURCE)
-        m, d_y, d_x, steps_y, steps_x = _direct_tile(specs), 1, 1, 1, 1
+        m, d_y, d_x = _direct_tile(specs), 1, 1
     side, points = m.outputs, m.points
     tiles_y, tiles_x = _tiles_of(spec, m, bool(tile))
     images, band = _cut(B, tiles_y, tiles_x, d_y, lanes, threads)
     units, blocks = -(-B // images), -(-tiles_y // band)
-    reads = np.zeros(len(sources), planar.READ)
-    for axis, outputs in (("y", -(-band // d_y) * m.m_y * d_y), ("x", -(-tiles_x // d_x) * m.m_x * d_x)):
-        taps = sources["KH" if axis == "y" else "KW"] - 1
-        stride, dilation = sources[f"stride_{axis}"], sources[f"dilation_{axis}"]
-        size, name = ("height", "rows") if axis == "y" else ("width", "columns")
-        reads[size] = (outputs - 1) * stride + taps * dilation + 1
-        along = m.m_y if axis == "y" else m.m_x
-        reads[name] = along + taps if tile else (along - 1) * stride + taps * dilation + 1
-        reads[f"step_{axis}"] = steps_y if axis == "y" else steps_x
-    reads["size"] = reads["height"] * reads["width"] * sources["C"]
+    reads = _planar_reads(sources, m, ((band, d_y), (tiles_x, d_x)), bool(tile))
     volumes = reads["rows"] * reads["columns"] * sources["C"]
-    if tile:
-        inputs = volumes.max()
-    else:
-        reads["planes"] = np.cumsum(volumes) - volumes
-        inputs = volumes.sum()
+    inputs = volumes.max() if tile else volumes.sum()
     segments = np.zeros((0, 5), np.int64) if tile else _planar_segments(specs, sources, reads)
     rows = int(sources["C"].sum())
     at_once = 1
     if tile:
-        at_once = max(n for n in (1, 2, planar.ROWS) if n == 1 or points * rows * n * lanes * itemsize <= POINTS_BYTES)
+        most = POINTS_BYTES // (points * rows * lanes * itemsize)
+        at_once = max(n for n in (1, 2, planar_kernels.ROWS) if n <= max(1, most))
     places, at = {}, 0
     for n, scalars in enumerate(reads["size"].tolist()):
         sources[n]["scratch"] = at
         at += _aligned(scalars * images * itemsize)
-    pitch = F if has_gates else -(-F // planar.QUAD) * planar.QUAD
+    pitch = F if has_gates else -(-F // planar_kernels.QUAD) * planar_kernels.QUAD
     vectors = {
         "inputs": inputs + lanes,
         "points": (points * (rows * at_once + 1)) if tile else 0,
-        "products": planar.ROWS * planar.QUAD * (points + 1) if tile else 0,
+        "products": planar_kernels.ROWS * planar_kernels.QUAD * (points + 1) if tile else 0,
         "z": 4 * side,
         "c": at_once * side * pitch + lanes if has_gates else 0,
         "h": at_once * side * pitch + lanes,
         "zx": 4 * at_once * side * F + lanes if has_gates else 0,
         "peepholes": 3 * at_once * side * F + lanes if has_gates else 0,
         "line": 1,
-        "tiles": 8 * (lanes + planar.PANEL + side + at_once * (3 * lanes + 1)) // (lanes * itemsize) + 1,
+        "tiles": 8 * (lanes + planar_kernels.PANEL + side + at_once * (3 * lanes + 1)) // (lanes * itemsize) + 1,
         "nowhere": 4 * m.m_x * F // lanes + 2,
     }
     for name, count in vectors.items():
         places[name] = at
         at += _aligned(int(count) * lanes * itemsize)
-    work = np.zeros(1, planar.WORK)
+    work = np.zeros(1, planar_kernels.WORK)
     work[0] = (HO, WO, m.m_y, m.m_x, d_y, d_x, tiles_x, tiles_y, images, band, rows, at_once, *places.values())
     reach = tiles_y if spec.padding_mode == "circular" else -(-_reach(spec)[0] // (band * m.m_y))
     order = np.arange(blocks)
     neighbours = np.stack([np.maximum(order - reach, 0), np.minimum(order + reach + 1, blocks)], 1)
     tables = table(work, sources, reads, neighbours, segments)
-    kernel = (planar.WINOGRAD if tile else planar.DIRECT)[finish]
+    kernel = (planar_kernels.WINOGRAD if tile else planar_kernels.DIRECT)[finish]
     return Plan(kernel, tuple(tile or (0, 0, 0, 0)), work, tables, at, units, blocks, 1)
+
+
+def _planar_reads(
+    sources: np.ndarray, tile: Tile, cut: tuple[tuple[int, int], tuple[int, int]], transformed: bool
+) -> np.ndarray:
+    """What a block and its tiles read of each source; cut: tiles of a block and their dilation, on both axes."""
+    reads = np.zeros(len(sources), planar_kernels.READ)
+    names = ("height", "rows", "y", "KH"), ("width", "columns", "x", "KW")
+    for (size, own, axis, kernel), (count, apart), m in zip(names, cut, tile[:2], strict=True):
+        stride, dilation, taps = sources[f"stride_{axis}"], sources[f"dilation_{axis}"], sources[kernel] - 1
+        reads[size] = (-(-count // apart) * m * apart - 1) * stride + taps * dilation + 1
+        reads[own] = m + taps if transformed else (m - 1) * stride + taps * dilation + 1
+        reads[f"step_{axis}"] = dilation if transformed else 1
+    reads["size"] = reads["height"] * reads["width"] * sources["C"]
+    if not transformed:  # transformed tiles of one source take the place of the one before
+        volumes = reads["rows"] * reads["columns"] * sources["C"]
+        reads["planes"] = np.cumsum(volumes) - volumes
+    return reads
 
 
 def _direct_tile(specs: tuple[ConvSpec, ...]) -> Tile:
@@ -501,12 +513,12 @@ def _direct_tile(specs: tuple[ConvSpec, ...]) -> Tile:
     def read(m_y: int) -> int:
         return sum(
             ((m_y - 1) * s.strides[0] + (s.KH - 1) * s.dilation[0] + 1)
-            * ((planar.M_X - 1) * s.strides[1] + (s.KW - 1) * s.dilation[1] + 1) * s.C
+            * ((planar_kernels.M_X - 1) * s.strides[1] + (s.KW - 1) * s.dilation[1] + 1) * s.C
             for s in specs
         )  # fmt: skip
 
     lines = range(min(4, specs[0].HO), 1, -1)
-    return Tile(next((m for m in lines if read(m) * simd.VECTOR_BYTES <= READ_BYTES), 1), planar.M_X, 1, 1)
+    return Tile(next((m for m in lines if read(m) * simd.VECTOR_BYTES <= READ_BYTES), 1), planar_kernels.M_X, 1, 1)
 
 
 def _tiles_of(spec: ConvSpec, tile: Tile, interleaved: bool) -> tuple[int, int]:

@@ -19,11 +19,11 @@ LINE = 1024
 """Scalars (pixels × filters) that are taken back together, at most, but for one pixel of more filters."""
 
 PEEPS, LINES = 3, 6
-"""Which lines hold the peepholes of channels (the first three: products of dz and c for them), and how many there are."""
+"""Which lines hold peepholes of channels (the first three: products of dz and c for them), and how many there are."""
 
 WEIGHTS, PRODUCTS, Z, BEFORE, C, DH, DY, DC, H, PLANES = 0, 3, 6, 10, 11, 12, 13, 14, 15, 16
-"""Which planes, times F, hold weights of peepholes and products for them, gates (then dz), the output gate before, c, dh,
-dy, dc and h, and how many there are."""
+"""Which planes, times F, hold weights of peepholes and products for them, gates (then dz), the output gate before, c,
+dh, dy, dc and h, and how many there are."""
 
 STEP = np.dtype([
     ("B", np.int64), ("pixels", np.int64), ("F", np.int64),

@@ -43,7 +43,7 @@ ROWS = 4 if simd.REGISTERS == 32 else 2
 """Pixels, each of a vector of tiles, that meet a quad of columns in registers."""
 
 PANEL = 3 * QUAD
-"""Numbers of a quad: where each column is and how far from row to row of the weights, then how far to the next point."""
+"""Numbers of a quad: where each column is and how far it is to the next row of weights, then to the next point."""
 
 M_X = 4
 """Pixels of a line of a direct convolution's tile: few, so that narrow frames fill lanes; a multiple of `ROWS`."""
@@ -231,14 +231,13 @@ def _exchanging(move):
     """Return the function that brings planes to or from the arrays, by `gather` or `scatter`."""
 
     @inline
-    def exchange(
-        flow, work, cell, group, which, each, tiles, addresses, nowhere, whole, b0, y0, mask, t, planes, pitch
-    ):
+    def exchange(here, group, which, each, tiles, addresses, nowhere, whole, planes, pitch):
         """Move the filters of a group, `each` scalars a filter and pixel, of the pixels of a vector of tiles.
 
         planes: [pixel][each][filter][tile], `pitch` of them a pixel. What is not there, or is masked, goes nowhere.
         whole: all pixels are there, those of a line side by side.
         """
+        flow, work, cell, t, b0, y0, mask = here
         lanes = simd.vector_lanes(planes)
         itemsize = simd.VECTOR_BYTES // lanes
         first, filters, F = group[3], group[4], cell.F
@@ -253,7 +252,7 @@ def _exchanging(move):
             if whole and n > 0:
                 offset = i * work.dilation_y * work.WO * each * F * itemsize
             else:
-                known, base = -1, 0
+                known, base = -1, np.int64(0)
                 for lane in range(lanes):
                     y = y0 + tiles[lanes + lane] + i * work.dilation_y
                     x = tiles[2 * lanes + lane] + j * work.dilation_x
@@ -275,8 +274,9 @@ _bring, _take_away = _exchanging(gather), _exchanging(scatter)
 
 
 @inline
-def _is_whole(flow, work, cell, group, tiles, lanes, b0, y0, mask, t):
+def _is_whole(here, group, tiles, lanes):
     """Whether all pixels of a vector of tiles are there, those of a line with all filters side by side."""
+    flow, work, cell, t, b0, y0, mask = here
     if group[4] != cell.F or work.dilation_x > 1 or tiles[3 * lanes] < lanes:
         return False
     for lane in range(lanes):
@@ -407,8 +407,9 @@ def _find_trouble(flow, group, tiles, b0, planes, count, line):
 
 
 @inline
-def _skip_masked(like, flow, work, cell, group, tiles, lanes, b0, y0, mask, t, pixels):
+def _skip_masked(like, here, group, tiles, lanes, pixels):
     """Carry on the states of the images that are masked."""
+    flow, work, cell, t, b0, y0, mask = here
     for lane in range(tiles[3 * lanes]):
         b = b0 + tiles[lane]
         if not mask[b, t]:
@@ -454,74 +455,99 @@ def _run(finish, transformed):
                 simd.store(simd.shift(gate, 3 * gap), o)
 
     @inline
+    def read_states(like, here, group, scratch, tiles, addresses, v, size):
+        """Bring the cell states of a vector of tiles, and what else the gates want, to planes of `size` scalars."""
+        flow, work, cell, t, b0 = here[:5]
+        c, zx = simd.at(like, scratch + work.c), simd.at(like, scratch + work.zx)
+        peepholes = simd.at(like, scratch + work.peepholes)
+        filters, lanes = group[4], simd.vector_lanes(c)
+        whole = _is_whole(here, group, tiles, lanes)
+        for which in range(PEEPHOLE + 3):
+            each, to = 1, simd.shift(c, v * size)
+            if which == ZX:
+                each, to = 4, simd.shift(zx, v * 4 * size)
+            elif which >= PEEPHOLE:
+                to = simd.shift(peepholes, (3 * v + which - PEEPHOLE) * size)
+            is_there = which == C_OLD or (which == ZX and flow.zx != 0)
+            if is_there or (which >= PEEPHOLE and cell.peephole_pixel != 0):
+                _bring(here, group, which, each, tiles, addresses, np.int64(scratch + work.nowhere), whole, to,
+                       each * filters)  # fmt: skip
+        if v == 0 and cell.peephole_i != 0 and cell.peephole_pixel == 0:
+            for n in range(3):
+                origin = simd.at(like, _array_of(flow, cell, PEEPHOLE + n, b0, t))
+                for f in range(filters):
+                    to = simd.shift(peepholes, n * size + f * lanes)
+                    simd.store(to, simd.broadcast(simd.zeros(to), origin[group[3] + f]))
+
+    @inline
+    def write_results(like, here, group, scratch, tiles, addresses, v, size, pitch):
+        """Bring what was made of a vector of tiles from planes to where it belongs."""
+        flow, work = here[:2]
+        c, zx = simd.shift(simd.at(like, scratch + work.c), v * size), simd.at(like, scratch + work.zx)
+        h = simd.shift(simd.at(like, scratch + work.h), v * size)
+        lanes = simd.vector_lanes(c)
+        whole = _is_whole(here, group, tiles, lanes) and pitch == group[4]
+        if not has_gates:
+            line = simd.at(like, scratch + work.line)
+            _find_trouble(flow, group, tiles, here[4], h, work.m_y * work.m_x * pitch, line)
+        for which in range(C_NEW, PEEPHOLE):
+            each, origin = 1, c if which == C_NEW else h
+            is_there = has_gates or which == H_NEW
+            if which == Y:
+                is_there = flow.y != 0
+            elif which == KEPT:
+                each, origin = 4, simd.shift(zx, v * 4 * size)
+                is_there = keeps and flow.gates != 0
+            if is_there:
+                _take_away(here, group, which, each, tiles, addresses, np.int64(scratch + work.nowhere), whole, origin,
+                           each * pitch)  # fmt: skip
+
+    @inline
     def run_tiles(
-        m_y, m_x, k_y, k_x, flow, work, sources, reads, segments, groups, weights, bias, cell, mask, scratch, b0, y0, t,
-        first_tile, total, rows_of_tiles, vectors, skipped, patches,
+        m_y, m_x, k_y, k_x, here, sources, reads, segments, groups, weights, bias, scratch, first_tile, total, rows,
+        vectors, skipped,
     ):  # fmt: skip
-        """Compute so many vectors of tiles."""
+        """Compute some vectors of tiles, of which each image has so many rows."""
+        flow, work, cell = here[:3]
         like = weights
         planes, points = simd.at(like, scratch + work.inputs), simd.at(like, scratch + work.points)
         products, z = simd.at(like, scratch + work.products), simd.at(like, scratch + work.z)
         peepholes, line = simd.at(like, scratch + work.peepholes), simd.at(like, scratch + work.line)
+        c, h, zx = simd.at(like, scratch + work.c), simd.at(like, scratch + work.h), simd.at(like, scratch + work.zx)
         lanes, side = simd.vector_lanes(z), work.m_y * work.m_x
         addresses = simd.at(segments, scratch + work.tiles)
         panels, pixels = simd.shift(addresses, lanes), simd.shift(addresses, lanes + PANEL)
-        nowhere = np.int64(scratch + work.nowhere)
-        point = (work.rows * vectors + 1) * lanes
-        size = 3 * lanes + 1
+        lists, listed = simd.shift(pixels, side), 3 * lanes + 1
         count = (m_y + k_y - 1) * (m_x + k_x - 1)
         most_quads = ROWS // vectors if transformed else 1
-        skipped_rows = row = first_segment = 0
+        skipped_rows = first_segment = 0
         for s in range(skipped):
             skipped_rows += sources[s].C
         if skipped > 0:
             first_segment = reads[skipped].first_segment if skipped < len(sources) else len(segments)
         for v in range(vectors):
-            tiles = simd.shift(pixels, side + v * size)
-            _list_tiles(work, tiles, first_tile + v * lanes, lanes, rows_of_tiles, total)
+            tiles = simd.shift(lists, v * listed)
+            _list_tiles(work, tiles, first_tile + v * lanes, lanes, rows, total)
             row = skipped_rows
             for s in range(skipped, len(sources)):
                 src, read = sources[s], reads[s]
                 to = simd.shift(planes, read.planes * lanes)
-                _read_tiles(like, src, read, tiles, addresses, patches + src.scratch, to)
-                take_in(m_y, m_x, k_y, k_x, src, read, to, points, v, vectors, row, point)
+                _read_tiles(like, src, read, tiles, addresses, np.int64(scratch) + src.scratch, to)
+                take_in(m_y, m_x, k_y, k_x, src, read, to, points, v, vectors, row, (work.rows * vectors + 1) * lanes)
                 row += src.C
         for g in range(len(groups)):
             group = groups[g]
-            filters, width = group[4], group[2]
-            columns = group[1] * lanes
+            filters, columns, gap = group[4], group[1] * lanes, group[2] if has_gates else 1
             quads = filters if has_gates else (filters + QUAD - 1) // QUAD
             pitch = filters if has_gates else QUAD * quads
-            vector_planes = side * pitch * lanes
-            gap = width if has_gates else 1
-            group_weights = simd.shift(simd.pointer(weights), group[0])
-            group_bias = simd.shift(simd.pointer(bias), group[5])
-            c, h = simd.at(like, scratch + work.c), simd.at(like, scratch + work.h)
-            zx = simd.at(like, scratch + work.zx)
+            size = side * pitch * lanes
+            group_weights, group_bias = (
+                simd.shift(simd.pointer(weights), group[0]),
+                simd.shift(simd.pointer(bias), group[5]),
+            )
             if has_gates:
                 for v in range(vectors):
-                    tiles = simd.shift(pixels, side + v * size)
-                    whole = _is_whole(flow, work, cell, group, tiles, lanes, b0, y0, mask, t)
-                    for which in range(PEEPHOLE + 3):
-                        each, to = 1, simd.shift(c, v * vector_planes)
-                        if which == ZX:
-                            each, to = 4, simd.shift(zx, v * 4 * vector_planes)
-                        elif which >= PEEPHOLE:
-                            to = simd.shift(peepholes, (3 * v + which - PEEPHOLE) * vector_planes)
-                        elif which != C_OLD:
-                            continue
-                        if which >= PEEPHOLE and cell.peephole_pixel == 0:
-                            continue
-                        if which == ZX and flow.zx == 0:
-                            continue
-                        _bring(flow, work, cell, group, which, each, tiles, addresses, nowhere, whole, b0, y0, mask, t, to,
-                               each * filters)  # fmt: skip
-                if cell.peephole_i != 0 and cell.peephole_pixel == 0:
-                    for n in range(3):
-                        origin = simd.at(like, _array_of(flow, cell, PEEPHOLE + n, b0, t))
-                        for f in range(filters):
-                            to = simd.shift(peepholes, n * vector_planes + f * lanes)
-                            simd.store(to, simd.broadcast(simd.zeros(to), origin[group[3] + f]))
+                    read_states(like, here, group, scratch, simd.shift(lists, v * listed), addresses, v, size)
             first = 0
             while first < quads:
                 some = min(most_quads, quads - first)
@@ -533,42 +559,21 @@ def _run(finish, transformed):
                         start = (first + n) * across
                         result, plane, apart = z, side * lanes, lanes
                         if not has_gates:
-                            result = simd.shift(h, v * vector_planes + start * lanes)
-                            plane, apart = lanes, pitch * lanes
+                            result, plane, apart = simd.shift(h, v * size + start * lanes), lanes, pitch * lanes
                         own = simd.shift(products, (n * vectors + v) * QUAD * (count + 1) * lanes)
                         give_out(m_y, m_x, k_y, k_x, work, planes, first_segment, segments,
                                  simd.shift(group_weights, start), columns, own, simd.shift(group_bias, start), gap,
                                  line, result, plane, apart)  # fmt: skip
                         if has_gates:
-                            peeps = peepholes
-                            if cell.peephole_pixel != 0:
-                                peeps = simd.shift(peepholes, 3 * v * vector_planes)
-                            update(work, cell, filters, first + n, z, simd.shift(c, v * vector_planes),
-                                   simd.shift(h, v * vector_planes), simd.shift(zx, v * 4 * vector_planes), peeps,
-                                   flow.zx != 0, flow.gates != 0)  # fmt: skip
+                            own = peepholes if cell.peephole_pixel == 0 else simd.shift(peepholes, 3 * v * size)
+                            update(work, cell, filters, first + n, z, simd.shift(c, v * size), simd.shift(h, v * size),
+                                   simd.shift(zx, v * 4 * size), own, flow.zx != 0, flow.gates != 0)  # fmt: skip
                 first += some
             for v in range(vectors):
-                tiles = simd.shift(pixels, side + v * size)
-                whole = _is_whole(flow, work, cell, group, tiles, lanes, b0, y0, mask, t) and pitch == filters
-                h_v = simd.shift(h, v * vector_planes)
-                if not has_gates:
-                    _find_trouble(flow, group, tiles, b0, h_v, side * pitch, line)
-                for which in range(C_NEW, PEEPHOLE):
-                    each, origin = 1, h_v
-                    if which == C_NEW:
-                        origin = simd.shift(c, v * vector_planes)
-                    elif which == KEPT:
-                        each, origin = 4, simd.shift(zx, v * 4 * vector_planes)
-                    if (which == C_NEW or which == KEPT) and not has_gates:
-                        continue
-                    if which == Y and flow.y == 0:
-                        continue
-                    if which == KEPT and (not keeps or flow.gates == 0):
-                        continue
-                    _take_away(flow, work, cell, group, which, each, tiles, addresses, nowhere, whole, b0, y0, mask, t,
-                               origin, each * pitch)  # fmt: skip
+                tiles = simd.shift(lists, v * listed)
+                write_results(like, here, group, scratch, tiles, addresses, v, size, pitch)
                 if flow.masked:
-                    _skip_masked(like, flow, work, cell, group, tiles, lanes, b0, y0, mask, t, pixels)
+                    _skip_masked(like, here, group, tiles, lanes, pixels)
 
     @inline
     def run_block(
@@ -577,29 +582,25 @@ def _run(finish, transformed):
     ):  # fmt: skip
         """Compute one block of tiles of the images of a unit at step t."""
         like = weights
-        b0 = unit * work.images
-        images = min(work.images, flow.B - b0)
-        first_row = block * work.band
-        rows = min(work.band, work.tiles_y - first_row)
+        b0, first_row = unit * work.images, block * work.band
+        images, rows = min(work.images, flow.B - b0), min(work.band, work.tiles_y - first_row)
         y0 = first_row * work.m_y  # a band has whole rows of interleaved tiles
         skipped = skipped_sources(flow, sources, t)
         for s in range(skipped, len(sources)):
             src, read = sources[s], reads[s]
             for n in range(images):
-                if flow.masked and not mask[b0 + n, t] and images == 1:
-                    continue
                 frame = simd.at(like, source_at(flow, sources, s, b0 + n, t))
                 to = simd.shift(simd.at(like, scratch + src.scratch), n * read.size)
                 copy_patch(src, frame, y0 * src.stride_y - src.top, -src.left, read.height, read.width, to)
+        here = flow, work, cell, t, b0, y0, mask
         lanes = simd.vector_lanes(simd.at(like, scratch))
         total = images * rows * work.tiles_x
         tile = 0
         while tile < total:
-            left = (total - tile + lanes - 1) // lanes
-            most = min(left, work.at_once)
+            most = min((total - tile + lanes - 1) // lanes, work.at_once)
             vectors = ROWS if most >= ROWS else 2 if most >= 2 else 1
-            run_tiles(m_y, m_x, k_y, k_x, flow, work, sources, reads, segments, groups, weights, bias, cell, mask, scratch,
-                      b0, y0, t, tile, total, rows, vectors, skipped, np.int64(scratch))  # fmt: skip
+            run_tiles(m_y, m_x, k_y, k_x, here, sources, reads, segments, groups, weights, bias, scratch, tile, total,
+                      rows, vectors, skipped)  # fmt: skip
             tile += vectors * lanes
 
     def run(
@@ -615,8 +616,8 @@ def _run(finish, transformed):
                 break
             t, block, _ = place(flow, piece)
             wait_for_neighbours(flow, job, sources, neighbours, unit, block, t)
-            run_block(m_y, m_x, k_y, k_x, flow, works[0], sources, reads, segments, groups, weights, bias, cells[0], mask,
-                      scratch, unit, t, block)  # fmt: skip
+            run_block(m_y, m_x, k_y, k_x, flow, works[0], sources, reads, segments, groups, weights, bias, cells[0],
+                      mask, scratch, unit, t, block)  # fmt: skip
             piece_done(flow, job, sources, unit, block)
 
     return run
