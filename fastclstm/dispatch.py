@@ -20,9 +20,10 @@ ENGINES = {
     "cuda": "fastclstm.engines.cuda",
     "reference": "fastclstm.engines.reference",
 }
-"""Name of each engine and its module. An engine is a module with the six functions of `OPERATIONS`."""
+"""Name of each engine and its module. An engine is a module with the functions of `OPERATIONS`."""
 
-OPERATIONS = ("conv2d", "conv2d_backward", "convlstm2d", "convlstm2d_backward", "max_pool3d", "max_pool3d_backward")
+OPERATIONS = ("conv2d", "conv2d_backward", "convlstm2d", "convlstm2d_backward", "max_pool3d", "max_pool3d_backward",
+              "recurrent", "recurrent_backward")  # fmt: skip
 DEFAULT_ENGINE = "cpu"
 
 _DLPACK_CPU_DEVICES = (1, 3)  # kDLCPU and kDLCUDAHost: memory the processor can read
@@ -218,6 +219,9 @@ def as_numpy(op: str, name: str, value: Any) -> np.ndarray:
     """
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(f"{op}: {name} is a masked array, whose mask would be lost; pass {name}.filled(value)")
+    if getattr(value, "__dask_graph__", lambda: None)() is not None:
+        raise TypeError(f"{op}: {name} is held by Dask and would be computed whole; pass {name}.compute(), or keep it "
+                        "lazy with fastclstm.adapters.xarray.apply")  # fmt: skip
     if on_gpu(value) and not hasattr(value, "__dlpack__"):
         raise TypeError(f"{op}: {name} lives on a GPU, not in the processor's memory; move it to the CPU")
     if not isinstance(value, np.ndarray) and hasattr(value, "__dlpack__"):
