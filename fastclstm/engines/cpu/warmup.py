@@ -29,6 +29,7 @@ _FORWARD = {"convolution": "store", "ConvLSTM": "update", "ConvLSTM with peephol
 _TILES = (None, *tiles.choices(3, 3), *tiles.choices(5, 5))
 """Of Winograd for the usual kernels; None: direct, for any."""
 
+
 def _is_usual(tile: Tile | None) -> bool:
     """Whether a ConvLSTM of few filters takes such a tile on frames of a usual size; None: direct convolution."""
     return tile is None or tile.m_y == 4
