@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from fastclstm.engines.cpu import threads, tiles
-from fastclstm.engines.cpu.kernels import kernel_transform, winograd
+from fastclstm.engines.cpu.kernels import kernel_transform
 from fastclstm.engines.cpu.kernels.entry import Kernel
 from fastclstm.engines.cpu.packing import Columns
 from fastclstm.engines.cpu.tiles import Tile
@@ -24,8 +24,7 @@ def transform(kernels: list[np.ndarray], scales: np.ndarray, tile: Tile, columns
 
     The columns of a gate are multiplied by its scale; everything is computed in float64 and rounded once.
     """
-    matrices = [winograd.transforms(m, k).G for m, k in ((tile.m_y, tile.k_y), (tile.m_x, tile.k_x))]
-    _run(kernel_transform.transform, kernels, tile, len(scales), columns.weights, *matrices, scales, columns.groups,
+    _run(kernel_transform.transform, kernels, tile, len(scales), columns.weights, scales, columns.groups,
          columns.weights)  # fmt: skip
 
 
@@ -34,9 +33,7 @@ def pull_back(sums: np.ndarray, tile: Tile, gradients: list[np.ndarray]) -> None
 
     The rows are those of `transform`.
     """
-    axes = (tile.m_y, tile.k_y), (tile.m_x, tile.k_x)
-    matrices = [np.ascontiguousarray(winograd.transforms(m, k).G.T) for m, k in axes]
-    _run(kernel_transform.pull_back, gradients, tile, 1, sums.reshape(-1), *matrices, sums)
+    _run(kernel_transform.pull_back, gradients, tile, 1, sums.reshape(-1), sums)
 
 
 def _run(
@@ -53,4 +50,4 @@ def _run(
             work[0] = (piece.ctypes.data, *strides, *piece.shape[:2], y.skipped, x.skipped, array.shape[2], first_row,
                        all_rows, gates, array.shape[3] // gates)  # fmt: skip
             first_row += array.shape[2]
-            threads.run(kernel, team, (), work, *arguments)
+            threads.run(kernel, team, tuple(tile), work, *arguments)
