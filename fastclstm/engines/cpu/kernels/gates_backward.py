@@ -33,12 +33,14 @@ STEP = np.dtype([
 
 
 @inline
-def _place(like, base, image, b, index):
+def place_at(like, base, image, b, index):
+    """Pointer to a scalar of an image's array."""
     return simd.shift(simd.at(like, np.uint64(np.int64(base) + b * image)), index)
 
 
 @inline
-def _add(target, value, count):
+def add_to(target, value, count):
+    """Add a vector's first `count` lanes to what is at a pointer."""
     put(target, take(target, count) + value, count)
 
 
@@ -115,9 +117,9 @@ def _deriving(output, gate_slope, slope, output_slope):
             dc = simd.fma(dz_f, take(simd.shift(weights, gap), count), dc)
             if step.elementwise:
                 target = simd.shift(simd.at(like, step.dweights), index)
-                _add(target, dz_i * c, count)
-                _add(simd.shift(target, gap), dz_f * c, count)
-                _add(simd.shift(target, 2 * gap), dz_o * c_new, count)
+                add_to(target, dz_i * c, count)
+                add_to(simd.shift(target, gap), dz_f * c, count)
+                add_to(simd.shift(target, 2 * gap), dz_o * c_new, count)
             else:
                 target = simd.shift(lines, PRODUCTS * pitch + at)
                 put(target, dz_i * c, count)
@@ -169,7 +171,7 @@ def _sum_rows(rows, count, length, stride, sums):
             s3 = s3 + take(simd.shift(row, (r + 3) * stride), some)
         for r in range(whole, count):
             s0 = s0 + take(simd.shift(row, r * stride), some)
-        _add(simd.shift(sums, k), (s0 + s1) + (s2 + s3), some)
+        add_to(simd.shift(sums, k), (s0 + s1) + (s2 + s3), some)
 
 
 def _run(output, derive):
@@ -179,9 +181,9 @@ def _run(output, derive):
     def pull_back(like, step, cell, b, first, stop, sums, lines, pitch):
         """Compute dz and the new dc of some pixels, and the h they began with, and add to the sums of their chunk."""
         F, lanes = step.F, simd.vector_lanes(sums)
-        gates = _place(like, step.gates, step.gates_image, b, 0)
-        before = _place(like, step.before, step.before_image, b, 0)
-        dz_place = _place(like, step.dz, step.dz_image, b, 0)
+        gates = place_at(like, step.gates, step.gates_image, b, 0)
+        before = place_at(like, step.before, step.before_image, b, 0)
+        dz_place = place_at(like, step.dz, step.dz_image, b, 0)
         cells = (stop - first) * F
         in_place = F % lanes == 0 or 4 * lanes < F
         if not in_place:
@@ -197,17 +199,17 @@ def _run(output, derive):
             z = simd.shift(gates, 4 * (index - k) + k) if in_place else simd.shift(lines, at)
             i, f = take(z, count), take(simd.shift(z, gap), count)
             g, o = take(simd.shift(z, 2 * gap), count), take(simd.shift(z, 3 * gap), count)
-            c = take(_place(like, step.c, step.c_image, b, index), count)
-            dh = take(_place(like, step.dh, step.dh_image, b, index), count)
+            c = take(place_at(like, step.c, step.c_image, b, index), count)
+            dh = take(place_at(like, step.dh, step.dh_image, b, index), count)
             if step.dy != 0:
-                dh = dh + take(_place(like, step.dy, step.dy_image, b, index), count)
-            dc_place = _place(like, step.dc, step.dc_image, b, index)
+                dh = dh + take(place_at(like, step.dy, step.dy_image, b, index), count)
+            dc_place = place_at(like, step.dc, step.dc_image, b, index)
             dc = take(dc_place, count)
             if step.before != 0:
                 o_place = simd.shift(lines, BEFORE * pitch + at)
                 if in_place:
                     o_place = simd.shift(before, 4 * (index - k) + 3 * F + k)
-                put(_place(like, step.h, step.h_image, b, index), take(o_place, count) * output(cell, c), count)
+                put(place_at(like, step.h, step.h_image, b, index), take(o_place, count) * output(cell, c), count)
             dz_i, dz_f, dz_g, dz_o, dc = derive(like, step, cell, lines, pitch, index, at, count, i, f, g, o, c, dh, dc)
             put(dc_place, dc, count)
             if in_place:
@@ -251,7 +253,7 @@ def _run(output, derive):
                     pull_back(like, step, cells[0], b, first, min(first + at_once, last), local, lines, pitch)
                 for k in range(0, 7 * F, lanes):
                     count = min(lanes, 7 * F - k)
-                    _add(simd.shift(sums, k), take(simd.shift(local, k), count), count)
+                    add_to(simd.shift(sums, k), take(simd.shift(local, k), count), count)
             chunk = next_item(job, chunk, size)
 
     return run

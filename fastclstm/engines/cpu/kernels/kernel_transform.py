@@ -62,9 +62,7 @@ def _transform_taps(typingctx, m_y, m_x, k_y, k_x, taps, row, column, scale, tar
         _emit_columns(builder, down, across, taps, (row, column), simd.splat(builder, scale, COLUMNS), target, apart)
         return context.get_dummy_value()
 
-    return types.void(
-        m_y, m_x, k_y, k_x, taps, types.intp, types.intp, types.float64, target, types.intp
-    ), codegen
+    return types.void(m_y, m_x, k_y, k_x, taps, types.intp, types.intp, types.float64, target, types.intp), codegen
 
 
 @intrinsic(prefer_literal=True)
@@ -139,7 +137,7 @@ def transform(m_y, m_x, k_y, k_x, job, worker, works, scales, groups, weights):
     room = np.zeros((lanes * tap_count + points) * lanes, weights.dtype)
     taps = simd.pointer(room)
     line = simd.shift(taps, lanes * tap_count * lanes)
-    in_place = work.column_stride == 1 and work.KH == k_y and work.KW == k_x
+    in_place = work.column_stride == 1 and (k_y, k_x) == (work.KH, work.KW)
     blocks = (work.rows + lanes - 1) // lanes
     pieces = len(groups) * blocks
     size = grain(job, pieces)
@@ -187,12 +185,12 @@ def transform(m_y, m_x, k_y, k_x, job, worker, works, scales, groups, weights):
 def pull_back(m_y, m_x, k_y, k_x, job, worker, works, sums):
     """Of each kernel's row bring the sums of all points back to the taps."""
     work, like = works[0], simd.pointer(sums)
-    points, tap_count = (m_y + k_y - 1) * (m_x + k_x - 1), k_y * k_x
+    tap_count = k_y * k_x
     room = np.zeros(tap_count * COLUMNS, sums.dtype)
     line = simd.pointer(room)
     _, pairs, all_rows, width = sums.shape
     point = pairs * all_rows * width
-    in_place = work.KH == k_y and work.KW == k_x
+    in_place = (k_y, k_x) == (work.KH, work.KW)
     size = grain(job, work.rows)
     n = next_item(job, -1, size)
     while n < work.rows:
