@@ -107,7 +107,7 @@ def _way_back(
     inner = _transposed(spec)
     if inner is None:
         return taps, None, True
-    m = plans.choose("conv2d", (inner,), algorithm if plans.fits((inner,)) else "auto", itemsize)
+    m = plans.choose("conv2d", (inner,), algorithm if plans.fits((inner,)) else "auto", itemsize, remember=False)
     if algorithm != "winograd" and _fold_cost(spec, taps, itemsize) < plans.cost((inner,), m, itemsize):
         return taps, None, True
     return inner, m, False

@@ -30,11 +30,13 @@ def fits(specs: tuple[ConvSpec, ...]) -> bool:
     )
 
 
-def choose(op: str, specs: tuple[ConvSpec, ...], algorithm: str, itemsize: int) -> Tile | None:
+def choose(
+    op: str, specs: tuple[ConvSpec, ...], algorithm: str, itemsize: int, *, remember: bool = True
+) -> Tile | None:
     """Winograd's tile; None: direct. Raises ValueError where Winograd was asked for in vain.
 
     "auto" takes the smallest estimate of the costs. "winograd" chooses the tile as for a single image, so that its
-    results do not depend on how a batch is split.
+    results do not depend on how a batch is split. remember: else the kernels are packed for this call alone.
     """
     if algorithm == "direct" or (algorithm == "auto" and not fits(specs)):
         return None
@@ -46,7 +48,7 @@ def choose(op: str, specs: tuple[ConvSpec, ...], algorithm: str, itemsize: int) 
     choices = tiles.choices(specs[0].KH, specs[0].KW)
     if algorithm == "winograd":
         return _cheapest(tuple(spec.with_batch(1) for spec in specs), choices, itemsize)
-    return None if specs[0].KH == specs[0].KW == 1 else _cheapest(specs, (None, *choices), itemsize)
+    return None if specs[0].KH == specs[0].KW == 1 else _cheapest(specs, (None, *choices), itemsize, remember)
 
 
 class Ways(NamedTuple):
@@ -73,6 +75,14 @@ AHEAD = 8
 TRANSFER = 24
 """Writing a vector of what x gives beforehand and reading it again takes as long as so many multiply-adds."""
 
+PACKING = 100
+"""Bringing a vector of kernels to where, and for tiles to what, they are read takes as long as so many multiply-adds.
+
+That counts, shared among the steps `AHEAD`, where kernels are packed for one call, as in training. Measured on Zen 5:
+128→256 filters, 8², 2 images, 6 steps, on two threads, forward and back 50 ms with F(4, 3), whose kernels are 57, 38
+and 19 MB, 31 with F(2, 3), 54 directly.
+"""
+
 CALLS = 40_000
 """Starting another kernel takes as long as so many multiply-adds of vectors, shared among the steps `AHEAD`.
 
@@ -86,7 +96,7 @@ cells with strides (16²: 1→16, 64→16) 1.2 to 1.3, and is not taken.
 
 
 @lru_cache(maxsize=256)
-def choose_ways(recurrent: ConvSpec, inputs: ConvSpec, algorithm: str, itemsize: int) -> Ways:
+def choose_ways(recurrent: ConvSpec, inputs: ConvSpec, algorithm: str, itemsize: int, remember: bool = True) -> Ways:
     """Choose the algorithm of each convolution of a ConvLSTM, or one for both; see `choose`.
 
     "winograd" takes the transforms wherever they fit: for h, whose stride is 1, always. "direct" does nothing
@@ -98,18 +108,29 @@ def choose_ways(recurrent: ConvSpec, inputs: ConvSpec, algorithm: str, itemsize:
     if algorithm == "winograd":
         both = recurrent.with_batch(1), inputs.with_batch(1)
     one, many = both[:1], (both[1].with_batch(AHEAD * both[1].B),)
-    h, x = (choose("convlstm2d", convs, algorithm if fits(convs) else "auto", itemsize) for convs in (one, many))
+    h, x = (
+        choose("convlstm2d", convs, algorithm if fits(convs) else "auto", itemsize, remember=remember)
+        for convs in (one, many)
+    )
     if algorithm == "winograd" and not fits(both):
         return Ways(h, x, before=True)
-    together = choose("convlstm2d", both, algorithm, itemsize)
+    together = choose("convlstm2d", both, algorithm, itemsize, remember=remember)
     vectors = both[0].B * recurrent.HO * recurrent.WO * -(-recurrent.F // simd.lanes(itemsize))
     apart = cost(one, h, itemsize) + cost(many, x, itemsize) / AHEAD + TRANSFER * vectors + CALLS
     return Ways(together, together) if cost(both, together, itemsize) <= apart else Ways(h, x, before=True)
 
 
 @lru_cache(maxsize=256)
-def _cheapest(specs: tuple[ConvSpec, ...], choices: tuple[Tile | None, ...], itemsize: int) -> Tile | None:
-    return min(choices, key=lambda tile: cost(specs, tile, itemsize))
+def _cheapest(
+    specs: tuple[ConvSpec, ...], choices: tuple[Tile | None, ...], itemsize: int, remember: bool = True
+) -> Tile | None:
+    packing = 0.0 if remember else PACKING / AHEAD
+    return min(choices, key=lambda tile: cost(specs, tile, itemsize) + packing * _packed_vectors(specs, tile, itemsize))
+
+
+def _packed_vectors(specs: tuple[ConvSpec, ...], tile: Tile | None, itemsize: int) -> int:
+    size = weight_bytes(specs, tile, itemsize) if tile else sum(s.KH * s.KW * s.C * s.F for s in specs) * itemsize
+    return size // simd.VECTOR_BYTES
 
 
 def cost(specs: tuple[ConvSpec, ...], tile: Tile | None, itemsize: int) -> float:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from fastclstm.engines.cpu import launch, outliers, packing, plans, weight_gradient
+from fastclstm.engines.cpu import launch, outliers, packing, plans, threads, weight_gradient
 from fastclstm.engines.cpu.input_gradient import InputGradient
 from fastclstm.engines.cpu.kernels import cell_steps, gates
 from fastclstm.engines.cpu.kernels.entry import table
@@ -40,6 +40,9 @@ PIECE_BYTES = 4 << 20
 
 CELL_FLOPS = 200
 """Computing one value of a new state takes as long as so many operations, for the number of threads."""
+
+MASK_FLOPS = 8
+"""Multiplying a scalar by its mask takes as long as so many operations, for the number of threads."""
 
 PART_NUMBERS = table(np.array([0])), table(np.array([1]))
 
@@ -107,7 +110,7 @@ class _Convolution:
     ):
         self._specs, self._kernels = specs, kernels
         way = algorithm if plans.fits(specs) or algorithm == "direct" else "auto"
-        self._tile = plans.choose("convlstm2d", specs, way, kernels[0].itemsize)
+        self._tile = plans.choose("convlstm2d", specs, way, kernels[0].itemsize, remember=remember)
         self._packed = cache(lambda tile: launch.pack(kernels, bias, np.ones(1), tile, remember=remember))
         self._cell = gates.storing(specs[0].F)
 
@@ -248,7 +251,7 @@ class _Cell:
         spec = self.spec
         frame = spec.B, T, spec.HO, spec.WO
         shape = (4, *frame, spec.F) if self.planar else (*frame, 4 * spec.F)
-        return packing.aligned_empty(math.prod(shape), self.dtype).reshape(shape)
+        return packing.lend(shape, self.dtype)
 
     def gates_of(self, z: np.ndarray, t: int) -> list[Slots]:
         return [slots(gate[:, t:]) for gate in z] if self.planar else [slots(z[:, t:])]
@@ -258,9 +261,19 @@ class _Cell:
         if name not in self.masks:
             yield from (frames for _ in self.kernels)
             return
-        memory = np.empty(frames.shape, self.dtype)
+        memory = packing.lend(frames.shape, self.dtype)
         for mask in self.masks[name]:
-            yield np.multiply(frames, mask[:, np.newaxis], out=memory)
+            self.mask(frames, mask, memory)
+            yield memory
+
+    def mask(self, frames: np.ndarray, mask: np.ndarray | None, target: np.ndarray, *, adds: bool = False) -> None:
+        """Write frames (B, T, …) times a mask (B, …), None: as they are, to the target, or add them to it."""
+        B, T, *frame = frames.shape
+        source, place = slots(frames), slots(target)
+        masks = (0, 0) if mask is None else (mask.ctypes.data, mask.strides[0])
+        work = np.zeros(1, cell_steps.MASKING)
+        work[0] = (B, T, math.prod(frame), *source[:3], *place[:3], *masks, adds)
+        threads.run(cell_steps.mask, launch.team_size(MASK_FLOPS * frames.size), (), self.like, work)
 
     def convolve_x(self, z: np.ndarray, first: int, count: int) -> None:
         """Convolve the frames of some steps together."""
@@ -604,7 +617,7 @@ class _WayBack:
         if self._dx is not None:
             dx = (self._dx[:, ::-1] if spec.go_backwards else self._dx)[:, first : first + count]
         frames = cell.x[:, first : first + count]
-        target = np.empty_like(dx) if cell.planar and dx is not None else dx
+        target = packing.lend(dx.shape, dx.dtype) if cell.planar and dx is not None else dx
         gates = zip(
             cell.gates_of(dz_x, 0), cell.gates_of(dz_h, 0), cell.seen("x", frames), cell.seen("h", h), strict=True
         )
@@ -619,9 +632,7 @@ class _WayBack:
                     dz = of_x if names == ("kernel",) else of_h
                     job.add(tuple(slots(seen[name][images]) for name in names), dz.after(b, 0), B, count, team)
             if cell.planar and dx is not None and target is not None:
-                if "x" in cell.masks:
-                    target *= cell.masks["x"][gate][:, np.newaxis]
-                dx += target
+                cell.mask(target, cell.masks["x"][gate] if "x" in cell.masks else None, dx, adds=True)
 
     def gradients(self) -> dict[str, Any]:
         """Return all gradients, when every step has been taken back."""

@@ -47,6 +47,17 @@ PART = np.dtype([(name, np.uint64) for name in
 4F), the two means (B or 1, 4F) that its gradient loses, what they are made of (B, strips, 2, 4F), the gradients (B,
 pixels, 4F) of each pixel's own gamma and beta, 0: none, and in float64 those (2, 4F) of beta and gamma, 0: none."""
 
+MASKING = np.dtype([
+    ("B", np.int64), ("T", np.int64), ("size", np.int64),  # scalars of a frame
+    *((f"{name}{field}", kind) for name in ("frames", "target")
+      for field, kind in (("", np.uint64), ("_image", np.int64), ("_step", np.int64))),  # addresses, bytes
+    ("mask", np.uint64), ("mask_image", np.int64),  # 0: none
+    ("adds", np.int64),  # 1: to what is there
+])  # fmt: skip
+
+MASKED = 4096
+"""Scalars of a frame that are masked together."""
+
 LINES = 15
 """Lines of a worker's scratch memory."""
 
@@ -607,4 +618,29 @@ def combine(job, worker, like, steps, parts, valid):
                         value = value * take(simd.shift(simd.at(like, step.masks), at), some)
                     total = total + value
                 put(place_at(like, step.dh, step.dh_image, b, k), total, some)
+        item = next_item(job, item, size)
+
+
+@kernel
+def mask(job, worker, like, works):
+    """Write frames (B, T, size) times the masks (B, size) of their images to the target, or add them to it."""
+    work, lanes = works[0], simd.vector_lanes(simd.pointer(like))
+    runs = (work.size + MASKED - 1) // MASKED
+    items = work.B * work.T * runs
+    size = grain(job, items)
+    item = next_item(job, -1, size)
+    while item < items:
+        b, t, first = item // (work.T * runs), item // runs % work.T, item % runs * MASKED
+        frame = place_at(like, work.frames + np.uint64(t * work.frames_step), work.frames_image, b, first)
+        target = place_at(like, work.target + np.uint64(t * work.target_step), work.target_image, b, first)
+        factors = place_at(like, work.mask, work.mask_image, b, first)
+        count = min(MASKED, work.size - first)
+        for k in range(0, count, lanes):
+            some = min(lanes, count - k)
+            value = take(simd.shift(frame, k), some)
+            if work.mask != 0:
+                value = value * take(simd.shift(factors, k), some)
+            if work.adds:
+                value = value + take(simd.shift(target, k), some)
+            put(simd.shift(target, k), value, some)
         item = next_item(job, item, size)

@@ -13,6 +13,7 @@ from numba.extending import intrinsic
 from fastclstm.engines.cpu.compilation import inline
 from fastclstm.engines.cpu.kernels import simd
 from fastclstm.engines.cpu.kernels.entry import kernel
+from fastclstm.engines.cpu.kernels.padding import clear_run
 from fastclstm.engines.cpu.kernels.team import grain, next_item
 from fastclstm.engines.cpu.kernels.winograd import emit_transform, matrices
 
@@ -25,6 +26,7 @@ WORK = np.dtype([
     ("KH", np.int64), ("KW", np.int64), ("skipped_y", np.int64), ("skipped_x", np.int64),  # of a piece's taps
     ("rows", np.int64), ("first_row", np.int64), ("all_rows", np.int64),  # of this kernel, its place among all
     ("gates", np.int64), ("filters", np.int64),
+    ("panel", np.int64),  # vectors of a panel, at most
 ])  # fmt: skip
 
 
@@ -129,83 +131,125 @@ def _gather_taps(k_y, k_x, work, origin, rows, count, taps):
                     target[r * apart + f] = source[r * work.row_stride + f * work.column_stride]
 
 
+@inline
+def _place_in_panels(work, vectors, row, column, lanes):
+    """Index of a row's column in the first of a group's matrices, whose panels are of `work.panel` vectors or fewer."""
+    v = column // (work.panel * lanes) * work.panel
+    return (v * work.all_rows + row * min(work.panel, vectors - v)) * lanes + column - v * lanes
+
+
+@inline
+def _transform_block(m_y, m_x, k_y, k_x, work, like, scales, group, row0, rows, in_place, panels,
+                     taps, line):  # fmt: skip
+    """Transform some rows of a group of columns."""
+    lanes, tap_count, points = simd.vector_lanes(panels), k_y * k_x, (m_y + k_y - 1) * (m_x + k_x - 1)
+    vectors, gate_width, first_filter, filters = group[1], group[2], group[3], group[4]
+    point = vectors * work.all_rows * lanes
+    for gate in range(work.gates):
+        for f0 in range(0, filters, lanes):
+            count = min(lanes, filters - f0)
+            first = row0 * work.row_stride + (gate * work.filters + first_filter + f0) * work.column_stride
+            origin = simd.shift(simd.at(like, work.kernel), first)
+            direct = in_place and count == lanes
+            if not direct:
+                _gather_taps(k_y, k_x, work, origin, rows, count, taps)
+            for r in range(rows):
+                row = work.first_row + row0 + r
+                for f in range(0, count, COLUMNS):
+                    if direct:
+                        source, y, x = simd.shift(origin, r * work.row_stride + f), work.y_stride, work.x_stride
+                    else:
+                        source, y, x = simd.shift(taps, r * tap_count * lanes + f), k_x * lanes, lanes
+                    some, column = min(COLUMNS, count - f), gate * gate_width + f0 + f
+                    whole = some == COLUMNS and column % COLUMNS == 0  # then all in one panel
+                    target, apart = line, COLUMNS
+                    if whole:
+                        target = simd.shift(panels, _place_in_panels(work, vectors, row, column, lanes))
+                        apart = point
+                    _transform_taps(m_y, m_x, k_y, k_x, source, y, x, scales[gate], target, apart)
+                    for i in range(0 if whole else some):
+                        place = simd.shift(panels, _place_in_panels(work, vectors, row, column + i, lanes))
+                        for p in range(points):
+                            place[p * point] = line[p * COLUMNS + i]
+
+
 @kernel
 def transform(m_y, m_x, k_y, k_x, job, worker, works, scales, groups, weights):
-    """Transform the kernels of some rows, as many as a vector has lanes, and of groups of columns."""
-    work, like = works[0], simd.pointer(weights)
+    """Transform the pieces of kernels: some rows, as many as a vector has lanes, and a group of columns at a time."""
+    like = simd.pointer(weights)
     lanes, tap_count, points = simd.vector_lanes(like), k_y * k_x, (m_y + k_y - 1) * (m_x + k_x - 1)
     room = np.zeros((lanes * tap_count + points) * lanes, weights.dtype)
     taps = simd.pointer(room)
     line = simd.shift(taps, lanes * tap_count * lanes)
-    in_place = work.column_stride == 1 and (k_y, k_x) == (work.KH, work.KW)
-    blocks = (work.rows + lanes - 1) // lanes
-    pieces = len(groups) * blocks
-    size = grain(job, pieces)
-    n = next_item(job, -1, size)
-    while n < pieces:  # neighbours in the kernel's memory one after the other
-        if work.column_stride == 1:
-            group, row0 = groups[n % len(groups)], n // len(groups) * lanes
-        else:
-            group, row0 = groups[n // blocks], n % blocks * lanes
-        vectors, gate_width, first_filter, filters = group[1], group[2], group[3], group[4]
-        panels, rows = simd.shift(like, group[0]), min(lanes, work.rows - row0)
-        point = vectors * work.all_rows * lanes
-        for gate in range(work.gates):
-            for f0 in range(0, filters, lanes):
-                count = min(lanes, filters - f0)
-                first = row0 * work.row_stride + (gate * work.filters + first_filter + f0) * work.column_stride
-                origin = simd.shift(simd.at(weights, work.kernel), first)
-                direct = in_place and count == lanes
-                if not direct:
-                    _gather_taps(k_y, k_x, work, origin, rows, count, taps)
-                for r in range(rows):
-                    for f in range(0, count, COLUMNS):
-                        if direct:
-                            source, y, x = simd.shift(origin, r * work.row_stride + f), work.y_stride, work.x_stride
-                        else:
-                            source, y, x = simd.shift(taps, r * tap_count * lanes + f), k_x * lanes, lanes
-                        some, column = min(COLUMNS, count - f), gate * gate_width + f0 + f
-                        v, at = column // (2 * lanes) * 2, column % (2 * lanes)
-                        whole = some == COLUMNS and column % COLUMNS == 0  # then all in one panel
-                        target, apart = line, COLUMNS
-                        if whole:
-                            row = (work.first_row + row0 + r) * min(2, vectors - v) * lanes
-                            target, apart = simd.shift(panels, v * work.all_rows * lanes + row + at), point
-                        _transform_taps(m_y, m_x, k_y, k_x, source, y, x, scales[gate], target, apart)
-                        for i in range(0 if whole else some):  # panel by panel, of two vectors or the last of one
-                            v, at = (column + i) // (2 * lanes) * 2, (column + i) % (2 * lanes)
-                            row = (work.first_row + row0 + r) * min(2, vectors - v) * lanes
-                            place = simd.shift(panels, v * work.all_rows * lanes + row + at)
-                            for p in range(points):
-                                place[p * point] = line[p * COLUMNS + i]
-        n = next_item(job, n, size)
+    total = 0
+    for w in range(len(works)):
+        total += len(groups) * ((works[w].rows + lanes - 1) // lanes)
+    size = grain(job, total)
+    n, begun = next_item(job, -1, size), 0
+    for w in range(len(works)):
+        work = works[w]
+        in_place = work.column_stride == 1 and (k_y, k_x) == (work.KH, work.KW)
+        blocks = (work.rows + lanes - 1) // lanes
+        if not in_place:
+            clear_run(taps, lanes * tap_count * lanes)
+        while n < begun + len(groups) * blocks:  # neighbours in the kernel's memory one after the other
+            if work.column_stride == 1:
+                group, row0 = groups[(n - begun) % len(groups)], (n - begun) // len(groups) * lanes
+            else:
+                group, row0 = groups[(n - begun) // blocks], (n - begun) % blocks * lanes
+            rows = min(lanes, work.rows - row0)
+            _transform_block(
+                m_y,
+                m_x,
+                k_y,
+                k_x,
+                work,
+                weights,
+                scales,
+                group,
+                row0,
+                rows,
+                in_place,
+                simd.shift(like, group[0]),
+                taps,
+                line,
+            )
+            n = next_item(job, n, size)
+        begun += len(groups) * blocks
 
 
 @kernel
 def pull_back(m_y, m_x, k_y, k_x, job, worker, works, sums):
-    """Of each kernel's row bring the sums of all points back to the taps."""
-    work, like = works[0], simd.pointer(sums)
+    """Of each row of the pieces of kernels bring the sums of all points back to the taps."""
+    like = simd.pointer(sums)
     tap_count = k_y * k_x
     room = np.zeros(tap_count * COLUMNS, sums.dtype)
     line = simd.pointer(room)
     _, pairs, all_rows, width = sums.shape
     point = pairs * all_rows * width
-    in_place = (k_y, k_x) == (work.KH, work.KW)
-    size = grain(job, work.rows)
-    n = next_item(job, -1, size)
-    while n < work.rows:
-        for f in range(0, work.filters, COLUMNS):
-            some = min(COLUMNS, work.filters - f)
-            source = simd.shift(like, (f // width * all_rows + work.first_row + n) * width + f % width)
-            place = simd.shift(simd.at(sums, work.kernel), n * work.row_stride + f)
-            whole = in_place and some == COLUMNS
-            target, y, x = line, k_x * COLUMNS, COLUMNS
-            if whole:
-                target, y, x = place, work.y_stride, work.x_stride
-            _pull_back_points(m_y, m_x, k_y, k_x, source, point, target, y, x)
-            for i in range(0 if whole else work.KH):
-                for j in range(work.KW):
-                    for c in range(some):
-                        tap = ((work.skipped_y + i) * k_x + work.skipped_x + j) * COLUMNS
-                        place[i * work.y_stride + j * work.x_stride + c] = line[tap + c]
-        n = next_item(job, n, size)
+    total = 0
+    for w in range(len(works)):
+        total += works[w].rows
+    size = grain(job, total)
+    n, begun = next_item(job, -1, size), 0
+    for w in range(len(works)):
+        work = works[w]
+        in_place = (k_y, k_x) == (work.KH, work.KW)
+        while n < begun + work.rows:
+            row = n - begun
+            for f in range(0, work.filters, COLUMNS):
+                some = min(COLUMNS, work.filters - f)
+                source = simd.shift(like, (f // width * all_rows + work.first_row + row) * width + f % width)
+                place = simd.shift(simd.at(sums, work.kernel), row * work.row_stride + f)
+                whole = in_place and some == COLUMNS
+                target, y, x = line, k_x * COLUMNS, COLUMNS
+                if whole:
+                    target, y, x = place, work.y_stride, work.x_stride
+                _pull_back_points(m_y, m_x, k_y, k_x, source, point, target, y, x)
+                for i in range(0 if whole else work.KH):
+                    for j in range(work.KW):
+                        tap = simd.shift(line, ((work.skipped_y + i) * k_x + work.skipped_x + j) * COLUMNS)
+                        for c in range(some):
+                            place[i * work.y_stride + j * work.x_stride + c] = tap[c]
+            n = next_item(job, n, size)
+        begun += work.rows
