@@ -151,6 +151,9 @@ def plan(specs: tuple[ConvSpec, ...], tile: Tile | None, finish: str, groups: in
 STREAMING_ROWS = 8
 """Reading a vector of weights from the cache takes as long as so many multiply-adds with it."""
 
+FAR_BYTES, FAR_ROWS = 32 << 20, 20
+"""Weights that no cache holds come from memory in each step: reading one takes as long as so many multiply-adds."""
+
 DIRECT_VECTORS = 0, 2, 3, 3.8
 """Vectors of four at a time that take as long as a group of fewer, of which the loads are the work."""
 
@@ -176,7 +179,8 @@ def winograd_cost(specs: tuple[ConvSpec, ...], tile: Tile, images: int, itemsize
     count = images * math.prod(grid(spec, tile))
     pieces = len(tiles.pieces(spec.KH, spec.KW, tile))
     vectors = -(-spec.F // lanes)
-    rows = max(-(-count // winograd.CHUNKS[-1]) * winograd.CHUNKS[-1], STREAMING_ROWS)
+    streaming = STREAMING_ROWS if weight_bytes(specs, tile, itemsize) < FAR_BYTES else FAR_ROWS
+    rows = max(-(-count // winograd.CHUNKS[-1]) * winograd.CHUNKS[-1], streaming)
     products = rows * tile.points * pieces * sum(s.C for s in specs) * vectors / 0.8
     inputs = 30 * count * tile.points * pieces * sum(-(-s.C // lanes) for s in specs)
     outputs = 5 * count * tile.points * vectors
