@@ -64,10 +64,9 @@ def _forward(dtype: str) -> Iterator[tuple[str, Callable[[], Any]]]:
         how = f"Winograd {tile}" if tile else "direct"
         for name, finish in _FORWARD.items():
             yield f"{name}, {how}", partial(_compile_sequence, dtype, tile, finish)
-    yield (
-        "transform of kernels",
-        partial(launch.pack, (np.ones((3, 3, 1, 1), dtype),), None, np.ones(1), _TILES[1], remember=False),
-    )
+        shape = (tile.k_y, tile.k_x, 1, 1) if tile else (1, 1, 1, launch.SMALL_KERNEL)
+        kernels = (np.ones(shape, dtype),)
+        yield f"packing of kernels, {how}", partial(launch.pack, kernels, None, np.ones(1), tile, remember=False)
     yield "search for fill values", partial(outliers.find, np.ones(outliers.SMALL + 1, dtype))
     volume = np.ones((1, 1, 1, 1, 1), dtype)
     pool = PoolSpec.infer(volume.shape, 1)
