@@ -125,6 +125,6 @@ def _step_by_step(dtype: str) -> None:
     )  # fmt: skip
     weights, state = {"gamma": np.ones(4, dtype), "beta": np.ones(4, dtype)}, np.ones((1, 3, 3, 1), dtype)
     *_, saved = convlstm2d(spec, x, kernel, kernel, None, state, state, None, None, normalization=weights,
-                           dropout={"h": masks}, algorithm="direct", save=True)  # fmt: skip
+                           dropout={"x": masks, "h": masks}, algorithm="direct", save=True)  # fmt: skip
     assert saved is not None
     convlstm2d_backward(spec, saved, x, None, None)
