@@ -1,12 +1,14 @@
 """Several kernels one after the other in one parallel region."""
 
+import threading
+
 import numpy as np
 import pytest
 
 from fastclstm.engines.cpu import threads
 from fastclstm.engines.cpu.kernels.entry import kernel, table
 from fastclstm.engines.cpu.kernels.program import program
-from fastclstm.engines.cpu.kernels.team import BEGUN, NESTED, WORKERS, claim, look
+from fastclstm.engines.cpu.kernels.team import BEGUN, LEFT, NESTED, WORKERS, claim, look
 from fastclstm.engines.cpu.program import Pace, Program
 
 STEPS, WIDTH = 40, 60
@@ -72,6 +74,23 @@ def test_workers_that_come_one_after_the_other():
         run(whole.buffer_info()[0], worker)
         np.testing.assert_array_equal(given, expected)
     assert [job[BEGUN] for job in jobs] == [2] * STEPS
+
+
+def test_nobody_goes_on_before_those_that_are_at_it():
+    """One worker has begun, as its job says, and has not left."""
+    given, expected = lines()
+    tables = (table(given[0]), table(given[1]))
+    _, run = add_neighbours.function((), tables)
+    job = threads.job_of(tables)
+    job[WORKERS], job[NESTED], job[BEGUN] = 2, 1, 1
+    other = threading.Thread(target=run, args=(job.buffer_info()[0], 1), daemon=True)
+    other.start()
+    other.join(0.2)
+    assert other.is_alive()
+    np.testing.assert_array_equal(given[1], expected[1])
+    job[LEFT] += 1
+    other.join(20)
+    assert not other.is_alive()
 
 
 def test_pace():
