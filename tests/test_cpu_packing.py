@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fastclstm.engines.cpu import packing, threads, tiles, transforms
+from fastclstm.engines.cpu import launch, packing, threads, tiles, transforms
 from fastclstm.engines.cpu.kernels import simd, winograd
 from fastclstm.engines.cpu.tiles import Tile
 
@@ -99,6 +99,45 @@ def test_transformed_kernels(dtype, gates, size, tile, monkeypatch):
         once, tiny = 0.5001 * np.finfo(dtype).eps, 4 * np.finfo(float).eps * np.abs(expected).max()
         np.testing.assert_allclose(result, expected, rtol=once, atol=tiny)
         assert_packed(packed[0], result, bias, True)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_large_kernels_are_packed_as_small_ones(monkeypatch, transposed):
+    """By a kernel, bit for bit as NumPy does it."""
+    rng = np.random.default_rng(0)
+    for F in sizes(np.float32):
+        gates = 1 if transposed else 4
+        kernels = tuple(rng.standard_normal((2, 3, C, gates * F)).astype(np.float32) for C in (3, 20))
+        if transposed:
+            kernels = tuple(np.ascontiguousarray(kernel.swapaxes(2, 3)) for kernel in kernels)
+        bias, scales = rng.standard_normal(gates * F).astype(np.float32), rng.standard_normal(gates)
+        packed = []
+        for small in (1 << 18, 0):
+            monkeypatch.setattr(launch, "SMALL_KERNEL", small)
+            packed.append(launch.pack(kernels, bias, scales, None, transposed=transposed, remember=False))
+        for small, large in zip(packed[0][:3], packed[1][:3], strict=True):
+            np.testing.assert_array_equal(small, large)
+
+
+def test_lent_memory_is_used_again():
+    """When no array refers to it any more, and not before; and not all of it is kept."""
+    shape, dtype = (3, 1 << 20), np.dtype(np.float32)
+    one, other = (packing.lend(shape, dtype) for _ in range(2))
+    assert one.shape == shape
+    assert one.ctypes.data % 64 == 0
+    assert not np.may_share_memory(one, other)
+    place, part = one.ctypes.data, one[1:, 5:]
+    del one
+    third = packing.lend(shape, dtype)
+    assert third.ctypes.data != place
+    part[:] = 1
+    packing._spare.clear()
+    del part
+    again = packing.lend((2, 1 << 20), dtype)  # a little less is enough
+    assert again.ctypes.data == place
+    several = [packing.lend((packing.LENT_BYTES[1] // 3,), np.dtype(np.uint8)) for _ in range(5)]
+    del several, again, third, other
+    assert sum(memory.nbytes for memory in packing._spare) <= packing.LENT_BYTES[1]
 
 
 def test_no_bias_is_zeros():

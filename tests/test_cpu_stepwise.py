@@ -144,3 +144,31 @@ def test_what_remains_for_numpy():
     for rest in ({"activation": (np.sin, np.cos)}, {"peephole": peephole}):
         call = ConvLSTMCall(**arguments, **rest)
         assert isinstance(call.forward(save=True)[3], recurrence.Saved)
+
+
+@pytest.mark.parametrize("name", ["dropout", "silu", "group separate"])
+def test_transforms_that_overflow_are_found_out(name):
+    """All begins again with direct convolutions of the images that need them, forward and back."""
+    arguments, dy = problem(H=16, W=16)
+    arguments["recurrent_kernel"][0, 0, 0, -1] = 1e38  # of the last output gate, which it opens or shuts
+    rest = options(name, h=16, w=16)
+    call = ConvLSTMCall(**arguments, **rest, algorithm="winograd")
+    y, *_, saved = call.forward(save=True)
+    assert saved.direct.any()
+    expected = ConvLSTMCall(**arguments, **rest, algorithm="direct").forward(save=False)[0]
+    np.testing.assert_allclose(y, expected, atol=1e-5)
+    gradients = [
+        functional.convlstm2d_vjp(**arguments, **rest, algorithm=how)[1](dy)["x"] for how in ("winograd", "direct")
+    ]
+    np.testing.assert_allclose(*gradients, rtol=1e-4, atol=1e-4 * np.abs(gradients[1]).max())
+
+
+def test_fill_values_of_unbounded_states_are_found_out():
+    """States that grow beyond what transforms bear, in one image of two."""
+    arguments, _ = problem(B=2, H=16, W=16)
+    arguments["x"][0, :, 3:6, 3:6] *= 200
+    call = ConvLSTMCall(**arguments, activation="softplus", algorithm="winograd")
+    y, *_, saved = call.forward(save=True)
+    np.testing.assert_array_equal(saved.direct, [True, False])
+    expected = ConvLSTMCall(**arguments, activation="softplus", algorithm="direct").forward(save=False)[0]
+    np.testing.assert_array_equal(y[0], expected[0])

@@ -33,7 +33,7 @@ class _Entry(NamedTuple):
 
 
 def _bits(array: np.ndarray) -> np.ndarray:
-    return array.reshape(-1).view(np.uint32)
+    return array.reshape(-1).view(np.uint64 if array.nbytes % 8 == 0 else np.uint32)
 
 
 def _frozen(array: np.ndarray) -> bool:

@@ -56,7 +56,7 @@ def convlstm2d(
             spec, conv2d, *arguments, normalization=normalization, dropout=dropout, save=save, out=out,
             algorithm="direct" if algorithm == "direct" else "auto",
         )  # fmt: skip
-    ways = plans.choose_ways(spec.recurrent, spec.input, algorithm, x.itemsize)
+    ways = plans.choose_ways(spec.recurrent, spec.input, algorithm, x.itemsize, not save)
     length = backward.piece_length(spec, x.itemsize) if save == "states" else spec.T
     return _fused(spec, ways, x, (recurrent_kernel, kernel), bias, (h, c), peephole, mask, algorithm, save, length, out)
 

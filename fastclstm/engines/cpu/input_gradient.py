@@ -8,12 +8,13 @@ from functools import lru_cache
 
 import numpy as np
 
-from fastclstm.engines.cpu import launch, plans, threads, tiles
+from fastclstm.engines.cpu import launch, packing, plans, threads, tiles
 from fastclstm.engines.cpu.kernels import col2im, simd
 from fastclstm.engines.cpu.kernels.entry import table
 from fastclstm.engines.cpu.kernels.gates import storing
 from fastclstm.engines.cpu.kernels.padding import SOURCE, source
 from fastclstm.engines.cpu.kernels.schedule import Slots, slots
+from fastclstm.engines.cpu.program import Course, Program
 from fastclstm.engines.cpu.tiles import Tile
 from fastclstm.spec import ConvSpec
 
@@ -64,6 +65,33 @@ class InputGradient:
             threads.run(col2im.fold, team, (), np.empty(0, self._dtype), work, self._source)
         launch.give_back(address, memory)
 
+    def add(self, program: Program, dy: Course, dx: Course, B: int, team: int, where: slice) -> np.ndarray:
+        """Add it to a program, one step at a time; where (B,) the result is not 0 then, it must be done directly."""
+        trouble = np.zeros(B, np.int64)
+        inner, groups, itemsize = self._inner, len(self._columns.groups), self._dtype.itemsize
+        if not self._folds:
+            plan = plans.plan((inner.with_batch(B),), self._m, "store", groups, itemsize, team)
+            program.convolve(plan, self._columns, self._cell, B, trouble, target=dx, x=dy, where=where)
+            return trouble
+        spec = self._spec
+        image = spec.HO * spec.WO * spec.KH * spec.KW * spec.C
+        images = min(B, max(1, FOLDED_BYTES // (image * itemsize)))
+        taps = packing.aligned_empty(images * image, self._dtype)
+        target = Course(np.full(program.steps, taps.ctypes.data), image * itemsize)
+        program.keep(taps)
+        for b in range(0, B, images):
+            count = min(images, B - b)
+            plan = plans.plan((inner.with_batch(count),), self._m, "store", groups, itemsize, team)
+            program.convolve(plan, self._columns, self._cell, count, np.zeros(count, np.int64), target=target,
+                             x=dy.after(b), where=where)  # fmt: skip
+            work = np.zeros(program.steps, col2im.WORK)
+            for name, value in (("B", count), ("T", 1), ("HO", spec.HO), ("WO", spec.WO)):
+                work[name] = value
+            work["taps"], work["taps_image"] = target
+            work["dx"], work["dx_image"] = dx.after(b)
+            program.add(col2im.fold, (), table(np.empty(0, self._dtype)), work, self._source, where=where)
+        return trouble
+
     def _run(self, dy: Slots, dx: Slots, B: int, T: int, team: int) -> np.ndarray:
         inner, groups = self._inner.with_batch(B), len(self._columns.groups)
         plan = plans.plan((inner,), self._m, "store", groups, self._dtype.itemsize, team)
@@ -79,7 +107,7 @@ def _way_back(
     inner = _transposed(spec)
     if inner is None:
         return taps, None, True
-    m = plans.choose("conv2d", (inner,), algorithm if plans.fits((inner,)) else "auto", itemsize)
+    m = plans.choose("conv2d", (inner,), algorithm if plans.fits((inner,)) else "auto", itemsize, remember=False)
     if algorithm != "winograd" and _fold_cost(spec, taps, itemsize) < plans.cost((inner,), m, itemsize):
         return taps, None, True
     return inner, m, False

@@ -27,6 +27,9 @@ PIECE_FLOPS = 25_000_000_000
 PIECE_SECONDS = 0.15
 """Size of the first piece of a sequence that is computed in pieces, and how long the others last."""
 
+SMALL_KERNEL = 1 << 18
+"""Scalars that NumPy packs before a kernel for that has been started, let alone compiled."""
+
 SPARE_BYTES = 64 << 20
 """Size of the memory that is left to the next call, at most."""
 
@@ -76,11 +79,11 @@ def pack(
     def make() -> packing.Columns:
         taps = [k[::-1, ::-1].swapaxes(2, 3) if transposed else k for k in kernels]
         line = None if bias is None else bias.reshape(gates, -1) * scales[:, None]
-        if not m:
-            rows = np.concatenate([k.reshape(-1, gates, k.shape[3] // gates) for k in taps])
-            return packing.pack(rows, scales, line)
         F = taps[0].shape[3] // gates
-        columns = packing.lay_out(m.points, transforms.rows(taps, m), gates, F, line, dtype, paired=True)
+        if not m and sum(k.size for k in taps) < SMALL_KERNEL:
+            return packing.pack(np.concatenate([k.reshape(-1, gates, F) for k in taps]), scales, line)
+        tile = m or transforms.AS_IT_IS
+        columns = packing.lay_out(tile.points, transforms.rows(taps, tile), gates, F, line, dtype, paired=bool(m))
         transforms.transform(taps, scales, m, columns)
         return columns
 

@@ -31,13 +31,15 @@ def fits(specs: tuple[ConvSpec, ...]) -> bool:
     )
 
 
-def choose(op: str, specs: tuple[ConvSpec, ...], algorithm: str, itemsize: int, *, gates: bool = False) -> Tile | None:
+def choose(
+    op: str, specs: tuple[ConvSpec, ...], algorithm: str, itemsize: int, *, gates: bool = False, remember: bool = True
+) -> Tile | None:
     """Winograd's tile; None: direct. Raises ValueError where Winograd was asked for in vain.
 
     gates: the columns are those of a ConvLSTM's gates, which become states at once; else they are stored.
 
     "auto" takes the smallest estimate of the costs. "winograd" chooses the tile as for a single image, so that its
-    results do not depend on how a batch is split.
+    results do not depend on how a batch is split. remember: else the kernels are packed for this call alone.
     """
     if algorithm == "direct" or (algorithm == "auto" and not fits(specs)):
         return None
@@ -49,7 +51,7 @@ def choose(op: str, specs: tuple[ConvSpec, ...], algorithm: str, itemsize: int, 
     choices = tiles.choices(specs[0].KH, specs[0].KW)
     if algorithm == "winograd":
         return _cheapest(tuple(spec.with_batch(1) for spec in specs), choices, itemsize, gates)
-    return None if specs[0].KH == specs[0].KW == 1 else _cheapest(specs, (None, *choices), itemsize, gates)
+    return None if specs[0].KH == specs[0].KW == 1 else _cheapest(specs, (None, *choices), itemsize, gates, remember)
 
 
 class Ways(NamedTuple):
@@ -76,6 +78,14 @@ AHEAD = 8
 TRANSFER = 24
 """Writing a vector of what x gives beforehand and reading it again takes as long as so many multiply-adds."""
 
+PACKING = 100
+"""Bringing a vector of kernels to where, and for tiles to what, they are read takes as long as so many multiply-adds.
+
+That counts, shared among the steps `AHEAD`, where kernels are packed for one call, as in training. Measured on Zen 5:
+128→256 filters, 8², 2 images, 6 steps, on two threads, forward and back 50 ms with F(4, 3), whose kernels are 57, 38
+and 19 MB, 31 with F(2, 3), 54 directly.
+"""
+
 CALLS = 40_000
 """Starting another kernel takes as long as so many multiply-adds of vectors, shared among the steps `AHEAD`.
 
@@ -89,7 +99,7 @@ cells with strides (16²: 1→16, 64→16) 1.2 to 1.3, and is not taken.
 
 
 @lru_cache(maxsize=256)
-def choose_ways(recurrent: ConvSpec, inputs: ConvSpec, algorithm: str, itemsize: int) -> Ways:
+def choose_ways(recurrent: ConvSpec, inputs: ConvSpec, algorithm: str, itemsize: int, remember: bool = True) -> Ways:
     """Choose the algorithm of each convolution of a ConvLSTM, or one for both; see `choose`.
 
     "winograd" takes the transforms wherever they fit: for h, whose stride is 1, always. "direct" does nothing
@@ -102,20 +112,33 @@ def choose_ways(recurrent: ConvSpec, inputs: ConvSpec, algorithm: str, itemsize:
         both = recurrent.with_batch(1), inputs.with_batch(1)
     one, many = both[:1], (both[1].with_batch(AHEAD * both[1].B),)
     h, x = (
-        choose("convlstm2d", convs, algorithm if fits(convs) else "auto", itemsize, gates=convs is one)
+        choose("convlstm2d", convs, algorithm if fits(convs) else "auto", itemsize, gates=convs is one,
+               remember=remember)
         for convs in (one, many)
-    )
+    )  # fmt: skip
     if algorithm == "winograd" and not fits(both):
         return Ways(h, x, before=True)
-    together = choose("convlstm2d", both, algorithm, itemsize, gates=True)
+    together = choose("convlstm2d", both, algorithm, itemsize, gates=True, remember=remember)
     vectors = both[0].B * recurrent.HO * recurrent.WO * -(-recurrent.F // simd.lanes(itemsize))
     apart = cost(one, h, itemsize, True) + cost(many, x, itemsize) / AHEAD + TRANSFER * vectors + CALLS
     return Ways(together, together) if cost(both, together, itemsize, True) <= apart else Ways(h, x, before=True)
 
 
 @lru_cache(maxsize=256)
-def _cheapest(specs: tuple[ConvSpec, ...], choices: tuple[Tile | None, ...], itemsize: int, gates: bool) -> Tile | None:
-    return min(choices, key=lambda tile: cost(specs, tile, itemsize, gates))
+def _cheapest(
+    specs: tuple[ConvSpec, ...], choices: tuple[Tile | None, ...], itemsize: int, gates: bool, remember: bool = True
+) -> Tile | None:
+    packing = 0.0 if remember else PACKING / AHEAD
+
+    def of(tile: Tile | None) -> float:
+        return cost(specs, tile, itemsize, gates) + packing * _packed_vectors(specs, tile, itemsize)
+
+    return min(choices, key=of)
+
+
+def _packed_vectors(specs: tuple[ConvSpec, ...], tile: Tile | None, itemsize: int) -> int:
+    size = weight_bytes(specs, tile, itemsize) if tile else sum(s.KH * s.KW * s.C * s.F for s in specs) * itemsize
+    return size // simd.VECTOR_BYTES
 
 
 def cost(specs: tuple[ConvSpec, ...], tile: Tile | None, itemsize: int, gates: bool = False) -> float:
@@ -150,6 +173,9 @@ def plan(
 STREAMING_ROWS = 8
 """Reading a vector of weights from the cache takes as long as so many multiply-adds with it."""
 
+FAR_BYTES, FAR_ROWS = 32 << 20, 20
+"""Weights that no cache holds come from memory in each step: reading one takes as long as so many multiply-adds."""
+
 DIRECT_VECTORS = 0, 2, 3, 3.8
 """Vectors of four at a time that take as long as a group of fewer, of which the loads are the work."""
 
@@ -175,7 +201,8 @@ def winograd_cost(specs: tuple[ConvSpec, ...], tile: Tile, images: int, itemsize
     count = images * math.prod(grid(spec, tile))
     pieces = len(tiles.pieces(spec.KH, spec.KW, tile))
     vectors = -(-spec.F // lanes)
-    rows = max(-(-count // winograd.CHUNKS[-1]) * winograd.CHUNKS[-1], STREAMING_ROWS)
+    streaming = STREAMING_ROWS if weight_bytes(specs, tile, itemsize) < FAR_BYTES else FAR_ROWS
+    rows = max(-(-count // winograd.CHUNKS[-1]) * winograd.CHUNKS[-1], streaming)
     products = rows * tile.points * pieces * sum(s.C for s in specs) * vectors / 0.8
     inputs = 30 * count * tile.points * pieces * sum(-(-s.C // lanes) for s in specs)
     outputs = 5 * count * tile.points * vectors

@@ -19,9 +19,10 @@ import numpy as np
 from fastclstm.engines.cpu import launch, outliers, packing, plans, threads, weight_gradient
 from fastclstm.engines.cpu.input_gradient import InputGradient
 from fastclstm.engines.cpu.kernels import cell_steps, gates
-from fastclstm.engines.cpu.kernels.entry import Kernel, Table, table
-from fastclstm.engines.cpu.kernels.schedule import NOTHING, Slots, slots
+from fastclstm.engines.cpu.kernels.entry import table
+from fastclstm.engines.cpu.kernels.schedule import Plan, Slots, slots
 from fastclstm.engines.cpu.normalizing import Normalizing, Statistics
+from fastclstm.engines.cpu.program import EVERY, Course, Pace, Program, course
 from fastclstm.engines.cpu.tiles import Tile
 from fastclstm.spec import GATES, PEEPHOLE_GATES, ConvLSTMSpec, ConvSpec
 
@@ -39,6 +40,9 @@ PIECE_BYTES = 4 << 20
 
 CELL_FLOPS = 200
 """Computing one value of a new state takes as long as so many operations, for the number of threads."""
+
+MASK_FLOPS = 8
+"""Multiplying a scalar by its mask takes as long as so many operations, for the number of threads."""
 
 PART_NUMBERS = table(np.array([0])), table(np.array([1]))
 
@@ -106,39 +110,49 @@ class _Convolution:
     ):
         self._specs, self._kernels = specs, kernels
         way = algorithm if plans.fits(specs) or algorithm == "direct" else "auto"
-        self._tile = plans.choose("convlstm2d", specs, way, kernels[0].itemsize)
+        self._tile = plans.choose("convlstm2d", specs, way, kernels[0].itemsize, remember=remember)
         self._packed = cache(lambda tile: launch.pack(kernels, bias, np.ones(1), tile, remember=remember))
         self._cell = gates.storing(specs[0].F)
 
-    def run(
-        self,
-        target: Slots,
-        B: int,
-        T: int,
-        direct: np.ndarray,
-        *,
-        x: Slots = NOTHING,
-        h: Slots = NOTHING,
-        fresh: bool = False,
-    ) -> None:
+    def run(self, target: Slots, B: int, T: int, direct: np.ndarray, x: Slots) -> None:
         """Store T steps of B images in `target`; those that are `direct`, and all where infinities come out, directly.
 
-        x are the frames of a single convolution; of two h those of the first.
+        x are the frames of a single convolution.
         """
         tile = None if direct.all() else self._tile
-        trouble = self._run(tile, target, B, T, x, h, fresh)
+        trouble = self._run(tile, target, B, T, x)
         if tile:
             for b in np.flatnonzero(trouble | direct).tolist():
-                self._run(None, target.after(b, 0), 1, T, x.after(b, 0), h.after(b, 0), fresh)
+                self._run(None, target.after(b, 0), 1, T, x.after(b, 0))
 
-    def _run(self, tile: Tile | None, target: Slots, B: int, T: int, x: Slots, h: Slots, fresh: bool) -> np.ndarray:
-        specs = tuple(spec.with_batch(B) for spec in self._specs)
-        flops, columns = sum(spec.flops for spec in specs), self._packed(tile)
+    def _plan(self, tile: Tile | None, B: int, team: int) -> tuple[Plan, packing.Columns]:
+        specs, columns = tuple(spec.with_batch(B) for spec in self._specs), self._packed(tile)
+        return plans.plan(specs, tile, "store", len(columns.groups), self._kernels[0].itemsize, team), columns
+
+    def _run(self, tile: Tile | None, target: Slots, B: int, T: int, x: Slots) -> np.ndarray:
+        flops = sum(spec.with_batch(B).flops for spec in self._specs)
         team = launch.team_size(flops)
-        plan = plans.plan(specs, tile, "store", len(columns.groups), self._kernels[0].itemsize, team)
-        return launch.run(
-            plan, columns, self._cell, B, T, team, x=x, h=target, h_first=h, fresh=fresh, step_flops=flops
-        )
+        plan, columns = self._plan(tile, B, team)
+        return launch.run(plan, columns, self._cell, B, T, team, x=x, h=target, step_flops=flops)
+
+    def add(
+        self, program: Program, target: Course, B: int, direct: np.ndarray, team: int, *, x: Course | None = None,
+        h: Course | None = None, fresh: np.ndarray | bool = False, where: slice = EVERY,
+    ) -> np.ndarray:  # fmt: skip
+        """Add it to a program; where (B,) the result is not 0 then, the image must be done again directly.
+
+        x are the frames; of two convolutions those of the second, and h of the first.
+        """
+        tile, trouble = None if direct.all() else self._tile, np.zeros(B, np.int64)
+        jobs = [(tile, 0, B, trouble)]
+        if tile:
+            jobs += [(None, b, 1, np.zeros(1, np.int64)) for b in np.flatnonzero(direct).tolist()]
+        for way, b, count, found in jobs:
+            plan, columns = self._plan(way, count, team)
+            sources = {"x": None if x is None else x.after(b), "h": None if h is None else h.after(b)}
+            program.convolve(plan, columns, self._cell, count, found, target=target.after(b), **sources, fresh=fresh,
+                             where=where)  # fmt: skip
+        return trouble if tile else np.zeros(B, np.int64)
 
 
 class _Cell:
@@ -157,34 +171,36 @@ class _Cell:
         pixels, F = spec.HO * spec.WO, spec.F
         chunk = min(max(1, CHUNK_BYTES // (F * dtype.itemsize)), pixels)
         strip = -(-STRIP_PIXELS // chunk) * chunk
-        strips = [min(strip, pixels - first) for first in range(0, pixels, strip)]
+        strips = -(-pixels // strip)
         self.normalizing = Normalizing(spec, inputs.normalization, inputs.bias, strips, dtype)
         self.separate = len(self.normalizing.parts) == 2
         codes = gates.activation_codes(spec)
         assert codes is not None
         self._step = np.zeros(1, cell_steps.STEP)
         self.put(
-            B=spec.B, pixels=pixels, F=F, chunk=chunk, strip=strip, strips=len(strips), recurrent_activation=codes[0],
+            B=spec.B, pixels=pixels, F=F, chunk=chunk, strip=strip, strips=strips, recurrent_activation=codes[0],
             activation=codes[1], output_activation=codes[2], clip=np.inf if spec.cell_clip is None else spec.cell_clip,
             pixel=F if self.planar else 4 * F,
             runs=4 if self.planar else 1, run=F if self.planar else 4 * F,
         )  # fmt: skip
         if len(self.normalizing.parts):
-            self.put(statistics_image=4 * F if self.normalizing.per_image else 0,
-                     weights_pixel=4 * F if self.normalizing.elementwise else 0)  # fmt: skip
+            n = self.normalizing
+            self.put(statistics_image=4 * F if n.per_image else 0, weights_pixel=4 * F if n.elementwise else 0,
+                     groups=n.groups, given=n.given, epsilon=spec.normalization.epsilon)  # fmt: skip
         self.peepholes = None
         if inputs.peephole is not None:
             whole = np.stack([inputs.peephole[gate].reshape(-1) for gate in PEEPHOLE_GATES])
             self.peepholes = np.ascontiguousarray(whole if spec.peephole == "elementwise" else np.tile(whole, chunk))
             self.put(peephole=self.peepholes.ctypes.data, peephole_size=self.peepholes.shape[1],
                      peephole_pixel=F if spec.peephole == "elementwise" else 0)  # fmt: skip
-        self.team = launch.team_size(CELL_FLOPS * spec.B * pixels * F)
+        self.flops = spec.flops // spec.T + CELL_FLOPS * spec.B * pixels * F
+        """Operations of a step, about."""
+        self.team = launch.team_size(self.flops)
         pitch = -(-chunk * F // 16) * 16 + 32  # lines at different places of the cache
         rows = packing.aligned_empty(self.team * cell_steps.LINES * pitch, dtype).reshape(self.team, -1)
-        self._like, self._record, self._parts, self.rows = (
-            table(array) for array in (np.empty(0, dtype), self._step, self.normalizing.parts, rows)
+        self.like, self.parts, self.rows = (
+            table(array) for array in (np.empty(0, dtype), self.normalizing.parts, rows)
         )
-        self._valid = [table(step) for step in self.valid]
         self._plan_convolutions(remember)
 
     def _plan_convolutions(self, remember: bool) -> None:
@@ -214,28 +230,28 @@ class _Cell:
         for name, value in values.items():
             record[name] = value
 
-    def place(self, **arrays: Slots) -> None:
-        """Set where arrays of the states' kind are."""
-        record = self._step[0]
-        for name, slot in arrays.items():
-            record[name], record[f"{name}_image"] = slot.address, slot.image
+    def records(self, steps: int, **arrays: Course) -> np.ndarray:
+        """What kernels read of some steps, with the places of arrays of the states' kind."""
+        records = np.repeat(self._step, steps)
+        for name, where in arrays.items():
+            records[name], records[f"{name}_image"] = where
+        return records
 
-    def place_z(self, name: str, array: np.ndarray | None, t: int) -> None:
-        """Set where pre-activations of a step are."""
-        record = self._step[0]
+    def place_z(self, records: np.ndarray, name: str, array: np.ndarray | None, at: np.ndarray) -> None:
+        """Set where pre-activations are: steps `at` of an array."""
         if array is None:
-            record[name] = 0
             return
-        here = array[:, :, t] if self.planar else array[:, t]
-        record[name], record[f"{name}_image"] = here.ctypes.data, here.strides[1 if self.planar else 0]
-        record[f"{name}_gate"] = here.strides[0] // here.itemsize if self.planar else self.spec.F
+        time = 2 if self.planar else 1
+        records[name] = array.ctypes.data + at * array.strides[time]
+        records[f"{name}_image"] = array.strides[time - 1]
+        records[f"{name}_gate"] = array.strides[0] // array.itemsize if self.planar else self.spec.F
 
     def empty_z(self, T: int) -> np.ndarray:
         """Memory for pre-activations of T steps."""
         spec = self.spec
         frame = spec.B, T, spec.HO, spec.WO
         shape = (4, *frame, spec.F) if self.planar else (*frame, 4 * spec.F)
-        return packing.aligned_empty(math.prod(shape), self.dtype).reshape(shape)
+        return packing.lend(shape, self.dtype)
 
     def gates_of(self, z: np.ndarray, t: int) -> list[Slots]:
         return [slots(gate[:, t:]) for gate in z] if self.planar else [slots(z[:, t:])]
@@ -245,9 +261,19 @@ class _Cell:
         if name not in self.masks:
             yield from (frames for _ in self.kernels)
             return
-        memory = np.empty(frames.shape, self.dtype)
+        memory = packing.lend(frames.shape, self.dtype)
         for mask in self.masks[name]:
-            yield np.multiply(frames, mask[:, np.newaxis], out=memory)
+            self.mask(frames, mask, memory)
+            yield memory
+
+    def mask(self, frames: np.ndarray, mask: np.ndarray | None, target: np.ndarray, *, adds: bool = False) -> None:
+        """Write frames (B, T, …) times a mask (B, …), None: as they are, to the target, or add them to it."""
+        B, T, *frame = frames.shape
+        source, place = slots(frames), slots(target)
+        masks = (0, 0) if mask is None else (mask.ctypes.data, mask.strides[0])
+        work = np.zeros(1, cell_steps.MASKING)
+        work[0] = (B, T, math.prod(frame), *source[:3], *place[:3], *masks, adds)
+        threads.run(cell_steps.mask, launch.team_size(MASK_FLOPS * frames.size), (), self.like, work)
 
     def convolve_x(self, z: np.ndarray, first: int, count: int) -> None:
         """Convolve the frames of some steps together."""
@@ -257,65 +283,58 @@ class _Cell:
         for convolution, target, seen in zip(self._of_x, self.gates_of(z, 0), frames, strict=True):
             convolution.run(target, self.spec.B, count, self.direct, x=slots(seen))
 
-    def convolve_h(
-        self,
-        z: np.ndarray,
-        zh: np.ndarray | None,
-        j: int,
-        jh: int,
-        t: int,
-        h: np.ndarray | None,
-        masked: np.ndarray | None,
-    ) -> None:
-        """Convolve h (B, HO, WO, F), None: zeros, to z (with x) or zh, at their steps j and jh; t: of the sequence."""
-        B, direct = self.spec.B, self.direct
-        if h is not None and not {self.spec.recurrent_activation.name, self.spec.output_activation.name} <= _BOUNDED:
-            direct = direct | outliers.find(h)
-        hidden = slots(h)
+    def add_h(
+        self, program: Program, z: np.ndarray, zh: np.ndarray | None, ts: np.ndarray, h: Course,
+        masked: np.ndarray | None, fresh: bool, *, at: np.ndarray, at_h: np.ndarray,
+    ) -> list[np.ndarray]:  # fmt: skip
+        """Add the convolutions of h at steps `ts` to a program: to steps `at` of z (with x), or `at_h` of zh.
+
+        masked: h as the gates see it, each step's in the same memory; fresh: at the first step h is zeros. What is
+        returned tells afterwards which images (B,) must be done again directly.
+        """
+        B, team = self.spec.B, launch.team_size(sum(spec.with_batch(self.spec.B).flops for spec in self.specs))
         if self.joint:
-            frame = self.x[:, t]
-            target = slots(z[:, j:])
-            self._both.run(target, B, 1, direct, x=slots(frame), h=hidden, fresh=h is None)
-            return
+            first = np.zeros(len(ts), np.int64)
+            first[0] = fresh
+            x, target = course(slots(self.x), ts), course(slots(z), at)
+            return [self._both.add(program, target, B, self.direct, team, x=x, h=h, fresh=first)]
         assert zh is not None
-        if h is None:
-            zh[(slice(None),) * (2 if self.planar else 1) + (jh,)] = 0
-            return
-        for gate, (convolution, target) in enumerate(zip(self._of_h, self.gates_of(zh, jh), strict=True)):
-            seen = hidden if masked is None else slots(masked[gate])
-            convolution.run(target, B, 1, direct, x=seen)
+        if fresh:
+            zh[(slice(None),) * (2 if self.planar else 1) + (int(at_h[0]),)] = 0
+        found = []
+        for gate, (convolution, slot) in enumerate(zip(self._of_h, self.gates_of(zh, 0), strict=True)):
+            seen = h if masked is None else course(slots(masked[gate]), np.zeros(len(ts), np.int64))
+            target = course(slot, at_h)
+            where = slice(int(fresh), None)
+            found.append(convolution.add(program, target, B, self.direct, team, x=seen, where=where))
+        return found
 
-    def normalize(self, t: int) -> tuple[Statistics, ...]:
-        """Take the statistics of a step whose pre-activations are placed."""
-        n, found = self.normalizing, []
-        for part in range(len(n.parts)):
-            if not n.given:
-                record = self._step.copy()
-                if self.separate:
-                    for end in ("", "_image", "_gate"):
-                        record[f"z{end}"] = record[f"zh{end}" if part else f"z{end}"]
-                    record["zh"] = 0
-                sums = n.sums[part].reshape(-1)
-                threads.run(cell_steps.measure, self.team, (), self._like, record, self._valid[t], sums)
-            found.append(n.statistics(part, self.valid[t]))
-            n.use(part, found[-1])
-        if found and not n.given and not self.separate:
-            self.put(zh=0)  # it was added
-        return tuple(found)
-
-    def run(self, kernel: Kernel, t: int, *rest: Table) -> None:
-        """Run a kernel on a step."""
-        threads.run(kernel, self.team, (), self._like, self._record, self._parts, self._valid[t], *rest)
+    def add_statistics(self, program: Program, records: np.ndarray, valid: np.ndarray) -> np.ndarray:
+        """Add the statistics of pre-activations to a program; return the memory where they will be."""
+        n = self.normalizing
+        if not len(n.parts):
+            return np.zeros((program.steps, 0))
+        found = n.memory(program.steps)
+        records["statistics"] = found.ctypes.data + np.arange(program.steps) * found.strides[0]
+        records["summed"] = int(not n.given)
+        for part in PART_NUMBERS[: 0 if n.given else len(n.parts)]:
+            program.add(cell_steps.measure, (), self.like, records, self.parts, valid, part)
+        program.keep(found)
+        return found
 
 
 def forward(
-    spec: ConvLSTMSpec, inputs: Inputs, save: bool | str, out: tuple[np.ndarray, np.ndarray] | None
+    spec: ConvLSTMSpec, inputs: Inputs, save: bool | str, out: tuple[np.ndarray, np.ndarray] | None,
+    spoilt: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, Saved | None]:  # fmt: skip
-    """Run a ConvLSTM: output, last h, last c and, with `save`, what `backward` needs: see `convlstm2d`."""
+    """Run a ConvLSTM: output, last h, last c and, with `save`, what `backward` needs: see `convlstm2d`.
+
+    The images (B,) that are `spoilt` take direct convolutions. Where others turn out to be, all begins again.
+    """
     x, dtype, mask, T, state = inputs.x, inputs.x.dtype, inputs.mask, spec.T, spec.state_shape
-    direct = np.zeros(spec.B, np.bool_)
+    direct = np.zeros(spec.B, np.bool_) if spoilt is None else spoilt
     if inputs.algorithm != "direct":
-        direct |= outliers.find(x, mask)
+        direct = direct | outliers.find(x, mask)
         direct |= False if inputs.first[0] is None else outliers.find(inputs.first[0])
     saved = Saved(inputs, direct)
     cell = _Cell(spec, inputs, direct, remember=not save)
@@ -346,29 +365,49 @@ def forward(
         masks = cell.masks["h"]
         masked = np.empty(masks.shape, dtype) if start is None else masks * start
         cell.put(masks=masks.ctypes.data, masked=masked.ctypes.data)
-    for t in range(T):
-        j, hidden, slot = t % length, h[:, (t - 1) % h.shape[1]], t % h.shape[1]
+    bounded = {spec.recurrent_activation.name, spec.output_activation.name} <= _BOUNDED
+    pace = Pace(cell.flops, T if bounded or h.shape[1] == T else 1)
+    t = 0
+    while t < T:
+        j = t % length
         if j == 0:
             cell.convolve_x(z, t, min(length, T - t))
-        before = hidden if t else start
-        jh = t if zh is not None and zh.shape[-4] == T else 0
-        cell.convolve_h(z, zh, j, jh, t, before, masked)
-        cell.place_z("z", z, j)
-        cell.place_z("zh", zh, jh)
-        if h_first is None and t == 0 and mask is None and not cell.separate:
-            cell.put(zh=0)
-        now, then = (t, t + 1) if save else (0, 0)
-        everywhere = slots(h[:, slot:])
-        cell.place(
-            c=slots(c[:, now:]), c_new=slots(c[:, then:]), h=everywhere,
-            h_before=everywhere if before is None or h.shape[1] == 1 else slots(before),
-            y=NOTHING if y is None else slots(y[:, t % y.shape[1] :]),
-            y_before=NOTHING if y is None or t == 0 else slots(y[:, (t - 1) % y.shape[1] :]),
-        )  # fmt: skip
-        statistics = cell.normalize(t)
+        count = min(pace.steps, T - t if cell.joint else min(length - j, T - t))
+        ts = np.arange(t, t + count)
+        at, at_h = ts % length, ts if zh is not None and zh.shape[-4] == T else 0 * ts
+        everywhere = course(slots(h), ts)
+        before = course(slots(h), ts - 1)
+        if t == 0 and h.shape[1] > 1:  # where h has one slot `start` is there already
+            before = before.begin(slots(start))
+        program = Program(count)
+        found = cell.add_h(program, z, zh, ts, before, masked, t == 0 and start is None, at=at, at_h=at_h)
+        now, then = (ts, ts + 1) if save else (0 * ts, 0 * ts)
+        records = cell.records(count, c=course(slots(c), now), c_new=course(slots(c), then), h=everywhere,
+                               h_before=before)  # fmt: skip
+        cell.place_z(records, "z", z, at)
+        cell.place_z(records, "zh", zh, at_h)
+        if y is not None:
+            for name, where in (("y", course(slots(y), ts)), ("y_before", course(slots(y), ts - 1))):
+                records[name], records[f"{name}_image"] = where
+        if t == 0:
+            records["y_before"][0] = 0
+            if start is None:
+                records["h_before"][0] = records["h"][0]
+                if not cell.separate:
+                    records["zh"][0] = 0
+        valid = cell.valid[t : t + count]
+        statistics = cell.add_statistics(program, records, valid)
+        program.add(cell_steps.forward, (), cell.like, records, cell.parts, valid, cell.rows)
+        program.run(cell.team, pace)
+        trouble = np.logical_or.reduce(found) & ~direct
+        if not bounded and inputs.algorithm != "direct":
+            states = h[:, t : t + count] if h.shape[1] == T else h
+            trouble |= outliers.find(states) & ~direct
+        if trouble.any():
+            return forward(spec, inputs, save, out, direct | trouble)
         if save:
-            saved.statistics.append(statistics)
-        cell.run(cell_steps.forward, t, cell.rows)
+            saved.statistics.extend(map(cell.normalizing.statistics, statistics, valid))
+        t += count
     h_last, c_last = h[:, (T - 1) % h.shape[1]].copy(), np.ascontiguousarray(c[:, T if save else 0])
     if save:
         c_last = c_last.copy()
@@ -395,17 +434,29 @@ def backward(
     The gradients of an initial state that was not given are not computed: they are None.
     """
     way = _WayBack(spec, saved, dy, dh, dc, input_gradient)
-    if saved.states:
-        way.pull_back_pieces(*saved.states[0])
-    else:
-        try:
-            z, zh, c = saved.kept.pop()
-        except IndexError:  # they are used up
-            *_, again = forward(spec, saved.inputs, True, None)
-            assert again is not None
-            z, zh, c = again.kept.pop()
-        way.pull_back(z, zh, c, 0, saved.inputs.first[0])
+    try:
+        if saved.states:
+            way.pull_back_pieces(*saved.states[0])
+        else:
+            try:
+                z, zh, c = saved.kept.pop()
+            except IndexError:  # they are used up
+                *_, again = forward(spec, saved.inputs, True, None, saved.direct)
+                assert again is not None
+                z, zh, c = again.kept.pop()
+            way.pull_back(z, zh, c, 0, saved.inputs.first[0])
+    except _Spoilt as spoilt:
+        again = replace(saved, direct=saved.direct | spoilt.images, kept=[])
+        return backward(spec, again, dy, dh, dc, input_gradient=input_gradient)
     return way.gradients()
+
+
+class _Spoilt(Exception):
+    """Some images need direct convolutions: all begins again."""
+
+    def __init__(self, images: np.ndarray):
+        super().__init__()
+        self.images = images
 
 
 class _WayBack:
@@ -439,10 +490,16 @@ class _WayBack:
         if spec.peephole == "elementwise":
             self._dpeephole = np.zeros((spec.B, 3, *spec.state_shape[1:]), dtype)
             cell.put(dpeephole=self._dpeephole.ctypes.data)
+        self._parts_of = None
         if len(cell.normalizing.parts):
             cell.normalizing.start_back(dtype)
+            self._parts_of = cell.normalizing.again(saved.statistics)
         self._da = cell.empty_z(1) if len(cell.normalizing.parts) else None
-        self._parts = np.zeros((4, *spec.state_shape), dtype) if "h" in cell.masks else None
+        self._planes = None
+        if cell.planar or masked:
+            self._planes = np.zeros((len(cell.kernels), *spec.state_shape), dtype)
+            masks = cell.masks["h"].ctypes.data if "h" in cell.masks else 0
+            cell.put(masks=masks, masked=self._planes.ctypes.data, planes=len(self._planes))
         ways = inputs.algorithm, "direct"
         self._recurrent, self._inputs = (
             cache(lambda gate, direct, n=n: InputGradient(cell.specs[n], cell.kernels[gate][n], ways[direct]))
@@ -475,63 +532,83 @@ class _WayBack:
             for j in range(count):
                 before = h[:, start + j - 1] if start + j else first
                 masked = None if "h" not in cell.masks or before is None else cell.masks["h"] * before
-                cell.convolve_h(z, zh, j, j, start + j, before, masked)
+                program, at = Program(1), np.array([j])
+                where = course(slots(before), np.array([0]))
+                cell.add_h(program, z, zh, at + start, where, masked, before is None, at=at, at_h=at)
+                program.run(cell.team, Pace(cell.flops, 1))
             self.pull_back(z, zh, c[:, start : start + count + 1].copy(), start, h[:, start - 1] if start else first)
 
     def pull_back(
         self, z: np.ndarray, zh: np.ndarray | None, c: np.ndarray, first: int, h_start: np.ndarray | None
     ) -> None:
         """Take all images back through the steps of a piece; z, zh and c become dz, dzh and h."""
-        saved, cell = self._saved, self._cell
+        spec, saved, cell = self._spec, self._saved, self._cell
         n, valid = cell.normalizing, cell.valid
         count, with_mask = c.shape[1] - 1, saved.inputs.mask is not None
         given = any(state is not None for state in saved.inputs.first)
         dz_h = z if zh is None or not cell.separate else zh
-        cell.place(dh=slots(self._dh), dc=slots(self._dc))
-        for j in reversed(range(count)):
-            t = first + j
-            cell.place_z("z", z, j)
-            cell.place_z("zh", zh, j)
-            cell.place_z("da", z if self._da is None else self._da, j if self._da is None else 0)
-            dy = NOTHING if self._dy is None else slots(self._dy[:, t:])
+        pace, stop = Pace(cell.flops, 1 if with_mask else count), count
+        while stop > 0:
+            start = max(0, stop - pace.steps)
+            at = np.arange(start, stop)[::-1]
+            ts = first + at
+            program = Program(len(at))
+            here = 0 * at
+            records = cell.records(len(at), dh=course(slots(self._dh), here), dc=course(slots(self._dc), here),
+                                   c=course(slots(c), at), h=course(slots(c), at + 1))  # fmt: skip
+            cell.place_z(records, "z", z, at)
+            cell.place_z(records, "zh", zh, at)
+            cell.place_z(records, "da", *((z, at) if self._da is None else (self._da, here)))
             if with_mask:
-                self._doutput += 0 if self._dy is None else self._dy[:, t]
-                dy = slots(self._doutput)
-            cell.place(c=slots(c[:, j:]), h=slots(c[:, j + 1 :]), dy=dy)
-            for part, statistics in enumerate(saved.statistics[t]):
-                n.use(part, statistics)
-            cell.run(cell_steps.backward, t, cell.rows)
-            for part, statistics in enumerate(saved.statistics[t]):
-                n.pull_back(part, statistics.count)
-                cell.run(cell_steps.backward_of_normalization, t, PART_NUMBERS[part])
-            steps = valid[t] != 0
+                self._doutput += 0 if self._dy is None else self._dy[:, ts[0]]
+                records["dy"], records["dy_image"] = course(slots(self._doutput), here)
+            elif self._dy is not None:
+                records["dy"], records["dy_image"] = course(slots(self._dy), ts)
+            steps = np.ascontiguousarray(valid[ts])
+            parts = cell.parts if self._parts_of is None else np.ascontiguousarray(self._parts_of[ts])
+            program.add(cell_steps.backward, (), cell.like, records, parts, steps, cell.rows)
+            for number in PART_NUMBERS[: len(n.parts)]:
+                program.add(cell_steps.backward_of_normalization, (), cell.like, records, parts, steps, number)
+            where = slice(0, len(at) if start + first > 0 or given else len(at) - 1)
+            found = self._add_h(program, dz_h, at, records, steps, where)
+            program.run(cell.team, pace)
             if with_mask:
-                self._doutput[steps] = 0
-            if t > 0 or given:
-                self._pull_back_h(dz_h, j, t, steps)
+                self._doutput[steps[0] != 0] = 0
+            spoilt = np.zeros(spec.B, np.bool_)
+            for images, troubled in found:
+                spoilt[images] |= troubled != 0
+            if spoilt.any():
+                raise _Spoilt(spoilt)
+            stop = start
         c[:, 0] = 0 if h_start is None else h_start
         if with_mask:
             for j, b in zip(*np.nonzero(valid[first : first + count] == 0), strict=True):
                 c[b, j + 1] = c[b, j]
         self._pull_back_inputs(z, dz_h, c, first, count)
 
-    def _pull_back_h(self, dz: np.ndarray, j: int, t: int, valid: np.ndarray) -> None:
-        cell, dh = self._cell, self._dh
-        keeps = not valid.all()
-        new = self._parts if self._parts is not None else np.empty_like(dh) if keeps or cell.planar else dh
-        for gate, source in enumerate(cell.gates_of(dz, j)):
-            target = new[gate] if self._parts is not None else new if gate == 0 else np.empty_like(dh)
+    def _add_h(
+        self, program: Program, dz: np.ndarray, at: np.ndarray, records: np.ndarray, valid: np.ndarray, where: slice
+    ) -> list[tuple[slice, np.ndarray]]:
+        """Add the gradient of h to a program, at the steps `where`.
+
+        What is returned tells afterwards which of some images must be done again directly.
+        """
+        cell, here = self._cell, 0 * at
+        found: list[tuple[slice, np.ndarray]] = []
+        if not len(at[where]):
+            return found
+        for gate, source in enumerate(cell.gates_of(dz, 0)):
+            target = course(slots(self._dh if self._planes is None else self._planes[gate]), here)
             for images, direct in self._runs:
-                B = images.stop - images.start
+                B, b = images.stop - images.start, images.start
                 way = self._recurrent(gate, direct)
-                way.pull_back(source.after(images.start, 0), slots(target[images]), B, 1, self._team(B))
-            if gate > 0 and self._parts is None:
-                new += target
-        if self._parts is not None:
-            cell.put(masks=cell.masks["h"].ctypes.data, masked=self._parts.ctypes.data)
-            cell.run(cell_steps.combine, t)
-        elif new is not dh:
-            np.copyto(dh, new, where=valid[:, np.newaxis, np.newaxis, np.newaxis])
+                dx = target.after(b)
+                found.append((images, way.add(program, course(source, at).after(b), dx, B, self._team(B), where)))
+                if direct:
+                    found.pop()
+        if self._planes is not None:
+            program.add(cell_steps.combine, (), cell.like, records, cell.parts, valid, where=where)
+        return found
 
     def _pull_back_inputs(self, dz_x: np.ndarray, dz_h: np.ndarray, h: np.ndarray, first: int, count: int) -> None:
         """Gradients of the frames and of the kernels of a piece, whose hidden states h (B, count + 1, …) begin with."""
@@ -540,7 +617,7 @@ class _WayBack:
         if self._dx is not None:
             dx = (self._dx[:, ::-1] if spec.go_backwards else self._dx)[:, first : first + count]
         frames = cell.x[:, first : first + count]
-        target = np.empty_like(dx) if cell.planar and dx is not None else dx
+        target = packing.lend(dx.shape, dx.dtype) if cell.planar and dx is not None else dx
         gates = zip(
             cell.gates_of(dz_x, 0), cell.gates_of(dz_h, 0), cell.seen("x", frames), cell.seen("h", h), strict=True
         )
@@ -555,9 +632,7 @@ class _WayBack:
                     dz = of_x if names == ("kernel",) else of_h
                     job.add(tuple(slots(seen[name][images]) for name in names), dz.after(b, 0), B, count, team)
             if cell.planar and dx is not None and target is not None:
-                if "x" in cell.masks:
-                    target *= cell.masks["x"][gate][:, np.newaxis]
-                dx += target
+                cell.mask(target, cell.masks["x"][gate] if "x" in cell.masks else None, dx, adds=True)
 
     def gradients(self) -> dict[str, Any]:
         """Return all gradients, when every step has been taken back."""

@@ -12,9 +12,11 @@ import os
 import threading
 import time
 from array import array
+from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numba
 import numpy as np
@@ -176,7 +178,19 @@ def _can_start(count: int) -> bool:
 
 
 def run(kernel: Kernel, team: int, variant: tuple[int, ...], *arguments: np.ndarray | Table) -> None:
-    """Run a kernel on some arrays by up to `team` threads.
+    """Run a kernel on some arrays by up to `team` threads."""
+    tables = [argument if isinstance(argument, Table) else table(argument) for argument in arguments]
+    address, function = kernel.function(variant, tables)
+    start(address, function, job_of(tables), team)
+
+
+def job_of(tables: Sequence[Table]) -> array[int]:
+    """Return a job: counters of zeros, then where the arrays are."""
+    return array("q", [*_HEADER, *chain.from_iterable([table.place for table in tables])])
+
+
+def start(address: int, function: Callable[[int, int], Any], job: array[int], team: int) -> None:
+    """Run a kernel, by its address and as something to call, on a job by up to `team` threads.
 
     Where others keep the processors busy, threads of a team wait for each other's turns: then the caller's thread is
     without a processor for a good part of the call, asleep or not, while the others hardly work more than it could
@@ -184,9 +198,6 @@ def run(kernel: Kernel, team: int, variant: tuple[int, ...], *arguments: np.ndar
     and more the more often that is in vain.
     """
     global _alone_until, _patience
-    tables = [argument if isinstance(argument, Table) else table(argument) for argument in arguments]
-    address, function = kernel.function(variant, tables)
-    job = array("q", [*_HEADER, *chain.from_iterable([table.place for table in tables])])
     job[WORKERS] = team
     place, _ = job.buffer_info()
     me = threading.get_ident()
@@ -196,12 +207,12 @@ def run(kernel: Kernel, team: int, variant: tuple[int, ...], *arguments: np.ndar
         if team == 1:
             function(place, 0)
             return
-        start, used = time.perf_counter(), time.thread_time()
+        begun, used = time.perf_counter(), time.thread_time()
         run_team(address, place, team)
         now = time.perf_counter()
-        lost = now - start - (time.thread_time() - used)
+        lost = now - begun - (time.thread_time() - used)
         least, most = _PATIENCE
-        if lost > _LOSS * (now - start) and 1e-9 * job[BUSY] < _GAIN * (now - start):
+        if lost > _LOSS * (now - begun) and 1e-9 * job[BUSY] < _GAIN * (now - begun):
             _alone_until = now + _patience * min(lost, _SLICE)
             _patience = min(most, 2 * _patience)
         else:

@@ -71,10 +71,9 @@ def _forward(dtype: str) -> Iterator[tuple[str, Callable[[], Any]]]:
             yield f"{name}, {how}", partial(_compile_sequence, dtype, tile, finish, False)
             if finish == "store" or (finish == "update" and _is_usual(tile)):
                 yield f"{name}, {how}, few filters", partial(_compile_sequence, dtype, tile, finish, True)
-    yield (
-        "transform of kernels",
-        partial(launch.pack, (np.ones((3, 3, 1, 1), dtype),), None, np.ones(1), _TILES[1], remember=False),
-    )
+        shape = (tile.k_y, tile.k_x, 1, 1) if tile else (1, 1, 1, launch.SMALL_KERNEL)
+        kernels = (np.ones(shape, dtype),)
+        yield f"packing of kernels, {how}", partial(launch.pack, kernels, None, np.ones(1), tile, remember=False)
     yield "search for fill values", partial(outliers.find, np.ones(outliers.SMALL + 1, dtype))
     volume = np.ones((1, 1, 1, 1, 1), dtype)
     pool = PoolSpec.infer(volume.shape, 1)
@@ -136,6 +135,6 @@ def _step_by_step(dtype: str) -> None:
     )  # fmt: skip
     weights, state = {"gamma": np.ones(4, dtype), "beta": np.ones(4, dtype)}, np.ones((1, 3, 3, 1), dtype)
     *_, saved = convlstm2d(spec, x, kernel, kernel, None, state, state, None, None, normalization=weights,
-                           dropout={"h": masks}, algorithm="direct", save=True)  # fmt: skip
+                           dropout={"x": masks, "h": masks}, algorithm="direct", save=True)  # fmt: skip
     assert saved is not None
     convlstm2d_backward(spec, saved, x, None, None)

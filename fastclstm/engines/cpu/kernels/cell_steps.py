@@ -12,8 +12,9 @@ from fastclstm.engines.cpu.compilation import inline
 from fastclstm.engines.cpu.kernels import simd, vmath
 from fastclstm.engines.cpu.kernels.entry import kernel
 from fastclstm.engines.cpu.kernels.gates import put, take
+from fastclstm.engines.cpu.kernels.gates_backward import add_to, place_at
 from fastclstm.engines.cpu.kernels.padding import clear_run, copy_run
-from fastclstm.engines.cpu.kernels.team import grain, next_item
+from fastclstm.engines.cpu.kernels.team import finished, grain, next_item
 
 _ARRAYS = "z", "zh", "c", "c_new", "h_before", "h", "y", "y_before", "dh", "dy", "dc", "da"
 
@@ -28,30 +29,37 @@ STEP = np.dtype([
     ("pixel", np.int64), ("z_gate", np.int64), ("zh_gate", np.int64), ("da_gate", np.int64),  # scalars to the next one
     ("peephole", np.uint64), ("peephole_size", np.int64), ("peephole_pixel", np.int64),  # lines of i, f, o
     ("masks", np.uint64), ("masked", np.uint64),  # (4, B, pixels, F): of dropout; h times these
+    ("planes", np.int64),  # gradients of h that `combine` adds: at `masked`, times `masks` where there are any
     ("statistics_image", np.int64), ("weights_pixel", np.int64),  # scalars to the next image's, the next pixel's
+    ("summed", np.int64),  # 1: zh has been added to z
+    ("given", np.int64),  # 1: the statistics are not those of z
+    ("groups", np.int64), ("epsilon", np.float64),
+    ("statistics", np.uint64),  # float64 (parts, 2, B or 1, 4F): where means and variances are to be left
     ("sums", np.uint64),  # (B, strips, 7F): bias, peepholes of channels
     ("dpeephole", np.uint64),  # (B, 3, pixels, F) of each pixel's own peepholes, 0: none
 ])  # fmt: skip
 """Where the arrays of one step are."""
 
 PART = np.dtype([(name, np.uint64) for name in
-                 ("mean", "scale", "gamma", "beta", "offset", "along", "sums", "dgamma", "dbeta")])  # fmt: skip
+                 ("mean", "scale", "gamma", "beta", "offset", "along", "sums", "dgamma", "dbeta",
+                  "gradients")])  # fmt: skip
 """Of something normalized, addresses of: mean and one over the deviation (B or 1, 4F), gamma and beta (4F or pixels,
-4F), the two means (B or 1, 4F) that its gradient loses, what they are made of (B, strips, 2, 4F), and the gradients (B,
-pixels, 4F) of each pixel's own gamma and beta, 0: none."""
+4F), the two means (B or 1, 4F) that its gradient loses, what they are made of (B, strips, 2, 4F), the gradients (B,
+pixels, 4F) of each pixel's own gamma and beta, 0: none, and in float64 those (2, 4F) of beta and gamma, 0: none."""
+
+MASKING = np.dtype([
+    ("B", np.int64), ("T", np.int64), ("size", np.int64),  # scalars of a frame
+    *((f"{name}{field}", kind) for name in ("frames", "target")
+      for field, kind in (("", np.uint64), ("_image", np.int64), ("_step", np.int64))),  # addresses, bytes
+    ("mask", np.uint64), ("mask_image", np.int64),  # 0: none
+    ("adds", np.int64),  # 1: to what is there
+])  # fmt: skip
+
+MASKED = 4096
+"""Scalars of a frame that are masked together."""
 
 LINES = 15
 """Lines of a worker's scratch memory."""
-
-
-@inline
-def _place(like, base, image, b, index):
-    return simd.shift(simd.at(like, np.uint64(np.int64(base) + b * image)), index)
-
-
-@inline
-def _add(target, value, count):
-    put(target, take(target, count) + value, count)
 
 
 @inline
@@ -76,8 +84,8 @@ def _gather(like, step, parts, b, first, count, lines, pitch):
     for gate in range(4):
         for p in range(count):
             pixel = first + p
-            z = _place(like, step.z, step.z_image, b, pixel * step.pixel + gate * step.z_gate)
-            zh = _place(like, step.zh, step.zh_image, b, pixel * step.pixel + gate * step.zh_gate)
+            z = place_at(like, step.z, step.z_image, b, pixel * step.pixel + gate * step.z_gate)
+            zh = place_at(like, step.zh, step.zh_image, b, pixel * step.pixel + gate * step.zh_gate)
             line = simd.shift(lines, gate * pitch + p * F)
             for k in range(0, F, lanes):
                 some, channel = min(lanes, F - k), gate * F + k
@@ -87,7 +95,7 @@ def _gather(like, step, parts, b, first, count, lines, pitch):
                     value = _normalized(like, step, parts[0], b, pixel, channel, value, some) + _normalized(
                         like, step, parts[1], b, pixel, channel, other, some
                     )
-                elif step.zh != 0:
+                elif step.zh != 0 and step.summed == 0:
                     value = value + take(simd.shift(zh, k), some)
                     put(simd.shift(z, k), value, some)
                 if len(parts) == 1:
@@ -142,11 +150,10 @@ def _peep(like, step, gate, first, k, count):
 
 
 @inline
-def _chunk_forward(like, step, parts, b, first, pixels, lines, pitch):
-    F, lanes = step.F, simd.vector_lanes(lines)
-    count, start = pixels * F, first * F
-    _gather(like, step, parts, b, first, pixels, lines, pitch)
-    c = _place(like, step.c, step.c_image, b, start)
+def _gates_of_lines(like, step, b, first, count, lines, pitch):
+    """Bring four lines of pre-activations to the fourth, the new c, and the fifth, the new h; any activations."""
+    lanes, start = simd.vector_lanes(lines), first * step.F
+    c = place_at(like, step.c, step.c_image, b, start)
     if step.peephole != 0:
         for k in range(0, count, lanes):
             some = min(lanes, count - k)
@@ -158,24 +165,62 @@ def _chunk_forward(like, step, parts, b, first, pixels, lines, pitch):
         line = _line(lines, pitch, gate, 0)
         _activate(step.recurrent_activation, line, line, count)
     _activate(step.activation, _line(lines, pitch, 2, 0), _line(lines, pitch, 2, 0), count)
-    c_new = _place(like, step.c_new, step.c_new_image, b, start)
     for k in range(0, count, lanes):
         some = min(lanes, count - k)
         i, f, g = (simd.load(_line(lines, pitch, 0, k)), simd.load(_line(lines, pitch, 1, k)),
                    simd.load(_line(lines, pitch, 2, k)))  # fmt: skip
         new = _clipped(step, simd.fma(f, take(simd.shift(c, k), some), i * g))
-        put(simd.shift(c_new, k), new, some)
         simd.store(_line(lines, pitch, 4, k), new)
         if step.peephole != 0:
             line = _line(lines, pitch, 3, k)
             simd.store(line, simd.fma(_peep(like, step, 2, first, k, some), new, simd.load(line)))
     _activate(step.recurrent_activation, _line(lines, pitch, 3, 0), _line(lines, pitch, 3, 0), count)
-    _activate(step.output_activation, _line(lines, pitch, 4, 0), _line(lines, pitch, 4, 0), count)
-    h, y = _place(like, step.h, step.h_image, b, start), _place(like, step.y, step.y_image, b, start)
+    _activate(step.output_activation, _line(lines, pitch, 4, 0), _line(lines, pitch, 5, 0), count)
+    for k in range(0, count, lanes):
+        line = _line(lines, pitch, 5, k)
+        simd.store(line, simd.load(_line(lines, pitch, 3, k)) * simd.load(line))
+
+
+@inline
+def _standard_gates_of_lines(like, step, b, first, count, lines, pitch):
+    """The same with tanh, sigmoid, tanh: fewer exponentials and divisions, as `gates` has them."""
+    lanes, start = simd.vector_lanes(lines), first * step.F
+    c = place_at(like, step.c, step.c_image, b, start)
+    for k in range(0, count, lanes):
+        some = min(lanes, count - k)
+        old = take(simd.shift(c, k), some)
+        z_i, z_f = simd.load(_line(lines, pitch, 0, k)), simd.load(_line(lines, pitch, 1, k))
+        z_g, z_o = simd.load(_line(lines, pitch, 2, k)), simd.load(_line(lines, pitch, 3, k))
+        if step.peephole != 0:
+            z_i = simd.fma(_peep(like, step, 0, first, k, some), old, z_i)
+            z_f = simd.fma(_peep(like, step, 1, first, k, some), old, z_f)
+        i, f = 1.0 + vmath.exp2_gate(z_i * -vmath.LOG2E), 1.0 + vmath.exp2_gate(z_f * -vmath.LOG2E)
+        g = vmath.exp2_gate(z_g * (-2.0 * vmath.LOG2E))
+        a, gain = i * (1.0 + g), 1.0 - g
+        new = _clipped(step, simd.quotient(simd.fma(old, a, gain * f), a * f))
+        simd.store(_line(lines, pitch, 4, k), new)
+        if step.peephole != 0:
+            z_o = simd.fma(_peep(like, step, 2, first, k, some), new, z_o)
+        o, e = 1.0 + vmath.exp2_gate(z_o * -vmath.LOG2E), vmath.exp2_gate(new * (-2.0 * vmath.LOG2E))
+        simd.store(_line(lines, pitch, 5, k), simd.quotient(1.0 - e, o * (1.0 + e)))
+
+
+@inline
+def _chunk_forward(like, step, parts, b, first, pixels, lines, pitch):
+    F, lanes = step.F, simd.vector_lanes(lines)
+    count, start = pixels * F, first * F
+    _gather(like, step, parts, b, first, pixels, lines, pitch)
+    if step.recurrent_activation == 1 and step.activation == 0 and step.output_activation == 0:
+        _standard_gates_of_lines(like, step, b, first, count, lines, pitch)
+    else:
+        _gates_of_lines(like, step, b, first, count, lines, pitch)
+    c_new = place_at(like, step.c_new, step.c_new_image, b, start)
+    h, y = place_at(like, step.h, step.h_image, b, start), place_at(like, step.y, step.y_image, b, start)
     plane = step.pixels * F
     for k in range(0, count, lanes):
         some = min(lanes, count - k)
-        new = simd.load(_line(lines, pitch, 3, k)) * simd.load(_line(lines, pitch, 4, k))
+        put(simd.shift(c_new, k), simd.load(_line(lines, pitch, 4, k)), some)
+        new = simd.load(_line(lines, pitch, 5, k))
         put(simd.shift(h, k), new, some)
         if step.y != 0:
             put(simd.shift(y, k), new, some)
@@ -191,14 +236,15 @@ def _skip(like, step, b, first, count):
     """Carry a strip's states on, and repeat its output, zeros before the first."""
     at, length = first * step.F, count * step.F
     if step.h != step.h_before:
-        h = _place(like, step.h, step.h_image, b, at)
-        copy_run(h, _place(like, step.h_before, step.h_before_image, b, at), length)
+        h = place_at(like, step.h, step.h_image, b, at)
+        copy_run(h, place_at(like, step.h_before, step.h_before_image, b, at), length)
     if step.c_new != step.c:
-        copy_run(_place(like, step.c_new, step.c_new_image, b, at), _place(like, step.c, step.c_image, b, at), length)
+        c_new = place_at(like, step.c_new, step.c_new_image, b, at)
+        copy_run(c_new, place_at(like, step.c, step.c_image, b, at), length)
     if step.y != 0:
-        y = _place(like, step.y, step.y_image, b, at)
+        y = place_at(like, step.y, step.y_image, b, at)
         if step.y_before != 0:
-            copy_run(y, _place(like, step.y_before, step.y_before_image, b, at), length)
+            copy_run(y, place_at(like, step.y_before, step.y_before_image, b, at), length)
         else:
             clear_run(y, length)
 
@@ -222,35 +268,103 @@ def forward(job, worker, like, steps, parts, valid, rows):
         item = next_item(job, item, size)
 
 
-@kernel
-def measure(job, worker, like, steps, valid, sums):
-    """Of each channel of each strip the mean, and the squares of what is apart from it: sums (B, strips, 2, 4F).
+@inline
+def _read_by(parts, n, step):
+    """Address, bytes to the next image and scalars to the next gate of what the n-th part normalizes."""
+    if len(parts) == 2 and n == 1:
+        return step.zh, step.zh_image, step.zh_gate
+    return step.z, step.z_image, step.z_gate
 
-    Where there is a zh it is added to z before.
+
+@inline
+def _row_of_images(step, row):
+    """First and last image, plus 1, whose statistics are one."""
+    return (row, row + 1) if step.statistics_image != 0 else (0, step.B)
+
+
+@inline
+def _values(step, valid, row):
+    """How many values of a channel its statistics are made of; where an image has its own, those of one."""
+    if step.statistics_image != 0:
+        return step.pixels
+    count = 0
+    for b in range(step.B):
+        count += step.pixels if valid[b] else 0
+    return count
+
+
+@inline
+def _combine_strips(like, step, part, n, valid):
+    """Mean and variance, and one over the deviation, of what the strips' sums tell of channels, or groups of them."""
+    channels, rows = 4 * step.F, step.B if step.statistics_image != 0 else 1
+    group = channels // step.groups
+    room = np.zeros(2 * channels)
+    means, squares = simd.pointer(room), simd.shift(simd.pointer(room), channels)
+    for row in range(rows):
+        first, last = _row_of_images(step, row)
+        values = max(_values(step, valid, row), 1)
+        for c in range(2 * channels):
+            means[c] = 0.0
+        for again in range(2):
+            for item in range(first * step.strips, last * step.strips):
+                if not valid[item // step.strips]:
+                    continue
+                sums = simd.shift(simd.at(like, part.sums), item * 2 * channels)
+                pixels = min(step.strip, step.pixels - item % step.strips * step.strip)
+                if again == 0:
+                    share = pixels / values
+                    for c in range(channels):
+                        means[c] += share * np.float64(sums[c])
+                else:
+                    for c in range(channels):
+                        apart = np.float64(sums[c]) - means[c]
+                        squares[c] += np.float64(sums[channels + c]) + pixels * apart * apart
+        mean = simd.shift(simd.at(like, part.mean), row * channels)
+        scale = simd.shift(simd.at(like, part.scale), row * channels)
+        left = simd.shift(simd.at(room, step.statistics), 2 * n * rows * channels + row * channels)
+        for c0 in range(0, channels, group):
+            whole = total = 0.0
+            for c in range(c0, c0 + group):
+                whole += means[c] / group
+            for c in range(c0, c0 + group):
+                total += squares[c] + values * (means[c] - whole) ** 2
+            variance = total / (values * group)
+            for c in range(c0, c0 + group):
+                mean[c], scale[c] = whole, 1.0 / np.sqrt(variance + step.epsilon)
+                left[c], left[rows * channels + c] = whole, variance
+
+
+@kernel
+def measure(job, worker, like, steps, parts, valid, number):
+    """Of each channel of each strip the mean, and the squares of what is apart from it; then the statistics of all.
+
+    Where there is a zh besides z, and one part, it is added to z before. (number,) says which part.
     """
-    step = steps[0]
-    F, lanes = step.F, simd.vector_lanes(simd.pointer(like))
+    step, n = steps[0], number[0]
+    part, F, lanes = parts[n], step.F, simd.vector_lanes(simd.pointer(like))
+    base, image, plane = _read_by(parts, n, step)
+    sums = simd.at(like, part.sums)
     items = step.B * step.strips
-    size = grain(job, items)
+    size, count = grain(job, items), 0
     item = next_item(job, -1, size)
     while item < items:
         b, first = item // step.strips, item % step.strips * step.strip
         last = min(first + step.strip, step.pixels)
         share = 1.0 / (last - first)
-        target = simd.shift(simd.pointer(sums), item * 8 * F)
+        target = simd.shift(sums, item * 8 * F)
         if not valid[b]:
             clear_run(target, 8 * F)
             last = first
         for gate in range(step.runs):
-            z = _place(like, step.z, step.z_image, b, gate * step.z_gate)
-            zh = _place(like, step.zh, step.zh_image, b, gate * step.zh_gate)
+            z = place_at(like, base, image, b, gate * plane)
+            zh = place_at(like, step.zh, step.zh_image, b, gate * step.zh_gate)
             for k in range(0, step.run, lanes):
                 some = min(lanes, step.run - k)
                 total = simd.zeros(target)
                 for pixel in range(first, last):
                     at = pixel * step.pixel + k
                     value = take(simd.shift(z, at), some)
-                    if step.zh != 0:
+                    if step.zh != 0 and len(parts) == 1:
                         value = value + take(simd.shift(zh, at), some)
                         put(simd.shift(z, at), value, some)
                     total = total + value
@@ -262,7 +376,9 @@ def measure(job, worker, like, steps, valid, sums):
                 if first < last:
                     put(simd.shift(target, gate * F + k), mean, some)
                     put(simd.shift(target, 4 * F + gate * F + k), squares, some)
-        item = next_item(job, item, size)
+        item, count = next_item(job, item, size), count + 1
+    if finished(job, count, items):
+        _combine_strips(like, step, part, n, valid)
 
 
 @inline
@@ -272,7 +388,7 @@ def _chunk_backward(like, step, parts, b, first, pixels, lines, pitch, sums):
     count, start = pixels * F, first * F
     sigma = step.recurrent_activation
     _gather(like, step, parts, b, first, pixels, lines, pitch)
-    c = _place(like, step.c, step.c_image, b, start)
+    c = place_at(like, step.c, step.c_image, b, start)
     if step.peephole != 0:
         for k in range(0, count, lanes):
             some = min(lanes, count - k)
@@ -305,11 +421,11 @@ def _chunk_backward(like, step, parts, b, first, pixels, lines, pitch, sums):
         f, o = simd.load(_line(lines, pitch, 5, k)), simd.load(_line(lines, pitch, 7, k))
         y, new, old = simd.load(_line(lines, pitch, 12, k)), simd.load(_line(lines, pitch, 14, k)), take(
             simd.shift(c, k), some)  # fmt: skip
-        put(_place(like, step.h, step.h_image, b, at), o * y, some)
-        dh = take(_place(like, step.dh, step.dh_image, b, at), some)
+        put(place_at(like, step.h, step.h_image, b, at), o * y, some)
+        dh = take(place_at(like, step.dh, step.dh_image, b, at), some)
         if step.dy != 0:
-            dh = dh + take(_place(like, step.dy, step.dy_image, b, at), some)
-        dc_place = _place(like, step.dc, step.dc_image, b, at)
+            dh = dh + take(place_at(like, step.dy, step.dy_image, b, at), some)
+        dc_place = place_at(like, step.dc, step.dc_image, b, at)
         dc = simd.fma(dh * o, simd.load(_line(lines, pitch, 13, k)), take(dc_place, some))
         da_o = dh * y * simd.load(_line(lines, pitch, 11, k))
         if step.peephole != 0:
@@ -327,7 +443,7 @@ def _chunk_backward(like, step, parts, b, first, pixels, lines, pitch, sums):
             for n, product in enumerate((da_i * old, da_f * old, da_o * new)):
                 simd.store(_line(lines, pitch, 8 + n, k), product)
                 if step.dpeephole != 0:
-                    _add(simd.shift(simd.at(like, step.dpeephole), (3 * b + n) * plane + at), product, some)
+                    add_to(simd.shift(simd.at(like, step.dpeephole), (3 * b + n) * plane + at), product, some)
         put(dc_place, dc, some)
         simd.store(_line(lines, pitch, 0, k), da_i)
         simd.store(_line(lines, pitch, 1, k), da_f)
@@ -337,7 +453,7 @@ def _chunk_backward(like, step, parts, b, first, pixels, lines, pitch, sums):
         for n in range(3):
             for p in range(pixels):
                 for k in range(0, F, lanes):
-                    _add(simd.shift(sums, (4 + n) * F + k), simd.load(_line(lines, pitch, 8 + n, p * F + k)),
+                    add_to(simd.shift(sums, (4 + n) * F + k), simd.load(_line(lines, pitch, 8 + n, p * F + k)),
                          min(lanes, F - k))  # fmt: skip
 
 
@@ -348,14 +464,14 @@ def _scatter(like, step, parts, b, first, count, lines, pitch, sums, strip):
     for gate in range(4):
         for p in range(count):
             pixel = first + p
-            target = _place(like, step.da, step.da_image, b, pixel * step.pixel + gate * step.da_gate)
+            target = place_at(like, step.da, step.da_image, b, pixel * step.pixel + gate * step.da_gate)
             line = simd.shift(lines, gate * pitch + p * F)
             for k in range(0, F, lanes):
                 some, channel = min(lanes, F - k), gate * F + k
                 da = simd.load(simd.shift(line, k))
                 put(simd.shift(target, k), da, some)
                 if len(parts) != 1:
-                    _add(simd.shift(sums, channel), da, some)
+                    add_to(simd.shift(sums, channel), da, some)
                 for n in range(len(parts)):
                     _add_of_part(like, step, parts[n], n, b, pixel, gate, k, some, da, strip)
 
@@ -363,17 +479,53 @@ def _scatter(like, step, parts, b, first, count, lines, pitch, sums, strip):
 @inline
 def _add_of_part(like, step, part, n, b, pixel, gate, k, some, da, strip):
     F, channel = step.F, gate * step.F + k
-    base, image, plane = (step.zh, step.zh_image, step.zh_gate) if n == 1 else (step.z, step.z_image, step.z_gate)
-    z = take(_place(like, base, image, b, pixel * step.pixel + gate * plane + k), some)
+    if n == 1:
+        base, image, plane = step.zh, step.zh_image, step.zh_gate
+    else:
+        base, image, plane = step.z, step.z_image, step.z_gate
+    z = take(place_at(like, base, image, b, pixel * step.pixel + gate * plane + k), some)
     value = _standardized(like, part, b * step.statistics_image + channel, z, some)
     if part.dgamma != 0:
         at = (b * step.pixels + pixel) * 4 * F + channel
-        _add(simd.shift(simd.at(like, part.dgamma), at), da * value, some)
-        _add(simd.shift(simd.at(like, part.dbeta), at), da, some)
+        add_to(simd.shift(simd.at(like, part.dgamma), at), da * value, some)
+        add_to(simd.shift(simd.at(like, part.dbeta), at), da, some)
         da = da * take(simd.shift(simd.at(like, part.gamma), pixel * step.weights_pixel + channel), some)
     target = simd.shift(simd.at(like, part.sums), (b * step.strips + strip) * 8 * F + channel)
-    _add(target, da, some)
-    _add(simd.shift(target, 4 * F), da * value, some)
+    add_to(target, da, some)
+    add_to(simd.shift(target, 4 * F), da * value, some)
+
+
+@inline
+def _combine_gradients(like, step, part, valid):
+    """Add the gradients of gamma and beta of what the strips' sums tell, and leave the two means."""
+    channels, rows = 4 * step.F, step.B if step.statistics_image != 0 else 1
+    group = channels // step.groups
+    room = np.zeros(2 * channels)
+    totals = simd.pointer(room)
+    gamma, gradients = simd.at(like, part.gamma), simd.at(room, part.gradients)
+    offset, along = simd.at(like, part.offset), simd.at(like, part.along)
+    for row in range(rows):
+        first, last = _row_of_images(step, row)
+        for c in range(2 * channels):
+            totals[c] = 0.0
+        for item in range(first * step.strips, last * step.strips):
+            sums = simd.shift(simd.at(like, part.sums), item * 2 * channels)
+            for c in range(2 * channels):
+                totals[c] += np.float64(sums[c])
+        if part.gradients != 0:
+            for c in range(channels):
+                gradients[c] += totals[c]
+                gradients[channels + c] += totals[channels + c]
+                totals[c] *= np.float64(gamma[c])
+                totals[channels + c] *= np.float64(gamma[c])
+        values = max(_values(step, valid, row), 1) * group
+        for c0 in range(0, 0 if step.given else channels, group):
+            both = along_both = 0.0
+            for c in range(c0, c0 + group):
+                both += totals[c]
+                along_both += totals[channels + c]
+            for c in range(c0, c0 + group):
+                offset[row * channels + c], along[row * channels + c] = both / values, along_both / values
 
 
 @kernel
@@ -386,7 +538,7 @@ def backward(job, worker, like, steps, parts, valid, rows):
     F = step.F
     lines, pitch = simd.shift(simd.pointer(rows), worker * rows.shape[1]), rows.shape[1] // LINES
     items = step.B * step.strips
-    size = grain(job, items)
+    size, done = grain(job, items), 0
     item = next_item(job, -1, size)
     while item < items:
         b, strip = item // step.strips, item % step.strips
@@ -404,8 +556,11 @@ def backward(job, worker, like, steps, parts, valid, rows):
             for gate in range(4):
                 for pixel in range(first, last):
                     at = pixel * step.pixel + gate * step.da_gate
-                    clear_run(_place(like, step.da, step.da_image, b, at), F)
-        item = next_item(job, item, size)
+                    clear_run(place_at(like, step.da, step.da_image, b, at), F)
+        item, done = next_item(job, item, size), done + 1
+    if finished(job, done, items):
+        for n in range(len(parts)):
+            _combine_gradients(like, step, parts[n], valid)
 
 
 @kernel
@@ -413,7 +568,7 @@ def backward_of_normalization(job, worker, like, steps, parts, valid, number):
     """Gradients of what was normalized, written over it: z, or of the second of two parts zh, (number,) says which."""
     step, n = steps[0], number[0]
     part, F, lanes = parts[n], step.F, simd.vector_lanes(simd.pointer(like))
-    base, image, plane = (step.zh, step.zh_image, step.zh_gate) if n == 1 else (step.z, step.z_image, step.z_gate)
+    base, image, plane = _read_by(parts, n, step)
     items = step.B * step.strips
     size = grain(job, items)
     item = next_item(job, -1, size)
@@ -422,11 +577,11 @@ def backward_of_normalization(job, worker, like, steps, parts, valid, number):
         sums = simd.shift(simd.at(like, step.sums), item * 7 * F)
         for pixel in range(first, min(first + step.strip, step.pixels)):
             for gate in range(step.runs):
-                z = _place(like, base, image, b, pixel * step.pixel + gate * plane)
+                z = place_at(like, base, image, b, pixel * step.pixel + gate * plane)
                 if not valid[b]:
                     clear_run(z, step.run)
                     continue
-                da = _place(like, step.da, step.da_image, b, pixel * step.pixel + gate * step.da_gate)
+                da = place_at(like, step.da, step.da_image, b, pixel * step.pixel + gate * step.da_gate)
                 for k in range(0, step.run, lanes):
                     some, channel = min(lanes, step.run - k), gate * F + k
                     at = b * step.statistics_image + channel
@@ -438,13 +593,13 @@ def backward_of_normalization(job, worker, like, steps, parts, valid, number):
                     d = d * take(simd.shift(simd.at(like, part.scale), at), some)
                     put(simd.shift(z, k), d, some)
                     if len(parts) == 1:
-                        _add(simd.shift(sums, channel), d, some)
+                        add_to(simd.shift(sums, channel), d, some)
         item = next_item(job, item, size)
 
 
 @kernel
 def combine(job, worker, like, steps, parts, valid):
-    """Sum, where `valid` (B,), four gradients times their masks, (4, B, pixels, F) both, to dh."""
+    """Sum, where `valid` (B,), gradients (planes, B, pixels, F), with dropout times their masks, to dh."""
     step = steps[0]
     lanes, plane, length = simd.vector_lanes(simd.pointer(like)), step.pixels * step.F, step.strip * step.F
     items = step.B * step.strips
@@ -456,9 +611,36 @@ def combine(job, worker, like, steps, parts, valid):
             for k in range(first, min(first + length, plane), lanes):
                 some = min(lanes, min(first + length, plane) - k)
                 total = simd.zeros(simd.pointer(like))
-                for gate in range(4):
+                for gate in range(step.planes):
                     at = (gate * step.B + b) * plane + k
-                    factors = take(simd.shift(simd.at(like, step.masks), at), some)
-                    total = simd.fma(factors, take(simd.shift(simd.at(like, step.masked), at), some), total)
-                put(_place(like, step.dh, step.dh_image, b, k), total, some)
+                    value = take(simd.shift(simd.at(like, step.masked), at), some)
+                    if step.masks != 0:
+                        value = value * take(simd.shift(simd.at(like, step.masks), at), some)
+                    total = total + value
+                put(place_at(like, step.dh, step.dh_image, b, k), total, some)
+        item = next_item(job, item, size)
+
+
+@kernel
+def mask(job, worker, like, works):
+    """Write frames (B, T, size) times the masks (B, size) of their images to the target, or add them to it."""
+    work, lanes = works[0], simd.vector_lanes(simd.pointer(like))
+    runs = (work.size + MASKED - 1) // MASKED
+    items = work.B * work.T * runs
+    size = grain(job, items)
+    item = next_item(job, -1, size)
+    while item < items:
+        b, t, first = item // (work.T * runs), item // runs % work.T, item % runs * MASKED
+        frame = place_at(like, work.frames + np.uint64(t * work.frames_step), work.frames_image, b, first)
+        target = place_at(like, work.target + np.uint64(t * work.target_step), work.target_image, b, first)
+        factors = place_at(like, work.mask, work.mask_image, b, first)
+        count = min(MASKED, work.size - first)
+        for k in range(0, count, lanes):
+            some = min(lanes, count - k)
+            value = take(simd.shift(frame, k), some)
+            if work.mask != 0:
+                value = value * take(simd.shift(factors, k), some)
+            if work.adds:
+                value = value + take(simd.shift(target, k), some)
+            put(simd.shift(target, k), value, some)
         item = next_item(job, item, size)

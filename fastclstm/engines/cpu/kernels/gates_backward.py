@@ -37,7 +37,8 @@ STEP = np.dtype([
 
 
 @inline
-def _place(like, base, image, b, index):
+def place_at(like, base, image, b, index):
+    """Pointer to a scalar of an image's array."""
     return simd.shift(simd.at(like, np.uint64(np.int64(base) + b * image)), index)
 
 
@@ -47,7 +48,8 @@ def _offset(base, image, b, bytes_on):
 
 
 @inline
-def _add(target, value, count):
+def add_to(target, value, count):
+    """Add a vector's first `count` lanes to what is at a pointer."""
     put(target, take(target, count) + value, count)
 
 
@@ -123,9 +125,9 @@ def _deriving(output, gate_slope, slope, output_slope):
             dc = simd.fma(dz_i, take(weights, count), dc)
             dc = simd.fma(dz_f, take(simd.shift(weights, gap), count), dc)
             if step.elementwise:
-                _add(target, dz_i * c, count)
-                _add(simd.shift(target, apart), dz_f * c, count)
-                _add(simd.shift(target, 2 * apart), dz_o * c_new, count)
+                add_to(target, dz_i * c, count)
+                add_to(simd.shift(target, apart), dz_f * c, count)
+                add_to(simd.shift(target, 2 * apart), dz_o * c_new, count)
             else:
                 put(target, dz_i * c, count)
                 put(simd.shift(target, apart), dz_f * c, count)
@@ -157,7 +159,7 @@ def _sum_rows(rows, count, length, stride, sums):
             s3 = s3 + take(simd.shift(row, (r + 3) * stride), some)
         for r in range(whole, count):
             s0 = s0 + take(simd.shift(row, r * stride), some)
-        _add(simd.shift(sums, k), (s0 + s1) + (s2 + s3), some)
+        add_to(simd.shift(sums, k), (s0 + s1) + (s2 + s3), some)
 
 
 def _run(output, derive):
@@ -167,9 +169,9 @@ def _run(output, derive):
     def by_filters(like, step, cell, b, first, stop, lines, pitch):
         """Compute dz, the new dc and the h they began with: of each pixel vectors of filters."""
         F, lanes = step.F, simd.vector_lanes(lines)
-        gates = _place(like, step.gates, step.gates_image, b, 0)
-        before = _place(like, step.before, step.before_image, b, 0)
-        dz_place = _place(like, step.dz, step.dz_image, b, 0)
+        gates = place_at(like, step.gates, step.gates_image, b, 0)
+        before = place_at(like, step.before, step.before_image, b, 0)
+        dz_place = place_at(like, step.dz, step.dz_image, b, 0)
         for pixel in range(first, stop):
             for k in range(0, F, lanes):
                 count = min(lanes, F - k)
@@ -177,14 +179,14 @@ def _run(output, derive):
                 z = simd.shift(gates, 4 * pixel * F + k)
                 i, f = take(z, count), take(simd.shift(z, F), count)
                 g, o = take(simd.shift(z, 2 * F), count), take(simd.shift(z, 3 * F), count)
-                c = take(_place(like, step.c, step.c_image, b, index), count)
-                dh = take(_place(like, step.dh, step.dh_image, b, index), count)
+                c = take(place_at(like, step.c, step.c_image, b, index), count)
+                dh = take(place_at(like, step.dh, step.dh_image, b, index), count)
                 if step.dy != 0:
-                    dh = dh + take(_place(like, step.dy, step.dy_image, b, index), count)
-                dc_place = _place(like, step.dc, step.dc_image, b, index)
+                    dh = dh + take(place_at(like, step.dy, step.dy_image, b, index), count)
+                dc_place = place_at(like, step.dc, step.dc_image, b, index)
                 if step.before != 0:
                     o_before = take(simd.shift(before, 4 * pixel * F + 3 * F + k), count)
-                    put(_place(like, step.h, step.h_image, b, index), o_before * output(cell, c), count)
+                    put(place_at(like, step.h, step.h_image, b, index), o_before * output(cell, c), count)
                 weights, gap = simd.shift(lines, PEEPS * pitch + at), pitch
                 target, apart = simd.shift(lines, at), pitch
                 if step.elementwise:
@@ -265,7 +267,7 @@ def _run(output, derive):
             by_filters(like, step, cell, b, first, stop, lines, pitch)
         else:
             by_pixels(like, step, cell, b, first, stop, lines, pitch, planes, addresses)
-        dz = _place(like, step.dz, step.dz_image, b, 4 * first * F)
+        dz = place_at(like, step.dz, step.dz_image, b, 4 * first * F)
         _sum_rows(dz, stop - first, 4 * F, 4 * F, sums)
         if step.weights != 0 and not step.elementwise:
             for peephole in range(3):
@@ -305,7 +307,7 @@ def _run(output, derive):
                               planes, addresses)  # fmt: skip
                 for k in range(0, 7 * F, lanes):
                     count = min(lanes, 7 * F - k)
-                    _add(simd.shift(sums, k), take(simd.shift(local, k), count), count)
+                    add_to(simd.shift(sums, k), take(simd.shift(local, k), count), count)
             chunk = next_item(job, chunk, size)
 
     return run

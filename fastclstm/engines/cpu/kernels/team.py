@@ -29,6 +29,9 @@ WORKERS, TICKET, DONE, BEGUN, LEFT, BUSY = range(0, 48, 8)
 """Where in a job's header of int64 is what: workers, pieces claimed and done, workers but the first begun and gone,
 nanoseconds of processor time that a team has had."""
 
+NESTED = 41
+"""Where a job says, by 1, that it is one of a program's, at whose end all of the team wait for each other."""
+
 HEADER = 48
 
 SPINS = 4000
@@ -107,7 +110,7 @@ def _processor_time(typingctx):
 
 
 @intrinsic
-def _call(typingctx, function, job, worker):
+def call(typingctx, function, job, worker):
     """Call the kernel at an address."""
 
     def codegen(context, builder, sig, args):
@@ -175,19 +178,35 @@ def done(job):
 
 
 @inline
+def finished(job, count, all_of_them):
+    """Say that a worker has done `count` things in all; whether these were the last of `all_of_them`."""
+    return count > 0 and add(job + 8 * DONE, count) + count == all_of_them
+
+
+@inline
 def begin(job, worker):
     """Say that a worker is there."""
-    if worker != 0:
+    if worker != 0 or look(job + 8 * NESTED) != 0:
         add(job + 8 * BEGUN, 1)
 
 
 @inline
 def leave(job, worker):
-    """Say that a worker is through; the first one waits for the others."""
+    """Say that a worker is through; the first one waits for the others.
+
+    After a program's job all wait for those that are at it. Who comes later finds no pieces left.
+    """
+    looks = 0
+    if look(job + 8 * NESTED) != 0:
+        add(job + 8 * LEFT, 1)
+        while look(job + 8 * LEFT) != look(job + 8 * BEGUN):  # in this order: who begins in between counts as there
+            looks += 1
+            _rest(looks)
+        return
     if worker != 0:
         add(job + 8 * LEFT, 1)
         return
-    others, looks = workers_of(job) - 1, 0
+    others = workers_of(job) - 1
     while True:
         gone = look(job + 8 * LEFT)
         if gone >= others or (looks >= SPINS + PATIENCE and gone >= look(job + 8 * BEGUN)):
@@ -231,7 +250,7 @@ def _run_team(function, job, workers):
     _set_num_threads(workers)
     for worker in numba.prange(workers):
         begun = _processor_time()
-        _call(function, job, worker)
+        call(function, job, worker)
         add(job + 8 * BUSY, _processor_time() - begun)
     _set_num_threads(before)
 

@@ -135,7 +135,7 @@ def _apply(builder, matrix, values):
     return [_combine(builder, row, values) for row in rows]
 
 
-def _transform(builder, down, across, tile):
+def emit_transform(builder, down, across, tile):
     """Down · tile · acrossᵀ for a rectangle of vectors."""
     columns = [_apply(builder, down, [row[j] for row in tile]) for j in range(len(tile[0]))]
     return [_apply(builder, across, [column[i] for column in columns]) for i in range(len(down))]
@@ -161,7 +161,7 @@ def _read_and_transform(down, across, masked, ahead):
         for i in range(height):
             for j in range(width, width + ahead):
                 simd.emit_prefetch(builder, at(at(origin, row, i), column, j), 3)
-        for i, line in enumerate(_transform(builder, down, across, tile)):
+        for i, line in enumerate(emit_transform(builder, down, across, tile)):
             for j, value in enumerate(line):
                 simd.emit_store(builder, value, at(target, point, i * len(across) + j))
         return context.get_dummy_value()
@@ -169,7 +169,7 @@ def _read_and_transform(down, across, masked, ahead):
     return codegen
 
 
-def _matrices(name, m_y, m_x, k_y, k_x):
+def matrices(name, m_y, m_x, k_y, k_x):
     """One of the matrices for both axes, by literal numbers."""
     axes = (m_y.literal_value, k_y.literal_value), (m_x.literal_value, k_x.literal_value)
     return [getattr(transforms(m, k), name) for m, k in axes]
@@ -182,7 +182,7 @@ def transform_input(typingctx, m_y, m_x, k_y, k_x, some, origin, row, column, co
     row, column: scalars between pixels; point: scalars between the results.
     """
     # The tile to the right begins m_x pixels on: those of its pixels that are not read here will be wanted.
-    down, across = _matrices("B_T", m_y, m_x, k_y, k_x)
+    down, across = matrices("B_T", m_y, m_x, k_y, k_x)
     codegen = _read_and_transform(down, across, bool(some.literal_value), m_x.literal_value)
     return types.void(m_y, m_x, k_y, k_x, some, origin, types.intp, types.intp, types.intp, target, types.intp), codegen
 
@@ -190,7 +190,7 @@ def transform_input(typingctx, m_y, m_x, k_y, k_x, some, origin, row, column, co
 @intrinsic(prefer_literal=True)
 def transform_gradient(typingctx, m_y, m_x, k_y, k_x, some, origin, row, column, count, target, point):
     """target[p] = (A dy Aᵀ)[p] of the m_y×m_x gradients at origin, as `transform_input`."""
-    down, across = _matrices("A_T", m_y, m_x, k_y, k_x)
+    down, across = matrices("A_T", m_y, m_x, k_y, k_x)
     codegen = _read_and_transform(down.T, across.T, bool(some.literal_value), m_x.literal_value)
     return types.void(m_y, m_x, k_y, k_x, some, origin, types.intp, types.intp, types.intp, target, types.intp), codegen
 
@@ -198,7 +198,7 @@ def transform_gradient(typingctx, m_y, m_x, k_y, k_x, some, origin, row, column,
 @intrinsic(prefer_literal=True)
 def transform_output(typingctx, m_y, m_x, k_y, k_x, products, bias, target, pixel):
     """target[i·m_x + j] = (Aᵀ M A)[i, j] + bias of the vectors M at products; pixel: scalars between the results."""
-    down, across = _matrices("A_T", m_y, m_x, k_y, k_x)
+    down, across = matrices("A_T", m_y, m_x, k_y, k_x)
     height, width = down.shape[1], across.shape[1]
     vector = simd.llvm_vector(products.dtype)
 
@@ -211,7 +211,7 @@ def transform_output(typingctx, m_y, m_x, k_y, k_x, products, bias, target, pixe
         ):  # an axis that is not transformed has no such point
             for j in range(width) if k_x.literal_value == 1 else (ONE,):
                 tile[i][j] = builder.fadd(tile[i][j], added)
-        for i, line in enumerate(_transform(builder, down, across, tile)):
+        for i, line in enumerate(emit_transform(builder, down, across, tile)):
             for j, value in enumerate(line):
                 place = builder.gep(target, [builder.mul(pixel, simd.INT64(i * len(across) + j))])
                 simd.emit_store(builder, value, place)
