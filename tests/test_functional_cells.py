@@ -4,7 +4,11 @@ import numpy as np
 import pytest
 
 from fastclstm import functional
+from fastclstm.engines import reference
+from fastclstm.functional.cells import VolumeConvolution
+from fastclstm.nn.activations import get
 from fastclstm.nn.normalization import Normalization
+from fastclstm.spec import CellSpec
 
 torch = pytest.importorskip("torch")
 
@@ -150,6 +154,40 @@ def test_against_torch_backwards_with_a_mask(form, engine, dtype, tolerance):
 @pytest.mark.parametrize("engine", ["reference", "cpu"])
 def test_group_normalization_against_torch(form, engine):
     compare(form, engine, np.float64, 1e-10, normalized=True)
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+@every_form
+def test_oracle_by_complex_steps(form, dropout):
+    """Gradients of the sequence and of the last states, at once, in a random direction, to rounding."""
+    operation, G, options = FORMS[form]
+    arguments = problem(form, T=3, space=(2, 3), F=2, C=2)
+    cell = {"rnn": "rnn", "lstm3d": "lstm"}.get(form, "gru")
+    shapes = {name: arguments[name].shape for name in ("x", "kernel", "recurrent_kernel", "bias")}
+    activations = {"activation": get("tanh"), "recurrent_activation": get("sigmoid"), "output_activation": get("tanh")}
+    spec = CellSpec.infer(
+        cell, *shapes.values(), rank=len(shapes["kernel"]) - 2, op=operation, **activations, **options
+    )
+    rng, mask = np.random.default_rng(2), np.array([[True, False, True], [True, True, False]])
+    frames = {"x": (2, *shapes["x"][2:]), "h": arguments["initial_state"][0].shape}
+    masks = {name: rng.random((G, *shape)) for name, shape in frames.items()} if dropout else None
+    convolution = VolumeConvolution.of(reference, operation) if form == "lstm3d" else None
+
+    def run(arrays, save=False):
+        return reference.recurrent(spec, *arrays[:4], tuple(arrays[4:]), mask, dropout=masks, save=save,
+                                   convolution=convolution)  # fmt: skip
+
+    arrays = [*(arguments[name] for name in shapes), *arguments["initial_state"]]
+    y, states, saved = run(arrays, save=True)
+    cotangents = [rng.standard_normal(part.shape) for part in (y, *states)]
+    gradients = reference.recurrent_backward(spec, saved, cotangents[0], cotangents[1:])
+    for n, name in enumerate((*shapes, "h", "c")[: len(arrays)]):
+        step = rng.standard_normal(arrays[n].shape)
+        moved = [array.astype(complex) for array in arrays]
+        moved[n] += 1e-30j * step
+        y, states, _ = run(moved)
+        slope = sum(np.sum(c * part.imag) for c, part in zip(cotangents, (y, *states), strict=True)) / 1e-30
+        np.testing.assert_allclose(np.sum(gradients[name] * step), slope, rtol=1e-12, atol=1e-12, err_msg=name)
 
 
 @pytest.mark.parametrize("F", [1, 20])

@@ -15,10 +15,8 @@ from layer_checks import (
     normal,
 )
 
-from fastclstm.functional.gru import gru_vjp
 from fastclstm.layers import GRU, LSTM, Concatenate, ConvLSTM2D, Input
 from fastclstm.models import Model
-from fastclstm.nn import activations
 
 FIXED = {"dtype": "float64", "seed": 0, "bias_initializer": "random_normal"}
 MASK = np.array([[1, 1, 1, 1], [0, 1, 0, 1], [0, 0, 0, 0]], bool)
@@ -157,30 +155,6 @@ def test_lstm_is_a_convlstm_of_one_pixel():
     )
     x = normal(2, 5, 3)
     equal(layer(x), frames(x[:, :, np.newaxis, np.newaxis])[:, :, 0, 0])
-
-
-@pytest.mark.parametrize("dropout", [False, True])
-@pytest.mark.parametrize("reset_after", [True, False])
-def test_gru_by_complex_steps(reset_after, dropout):
-    """All gradients, at once of the sequence and of the last state, to rounding."""
-    rng = np.random.default_rng(0)
-    shapes = {"x": (3, 4, 2), "kernel": (2, 9), "recurrent_kernel": (3, 9), "bias": (2, 9) if reset_after else (9,),
-              "h": (3, 3)}  # fmt: skip
-    arrays = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
-    options = {"activation": activations.get("tanh"), "recurrent_activation": activations.get("sigmoid"),
-               "reset_after": reset_after, "mask": MASK}  # fmt: skip
-    if dropout:
-        options["dropout"] = rng.random((3, 3))
-    dy, dlast = rng.standard_normal((3, 4, 3)), rng.standard_normal((3, 3))
-    _, _, pull = gru_vjp(*arrays.values(), **options)
-    gradients = pull(dy, dlast)
-    assert set(gradients) == set(shapes)
-    for name, array in arrays.items():
-        for place in range(array.size):
-            moved = {key: a.astype(complex) for key, a in arrays.items()}
-            moved[name].flat[place] += 1e-30j
-            y, last, _ = gru_vjp(*moved.values(), **options)
-            close(gradients[name].flat[place], (np.sum(y.imag * dy) + np.sum(last.imag * dlast)) / 1e-30, 1e-12)
 
 
 @pytest.mark.torch

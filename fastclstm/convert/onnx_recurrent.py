@@ -423,7 +423,7 @@ def _gru(
     g: Builder, layer: Any, of_x: Callable[..., Value], of_h: Callable[..., Value], x: Value, h: Value,
     normalized: Callable[..., Value] | None = None,
 ) -> Value:  # fmt: skip
-    """Take a step of `functional.gru.gru_vjp`, with the products, or convolutions, of x and of h by kernels given."""
+    """Take a step of `functional.convgru2d`, with the products, or convolutions, of x and of h by kernels given."""
     bias, R = layer.bias, layer.recurrent_kernel
     F = R.shape[-1] // 3
     parts = slice(0, 2 * F), slice(2 * F, 3 * F)  # of z and r, and of n

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
-import numpy as np
-
-from fastclstm.functional.gru import gru_vjp
-from fastclstm.layers.recurrent import Recurrent, States
-from fastclstm.nn import activations
+from fastclstm.layers.recurrent import Recurrent
 from fastclstm.spec import Shape, flag
 
 
 @dataclass(eq=False, repr=False)
 class GRU(Recurrent):
-    """Gated recurrent unit over vectors: (B, T, in_features) to (B, T, units), or to (B, units). In NumPy.
+    """Gated recurrent unit over vectors: (B, T, in_features) to (B, T, units), or to (B, units).
 
-    As Keras's, whose return_sequences is False unless given. PyTorch's has the gates r, z, n and reset_after: its
-    weight_ih, blocks of rows exchanged, is ``kernel.T``.
+    All numbers are those of `fastclstm.functional.convgru2d` for frames of one pixel. As Keras's, whose
+    return_sequences is False unless given. PyTorch's has the gates r, z, n and reset_after: its weight_ih, blocks of
+    rows exchanged, is ``kernel.T``.
 
     Parameters
     ----------
@@ -31,7 +27,7 @@ class GRU(Recurrent):
         do), or h itself before (as Cho et al. 2014).
     use_bias, kernel_initializer, recurrent_initializer, bias_initializer, kernel_regularizer, recurrent_regularizer, \
 bias_regularizer, kernel_constraint, recurrent_constraint, bias_constraint, dropout, recurrent_dropout, \
-return_sequences, go_backwards, stateful, dtype, seed
+return_sequences, go_backwards, stateful, dtype, seed, engine
         As in `LSTM`.
     return_state : bool
         Also return ``[(h,)]`` of the last step.
@@ -63,6 +59,7 @@ return_sequences, go_backwards, stateful, dtype, seed
     _: KW_ONLY
     reset_after: bool = True
 
+    _operation = "convgru2d"
     _gates = 3
     _state_names = ("h",)
 
@@ -73,18 +70,6 @@ return_sequences, go_backwards, stateful, dtype, seed
     def _bias_shape(self) -> Shape:
         return (2, 3 * self.units) if self.reset_after else (3 * self.units,)
 
-    def _run(
-        self, x: np.ndarray, states: States, mask: np.ndarray | None, dropout: np.ndarray | None
-    ) -> tuple[np.ndarray, States, Callable[[Any, States], tuple[dict[str, Any], States]]]:
-        h = np.zeros((len(x), self.units), x.dtype) if states[0] is None else states[0]
-        y, last, pull = gru_vjp(
-            x, self.kernel, self.recurrent_kernel, self.bias, h, mask=mask, dropout=dropout,
-            activation=activations.get(self.activation), reset_after=self.reset_after,
-            recurrent_activation=activations.get(self.recurrent_activation),
-        )  # fmt: skip
-
-        def pullback(dy: Any, dstates: States) -> tuple[dict[str, Any], States]:
-            gradients = pull(dy, dstates[0])
-            return gradients, (gradients.pop("h"),)
-
-        return y, (last,), pullback
+    def _operation_options(self) -> dict[str, Any]:
+        return {"activation": self.activation, "recurrent_activation": self.recurrent_activation,
+                "reset_after": self.reset_after}  # fmt: skip

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
-import numpy as np
-
-from fastclstm import dispatch, functional
-from fastclstm.layers.recurrent import Recurrent, States
+from fastclstm.layers.recurrent import Recurrent
 from fastclstm.layers.recurrent_cell import unit_forget
 from fastclstm.nn import initializers
 from fastclstm.spec import flag
@@ -78,49 +74,18 @@ bias_constraint : optional
 
     _: KW_ONLY
     unit_forget_bias: bool = True
-    engine: str | None = None
 
+    _operation = "convlstm2d"
     _gates = 4
     _state_names = ("h", "c")
 
     def __post_init__(self) -> None:
         flag("LSTM", "unit_forget_bias", self.unit_forget_bias)
-        dispatch.check_engine(self.engine)
         super().__post_init__()
 
     def _drawn_bias(self) -> Any:
         drawn = initializers.get(self.bias_initializer)
         return unit_forget(drawn) if self.unit_forget_bias else drawn
 
-    def _run(
-        self, x: np.ndarray, states: States, mask: np.ndarray | None, dropout: np.ndarray | None
-    ) -> tuple[np.ndarray, States, Callable[[Any, States], tuple[dict[str, Any], States]]]:
-        zeros = np.zeros((len(x), self.units), x.dtype)
-        initial = tuple(_pixels(zeros if state is None else state) for state in states)
-        masks = None if dropout is None else {"h": np.repeat(_pixels(dropout)[np.newaxis], 4, 0)}
-        (y, h, c), pull = functional.convlstm2d_vjp(
-            _pixels(x), self.kernel[np.newaxis, np.newaxis], self.recurrent_kernel[np.newaxis, np.newaxis], self.bias,
-            initial_state=initial, activation=self.activation, recurrent_activation=self.recurrent_activation,
-            mask=mask, dropout_masks=masks, return_state=True, engine=self.engine,
-        )  # fmt: skip
-
-        def pullback(dy: Any, dstates: States) -> tuple[dict[str, Any], States]:
-            cotangents = (None if d is None else _pixels(d) for d in (dy, *dstates))
-            gradients = pull(tuple(cotangents))
-            before = tuple(_vectors(state) for state in gradients.pop("initial_state"))
-            flat = {name: array[0, 0] for name, array in gradients.items() if name.endswith("kernel")}
-            return {"x": _vectors(gradients["x"])} | flat | (
-                {"bias": gradients["bias"]} if self.use_bias else {}
-            ), before
-
-        return _vectors(y), (_vectors(h), _vectors(c)), pullback
-
-
-def _pixels(array: np.ndarray) -> np.ndarray:
-    """Return vectors (…, N) as frames of one pixel (…, 1, 1, N)."""
-    return array.reshape(*array.shape[:-1], 1, 1, array.shape[-1])
-
-
-def _vectors(array: np.ndarray) -> np.ndarray:
-    """Return frames of one pixel (…, 1, 1, N) as vectors (…, N)."""
-    return array.reshape(*array.shape[:-3], array.shape[-1])
+    def _operation_options(self) -> dict[str, Any]:
+        return {"activation": self.activation, "recurrent_activation": self.recurrent_activation}

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from fastclstm import dispatch
+from fastclstm import dispatch, functional
 from fastclstm.layers.base import Layer, Parameter, layer_dtype
 from fastclstm.layers.masks import steps_mask
 from fastclstm.layers.place import place_of
@@ -22,7 +22,10 @@ States = tuple[Any, ...]
 
 @dataclass(eq=False, repr=False)
 class Recurrent(Layer):
-    """A recurrent layer over vectors; a subclass has `_gates`, `_state_names`, `_bias_shape` and `_run`."""
+    """A recurrent layer over vectors, which are frames of one pixel to the operation of `fastclstm.functional`.
+
+    A subclass has `_operation`, its name, `_operation_options`, `_gates`, `_state_names` and `_bias_shape`.
+    """
 
     in_features: int
     units: int
@@ -47,12 +50,14 @@ class Recurrent(Layer):
     stateful: bool = False
     dtype: Any = "float32"
     seed: int | np.random.Generator | None = None
+    engine: str | None = None
 
     _symbolic_options: ClassVar[frozenset[str]] = frozenset({"initial_state", "mask", "lengths"})
 
     kernel = Parameter()
     recurrent_kernel = Parameter()
     bias = Parameter()
+    _operation: ClassVar[str]
     _gates: ClassVar[int]
     _state_names: ClassVar[tuple[str, ...]]
 
@@ -71,6 +76,7 @@ class Recurrent(Layer):
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{op}: {name}: {error}") from None
         self.dtype = layer_dtype(op, self.dtype)
+        dispatch.check_engine(self.engine)
         rng = np.random.default_rng(self.seed)
         self._dropout_rng = own_generator(rng)
         width = self._gates * self.units
@@ -223,11 +229,31 @@ class Recurrent(Layer):
     def _several_outputs(self) -> str | None:
         return "give it return_state=False" if self.return_state else None
 
+    def _operation_options(self) -> dict[str, Any]:
+        """Return the options of the operation that are the layer's."""
+        raise NotImplementedError
+
     def _run(
         self, x: np.ndarray, states: States, mask: np.ndarray | None, dropout: np.ndarray | None
     ) -> tuple[np.ndarray, States, Callable[[Any, States], tuple[dict[str, Any], States]]]:
         """Return the sequence, the last states, and a pullback of (dy, dstates) to the gradients and dstates before."""
-        raise NotImplementedError
+        zeros = np.zeros((len(x), self.units), x.dtype)
+        initial = tuple(_pixels(zeros if state is None else state) for state in states)
+        masks = None if dropout is None else {"h": np.repeat(_pixels(dropout)[np.newaxis], self._gates, 0)}
+        (y, *last), pull = getattr(functional, f"{self._operation}_vjp")(
+            _pixels(x), self.kernel[np.newaxis, np.newaxis], self.recurrent_kernel[np.newaxis, np.newaxis], self.bias,
+            initial_state=initial, mask=mask, dropout_masks=masks, return_state=True, engine=self.engine,
+            **self._operation_options(),
+        )  # fmt: skip
+
+        def pullback(dy: Any, dstates: States) -> tuple[dict[str, Any], States]:
+            gradients = pull(tuple(None if d is None else _pixels(d) for d in (dy, *dstates)))
+            before = tuple(_vectors(state) for state in gradients.pop("initial_state"))
+            flat = {name: array[0, 0] for name, array in gradients.items() if name.endswith("kernel")}
+            bias = {"bias": gradients["bias"]} if self.use_bias else {}
+            return {"x": _vectors(gradients["x"])} | flat | bias, before
+
+        return _vectors(y), tuple(map(_vectors, last)), pullback
 
     def _draw(self, rate: float, shape: Shape) -> np.ndarray | None:
         """Draw an inverted dropout mask, the same for all steps and gates; None where nothing is dropped."""
@@ -274,3 +300,13 @@ class Recurrent(Layer):
             raise ValueError(f"{type(self).__name__}: {name} must be ({', '.join(names)}), each (batch, units) or "
                              f"None, got {came}")  # fmt: skip
         return value
+
+
+def _pixels(array: np.ndarray) -> np.ndarray:
+    """Return vectors (…, N) as frames of one pixel (…, 1, 1, N)."""
+    return array.reshape(*array.shape[:-1], 1, 1, array.shape[-1])
+
+
+def _vectors(array: np.ndarray) -> np.ndarray:
+    """Return frames of one pixel (…, 1, 1, N) as vectors (…, N)."""
+    return array.reshape(*array.shape[:-3], array.shape[-1])
