@@ -182,9 +182,13 @@ class ConvSpec:
         padding: Any = "same",
         padding_mode: str = "zeros",
         dilation: Any = 1,
+        no_input: bool = False,
         op: str = "conv2d",
     ) -> ConvSpec:
-        """Check shapes and options and return the geometry; raise ValueError or TypeError naming what is wrong."""
+        """Check shapes and options and return the geometry; raise ValueError or TypeError naming what is wrong.
+
+        With `no_input` there may be no channels, of which nothing comes.
+        """
         if len(x_shape) != 4:
             raise ValueError(f"{op}: x must be (batch, height, width, channels), got {len(x_shape)}D {tuple(x_shape)}")
         if len(kernel_shape) != 4:
@@ -193,7 +197,7 @@ class ConvSpec:
         KH, KW, kernel_channels, F = kernel_shape
         if kernel_channels != C:
             raise ValueError(f"{op}: x has {C} channels but kernel {tuple(kernel_shape)} takes {kernel_channels}")
-        if min(kernel_shape) < 1:
+        if min(KH, KW, F, C + no_input) < 1:
             raise ValueError(f"{op}: kernel {tuple(kernel_shape)} has an empty axis; every axis must be at least 1")
         if bias_shape is not None:
             expect_shape(op, "bias", bias_shape, (F,), f"one value for each of the kernel's {F} filters")
@@ -416,7 +420,7 @@ class ConvLSTMSpec:
         if T < 1:
             raise ValueError(f"{op}: x has no time steps {tuple(x_shape)}; at least one is needed")
         conv = ConvSpec.infer((B, H, W, C), kernel_shape, bias_shape, strides=strides, padding=padding,
-                              padding_mode=padding_mode, dilation=dilation, op=op)  # fmt: skip
+                              padding_mode=padding_mode, dilation=dilation, no_input=True, op=op)  # fmt: skip
         if conv.F % 4:
             raise ValueError(
                 f"{op}: kernel {tuple(kernel_shape)} must end in 4 × filters, one block for each gate i, f, g, o; "

@@ -13,7 +13,8 @@ from fastclstm.commands.options import SETTINGS, Engine, Quiet, Threads, Weights
 from fastclstm.io.files import replacing
 from fastclstm.io.progress import progress_bar
 from fastclstm.layers import ConvLSTM2D, Layer
-from fastclstm.models import EncoderForecaster, load
+from fastclstm.models import load
+from fastclstm.models.forecasting import Forecasting
 
 app = typer.Typer(**SETTINGS)
 
@@ -35,8 +36,9 @@ def command(
 ) -> None:
     """Make the frames that follow, by a saved network.
 
-    The network is what train wrote, an EncoderForecaster, or any other that returns the next frame, of all steps or
-    of the last: then a frame made is appended to those before it, and the last T of them give the next.
+    The network is what train wrote, an EncoderForecaster or MultiscaleForecaster, or any other that returns the next
+    frame, of all steps or of the last: then a frame made is appended to those before it, and the last T of them give
+    the next.
     """
     set_threads(threads)
     shape = forecast_file(source, weights, out, steps=steps, scale=scale, batch=batch, engine=engine, quiet=quiet)
@@ -113,7 +115,7 @@ def roll_out(network: Layer, frames: np.ndarray, steps: int) -> Any:
     ValueError
         The network makes no frames like those it is given.
     """
-    if isinstance(network, EncoderForecaster):
+    if isinstance(network, Forecasting):
         return network.forecast(frames, steps)
     T, run = frames.shape[1], getattr(network, "predict", network)
     film: Any = frames

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -66,3 +68,27 @@ def remember(arrays: tuple[np.ndarray | None, ...], key: tuple[Any, ...], make: 
     while len(_remembered) > MOST:
         _remembered.popitem(last=False)
     return value
+
+
+_passing: ContextVar[dict[tuple[Any, ...], tuple[Any, Any]] | None] = ContextVar("_passing", default=None)
+
+
+@contextmanager
+def for_a_while() -> Iterator[None]:
+    """Let `passing` remember until the end: for calls with the same weights, one after the other, as in a roll-out."""
+    token = _passing.set({} if _passing.get() is None else _passing.get())
+    try:
+        yield
+    finally:
+        _passing.reset(token)
+
+
+def passing(arrays: tuple[np.ndarray | None, ...], key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+    """Return ``make()``, of which others than immutable arrays are made anew, or the same object `for_a_while`."""
+    kept = _passing.get()
+    if kept is None or not all(array is None or _frozen(array) for array in arrays):
+        return make()
+    full_key = (*(id(array) for array in arrays), *key)
+    if full_key not in kept:
+        kept[full_key] = arrays, make()  # the arrays too, so that no other has their id
+    return kept[full_key][1]

@@ -102,7 +102,7 @@ class ConvLSTMGates(ConvLSTMLayer):
     def _geometry(self, frames: Shape, op: str) -> ConvSpec:
         """Return the geometry of the input convolution of frames (B, H, W, C)."""
         return ConvSpec.infer(frames, self._parameters["kernel"].shape, strides=self.stride, padding=self.padding,
-                              padding_mode=self.padding_mode, dilation=self.dilation, op=op)  # fmt: skip
+                              padding_mode=self.padding_mode, dilation=self.dilation, no_input=True, op=op)  # fmt: skip
 
     def _state_shape(self, frames: Shape, op: str = "ConvLSTM2DCell") -> Shape:
         """Return the shape (B, HO, WO, F) of the states for frames (B, H, W, C)."""

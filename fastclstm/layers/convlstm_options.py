@@ -78,7 +78,7 @@ class ConvLSTMLayer(Layer):
         op = type(self).__name__
         for name in ("use_bias", "unit_forget_bias"):
             flag(op, name, getattr(self, name))
-        (self.in_channels,) = integers(op, "in_channels", self.in_channels, 1, 1)
+        (self.in_channels,) = integers(op, "in_channels", self.in_channels, 1, 0)
         self.dtype = layer_dtype(op, self.dtype)
         choice(op, "data_format", self.data_format, DATA_FORMATS)
         dispatch.check_engine(self.engine)
