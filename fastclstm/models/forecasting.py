@@ -191,9 +191,8 @@ class Forecasting(Trainable):
             raise ValueError(f"{op}: targets are inputs of a forecaster that reads frames, but inputs is "
                              f"{self._reading!r}; leave targets out, and teacher_forcing")  # fmt: skip
         place = layout.place
-        with remembered.for_a_while():
-            arrays, pull_encoder = self._encode_training(place, x[:, :-1] if self._tied else x)
-            y, pull = self._forecast_training(place, x, self._stages.to_forecaster(arrays), steps, truth, forced)
+        arrays, pull_encoder = self._encode_training(place, x[:, :-1] if self._tied else x)
+        y, pull = self._forecast_training(place, x, self._stages.to_forecaster(arrays), steps, truth, forced)
         y = layout.write(self._whole(y))
 
         def pullback(dy: Any) -> Any:
@@ -201,9 +200,8 @@ class Forecasting(Trainable):
             expect_shape(op, "dy", cotangent.shape, y.shape, "the shape of the output")
             made = self._patches(layout.read("dy", cotangent, sequence=True))
             sums: dict[tuple[int, str], Any] = {}
-            with remembered.for_a_while():
-                dlast, dstates = pull(made, sums)
-                dx = pull_encoder(self._stages.to_encoder(dstates), sums)
+            dlast, dstates = pull(made, sums)
+            dx = pull_encoder(self._stages.to_encoder(dstates), sums)
             self._keep_sums(sums)
             if not self.input_gradient:
                 return None
@@ -404,31 +402,34 @@ class Forecasting(Trainable):
             return made, pull_whole
         chosen = None if truth is None else self._chosen(forced, (len(x), steps - 1))
         pieces, records = [], []
-        for step in range(steps):
-            if step and chosen is not None and chosen[:, step - 1].any():
-                here = chosen[:, step - 1].reshape(-1, 1, 1, 1, 1)
-                mixed = np.where(here, dispatch.to_numpy(truth[:, step - 1 : step]), dispatch.to_numpy(last))
-                last = place.bring(mixed)
-            (last, *arrays), calls = self._make(place, last, arrays, training=True)
-            pieces.append(last)
-            records.append(calls)
+        with remembered.passage(steps):
+            for step in range(steps):
+                if step and chosen is not None and chosen[:, step - 1].any():
+                    here = chosen[:, step - 1].reshape(-1, 1, 1, 1, 1)
+                    mixed = np.where(here, dispatch.to_numpy(truth[:, step - 1 : step]), dispatch.to_numpy(last))
+                    last = place.bring(mixed)
+                (last, *arrays), calls = self._make(place, last, arrays, training=True)
+                pieces.append(last)
+                records.append(calls)
 
         def pull(dy: Any, sums: dict[tuple[int, str], Any]) -> tuple[Any, list[Any]]:
             dstates: list[Any] = [None] * len(arrays)
             dlast, layers = None, list(parts(graph))
-            for step in reversed(range(steps)):
-                part = dispatch.contiguous(dy[:, step : step + 1])
-                if dlast is not None:
-                    if chosen is not None and chosen[:, step].any():
-                        own = ~chosen[:, step].reshape(-1, 1, 1, 1, 1)
-                        dlast = place.bring(np.where(own, dispatch.to_numpy(dlast), np.zeros((), dlast.dtype)))
-                    part = part + dlast
-                with ExitStack() as stack:
-                    if step:  # a penalty counts once
-                        stack.enter_context(without_penalties(layers))
-                    elif not self.input_gradient:
-                        stack.enter_context(without_input_gradient(graph))
-                    dlast, *dstates = _pull(graph, records[step], [part, *dstates], sums)
+            with remembered.passage(steps) as passage:
+                for step in reversed(range(steps)):
+                    passage.more = step > 0
+                    part = dispatch.contiguous(dy[:, step : step + 1])
+                    if dlast is not None:
+                        if chosen is not None and chosen[:, step].any():
+                            own = ~chosen[:, step].reshape(-1, 1, 1, 1, 1)
+                            dlast = place.bring(np.where(own, dispatch.to_numpy(dlast), np.zeros((), dlast.dtype)))
+                        part = part + dlast
+                    with ExitStack() as stack:
+                        if step:  # a penalty counts once
+                            stack.enter_context(without_penalties(layers))
+                        elif not self.input_gradient:
+                            stack.enter_context(without_input_gradient(graph))
+                        dlast, *dstates = _pull(graph, records[step], [part, *dstates], sums)
             return dlast, dstates
 
         return np.concatenate(pieces, 1), pull
