@@ -218,6 +218,9 @@ def as_numpy(op: str, name: str, value: Any) -> np.ndarray:
     """
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(f"{op}: {name} is a masked array, whose mask would be lost; pass {name}.filled(value)")
+    if getattr(value, "__dask_graph__", lambda: None)() is not None:
+        raise TypeError(f"{op}: {name} is held by Dask and would be computed whole; pass {name}.compute(), or keep it "
+                        "lazy with fastclstm.adapters.xarray.apply")  # fmt: skip
     if on_gpu(value) and not hasattr(value, "__dlpack__"):
         raise TypeError(f"{op}: {name} lives on a GPU, not in the processor's memory; move it to the CPU")
     if not isinstance(value, np.ndarray) and hasattr(value, "__dlpack__"):

@@ -44,7 +44,8 @@ def fastclstm_cli(*args, traceback=False):
 
 def process(*args, **options):
     """Start ``python -m fastclstm`` as a user does."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    environment["PYTHONPATH"] = str(ROOT)
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment, **options}
     return subprocess.Popen([sys.executable, "-m", "fastclstm", *map(str, args)], **options)
 

@@ -5,7 +5,7 @@ import pytest
 from test_commands import assert_user_error, fastclstm_cli
 
 from fastclstm import Conv2D, ConvLSTM2D, EncoderForecaster, Flatten, MaxPooling3D, Sequential, TimeDistributed
-from fastclstm.commands.forecast import roll_out
+from fastclstm.models.roll_out import roll_out
 
 X = np.random.default_rng(0).random((3, 4, 6, 5, 2))
 

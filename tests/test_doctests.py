@@ -14,11 +14,16 @@ MODULES = ["fastclstm", *(
 )]  # fmt: skip
 WITH_EXAMPLES = {f"fastclstm.functional.{name}" for name in ("convlstm", "convolution", "pooling", "volumes")}
 
+NEEDED = {"fastclstm.adapters.torch_": "torch", "fastclstm.adapters.xarray": "xarray",
+          "fastclstm.adapters.xarray_blocks": "dask"}  # fmt: skip
+"""Packages without which modules are not there."""
+
 
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_of_docstrings(name):
-    if name.startswith("fastclstm.adapters.torch_"):
-        pytest.importorskip("torch")
+    for prefix, package in NEEDED.items():
+        if name.startswith(prefix):
+            pytest.importorskip(package)
     outcome = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
     assert outcome.failed == 0
     assert outcome.attempted > 0 or name not in WITH_EXAMPLES

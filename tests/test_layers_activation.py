@@ -75,7 +75,9 @@ def test_saving(tmp_path):
         check_saving(layer, normal(2, 3), tmp_path / f"{index}.safetensors")
 
 
-@pytest.mark.parametrize("layer", [Softmax(), Activation("softmax"), Activation((lambda z: z, np.cos))], ids=repr)
+@pytest.mark.parametrize(
+    "layer", [Softmax(), Activation("softmax"), Activation((lambda z: z, np.cos))], ids=["softmax", "named", "pair"]
+)
 def test_what_is_returned_may_be_written_to(layer):
     x, dy = normal(3, 4), normal(3, 4, seed=2)
     layer(x, training=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import typer
@@ -12,9 +12,9 @@ from fastclstm.commands.inputs import check_distinct, open_sequences, takes_sequ
 from fastclstm.commands.options import SETTINGS, Engine, Quiet, Threads, Weights, set_threads, use_engine
 from fastclstm.io.files import replacing
 from fastclstm.io.progress import progress_bar
-from fastclstm.layers import ConvLSTM2D, Layer
+from fastclstm.layers import ConvLSTM2D
 from fastclstm.models import load
-from fastclstm.models.forecasting import Forecasting
+from fastclstm.models.roll_out import roll_out
 
 app = typer.Typer(**SETTINGS)
 
@@ -105,25 +105,3 @@ def forecast_file(
         with new.open("wb") as file:
             np.save(file, film)
     return film.shape
-
-
-def roll_out(network: Layer, frames: np.ndarray, steps: int) -> Any:
-    """Return the `steps` frames that follow (B, T, H, W, C): each is made from the last T, those made included.
-
-    Raises
-    ------
-    ValueError
-        The network makes no frames like those it is given.
-    """
-    if isinstance(network, Forecasting):
-        return network.forecast(frames, steps)
-    T, run = frames.shape[1], getattr(network, "predict", network)
-    film: Any = frames
-    for _ in range(steps):
-        y = run(film[:, -T:])
-        shape = getattr(y, "shape", ())
-        if shape not in ((len(film), *film.shape[2:]), (len(film), T, *film.shape[2:])):
-            raise ValueError(f"forecast: a {type(network).__name__} made {shape or type(y).__name__} of frames "
-                             f"{film[:, -T:].shape}, but one that foretells makes frames of the same size")  # fmt: skip
-        film = np.concatenate([film, y[:, -1:] if y.ndim == film.ndim else y[:, np.newaxis]], 1)
-    return film[:, T:]

@@ -13,7 +13,6 @@ import numpy as np
 import typer
 
 from fastclstm import dispatch
-from fastclstm.commands.forecast import roll_out
 from fastclstm.commands.inputs import what_is
 from fastclstm.commands.options import SETTINGS, Engine, Threads, set_threads
 from fastclstm.datasets import moving_digits
@@ -23,6 +22,7 @@ from fastclstm.io.files import replacing
 from fastclstm.io.progress import say
 from fastclstm.layers import Conv2D, ConvLSTM2D, TimeDistributed
 from fastclstm.models import Sequential
+from fastclstm.models.roll_out import roll_out
 from fastclstm.nn import metrics
 from fastclstm.nn.losses import WeightedSum
 from fastclstm.nn.optimizers import Adam

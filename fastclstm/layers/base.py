@@ -20,7 +20,7 @@ from fastclstm.io.bounds import shown
 from fastclstm.layers import symbolic, torch_weights
 from fastclstm.nn import constraints, initializers, regularizers
 from fastclstm.nn.constraints import Constraint
-from fastclstm.nn.described import Described, class_name, describe, is_tellable, plain, restore
+from fastclstm.nn.described import Described, anew, class_name, describe, is_tellable, plain, restore
 from fastclstm.nn.regularizers import Regularizer
 from fastclstm.spec import Shape, choice, expect_shape
 
@@ -155,6 +155,14 @@ class Layer(Described):
     def options(self) -> dict[str, Any]:
         """The constructor's arguments, by name; without `name` where there is none."""
         return {key: value for key, value in super().options.items() if key != "name" or value is not None}
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """Return `options`, under the name by which scikit-learn asks for them."""
+        return self.options
+
+    def __sklearn_clone__(self) -> Self:
+        """Return what ``sklearn.base.clone`` is to: the layer as its options make it, with parameters drawn anew."""
+        return anew(self)
 
     def _call_shapes(self, x: Any, **options: Any) -> Any:
         """Return the shapes of what a call returns, in tuples and lists as there, for x of known shape or shapes.

@@ -70,6 +70,13 @@ def restore(description: Mapping[str, Any], **options: Any) -> Any:
     return _CLASSES[name]._from_options(told | options)
 
 
+def anew(value: Any) -> Any:
+    """Return a `Described` object made once more of its options, also those in tuples and lists; others as they are."""
+    if isinstance(value, Described):
+        return type(value)._from_options({name: anew(option) for name, option in value.options.items()})
+    return type(value)(map(anew, value)) if type(value) in (tuple, list) else value
+
+
 def is_tellable(value: Any) -> bool:
     """Whether a description can hold `value`: None, numbers, strings, `Described` objects and tuples of these."""
     if isinstance(value, list | tuple):

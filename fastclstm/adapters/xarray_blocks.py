@@ -1,0 +1,208 @@
+"""Networks over Dask arrays: samples in blocks, time in pieces that hand states on, space in overlapping tiles."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import dask.array
+import numpy as np
+from dask.array.overlap import overlap, trim_overlap
+from dask.delayed import delayed
+
+from fastclstm import layers
+from fastclstm.layers import ConvLSTM2D, Layer
+from fastclstm.models import Sequential
+
+POINTWISE = (layers.Activation, layers.LeakyReLU, layers.ReLU, layers.Dropout, layers.GaussianNoise, layers.Rescaling,
+             layers.SpatialDropout2D, layers.BatchNormalization, layers.Dense, layers.Softmax)  # fmt: skip
+"""Layers that make each pixel of that pixel alone."""
+CONVOLUTIONS = (layers.Conv2D, layers.DepthwiseConv2D, layers.SeparableConv2D)
+BY_FRAME = (*POINTWISE, *CONVOLUTIONS, layers.PReLU, layers.Conv2DTranspose, layers.MaxPooling2D,
+            layers.AveragePooling2D, layers.UpSampling2D, layers.ZeroPadding2D, layers.Cropping2D, layers.SpaceToDepth,
+            layers.DepthToSpace, layers.PixelShuffle, layers.PixelUnshuffle, layers.TimeDistributed)  # fmt: skip
+"""Layers that make each frame of that frame alone."""
+
+Run = Callable[..., np.ndarray]
+"""``(network, block (…, T, H, W, C), valid (…, T, 1, 1, 1)) -> what the network makes of each sample``."""
+
+
+def over_blocks(op: str, network: Layer, run: Run, data: Any, valid: Any, made: Sequence[int], dtype: Any) -> Any:
+    """Return what a network makes of a Dask array (…, T, H, W, C), lazily.
+
+    made: the sizes that it makes of one sample: (T, H, W, F), (H, W, F), (T, F) or (F,).
+
+    Raises
+    ------
+    ValueError
+        Chunks of time or space, and a network that needs all of it at once.
+    """
+    data = data.rechunk({data.ndim - 1: -1})
+    time, rows, columns = data.ndim - 4, data.ndim - 3, data.ndim - 2
+    depth: dict[int, int] = {}
+    if data.numblocks[rows] > 1 or data.numblocks[columns] > 1:
+        reached = reach(op, network, data.shape[time])
+        for axis, n in zip((rows, columns), reached, strict=True):
+            if data.numblocks[axis] > 1 and 2 * n >= data.shape[axis]:
+                data = data.rechunk({axis: -1})  # a tile would be all of it
+            if data.numblocks[axis] > 1:
+                depth[axis] = n
+    if depth:
+        data = overlap(data, depth, boundary=dict.fromkeys(depth, "none"))
+    valid = valid.rechunk({axis: data.chunks[axis] for axis in range(time + 1)})
+    if data.numblocks[time] > 1:
+        y = _pieces(Pieces(op, network), data, valid, made, dtype)
+    else:
+        y = _blocks(network, run, data, valid, made, dtype)
+    if depth:
+        shift = 4 - len(made)
+        moved = {axis - shift: n for axis, n in depth.items()}
+        y = trim_overlap(y, moved, boundary=dict.fromkeys(moved, "none"))
+    return y
+
+
+def reach(op: str, network: Layer, steps: int) -> tuple[int, int]:
+    """Return how many rows and columns away a pixel is still seen, after so many steps.
+
+    A ConvLSTM sees a frame n steps ago through its input convolution and n recurrent ones.
+
+    Raises
+    ------
+    ValueError
+        A layer that sees all of a frame, or makes another size of it.
+    """
+    far = np.zeros(2, int)
+    for layer in chain(network):
+        if isinstance(layer, layers.TimeDistributed):
+            far += reach(op, layer.layer, 1)
+        elif isinstance(layer, CONVOLUTIONS):
+            far += _convolution(op, layer)
+        elif isinstance(layer, ConvLSTM2D):
+            far += sum(_cell(op, cell, steps) for cell in layer.cells)
+        elif not (isinstance(layer, POINTWISE) or (isinstance(layer, layers.PReLU) and set(layer.shape[:-1]) <= {1})):
+            raise _not_local(op, layer, "sees more than the pixels around, or makes frames of another size")
+    return int(far[0]), int(far[1])
+
+
+def _convolution(op: str, layer: Any) -> np.ndarray:
+    """Return the reach of a layer's convolution, which is to make frames of the same size."""
+    if _pair(layer.stride) != (1, 1) or layer.padding != "same" or getattr(layer, "padding_mode", "zeros") != "zeros":
+        raise _not_local(op, layer, "has strides, a padding other than 'same', or a periodic domain")
+    return _reach(layer.kernel_size, layer.dilation)
+
+
+def _reach(kernel_size: Any, dilation: Any) -> np.ndarray:
+    return np.array([-(-(k - 1) * d // 2) for k, d in zip(_pair(kernel_size), _pair(dilation), strict=True)])
+
+
+def _cell(op: str, cell: Any, steps: int) -> np.ndarray:
+    if cell.normalization is not None and cell.normalization != "batch" and cell.normalization.kind != "batch":
+        raise _not_local(op, cell, "normalizes over whole frames")
+    own, size = _convolution(op, cell), cell.recurrent_kernel.shape[:2]
+    step, peeped = _reach(size, cell.recurrent_dilation), np.zeros(2, int)
+    if cell.peephole == "conv":
+        peeped = _reach(size if cell.peephole_size is None else cell.peephole_size, 1)
+    return own + max(steps - 1, 0) * np.maximum(step, peeped) + steps * peeped
+
+
+def chain(network: Layer) -> Iterator[Layer]:
+    """Yield the layers that follow one another."""
+    if isinstance(network, Sequential):
+        for layer in network:
+            yield from chain(layer)
+    else:
+        yield network
+
+
+class Pieces:
+    """A chain of layers that takes a sequence piece by piece, with the states between them."""
+
+    def __init__(self, op: str, network: Layer):
+        self.layers: list[Any] = []
+        for layer in chain(network):
+            if isinstance(layer, ConvLSTM2D):
+                if layer.bidirectional or layer.go_backwards or layer.stateful:
+                    raise _not_local(op, layer, "needs all steps at once: bidirectional, backwards or stateful", "time")
+                layer = copy.copy(layer)  # the caller's stays as it is; the parameters are shared
+                layer.return_state = True
+            elif not isinstance(layer, BY_FRAME):
+                raise _not_local(op, layer, "may need all steps at once", "time")
+            self.layers.append(layer)
+
+    def __call__(self, block: np.ndarray, valid: np.ndarray, before: Any) -> tuple[np.ndarray, Any]:
+        """Return what becomes of a piece (…, T, H, W, C), and what the next one starts from."""
+        lead, after = block.shape[:-4], []
+        x = block.reshape(-1, *block.shape[-4:])
+        mask = None if valid.all() else valid.reshape(x.shape[:2])
+        held = iter(before or ())
+        for layer in self.layers:
+            if not isinstance(layer, ConvLSTM2D):
+                x = layer(x)
+                continue
+            states, output = next(held, (None, None))
+            one = copy.copy(layer)
+            one.return_sequences = True
+            y, states = one(x, initial_state=states, mask=mask)
+            if mask is not None and output is not None and not layer.zero_output_for_mask:
+                early = ~np.logical_or.accumulate(mask, 1)[..., None, None, None]  # the output before is repeated
+                y = np.where(early, output[:, None], y)
+            after.append((states, y[:, -1]))
+            x = y if layer.return_sequences else y[:, -1]
+            mask = mask if layer.return_sequences else None
+        return x.reshape(*lead, *x.shape[1:]), after
+
+
+def _pieces(pieces: Pieces, data: Any, valid: Any, made: Sequence[int], dtype: Any) -> Any:
+    """Return the pieces' outputs, each computed after the one before it."""
+    ndim, time = data.ndim, data.ndim - 4
+    sequences = len(made) == 4 or (len(made) == 2)
+    blocks, valids, run = data.to_delayed(), valid.to_delayed(), delayed(pieces, traverse=False)
+    step = delayed(_piece, nout=2)
+    spatial = len(made) >= 3
+    out = np.empty([n if axis != time or sequences else 1 for axis, n in enumerate(data.numblocks)], object)
+    for index in np.ndindex(*(n for axis, n in enumerate(data.numblocks) if axis != time)):
+        states = None
+        for t in range(data.numblocks[time]):
+            where = (*index[:time], t, *index[time:])
+            block = blocks[where]
+            y, states = step(run, block, valids[(*where[: time + 1], 0, 0, 0)], states)
+            sizes = [data.chunks[axis][where[axis]] for axis in range(ndim)]
+            shape = (*sizes[:time], *(sizes[time : time + 1] if sequences else ()),
+                     *(sizes[time + 1 : time + 3] if spatial else ()), made[-1])  # fmt: skip
+            if sequences or t == data.numblocks[time] - 1:
+                out[(*index[:time], t if sequences else 0, *index[time:])] = dask.array.from_delayed(y, shape, dtype)
+    axes = [axis for axis in range(ndim) if not (axis == time and not sequences)]
+    if not spatial:
+        axes = [axis for axis in axes if axis not in (time + 1, time + 2)]
+    return dask.array.block(out.reshape([out.shape[axis] for axis in axes]).tolist())
+
+
+def _piece(pieces: Pieces, block: np.ndarray, valid: np.ndarray, before: Any) -> tuple[np.ndarray, Any]:
+    return pieces(block, valid, before)
+
+
+def _blocks(network: Layer, run: Run, data: Any, valid: Any, made: Sequence[int], dtype: Any) -> Any:
+    time = data.ndim - 4
+    gone = {4: (), 3: (time,), 2: (time + 1, time + 2), 1: (time, time + 1, time + 2)}[len(made)]
+    own = {time: made[0]} if len(made) in (2, 4) else {}
+    chunks = [
+        (own[axis],) if axis in own else (made[-1],) if axis == data.ndim - 1 else data.chunks[axis]
+        for axis in range(data.ndim) if axis not in gone
+    ]  # fmt: skip
+    if len(made) >= 3 and data.numblocks[time + 1 : time + 3] == (1, 1):
+        chunks[-3:-1] = [(made[-3],), (made[-2],)]
+    return dask.array.map_blocks(
+        run, delayed(network, traverse=False), data, valid, dtype=dtype, chunks=tuple(chunks),
+        drop_axis=list(gone), meta=np.empty((0,) * len(chunks), dtype),
+    )  # fmt: skip
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    return (value, value) if np.ndim(value) == 0 else tuple(value)
+
+
+def _not_local(op: str, layer: Any, why: str, what: str = "space") -> ValueError:
+    dims = "(x=-1, y=-1)" if what == "space" else "(time=-1)"
+    return ValueError(f"{op}: {type(layer).__name__} {why}, so chunks of {what} cannot be computed one by one; make it "
+                      f"one chunk, as by frames.chunk{dims}")  # fmt: skip
