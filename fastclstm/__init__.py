@@ -24,8 +24,15 @@ _HOME = {
     "Conv2DTranspose": "fastclstm.layers",
     "Conv3D": "fastclstm.layers",
     "Conv3DTranspose": "fastclstm.layers",
+    "ConvGRU2D": "fastclstm.layers",
+    "ConvGRU2DCell": "fastclstm.layers",
+    "ConvLSTM1D": "fastclstm.layers",
     "ConvLSTM2D": "fastclstm.layers",
     "ConvLSTM2DCell": "fastclstm.layers",
+    "ConvLSTM3D": "fastclstm.layers",
+    "ConvLSTM3DCell": "fastclstm.layers",
+    "ConvRNN2D": "fastclstm.layers",
+    "ConvRNN2DCell": "fastclstm.layers",
     "Cropping2D": "fastclstm.layers",
     "Cropping3D": "fastclstm.layers",
     "Dense": "fastclstm.layers",
@@ -85,7 +92,10 @@ _HOME = {
     "conv2d_transpose": "fastclstm.functional",
     "conv3d": "fastclstm.functional",
     "conv3d_transpose": "fastclstm.functional",
+    "convgru2d": "fastclstm.functional",
     "convlstm2d": "fastclstm.functional",
+    "convlstm3d": "fastclstm.functional",
+    "convrnn2d": "fastclstm.functional",
     "from_flax": "fastclstm.convert.flax",
     "from_keras": "fastclstm.convert.keras",
     "from_torch": "fastclstm.convert.torch",
@@ -122,7 +132,10 @@ if TYPE_CHECKING:  # what follows is all that type checkers know, so that they f
     from fastclstm.functional import conv2d_transpose as conv2d_transpose
     from fastclstm.functional import conv3d as conv3d
     from fastclstm.functional import conv3d_transpose as conv3d_transpose
+    from fastclstm.functional import convgru2d as convgru2d
     from fastclstm.functional import convlstm2d as convlstm2d
+    from fastclstm.functional import convlstm3d as convlstm3d
+    from fastclstm.functional import convrnn2d as convrnn2d
     from fastclstm.functional import max_pool3d as max_pool3d
     from fastclstm.layers import GRU as GRU
     from fastclstm.layers import LSTM as LSTM
@@ -138,8 +151,15 @@ if TYPE_CHECKING:  # what follows is all that type checkers know, so that they f
     from fastclstm.layers import Conv2DTranspose as Conv2DTranspose
     from fastclstm.layers import Conv3D as Conv3D
     from fastclstm.layers import Conv3DTranspose as Conv3DTranspose
+    from fastclstm.layers import ConvGRU2D as ConvGRU2D
+    from fastclstm.layers import ConvGRU2DCell as ConvGRU2DCell
+    from fastclstm.layers import ConvLSTM1D as ConvLSTM1D
     from fastclstm.layers import ConvLSTM2D as ConvLSTM2D
     from fastclstm.layers import ConvLSTM2DCell as ConvLSTM2DCell
+    from fastclstm.layers import ConvLSTM3D as ConvLSTM3D
+    from fastclstm.layers import ConvLSTM3DCell as ConvLSTM3DCell
+    from fastclstm.layers import ConvRNN2D as ConvRNN2D
+    from fastclstm.layers import ConvRNN2DCell as ConvRNN2DCell
     from fastclstm.layers import Cropping2D as Cropping2D
     from fastclstm.layers import Cropping3D as Cropping3D
     from fastclstm.layers import Dense as Dense

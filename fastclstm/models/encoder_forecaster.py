@@ -10,15 +10,17 @@ import numpy as np
 
 from fastclstm.layers.activation import LeakyReLU
 from fastclstm.layers.base import Layer, layer_dtype
+from fastclstm.layers.convgru2d import ConvGRU2D
 from fastclstm.layers.convlstm2d import ConvLSTM2D
-from fastclstm.layers.convlstm_gates import own_generator
 from fastclstm.layers.convolution import Conv2D
+from fastclstm.layers.convrnn2d import ConvRNN2D
+from fastclstm.layers.recurrent_cell import own_generator
 from fastclstm.layers.transposed import Conv2DTranspose
 from fastclstm.models.forecasting import Forecasting
 from fastclstm.models.stages import INPUTS, Stages, start_layers
 from fastclstm.spec import DATA_FORMATS, Pair, choice, flag, integers
 
-CELLS: dict[str, Any] = {"ConvLSTM2D": ConvLSTM2D}
+CELLS: dict[str, Any] = {"ConvLSTM2D": ConvLSTM2D, "ConvGRU2D": ConvGRU2D, "ConvRNN2D": ConvRNN2D}
 """The recurrent layers that there are, by name."""
 
 SLOPE = 0.2

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fastclstm.layers.base import Layer
-from fastclstm.layers.convlstm_gates import own_generator
+from fastclstm.layers.recurrent_cell import own_generator
 from fastclstm.models.forecasting import Forecasting
 from fastclstm.models.stages import INPUTS, Stages, start_layers
 from fastclstm.spec import DATA_FORMATS, choice, flag, integers
