@@ -93,7 +93,7 @@ class MultiscaleForecaster(Forecasting):
     mirrored: bool = True
     reads: str = "last"
     inputs: str | None = None
-    in_channels: int | None = None
+    in_channels: Any = None
     patch_size: Any = 1
     data_format: str = "channels_last"
     frame_size: Any = None
