@@ -104,6 +104,7 @@ _HOME = {
     "max_pool3d": "fastclstm.functional",
     "set_num_threads": "fastclstm.engines.cpu.threads",
     "to_flax": "fastclstm.convert.flax",
+    "to_onnx": "fastclstm.convert.onnx",
     "to_torch": "fastclstm.convert.torch",
 }
 _HOME |= submodules(
@@ -124,6 +125,7 @@ if TYPE_CHECKING:  # what follows is all that type checkers know, so that they f
     from fastclstm.convert.flax import from_flax as from_flax
     from fastclstm.convert.flax import to_flax as to_flax
     from fastclstm.convert.keras import from_keras as from_keras
+    from fastclstm.convert.onnx import to_onnx as to_onnx
     from fastclstm.convert.torch import from_torch as from_torch
     from fastclstm.convert.torch import to_torch as to_torch
     from fastclstm.engines.cpu.threads import get_num_threads as get_num_threads

@@ -92,7 +92,7 @@ def expect_shape(op: str, name: str, shape: Shape, expected: Shape, why: str) ->
         raise ValueError(f"{op}: {name} has shape {tuple(shape)} but must be {tuple(expected)} ({why})")
 
 
-def _window_padding(
+def window_padding(
     op: str, padding: Any, size: Shape, window: Shape, strides: Shape, *, maximum: Shape | None = None
 ) -> tuple[Pair, ...]:
     """Return the padding (before, after) of each axis; `window` is the dilated extent of the kernel."""
@@ -207,7 +207,7 @@ class ConvSpec:
         if max(s) > 1 and max(d) > 1:
             raise ValueError(f"{op}: strides {s} and dilation {d} cannot both exceed 1; choose one of them")
         window = ((KH - 1) * d[0] + 1, (KW - 1) * d[1] + 1)
-        pads = _window_padding(op, padding, (H, W), window, s)
+        pads = window_padding(op, padding, (H, W), window, s)
         HO, WO = _outputs(op, (H, W), window, s, pads)
         _check_padded(op, (H, W), (KH, KW), d, pads, C)
         return cls(B, H, W, C, F, KH, KW, HO, WO, (s[0], s[1]), (d[0], d[1]), (pads[0], pads[1]), padding_mode)
@@ -282,7 +282,7 @@ class Conv3DSpec:
         if max(s) > 1 and max(d) > 1:
             raise ValueError(f"{op}: strides {s} and dilation {d} cannot both exceed 1; choose one of them")
         window = ((KT - 1) * d[0] + 1, (KH - 1) * d[1] + 1, (KW - 1) * d[2] + 1)
-        pads = _window_padding(op, padding, (T, H, W), window, s)
+        pads = window_padding(op, padding, (T, H, W), window, s)
         TO, _, _ = _outputs(op, (T, H, W), window, s, pads)
         if TO > T + KT + LARGEST_PADDED:
             raise ValueError(f"{op}: {T} time steps padded by {pads[0]} would make {TO} of them; give less padding")
@@ -353,7 +353,7 @@ def transposed(
     d = integers(op, "dilation", dilation, count, 1)
     extra = None if output_padding is None else integers(op, "output_padding", output_padding, count, 0)
     window = tuple((k - 1) * step + 1 for k, step in zip(kernel, d, strict=True))
-    given = None if isinstance(padding, str) else _window_padding(op, padding, tuple(size), window, s)
+    given = None if isinstance(padding, str) else window_padding(op, padding, tuple(size), window, s)
     if given is None:
         choice(op, "padding", padding, ("same", "valid"))
     whole, pads = [], []
@@ -768,7 +768,7 @@ class PoolSpec:
         B, T, H, W, C = x_shape
         pool = integers(op, "pool_size", pool_size, 3, 1)
         step = pool if strides is None else integers(op, "strides", strides, 3, 1)
-        pads = _window_padding(op, padding, (T, H, W), pool, step, maximum=pool)
+        pads = window_padding(op, padding, (T, H, W), pool, step, maximum=pool)
         TO, HO, WO = _outputs(op, (T, H, W), pool, step, pads, ceil_mode)
         return cls(B, T, H, W, C, TO, HO, WO, (pool[0], pool[1], pool[2]), (step[0], step[1], step[2]),
                    (pads[0], pads[1], pads[2]))  # fmt: skip

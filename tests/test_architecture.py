@@ -23,8 +23,8 @@ TOP = 10
 SHARED = {"cells", "disk_cache", "forks", "recurrence", "remembered"}
 """Modules of engines/ that every engine may use."""
 
-HEAVY = {"numba", "llvmlite", "torch", "keras", "tensorflow", "jax", "dask", "xarray", "safetensors", "h5py", "sklearn",
-         "scipy", "matplotlib", "PIL", "tqdm", "typer", "click", "rich"}  # fmt: skip
+HEAVY = {"numba", "llvmlite", "torch", "keras", "tensorflow", "jax", "onnx", "dask", "xarray", "safetensors", "h5py",
+         "sklearn", "scipy", "matplotlib", "PIL", "tqdm", "typer", "click", "rich"}  # fmt: skip
 
 
 def is_module(name):

@@ -338,6 +338,15 @@ def test_unknown_axes_stay_unknown_and_others_not():
     assert model.output_shape((None, None, 6, 2)) == [(None, None, 3, 4), (None, None, 6, 3)]
 
 
+def test_any_number_of_unknown_axes_and_channels():
+    """Sizes that are tried make arrays of more than 2**63 items, which NumPy knows no shapes of."""
+    assert lstm(512, 2)(Input((None, None, None, 512))).shape == (None, None, None, None, 2)
+    first = lstm(512, 2, data_format="channels_first", time_major=True)
+    assert first(Input((None, 512, None, None))).shape == (None, None, 2, None, None)
+    with pytest.raises(ValueError, match=r"x must be 5D \(batch, time, height, width, channels\), got 6D"):
+        lstm(1, 2)(Input((None, None, None, None, 1)))
+
+
 def test_where_two_sizes_meet_is_checked_before_anything_is_computed():
     x = Input((None, None, 2))
     norm = BatchNormalization(2)

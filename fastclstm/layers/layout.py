@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,15 +40,19 @@ class Layout:
 
     def read_shape(self, name: str, shape: Shape, *, sequence: bool = False) -> Shape:
         """Return the shape of what `read` gives for a caller's array of `shape`."""
-        return self._engine_axes(name, np.broadcast_to(np.zeros(()), shape), sequence).shape
+        self._check_rank(name, shape, sequence)
+        return _shape_of(lambda array: self._engine_axes(name, array, sequence), shape)
+
+    def _check_rank(self, name: str, shape: Shape, sequence: bool) -> None:
+        rank = self.rank + 1 + self.batched + sequence
+        if len(shape) != rank:
+            raise ValueError(
+                f"{self.op}: {name} must be {rank}D ({self.axes(sequence)}), got {len(shape)}D {shape}"
+                + self.hint(rank - len(shape))
+            )
 
     def _engine_axes(self, name: str, array: np.ndarray, sequence: bool) -> np.ndarray:
-        rank = self.rank + 1 + self.batched + sequence
-        if array.ndim != rank:
-            raise ValueError(
-                f"{self.op}: {name} must be {rank}D ({self.axes(sequence)}), got {array.ndim}D {array.shape}"
-                + self.hint(rank - array.ndim)
-            )
+        self._check_rank(name, array.shape, sequence)
         if not self.batched:
             array = np.expand_dims(array, 1 if self.time_major and sequence else 0)
         if self.time_major and sequence:
@@ -66,7 +71,7 @@ class Layout:
 
     def shape(self, shape: Shape) -> Shape:
         """Return the shape that `write` gives an array of `shape`."""
-        return self._arranged(np.broadcast_to(np.zeros(()), shape)).shape
+        return _shape_of(self._arranged, shape)
 
     def read_like(self, what: str, name: str, value: Any, shape: Shape, why: str) -> np.ndarray | None:
         """Return a caller's array, or None, as the engines take it, where its shape must be that of an engine's."""
@@ -106,3 +111,13 @@ class Layout:
         batch = "x[:, np.newaxis]" if self.time_major else "x[np.newaxis]"
         channel = ", x[..., np.newaxis] for one channel" if self.data_format == "channels_last" else ""
         return f"; add the missing axis: {batch} for a batch of one{channel}"
+
+
+def _shape_of(arranged: Callable[[np.ndarray], np.ndarray], shape: Shape) -> Shape:
+    """Return the shape that an array of `shape` has with its axes arranged otherwise.
+
+    A small array stands for it, as NumPy makes none of 2**63 items and more, be they all the same one.
+    """
+    tags = tuple(1 if n == 1 else axis + 2 for axis, n in enumerate(shape))
+    sizes = {1: 1} | dict(zip(tags, shape, strict=True))
+    return tuple(sizes[tag] for tag in arranged(np.broadcast_to(np.zeros(()), tags)).shape)

@@ -69,7 +69,7 @@ class Network(Trainable):
                 if steps is not None:
                     if "mask" not in options and any(masked(layer)):
                         options["mask"] = steps
-                    if _reverses(layer):
+                    if reverses(layer):
                         steps = np.flip(steps, time_axis(next(masked(layer)), steps.ndim == 2))
                 made = layer(x, **{"training": training} | options)
                 del x, options  # what only this layer has read is let go
@@ -219,7 +219,7 @@ def restored(restore: Callable[[Any], Any], outputs: Any) -> Any:
     return mapped(lambda array: None if array is None else restore(array), outputs)
 
 
-def _reverses(layer: Layer) -> bool:
+def reverses(layer: Layer) -> bool:
     """Whether a layer returns the time steps last first."""
     return sum(lstm.go_backwards for lstm in masked(layer)) % 2 == 1
 
