@@ -10,7 +10,7 @@ __getattr__ = moved(
     dict.fromkeys(("from_torch", "to_torch"), "fastclstm.convert.torch"),
     {
         "ConvLSTM2D": "fastclstm.adapters.torch_layers",
-        "Report": "fastclstm.adapters.torch_accelerate",
+        "Report": "fastclstm.adapters.report",
         "accelerate": "fastclstm.adapters.torch_accelerate",
     },
 )

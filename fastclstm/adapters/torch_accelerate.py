@@ -6,11 +6,12 @@ import copy
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple
 
 from fastclstm.adapters import torch_ops  # first: without PyTorch it says what to install
+from fastclstm.adapters.report import Report
 from fastclstm.adapters.torch_cells import Arrangement
 from fastclstm.adapters.torch_layers import dtypes
 from fastclstm.convert.torch_dialects import DIALECTS, Dialect
@@ -44,25 +45,6 @@ class Plan(NamedTuple):
     """Whether gradients are the module's own; else, where they are asked for, it computes itself."""
     training: bool
     """The same of a module in training mode."""
-
-
-@dataclass
-class Report:
-    """What `accelerate` found: `swapped` names the modules that our kernels compute, `left` those that they do not.
-
-    Each is a mapping from the module's name to a sentence about it.
-    """
-
-    swapped: dict[str, str] = field(default_factory=dict)
-    left: dict[str, str] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        if not self.swapped and not self.left:
-            return "accelerate: no ConvLSTM of a known dialect was found"
-        rows = [(name or "(the model)", "swapped", told) for name, told in self.swapped.items()]
-        rows += [(name or "(the model)", "left", told) for name, told in self.left.items()]
-        width = max(len(name) for name, _, _ in rows)
-        return "\n".join(["accelerate:", *(f"  {name:{width}}  {what:7}  {told}" for name, what, told in rows)])
 
 
 def accelerate(model: torch.nn.Module, *, dialects: Sequence[Dialect] = (), return_report: bool = False) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from fastclstm.engines.cpu import threads
+from fastclstm.engines.cpu.kernels import simd
 from fastclstm.engines.cpu.kernels.gates_backward import CHUNK_PIXELS, PULL_BACK, STEP, row_length
 from fastclstm.engines.cpu.kernels.schedule import Slots
 
@@ -37,7 +38,8 @@ class GateGradients:
         for name, slot in arrays.items():
             self._step[name], self._step[f"{name}_image"] = slot.address, slot.image
         rows = np.empty((team, self._row), self._sums.dtype)
-        threads.run(self._kernel, team, (), self._sums.reshape(-1)[:0], self._step, self._cell, rows)
+        addresses = np.empty((team, 2 * simd.lanes(rows.itemsize)), np.int64)
+        threads.run(self._kernel, team, (), self._sums.reshape(-1)[:0], self._step, self._cell, rows, addresses)
 
     def result(self) -> tuple[np.ndarray, np.ndarray | None]:
         """Return the gradients of the bias (4F,) and of the peepholes (3, …, F)."""

@@ -30,6 +30,11 @@ _TILES = (None, *tiles.choices(3, 3), *tiles.choices(5, 5))
 """Of Winograd for the usual kernels; None: direct, for any."""
 
 
+def _is_usual(tile: Tile | None) -> bool:
+    """Whether a ConvLSTM of few filters takes such a tile on frames of a usual size; None: direct convolution."""
+    return tile is None or tile.m_y == 4
+
+
 def steps(*dtypes: str, forward_only: bool = False) -> Iterator[tuple[str, Callable[[], Any]]]:
     """What there is to do: the name of one or several kernels, and a function that compiles them or finds them on disk.
 
@@ -63,7 +68,9 @@ def _forward(dtype: str) -> Iterator[tuple[str, Callable[[], Any]]]:
     for tile in _TILES:
         how = f"Winograd {tile}" if tile else "direct"
         for name, finish in _FORWARD.items():
-            yield f"{name}, {how}", partial(_compile_sequence, dtype, tile, finish)
+            yield f"{name}, {how}", partial(_compile_sequence, dtype, tile, finish, False)
+            if finish == "store" or (finish == "update" and _is_usual(tile)):
+                yield f"{name}, {how}, few filters", partial(_compile_sequence, dtype, tile, finish, True)
     yield (
         "transform of kernels",
         partial(launch.pack, (np.ones((3, 3, 1, 1), dtype),), None, np.ones(1), _TILES[1], remember=False),
@@ -78,7 +85,10 @@ def _forward(dtype: str) -> Iterator[tuple[str, Callable[[], Any]]]:
 def _backward(dtype: str) -> Iterator[tuple[str, Callable[[], Any]]]:
     for tile in _TILES:
         how = f"Winograd {tile}" if tile else "direct"
-        yield f"ConvLSTM in training, {how}", partial(_compile_sequence, dtype, tile, "update_and_keep")
+        yield f"ConvLSTM in training, {how}", partial(_compile_sequence, dtype, tile, "update_and_keep", False)
+        if _is_usual(tile):
+            keep = partial(_compile_sequence, dtype, tile, "update_and_keep", True)
+            yield f"ConvLSTM in training, {how}, few filters", keep
         yield f"gradient of kernels, {how}", partial(_train, dtype, tile)
     yield "gradient of gates with peepholes or clipping", partial(_train, dtype, None, cell_clip=1.0)
     yield "gradient of gates of any kind", partial(_train, dtype, None, activation="relu")
@@ -93,11 +103,11 @@ def _backward(dtype: str) -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "gradient of overlapping pooling", partial(max_pool3d_backward, overlapping, indices, volume)
 
 
-def _compile_sequence(dtype: str, tile: Tile | None, finish: str) -> None:
+def _compile_sequence(dtype: str, tile: Tile | None, finish: str, planar: bool) -> None:
     k_y, k_x = (tile.k_y, tile.k_x) if tile else (3, 3)
     spec = ConvSpec.infer((1, 8, 8, 1), (k_y, k_x, 1, 1))
     columns = packing.lay_out(1, 1, 1, 1, None, np.dtype(dtype))
-    plan = plans.plan((spec,), tile, finish, 1, np.dtype(dtype).itemsize, 1)
+    plan = plans.plan((spec,), tile, finish, 1, np.dtype(dtype).itemsize, 1, planar)
     tables = launch.NO_FLOWS, plan.tables, columns.tables, table(np.zeros(1, gates.CELL)), launch.NO_MASK
     plan.kernel.function(plan.variant, tables)
 

@@ -358,13 +358,15 @@ def _updating(gates_of, keeps):
     return update
 
 
-FINISHES = {
-    "store": store,
-    "update": _updating(_standard, False),
-    "update_and_keep": _updating(_standard, True),
-    "update_peeping": _updating(_standard_peeping, True),
-    "update_any": _updating(_general, True),
+GATES = {
+    "update": (_standard, False),
+    "update_and_keep": (_standard, True),
+    "update_peeping": (_standard_peeping, True),
+    "update_any": (_general, True),
 }
+"""How states are made of pre-activations, and whether the gates can be kept, by the name of a kernel's finish."""
+
+FINISHES = {"store": store} | {name: _updating(*how) for name, how in GATES.items()}
 """What may become of the columns, each a kernel of its own: stored; states, with tanh, sigmoid, tanh and nothing else;
 these, and the gates kept; the same with peepholes and clipping, and with any activations too, the gates kept where
 there is memory."""

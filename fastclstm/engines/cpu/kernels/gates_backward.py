@@ -8,6 +8,7 @@ from fastclstm.engines.cpu.compilation import inline
 from fastclstm.engines.cpu.kernels import simd, vmath
 from fastclstm.engines.cpu.kernels.entry import kernel
 from fastclstm.engines.cpu.kernels.gates import put, take
+from fastclstm.engines.cpu.kernels.lanes import gather, scatter
 from fastclstm.engines.cpu.kernels.padding import clear_run, copy_run
 from fastclstm.engines.cpu.kernels.team import grain, next_item
 
@@ -17,9 +18,12 @@ CHUNK_PIXELS = 64
 LINE = 1024
 """Scalars (pixels × filters) that are taken back together, at most, but for one pixel of more filters."""
 
-BEFORE, PRODUCTS, PEEPS, PLANES = 4, 5, 8, 11
-"""Which lines hold the output gate before, products of dz and c for three peepholes, and the peepholes of channels (the
-first: the four gates, then dz), and how many there are."""
+PEEPS, LINES = 3, 6
+"""Which lines hold peepholes of channels (the first three: products of dz and c for them), and how many there are."""
+
+WEIGHTS, PRODUCTS, Z, BEFORE, C, DH, DY, DC, H, PLANES = 0, 3, 6, 10, 11, 12, 13, 14, 15, 16
+"""Which planes, times F, hold weights of peepholes and products for them, gates (then dz), the output gate before, c,
+dh, dy, dc and h, and how many there are."""
 
 STEP = np.dtype([
     ("B", np.int64), ("pixels", np.int64), ("F", np.int64),
@@ -35,6 +39,11 @@ STEP = np.dtype([
 @inline
 def _place(like, base, image, b, index):
     return simd.shift(simd.at(like, np.uint64(np.int64(base) + b * image)), index)
+
+
+@inline
+def _offset(base, image, b, bytes_on):
+    return np.int64(base) + b * image + bytes_on
 
 
 @inline
@@ -82,7 +91,7 @@ def _any_output_slope(cell, y):
 
 
 @inline
-def _standard(like, step, cell, lines, pitch, index, at, count, i, f, g, o, c, dh, dc):
+def _standard(step, cell, weights, gap, target, apart, count, i, f, g, o, c, dh, dc):
     """The dz of i, f, g, o and the dc of the step before, with tanh, sigmoid, tanh and nothing else."""
     y = _tanh(cell, simd.fma(f, c, i * g))
     dz_o = dh * y * _sigmoid_slope(cell, o)
@@ -95,62 +104,41 @@ def _deriving(output, gate_slope, slope, output_slope):
     """Return the same for cells with such outputs and derivatives, peepholes and clipping."""
 
     @inline
-    def derive(like, step, cell, lines, pitch, index, at, count, i, f, g, o, c, dh, dc):
-        """Leave also the gradients of peepholes: of channels in the lines, else added to memory."""
+    def derive(step, cell, weights, gap, target, apart, count, i, f, g, o, c, dh, dc):
+        """Leave also the gradients of peepholes: those of channels as they are, else added.
+
+        weights and target: of i, then of f and o, `gap` and `apart` scalars on.
+        """
         c_new = simd.maximum(-cell.clip, simd.minimum(cell.clip, simd.fma(f, c, i * g)))
         y = output(cell, c_new)
         dz_o = dh * y * gate_slope(cell, o)
         dc = simd.fma(dh * o, output_slope(cell, y), dc)
-        weights, gap = simd.shift(lines, PEEPS * pitch + at), pitch
-        if step.elementwise:
-            weights, gap = simd.shift(simd.at(like, step.weights), index), step.pixels * step.F
         if step.weights != 0:
             dc = simd.fma(dz_o, take(simd.shift(weights, 2 * gap), count), dc)
         if cell.clip < np.inf:
-            dc = simd.select_less(simd.absolute(c_new), simd.broadcast(dc, cell.clip), dc, simd.zeros(lines))
+            dc = simd.select_less(simd.absolute(c_new), simd.broadcast(dc, cell.clip), dc, simd.broadcast(dc, 0.0))
         dz_i, dz_f, dz_g = dc * g * gate_slope(cell, i), dc * c * gate_slope(cell, f), dc * i * slope(cell, g)
         dc = dc * f
         if step.weights != 0:
             dc = simd.fma(dz_i, take(weights, count), dc)
             dc = simd.fma(dz_f, take(simd.shift(weights, gap), count), dc)
             if step.elementwise:
-                target = simd.shift(simd.at(like, step.dweights), index)
                 _add(target, dz_i * c, count)
-                _add(simd.shift(target, gap), dz_f * c, count)
-                _add(simd.shift(target, 2 * gap), dz_o * c_new, count)
+                _add(simd.shift(target, apart), dz_f * c, count)
+                _add(simd.shift(target, 2 * apart), dz_o * c_new, count)
             else:
-                target = simd.shift(lines, PRODUCTS * pitch + at)
                 put(target, dz_i * c, count)
-                put(simd.shift(target, gap), dz_f * c, count)
-                put(simd.shift(target, 2 * gap), dz_o * c_new, count)
+                put(simd.shift(target, apart), dz_f * c, count)
+                put(simd.shift(target, 2 * apart), dz_o * c_new, count)
         return dz_i, dz_f, dz_g, dz_o, dc
 
     return derive
 
 
 @inline
-def _gather(line, gates, pixels, F, gate, first, stop):
-    """Bring one gate of the pixels [first, stop) of an image to a line."""
-    lanes = simd.vector_lanes(line)
-    for pixel in range(first, stop):
-        at, place = (pixel - first) * F, (4 * pixel + gate) * F
-        for k in range(0, F, lanes):
-            # What is too much will be overwritten by the next pixel; but nothing is read behind the image.
-            count = min(lanes, 4 * pixels * F - place - k)
-            simd.store(simd.shift(line, at + k), take(simd.shift(gates, place + k), count))
-
-
-@inline
-def _scatter(lines, pitch, dz, F, first, stop):
-    """Bring the dz of the pixels [first, stop) of an image from lines to their place."""
-    lanes = simd.vector_lanes(lines)
-    for pixel in range(first, stop):
-        for gate in range(4):
-            at, place = (pixel - first) * F, (4 * pixel + gate) * F
-            for k in range(0, F, lanes):
-                # What is too much will be overwritten by the next gate; but nothing is written behind the last pixel.
-                count = lanes if 4 * stop * F - place - k >= lanes else min(lanes, F - k)
-                put(simd.shift(dz, place + k), simd.load(simd.shift(lines, gate * pitch + at + k)), count)
+def _is_even(F, lanes):
+    """Whether vectors of a pixel's filters are full, or nearly all of many are; else pixels are the lanes."""
+    return F % lanes == 0 or 4 * lanes < F
 
 
 @inline
@@ -176,70 +164,135 @@ def _run(output, derive):
     """Return the kernel for cells with such outputs and derivatives."""
 
     @inline
-    def pull_back(like, step, cell, b, first, stop, sums, lines, pitch):
-        """Compute dz and the new dc of some pixels, and the h they began with, and add to the sums of their chunk."""
-        F, lanes = step.F, simd.vector_lanes(sums)
+    def by_filters(like, step, cell, b, first, stop, lines, pitch):
+        """Compute dz, the new dc and the h they began with: of each pixel vectors of filters."""
+        F, lanes = step.F, simd.vector_lanes(lines)
         gates = _place(like, step.gates, step.gates_image, b, 0)
         before = _place(like, step.before, step.before_image, b, 0)
         dz_place = _place(like, step.dz, step.dz_image, b, 0)
-        cells = (stop - first) * F
-        in_place = F % lanes == 0 or 4 * lanes < F
-        if not in_place:
-            for gate in range(4):
-                _gather(simd.shift(lines, gate * pitch), gates, step.pixels, F, gate, first, stop)
+        for pixel in range(first, stop):
+            for k in range(0, F, lanes):
+                count = min(lanes, F - k)
+                index, at = pixel * F + k, (pixel - first) * F + k
+                z = simd.shift(gates, 4 * pixel * F + k)
+                i, f = take(z, count), take(simd.shift(z, F), count)
+                g, o = take(simd.shift(z, 2 * F), count), take(simd.shift(z, 3 * F), count)
+                c = take(_place(like, step.c, step.c_image, b, index), count)
+                dh = take(_place(like, step.dh, step.dh_image, b, index), count)
+                if step.dy != 0:
+                    dh = dh + take(_place(like, step.dy, step.dy_image, b, index), count)
+                dc_place = _place(like, step.dc, step.dc_image, b, index)
+                if step.before != 0:
+                    o_before = take(simd.shift(before, 4 * pixel * F + 3 * F + k), count)
+                    put(_place(like, step.h, step.h_image, b, index), o_before * output(cell, c), count)
+                weights, gap = simd.shift(lines, PEEPS * pitch + at), pitch
+                target, apart = simd.shift(lines, at), pitch
+                if step.elementwise:
+                    weights, gap = simd.shift(simd.at(like, step.weights), index), step.pixels * F
+                    target, apart = simd.shift(simd.at(like, step.dweights), index), gap
+                dz_i, dz_f, dz_g, dz_o, dc = derive(step, cell, weights, gap, target, apart, count, i, f, g, o, c, dh,
+                                                    take(dc_place, count))  # fmt: skip
+                put(dc_place, dc, count)
+                z = simd.shift(dz_place, 4 * pixel * F + k)
+                put(z, dz_i, count)
+                put(simd.shift(z, F), dz_f, count)
+                put(simd.shift(z, 2 * F), dz_g, count)
+                put(simd.shift(z, 3 * F), dz_o, count)
+
+    @inline
+    def by_pixels(like, step, cell, b, first, stop, lines, pitch, planes, addresses):
+        """The same: of each filter vectors of pixels, brought to planes."""
+        F, lanes = step.F, simd.vector_lanes(lines)
+        itemsize = simd.VECTOR_BYTES // lanes
+        plane, wide = F * lanes, simd.shift(addresses, lanes)
+        for pixel in range(first, stop, lanes):
+            for lane in range(lanes):  # behind the last pixel once more that one, whose results are the same
+                addresses[lane] = min(lane, stop - 1 - pixel) * F * itemsize
+                wide[lane] = 4 * addresses[lane]
+            cells = pixel * F * itemsize
+            elementwise = step.weights != 0 and step.elementwise
+            if elementwise:
+                for n in range(3):
+                    offset = n * step.pixels * F * itemsize + cells
+                    gather(addresses, np.int64(step.weights) + offset, F, simd.shift(planes, (WEIGHTS + n) * plane))
+                for n in range(3):
+                    offset = n * step.pixels * F * itemsize + cells
+                    gather(addresses, np.int64(step.dweights) + offset, F, simd.shift(planes, (PRODUCTS + n) * plane))
+            gather(wide, _offset(step.gates, step.gates_image, b, 4 * cells), 4 * F, simd.shift(planes, Z * plane))
             if step.before != 0:
-                _gather(simd.shift(lines, BEFORE * pitch), before, step.pixels, F, 3, first, stop)
-        at = k = 0
-        while at < cells:
-            count = min(lanes, F - k if in_place else cells - at)
-            index = first * F + at
-            gap = F if in_place else pitch
-            z = simd.shift(gates, 4 * (index - k) + k) if in_place else simd.shift(lines, at)
-            i, f = take(z, count), take(simd.shift(z, gap), count)
-            g, o = take(simd.shift(z, 2 * gap), count), take(simd.shift(z, 3 * gap), count)
-            c = take(_place(like, step.c, step.c_image, b, index), count)
-            dh = take(_place(like, step.dh, step.dh_image, b, index), count)
+                offset = _offset(step.before, step.before_image, b, 4 * cells) + 3 * F * itemsize
+                gather(wide, offset, F, simd.shift(planes, BEFORE * plane))
+            gather(addresses, _offset(step.c, step.c_image, b, cells), F, simd.shift(planes, C * plane))
+            gather(addresses, _offset(step.dh, step.dh_image, b, cells), F, simd.shift(planes, DH * plane))
             if step.dy != 0:
-                dh = dh + take(_place(like, step.dy, step.dy_image, b, index), count)
-            dc_place = _place(like, step.dc, step.dc_image, b, index)
-            dc = take(dc_place, count)
+                gather(addresses, _offset(step.dy, step.dy_image, b, cells), F, simd.shift(planes, DY * plane))
+            gather(addresses, _offset(step.dc, step.dc_image, b, cells), F, simd.shift(planes, DC * plane))
+            for n in range(F):
+                own = simd.shift(planes, n * lanes)
+                z, dc_place = simd.shift(own, Z * plane), simd.shift(own, DC * plane)
+                i, f = simd.load(z), simd.load(simd.shift(z, plane))
+                g, o = simd.load(simd.shift(z, 2 * plane)), simd.load(simd.shift(z, 3 * plane))
+                c, dh = simd.load(simd.shift(own, C * plane)), simd.load(simd.shift(own, DH * plane))
+                if step.dy != 0:
+                    dh = dh + simd.load(simd.shift(own, DY * plane))
+                if step.before != 0:
+                    simd.store(simd.shift(own, H * plane), simd.load(simd.shift(own, BEFORE * plane)) * output(cell, c))
+                dz_i, dz_f, dz_g, dz_o, dc = derive(
+                    step, cell, simd.shift(own, WEIGHTS * plane), plane, simd.shift(own, PRODUCTS * plane), plane,
+                    lanes, i, f, g, o, c, dh, simd.load(dc_place),
+                )  # fmt: skip
+                simd.store(dc_place, dc)
+                simd.store(z, dz_i)
+                simd.store(simd.shift(z, plane), dz_f)
+                simd.store(simd.shift(z, 2 * plane), dz_g)
+                simd.store(simd.shift(z, 3 * plane), dz_o)
+            scatter(wide, _offset(step.dz, step.dz_image, b, 4 * cells), 4 * F, simd.shift(planes, Z * plane))
+            scatter(addresses, _offset(step.dc, step.dc_image, b, cells), F, simd.shift(planes, DC * plane))
             if step.before != 0:
-                o_place = simd.shift(lines, BEFORE * pitch + at)
-                if in_place:
-                    o_place = simd.shift(before, 4 * (index - k) + 3 * F + k)
-                put(_place(like, step.h, step.h_image, b, index), take(o_place, count) * output(cell, c), count)
-            dz_i, dz_f, dz_g, dz_o, dc = derive(like, step, cell, lines, pitch, index, at, count, i, f, g, o, c, dh, dc)
-            put(dc_place, dc, count)
-            if in_place:
-                z = simd.shift(dz_place, 4 * (index - k) + k)
-            put(z, dz_i, count)
-            put(simd.shift(z, gap), dz_f, count)
-            put(simd.shift(z, 2 * gap), dz_g, count)
-            put(simd.shift(z, 3 * gap), dz_o, count)
-            at += count
-            k = 0 if k + count == F else k + count
-        if not in_place:
-            _scatter(lines, pitch, dz_place, F, first, stop)
-        _sum_rows(simd.shift(dz_place, 4 * first * F), stop - first, 4 * F, 4 * F, sums)
+                scatter(addresses, _offset(step.h, step.h_image, b, cells), F, simd.shift(planes, H * plane))
+            if step.weights != 0:
+                for n in range(3):
+                    offset = simd.address(simd.shift(lines, n * pitch + (pixel - first) * F))
+                    if elementwise:
+                        offset = np.int64(step.dweights) + n * step.pixels * F * itemsize + cells
+                    scatter(addresses, offset, F, simd.shift(planes, (PRODUCTS + n) * plane))
+
+    @inline
+    def pull_back(like, step, cell, b, first, stop, sums, lines, pitch, planes, addresses):
+        """Pull back some pixels, and add to the sums of their chunk."""
+        F = step.F
+        if _is_even(F, simd.vector_lanes(lines)):
+            by_filters(like, step, cell, b, first, stop, lines, pitch)
+        else:
+            by_pixels(like, step, cell, b, first, stop, lines, pitch, planes, addresses)
+        dz = _place(like, step.dz, step.dz_image, b, 4 * first * F)
+        _sum_rows(dz, stop - first, 4 * F, 4 * F, sums)
         if step.weights != 0 and not step.elementwise:
             for peephole in range(3):
-                products = simd.shift(lines, (PRODUCTS + peephole) * pitch)
+                products = simd.shift(lines, peephole * pitch)
                 _sum_rows(products, stop - first, F, F, simd.shift(sums, (4 + peephole) * F))
 
-    def run(job, worker, like, steps, cells, rows):
+    def run(job, worker, like, steps, cells, rows, tables):
         step = steps[0]
         F, pixels = step.F, step.pixels
         chunks = (pixels + CHUNK_PIXELS - 1) // CHUNK_PIXELS
         local = simd.shift(simd.pointer(rows), worker * rows.shape[1])
+        addresses = simd.shift(simd.pointer(tables), worker * tables.shape[1])
         lanes = simd.vector_lanes(local)
         pitch = max(LINE, F) + lanes
-        lines = simd.shift(local, rows.shape[1] - PLANES * pitch)
-        at_once = max(1, LINE // F)
+        lines = simd.shift(local, 7 * F + lanes)
+        planes = simd.shift(lines, LINES * pitch)
+        at_once = max(1, LINE // F if _is_even(F, lanes) else LINE // F // lanes * lanes)
         if step.weights != 0 and not step.elementwise:
             for peephole in range(3):
-                for n in range(at_once):
-                    line = simd.shift(lines, (PEEPS + peephole) * pitch + n * F)
-                    copy_run(line, simd.shift(simd.at(like, step.weights), peephole * F), F)
+                weights = simd.shift(simd.at(like, step.weights), peephole * F)
+                if _is_even(F, lanes):
+                    for n in range(at_once):
+                        copy_run(simd.shift(lines, (PEEPS + peephole) * pitch + n * F), weights, F)
+                else:
+                    for n in range(F):
+                        own = simd.shift(planes, ((WEIGHTS + peephole) * F + n) * lanes)
+                        simd.store(own, simd.broadcast(simd.zeros(own), weights[n]))
         size = grain(job, chunks)
         chunk = next_item(job, -1, size)
         while chunk < chunks:
@@ -248,7 +301,8 @@ def _run(output, derive):
             for b in range(step.B):
                 clear_run(local, 7 * F)
                 for first in range(chunk * CHUNK_PIXELS, last, at_once):
-                    pull_back(like, step, cells[0], b, first, min(first + at_once, last), local, lines, pitch)
+                    pull_back(like, step, cells[0], b, first, min(first + at_once, last), local, lines, pitch,
+                              planes, addresses)  # fmt: skip
                 for k in range(0, 7 * F, lanes):
                     count = min(lanes, 7 * F - k)
                     _add(simd.shift(sums, k), take(simd.shift(local, k), count), count)
@@ -270,6 +324,7 @@ PULL_BACK = {
 
 
 def row_length(F: int, itemsize: int) -> int:
-    """Scalars that each worker needs: for the sums of a chunk and for the lines."""
+    """Scalars that each worker needs: for the sums of a chunk, for the lines and for the planes."""
     lanes = simd.lanes(itemsize)
-    return 7 * F + lanes + PLANES * (max(LINE, F) + lanes)
+    planes = 0 if _is_even.py_func(F, lanes) else (PLANES * F + lanes) * lanes
+    return 7 * F + lanes + LINES * (max(LINE, F) + lanes) + planes

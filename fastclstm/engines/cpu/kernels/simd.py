@@ -225,6 +225,16 @@ def at(typingctx, like, address):
     return types.CPointer(like.dtype)(like, types.uintp), codegen
 
 
+@intrinsic
+def address(typingctx, base):
+    """Integer address of a pointer."""
+
+    def codegen(context, builder, sig, args):
+        return builder.ptrtoint(args[0], INT64)
+
+    return types.int64(base), codegen
+
+
 @intrinsic(prefer_literal=True)
 def number_or_zero(typingctx, array, index):
     """Integer in an array of int64; the constant 0 where it is an array of bool."""

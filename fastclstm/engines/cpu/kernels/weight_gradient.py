@@ -50,18 +50,21 @@ their place in the sums."""
 
 
 @intrinsic(prefer_literal=True)
-def accumulate(typingctx, rows, inputs, step, line, gradients, apart, lines, count, sums):
-    """sums[r, v] += Σ inputs[i·line + j·step + r] · gradients[v][i·count + j], i < lines, j < count, v < two vectors.
+def accumulate(typingctx, rows, vectors, inputs, step, line, gradients, apart, lines, count, sums):
+    """sums[r, v] += Σ inputs[i·line + j·step + r] · gradients[v][i·count + j], i < lines, j < count, v < vectors.
+
+    sums has two vectors a row, of which the first may be all that counts.
 
     apart: scalars between the gradients of the two vectors.
     """
-    nr, nv = rows.literal_value, 2
+    nr, nv = rows.literal_value, vectors.literal_value
+    places = [2 * r + v for r in range(nr) for v in range(nv)]
     vector = simd.llvm_vector(inputs.dtype)
 
     def codegen(context, builder, sig, args):
-        _, inputs, step, line, gradients, apart, lines, count, sums = args
+        inputs, step, line, gradients, apart, lines, count, sums = args[2:]
         start = [simd.constant(vector, 0.0)] * (nr * nv)  # what is added is summed apart: fewer roundings of large sums
-        for n in range(nr * nv):
+        for n in places:
             simd.emit_prefetch(builder, builder.gep(sums, [simd.INT64(n * vector.count)]), 3)
 
         def outer(builder, i, carried):
@@ -80,23 +83,32 @@ def accumulate(typingctx, rows, inputs, step, line, gradients, apart, lines, cou
             return simd.emit_loop(builder, simd.INT64(0), count, 1, [origin, *carried], inner)[1:]
 
         carried = simd.emit_loop(builder, simd.INT64(0), lines, 1, [gradients, *start], outer)
-        for n, value in enumerate(carried[1:]):
+        for n, value in zip(places, carried[1:], strict=True):
             simd.emit_store(builder, builder.fadd(simd.emit_load(builder, sums, vector, n), value), sums, n)
         return context.get_dummy_value()
 
-    return types.void(rows, inputs, types.intp, types.intp, inputs, types.intp, types.intp, types.intp, sums), codegen
+    number = types.intp
+    return types.void(rows, vectors, inputs, number, number, inputs, number, number, number, sums), codegen
+
+
+@inline
+def _accumulate_vectors(vectors, chunk, inputs, step, line, gradients, apart, lines, count, sums):
+    if chunk == CHUNK0:
+        accumulate(CHUNK0, vectors, inputs, step, line, gradients, apart, lines, count, sums)
+    elif chunk == CHUNK1:
+        accumulate(CHUNK1, vectors, inputs, step, line, gradients, apart, lines, count, sums)
+    elif chunk == CHUNK2:
+        accumulate(CHUNK2, vectors, inputs, step, line, gradients, apart, lines, count, sums)
+    else:
+        accumulate(CHUNK3, vectors, inputs, step, line, gradients, apart, lines, count, sums)
 
 
 @inline
 def _accumulate(chunk, inputs, step, line, gradients, apart, lines, count, sums):
-    if chunk == CHUNK0:
-        accumulate(CHUNK0, inputs, step, line, gradients, apart, lines, count, sums)
-    elif chunk == CHUNK1:
-        accumulate(CHUNK1, inputs, step, line, gradients, apart, lines, count, sums)
-    elif chunk == CHUNK2:
-        accumulate(CHUNK2, inputs, step, line, gradients, apart, lines, count, sums)
+    if apart == 0:
+        _accumulate_vectors(1, chunk, inputs, step, line, gradients, apart, lines, count, sums)
     else:
-        accumulate(CHUNK3, inputs, step, line, gradients, apart, lines, count, sums)
+        _accumulate_vectors(2, chunk, inputs, step, line, gradients, apart, lines, count, sums)
 
 
 @inline
