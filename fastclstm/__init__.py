@@ -57,6 +57,7 @@ _HOME = {
     "LSTM": "fastclstm.layers",
     "LayerNormalization": "fastclstm.layers",
     "LeakyReLU": "fastclstm.layers",
+    "LearntInput": "fastclstm.layers",
     "Masking": "fastclstm.layers",
     "MaxPooling2D": "fastclstm.layers",
     "MaxPooling3D": "fastclstm.layers",
@@ -64,6 +65,7 @@ _HOME = {
     "Maximum": "fastclstm.layers",
     "Minimum": "fastclstm.layers",
     "Multiply": "fastclstm.layers",
+    "MultiscaleForecaster": "fastclstm.models",
     "PReLU": "fastclstm.layers",
     "Permute": "fastclstm.layers",
     "PixelShuffle": "fastclstm.layers",
@@ -180,6 +182,7 @@ if TYPE_CHECKING:  # what follows is all that type checkers know, so that they f
     from fastclstm.layers import InstanceNormalization as InstanceNormalization
     from fastclstm.layers import LayerNormalization as LayerNormalization
     from fastclstm.layers import LeakyReLU as LeakyReLU
+    from fastclstm.layers import LearntInput as LearntInput
     from fastclstm.layers import Masking as Masking
     from fastclstm.layers import Maximum as Maximum
     from fastclstm.layers import MaxPooling2D as MaxPooling2D
@@ -209,6 +212,7 @@ if TYPE_CHECKING:  # what follows is all that type checkers know, so that they f
     from fastclstm.layers import ZeroPadding3D as ZeroPadding3D
     from fastclstm.models import EncoderForecaster as EncoderForecaster
     from fastclstm.models import Model as Model
+    from fastclstm.models import MultiscaleForecaster as MultiscaleForecaster
     from fastclstm.models import Sequential as Sequential
     from fastclstm.models import load as load
     from fastclstm.training import EarlyStopping as EarlyStopping

@@ -182,9 +182,13 @@ class ConvSpec:
         padding: Any = "same",
         padding_mode: str = "zeros",
         dilation: Any = 1,
+        no_input: bool = False,
         op: str = "conv2d",
     ) -> ConvSpec:
-        """Check shapes and options and return the geometry; raise ValueError or TypeError naming what is wrong."""
+        """Check shapes and options and return the geometry; raise ValueError or TypeError naming what is wrong.
+
+        With `no_input` there may be no channels, of which nothing comes.
+        """
         if len(x_shape) != 4:
             raise ValueError(f"{op}: x must be (batch, height, width, channels), got {len(x_shape)}D {tuple(x_shape)}")
         if len(kernel_shape) != 4:
@@ -193,7 +197,7 @@ class ConvSpec:
         KH, KW, kernel_channels, F = kernel_shape
         if kernel_channels != C:
             raise ValueError(f"{op}: x has {C} channels but kernel {tuple(kernel_shape)} takes {kernel_channels}")
-        if min(kernel_shape) < 1:
+        if min(KH, KW, F, C + no_input) < 1:
             raise ValueError(f"{op}: kernel {tuple(kernel_shape)} has an empty axis; every axis must be at least 1")
         if bias_shape is not None:
             expect_shape(op, "bias", bias_shape, (F,), f"one value for each of the kernel's {F} filters")
@@ -254,9 +258,13 @@ class Conv3DSpec:
         padding: Any = "same",
         padding_mode: str = "zeros",
         dilation: Any = 1,
+        no_input: bool = False,
         op: str = "conv3d",
     ) -> Conv3DSpec:
-        """Check shapes and options and return the geometry; raise ValueError or TypeError naming what is wrong."""
+        """Check shapes and options and return the geometry; raise ValueError or TypeError naming what is wrong.
+
+        With `no_input` there may be no channels, of which nothing comes.
+        """
         if len(x_shape) != 5:
             raise ValueError(
                 f"{op}: x must be (batch, time, height, width, channels), got {len(x_shape)}D {tuple(x_shape)}"
@@ -267,7 +275,7 @@ class Conv3DSpec:
         KT, KH, KW, kernel_channels, F = kernel_shape
         if kernel_channels != C:
             raise ValueError(f"{op}: x has {C} channels but kernel {tuple(kernel_shape)} takes {kernel_channels}")
-        if min(kernel_shape) < 1:
+        if min(KT, KH, KW, F, C + no_input) < 1:
             raise ValueError(f"{op}: kernel {tuple(kernel_shape)} has an empty axis; every axis must be at least 1")
         s = integers(op, "strides", strides, 3, 1)
         d = integers(op, "dilation", dilation, 3, 1)
@@ -279,7 +287,7 @@ class Conv3DSpec:
         if TO > T + KT + LARGEST_PADDED:
             raise ValueError(f"{op}: {T} time steps padded by {pads[0]} would make {TO} of them; give less padding")
         frame = ConvSpec.infer((1, H, W, KT * C), (KH, KW, KT * C, F), bias_shape, strides=s[1:], padding=pads[1:],
-                               padding_mode=padding_mode, dilation=d[1:], op=op)  # fmt: skip
+                               padding_mode=padding_mode, dilation=d[1:], no_input=no_input, op=op)  # fmt: skip
         return cls(B, T, KT, TO, s[0], d[0], pads[0][0], frame)
 
     def with_batch(self, count: int) -> Conv3DSpec:
@@ -433,7 +441,7 @@ class ConvLSTMSpec:
         if T < 1:
             raise ValueError(f"{op}: x has no time steps {tuple(x_shape)}; at least one is needed")
         conv = ConvSpec.infer((B, H, W, C), kernel_shape, bias_shape, strides=strides, padding=padding,
-                              padding_mode=padding_mode, dilation=dilation, op=op)  # fmt: skip
+                              padding_mode=padding_mode, dilation=dilation, no_input=True, op=op)  # fmt: skip
         if conv.F % 4:
             raise ValueError(
                 f"{op}: kernel {tuple(kernel_shape)} must end in 4 × filters, one block for each gate i, f, g, o; "
@@ -641,7 +649,7 @@ class CellSpec:
             raise ValueError(f"{op}: x has no time steps {tuple(x_shape)}; at least one is needed")
         kind: Any = ConvSpec if rank == 2 else Conv3DSpec
         conv = kind.infer((B, *space, C), kernel_shape, None, strides=strides, padding=padding,
-                          padding_mode=padding_mode, dilation=dilation, op=op)  # fmt: skip
+                          padding_mode=padding_mode, dilation=dilation, no_input=True, op=op)  # fmt: skip
         if kernel_shape[-1] % G:
             raise ValueError(f"{op}: kernel {tuple(kernel_shape)} must end in {G} × filters, one block for each gate "
                              f"{letters}; {kernel_shape[-1]} is not divisible by {G}")  # fmt: skip

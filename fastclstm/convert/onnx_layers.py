@@ -303,6 +303,10 @@ def _rescaling(g: Builder, layer: Any, x: Value) -> Value:
     return g.elementwise("Add", g.elementwise("Mul", x, np.asarray(layer.scale)), np.asarray(layer.offset))
 
 
+def _learnt_input(g: Builder, layer: Any, x: Value) -> Value:
+    return g.elementwise("Add", x, layer.value[:, np.newaxis, np.newaxis])
+
+
 def _masking(g: Builder, layer: Any, x: Value) -> Value:
     other = g.elementwise("Not", g.elementwise("Equal", x, layer.mask_value, dtype="bool"))
     return g.elementwise("Mul", x, g.reduce("ReduceMax", g.cast(other, x.dtype), [x.rank - 1]))
@@ -441,6 +445,7 @@ TABLE: Mapping[type, Converter] = {
     layers.LSTM: recurrent,
     layers.LayerNormalization: on_arrays(_layer_normalization),
     layers.LeakyReLU: on_arrays(_leaky_relu),
+    layers.LearntInput: on_frames(_learnt_input),
     layers.Masking: on_arrays(_masking),
     layers.MaxPooling2D: on_frames(_pooling("MaxPool")),
     layers.MaxPooling3D: _max_pooling3d,

@@ -61,7 +61,8 @@ def _input_gradient(spec: ConvSpec, kernel: np.ndarray, dy: np.ndarray) -> np.nd
     matrix = kernel.reshape(-1, spec.F)
     dpadded = _pad(spec, np.zeros((spec.B, spec.H, spec.W, spec.C), dy.dtype))
     for b, rows in _blocks(spec, dy.itemsize):
-        dcolumns = (dy[b, rows].reshape(-1, spec.F) @ matrix.T).reshape(-1, spec.WO, spec.KH, spec.KW, spec.C)
+        dcolumns = dy[b, rows].reshape(-1, spec.F) @ matrix.T
+        dcolumns = dcolumns.reshape(rows.stop - rows.start, spec.WO, spec.KH, spec.KW, spec.C)
         for kh, kw in np.ndindex(spec.KH, spec.KW):
             _tap(spec, dpadded, kh, kw)[b, rows] += dcolumns[:, :, kh, kw]
     return _unpad(spec, dpadded)
@@ -221,12 +222,12 @@ def _columns(spec: ConvSpec, padded: np.ndarray, b: int, rows: slice) -> np.ndar
     columns = np.empty((rows.stop - rows.start, spec.WO, spec.KH, spec.KW, spec.C), padded.dtype)
     for kh, kw in np.ndindex(spec.KH, spec.KW):
         columns[:, :, kh, kw] = _tap(spec, padded, kh, kw)[b, rows]
-    return columns.reshape(-1, spec.KH * spec.KW * spec.C)
+    return columns.reshape(len(columns) * spec.WO, spec.KH * spec.KW * spec.C)
 
 
 def _blocks(spec: ConvSpec, itemsize: int) -> Iterator[tuple[int, slice]]:
     """Yield samples and runs of their output rows whose windows fit in `COLUMN_BYTES`."""
-    count = max(1, COLUMN_BYTES // (spec.WO * spec.KH * spec.KW * spec.C * itemsize))
+    count = max(1, COLUMN_BYTES // max(1, spec.WO * spec.KH * spec.KW * spec.C * itemsize))
     for b in range(spec.B):
         for start in range(0, spec.HO, count):
             yield b, slice(start, min(start + count, spec.HO))

@@ -27,6 +27,7 @@ from fastclstm.layers.global_pooling import (
 )
 from fastclstm.layers.group_normalization import GroupNormalization, InstanceNormalization
 from fastclstm.layers.gru import GRU
+from fastclstm.layers.learnt_input import LearntInput
 from fastclstm.layers.lstm import LSTM
 from fastclstm.layers.masking import Masking
 from fastclstm.layers.max_pooling3d import MaxPooling3D
@@ -90,6 +91,7 @@ __all__ = [
     "Layer",
     "LayerNormalization",
     "LeakyReLU",
+    "LearntInput",
     "Masking",
     "MaxPooling2D",
     "MaxPooling3D",

@@ -74,7 +74,7 @@ class CellLayer(Layer):
         super().__post_init__()
         op = type(self).__name__
         flag(op, "use_bias", self.use_bias)
-        (self.in_channels,) = integers(op, "in_channels", self.in_channels, 1, 1)
+        (self.in_channels,) = integers(op, "in_channels", self.in_channels, 1, 0)
         self.dtype = layer_dtype(op, self.dtype)
         choice(op, "data_format", self.data_format, DATA_FORMATS)
         dispatch.check_engine(self.engine)

@@ -90,7 +90,7 @@ class RecurrentCell(CellLayer):
         """Return the geometry of the input convolution of frames (B, *space, C)."""
         kind: Any = ConvSpec if self._rank == 2 else Conv3DSpec
         return kind.infer(frames, self._parameters["kernel"].shape, strides=self.stride, padding=self.padding,
-                          padding_mode=self.padding_mode, dilation=self.dilation, op=op)  # fmt: skip
+                          padding_mode=self.padding_mode, dilation=self.dilation, no_input=True, op=op)  # fmt: skip
 
     def _state_shape(self, frames: Shape, op: str | None = None) -> Shape:
         """Return the shape (B, *grid, F) of the states for frames (B, *space, C)."""

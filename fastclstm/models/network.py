@@ -146,6 +146,8 @@ class Network(Trainable):
             owners = step.layer._owners()
             for name, gradient in step.layer._kept_gradients().items():
                 key = id(owners[name][0]), owners[name][1]
+                if gradient is None:  # it comes with a later call: see `remembered.Passage`
+                    continue
                 sums[key] = sums[key] + gradient if key in sums else gradient
         self._keep_sums(sums, reached)
         return gradients

@@ -221,6 +221,9 @@ class Trainable(Container):
     def _check_batch(self, op: str, batch: Batch) -> None:
         """Raise ValueError where the batch is none for this model; what else is wrong, forward says."""
 
+    def _begin_step(self, seed: int, epoch: int, step: int) -> None:
+        """Hear where a training is, before each step, and what to draw from: a seed of the whole training."""
+
     def _predict_batch(self, batch: Batch, training: bool) -> Any:
         """Return the output for a batch: `forward`, and what it has to know of the target."""
         inputs = {name: batch[name] for name in ("mask", "lengths") if name in batch}

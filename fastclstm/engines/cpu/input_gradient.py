@@ -8,6 +8,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from fastclstm.engines import remembered
 from fastclstm.engines.cpu import launch, packing, plans, threads, tiles
 from fastclstm.engines.cpu.kernels import col2im, simd
 from fastclstm.engines.cpu.kernels.entry import table
@@ -32,15 +33,22 @@ class InputGradient:
     def __init__(self, spec: ConvSpec, kernel: np.ndarray, algorithm: str):
         """Choose the way, for as many images as `spec` has, and pack the kernel."""
         self._spec, self._dtype, self._kernel = spec, kernel.dtype, kernel
+        if not spec.C:
+            return
         self._source = table(np.array([source(spec)], SOURCE))
         self._inner, self._m, self._folds = _way_back(spec, algorithm, kernel.itemsize, tiles.choices(spec.KH, spec.KW))
-        if self._folds:
-            kernel = kernel.reshape(1, 1, -1, spec.F)
         self._cell = storing(self._inner.F)
-        self._columns = launch.pack((kernel,), None, np.ones(1), self._m, transposed=True, remember=False)
+        flat = kernel.reshape(1, 1, -1, spec.F) if self._folds else kernel
+
+        def pack() -> packing.Columns:
+            return launch.pack((flat,), None, np.ones(1), self._m, transposed=True, remember=False)
+
+        self._columns: packing.Columns = remembered.passing((kernel,), ("transposed", self._m, self._folds), pack)
 
     def pull_back(self, dy: Slots, dx: Slots, B: int, T: int, team: int) -> None:
         """Compute T steps of B images: dx (B, T, H, W, C) of dy (B, T, HO, WO, F)."""
+        if not self._spec.C:
+            return
         if not self._folds:
             trouble = self._run(dy, dx, B, T, team)
             if self._m and trouble.any():  # dy, or transformed weights, are not finite
