@@ -24,8 +24,15 @@ _HOME = {
     "Conv2DTranspose": "fastclstm.layers",
     "Conv3D": "fastclstm.layers",
     "Conv3DTranspose": "fastclstm.layers",
+    "ConvGRU2D": "fastclstm.layers",
+    "ConvGRU2DCell": "fastclstm.layers",
+    "ConvLSTM1D": "fastclstm.layers",
     "ConvLSTM2D": "fastclstm.layers",
     "ConvLSTM2DCell": "fastclstm.layers",
+    "ConvLSTM3D": "fastclstm.layers",
+    "ConvLSTM3DCell": "fastclstm.layers",
+    "ConvRNN2D": "fastclstm.layers",
+    "ConvRNN2DCell": "fastclstm.layers",
     "Cropping2D": "fastclstm.layers",
     "Cropping3D": "fastclstm.layers",
     "Dense": "fastclstm.layers",
@@ -50,6 +57,7 @@ _HOME = {
     "LSTM": "fastclstm.layers",
     "LayerNormalization": "fastclstm.layers",
     "LeakyReLU": "fastclstm.layers",
+    "LearntInput": "fastclstm.layers",
     "Masking": "fastclstm.layers",
     "MaxPooling2D": "fastclstm.layers",
     "MaxPooling3D": "fastclstm.layers",
@@ -57,6 +65,7 @@ _HOME = {
     "Maximum": "fastclstm.layers",
     "Minimum": "fastclstm.layers",
     "Multiply": "fastclstm.layers",
+    "MultiscaleForecaster": "fastclstm.models",
     "PReLU": "fastclstm.layers",
     "Permute": "fastclstm.layers",
     "PixelShuffle": "fastclstm.layers",
@@ -83,7 +92,10 @@ _HOME = {
     "conv2d_transpose": "fastclstm.functional",
     "conv3d": "fastclstm.functional",
     "conv3d_transpose": "fastclstm.functional",
+    "convgru2d": "fastclstm.functional",
     "convlstm2d": "fastclstm.functional",
+    "convlstm3d": "fastclstm.functional",
+    "convrnn2d": "fastclstm.functional",
     "from_flax": "fastclstm.convert.flax",
     "from_keras": "fastclstm.convert.keras",
     "from_torch": "fastclstm.convert.torch",
@@ -122,7 +134,10 @@ if TYPE_CHECKING:  # what follows is all that type checkers know, so that they f
     from fastclstm.functional import conv2d_transpose as conv2d_transpose
     from fastclstm.functional import conv3d as conv3d
     from fastclstm.functional import conv3d_transpose as conv3d_transpose
+    from fastclstm.functional import convgru2d as convgru2d
     from fastclstm.functional import convlstm2d as convlstm2d
+    from fastclstm.functional import convlstm3d as convlstm3d
+    from fastclstm.functional import convrnn2d as convrnn2d
     from fastclstm.functional import max_pool3d as max_pool3d
     from fastclstm.layers import GRU as GRU
     from fastclstm.layers import LSTM as LSTM
@@ -138,8 +153,15 @@ if TYPE_CHECKING:  # what follows is all that type checkers know, so that they f
     from fastclstm.layers import Conv2DTranspose as Conv2DTranspose
     from fastclstm.layers import Conv3D as Conv3D
     from fastclstm.layers import Conv3DTranspose as Conv3DTranspose
+    from fastclstm.layers import ConvGRU2D as ConvGRU2D
+    from fastclstm.layers import ConvGRU2DCell as ConvGRU2DCell
+    from fastclstm.layers import ConvLSTM1D as ConvLSTM1D
     from fastclstm.layers import ConvLSTM2D as ConvLSTM2D
     from fastclstm.layers import ConvLSTM2DCell as ConvLSTM2DCell
+    from fastclstm.layers import ConvLSTM3D as ConvLSTM3D
+    from fastclstm.layers import ConvLSTM3DCell as ConvLSTM3DCell
+    from fastclstm.layers import ConvRNN2D as ConvRNN2D
+    from fastclstm.layers import ConvRNN2DCell as ConvRNN2DCell
     from fastclstm.layers import Cropping2D as Cropping2D
     from fastclstm.layers import Cropping3D as Cropping3D
     from fastclstm.layers import Dense as Dense
@@ -160,6 +182,7 @@ if TYPE_CHECKING:  # what follows is all that type checkers know, so that they f
     from fastclstm.layers import InstanceNormalization as InstanceNormalization
     from fastclstm.layers import LayerNormalization as LayerNormalization
     from fastclstm.layers import LeakyReLU as LeakyReLU
+    from fastclstm.layers import LearntInput as LearntInput
     from fastclstm.layers import Masking as Masking
     from fastclstm.layers import Maximum as Maximum
     from fastclstm.layers import MaxPooling2D as MaxPooling2D
@@ -189,6 +212,7 @@ if TYPE_CHECKING:  # what follows is all that type checkers know, so that they f
     from fastclstm.layers import ZeroPadding3D as ZeroPadding3D
     from fastclstm.models import EncoderForecaster as EncoderForecaster
     from fastclstm.models import Model as Model
+    from fastclstm.models import MultiscaleForecaster as MultiscaleForecaster
     from fastclstm.models import Sequential as Sequential
     from fastclstm.models import load as load
     from fastclstm.training import EarlyStopping as EarlyStopping

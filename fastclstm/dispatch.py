@@ -20,9 +20,10 @@ ENGINES = {
     "cuda": "fastclstm.engines.cuda",
     "reference": "fastclstm.engines.reference",
 }
-"""Name of each engine and its module. An engine is a module with the six functions of `OPERATIONS`."""
+"""Name of each engine and its module. An engine is a module with the functions of `OPERATIONS`."""
 
-OPERATIONS = ("conv2d", "conv2d_backward", "convlstm2d", "convlstm2d_backward", "max_pool3d", "max_pool3d_backward")
+OPERATIONS = ("conv2d", "conv2d_backward", "convlstm2d", "convlstm2d_backward", "max_pool3d", "max_pool3d_backward",
+              "recurrent", "recurrent_backward")  # fmt: skip
 DEFAULT_ENGINE = "cpu"
 
 _DLPACK_CPU_DEVICES = (1, 3)  # kDLCPU and kDLCUDAHost: memory the processor can read

@@ -20,7 +20,7 @@ FLOORS = {"lazy": 0, "spec": 0, "nn": 1, "engines": 2, "dispatch": 3, "functiona
           "training": 7, "models": 8, "datasets": 8, "convert": 9, "adapters": 9}  # fmt: skip
 """Every other room is on top: the command line."""
 TOP = 10
-SHARED = {"disk_cache", "forks", "recurrence", "remembered"}
+SHARED = {"cells", "disk_cache", "forks", "recurrence", "remembered"}
 """Modules of engines/ that every engine may use."""
 
 HEAVY = {"numba", "llvmlite", "torch", "keras", "tensorflow", "jax", "onnx", "dask", "xarray", "safetensors", "h5py",

@@ -23,7 +23,7 @@ from fastclstm import dispatch
 from fastclstm.adapters.xarray_axes import Axes
 from fastclstm.layers import Layer
 from fastclstm.layers.container import parts
-from fastclstm.models import EncoderForecaster
+from fastclstm.models.forecasting import Forecasting
 from fastclstm.models.network import masked
 from fastclstm.models.roll_out import roll_out
 from fastclstm.spec import integers
@@ -235,8 +235,8 @@ class Windows:
 def _check(op: str, network: Any) -> None:
     if not isinstance(network, Layer):
         raise TypeError(f"{op}: network must be a layer or network of fastclstm, got {type(network).__name__}")
-    if op == "apply" and isinstance(network, EncoderForecaster):
-        raise TypeError("apply: an EncoderForecaster is to be told how many frames to make; call forecast")
+    if op == "apply" and isinstance(network, Forecasting):
+        raise TypeError("apply: a forecaster is to be told how many frames to make; call forecast")
     if why := network._several_outputs():
         raise ValueError(f"{op}: {type(network).__name__} returns more than one array; {why}")
     if any(getattr(part, "time_major", False) for part in parts(network)):

@@ -36,8 +36,9 @@ def command(
 ) -> None:
     """Make the frames that follow, by a saved network.
 
-    The network is what train wrote, an EncoderForecaster, or any other that returns the next frame, of all steps or
-    of the last: then a frame made is appended to those before it, and the last T of them give the next.
+    The network is what train wrote, an EncoderForecaster or MultiscaleForecaster, or any other that returns the next
+    frame, of all steps or of the last: then a frame made is appended to those before it, and the last T of them give
+    the next.
     """
     set_threads(threads)
     shape = forecast_file(source, weights, out, steps=steps, scale=scale, batch=batch, engine=engine, quiet=quiet)

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from fastclstm.io import numpy_files
-from fastclstm.layers import ConvLSTM2D, Layer
+from fastclstm.layers import Layer
 from fastclstm.layers.container import parts
+from fastclstm.layers.conv_recurrent import ConvRecurrent
 
 _BEGINNINGS = (
     (b"CDF", "a netCDF file", "xarray.open_dataset({path!r})[NAME].values"),
@@ -48,7 +49,7 @@ def open_array(op: str, path: Path) -> np.ndarray:
 
 def takes_sequences(network: Layer) -> bool:
     """Whether there is a ConvLSTM2D in a network."""
-    return any(isinstance(part, ConvLSTM2D) for part in parts(network))
+    return any(isinstance(part, ConvRecurrent) for part in parts(network))
 
 
 def open_sequences(op: str, path: Path, network: Layer) -> tuple[np.ndarray, bool]:

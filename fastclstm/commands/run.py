@@ -16,7 +16,8 @@ from fastclstm.io import numpy_files
 from fastclstm.io.files import replacing
 from fastclstm.io.progress import progress_bar
 from fastclstm.layers import ConvLSTM2D, Layer
-from fastclstm.models import EncoderForecaster, load
+from fastclstm.models import load
+from fastclstm.models.forecasting import Forecasting
 
 States = list[tuple[Any, Any]]
 """One pair (h, c) a stacked layer."""
@@ -144,7 +145,7 @@ def _load(weights: Path, engine: str | None) -> Layer:
         return layer
     name = type(network).__name__
     if why := network._unfit():
-        why = "makes frames that follow; use forecast" if isinstance(network, EncoderForecaster) else why
+        why = "makes frames that follow; use forecast" if isinstance(network, Forecasting) else why
         raise ValueError(f"run: {weights} holds a {name}, which {why}")
     if remedy := network._several_outputs():
         raise ValueError(f"run: {weights} holds a {name} that returns more than one array; {remedy}")

@@ -14,11 +14,9 @@ from fastclstm.convert.keras_layers import ROWS, Arrays, Common, Config, Counts,
 from fastclstm.io.bounds import shown
 from fastclstm.io.keras_files import inner_layers, layer_name
 from fastclstm.layers import (
-    GRU,
     Activation,
     Add,
     Concatenate,
-    ConvLSTM2D,
     Embedding,
     Flatten,
     Input,
@@ -32,6 +30,7 @@ from fastclstm.layers import (
     Subtract,
     TimeDistributed,
 )
+from fastclstm.layers.conv_recurrent import ConvRecurrent
 from fastclstm.layers.global_pooling import GlobalPooling
 from fastclstm.layers.merging import Merging
 from fastclstm.layers.recurrent import Recurrent
@@ -204,7 +203,7 @@ def _rank_after(layer: Layer, rank: int | None) -> int | None:
         return rank + 1
     if isinstance(layer, Recurrent):
         return 2 + layer.return_sequences
-    return rank - 1 if isinstance(layer, ConvLSTM2D) and not layer.return_sequences else rank
+    return rank - 1 if isinstance(layer, ConvRecurrent) and not layer.return_sequences else rank
 
 
 # Arrays
@@ -469,7 +468,7 @@ def _called(layer: Layer, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any
     options = dict(kwargs)
     x, *others = args or [options.pop(next(iter(options)))]
     allowed = {"training"}
-    if isinstance(layer, ConvLSTM2D | Recurrent):
+    if isinstance(layer, ConvRecurrent | Recurrent):
         allowed.add("initial_state")
         options |= zip(("initial_state", "mask", "training"), others, strict=False)
         others = []
@@ -478,7 +477,7 @@ def _called(layer: Layer, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any
             options |= {"initial_state": states} if states else {}
         options = {name: value for name, value in options.items() if value is not None}
         if "initial_state" in options:
-            states, size = list(leaves(options["initial_state"])), 1 if isinstance(layer, GRU) else 2
+            states, size = list(leaves(options["initial_state"])), len(layer._state_names)
             options["initial_state"] = [tuple(states[n : n + size]) for n in range(0, len(states), size)]
     if isinstance(x, list) and len(x) == 1 and not isinstance(layer, Merging):
         (x,) = x

@@ -1,1 +1,1 @@
-"""Engines: one module or package each, with the six functions named in `fastclstm.dispatch.OPERATIONS`."""
+"""Engines: one module or package each, with the functions named in `fastclstm.dispatch.OPERATIONS`."""

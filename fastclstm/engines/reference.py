@@ -7,13 +7,14 @@ mathematics is analytic, complex arrays work too, so that complex-step different
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from fastclstm.engines import recurrence
-from fastclstm.spec import ConvLSTMSpec, ConvSpec, PoolSpec
+from fastclstm.engines import cells, recurrence
+from fastclstm.spec import CellSpec, ConvLSTMSpec, ConvSpec, PoolSpec
 
 ALGORITHMS = ("direct",)
 
@@ -60,7 +61,8 @@ def _input_gradient(spec: ConvSpec, kernel: np.ndarray, dy: np.ndarray) -> np.nd
     matrix = kernel.reshape(-1, spec.F)
     dpadded = _pad(spec, np.zeros((spec.B, spec.H, spec.W, spec.C), dy.dtype))
     for b, rows in _blocks(spec, dy.itemsize):
-        dcolumns = (dy[b, rows].reshape(-1, spec.F) @ matrix.T).reshape(-1, spec.WO, spec.KH, spec.KW, spec.C)
+        dcolumns = dy[b, rows].reshape(-1, spec.F) @ matrix.T
+        dcolumns = dcolumns.reshape(rows.stop - rows.start, spec.WO, spec.KH, spec.KW, spec.C)
         for kh, kw in np.ndindex(spec.KH, spec.KW):
             _tap(spec, dpadded, kh, kw)[b, rows] += dcolumns[:, :, kh, kw]
     return _unpad(spec, dpadded)
@@ -108,6 +110,42 @@ def convlstm2d_backward(
 ) -> dict[str, Any]:
     """Pull gradients of the output, the last h and the last c back through time: see `recurrence.backward`."""
     return recurrence.backward(spec, conv2d_backward, saved, dy, dh, dc, input_gradient=input_gradient)
+
+
+def recurrent(
+    spec: CellSpec,
+    x: np.ndarray,
+    kernel: np.ndarray,
+    recurrent_kernel: np.ndarray,
+    bias: np.ndarray | None,
+    states: tuple[np.ndarray | None, ...],
+    mask: np.ndarray | None,
+    *,
+    normalization: Arrays | None = None,
+    dropout: Arrays | None = None,
+    algorithm: str = "auto",
+    save: bool = False,
+    convolution: Callable[..., Any] | None = None,
+) -> tuple[np.ndarray, tuple[np.ndarray, ...], cells.Saved | None]:
+    """Run a cell over x (B, T, *space, C): see `cells` for the equations.
+
+    `convolution` makes one of (spec, kernel, bias, algorithm), where it is none of frames.
+    """
+    tools = cells.Tools(convolution or partial(cells.Convolution, conv2d, conv2d_backward), cells.Updates)
+    inputs = cells.Inputs(x, kernel, recurrent_kernel, bias, states, mask, normalization, dropout, algorithm)
+    return cells.forward(spec, tools, inputs, save)
+
+
+def recurrent_backward(
+    spec: CellSpec,
+    saved: cells.Saved,
+    dy: np.ndarray | None,
+    dstates: Sequence[np.ndarray | None],
+    *,
+    input_gradient: bool = True,
+) -> dict[str, Any]:
+    """Pull gradients of the output and of the last states back through time: see `cells.backward`."""
+    return cells.backward(spec, saved, dy, dstates, input_gradient=input_gradient)
 
 
 def max_pool3d(spec: PoolSpec, x: np.ndarray, return_indices: bool) -> tuple[np.ndarray, np.ndarray | None]:
@@ -184,12 +222,12 @@ def _columns(spec: ConvSpec, padded: np.ndarray, b: int, rows: slice) -> np.ndar
     columns = np.empty((rows.stop - rows.start, spec.WO, spec.KH, spec.KW, spec.C), padded.dtype)
     for kh, kw in np.ndindex(spec.KH, spec.KW):
         columns[:, :, kh, kw] = _tap(spec, padded, kh, kw)[b, rows]
-    return columns.reshape(-1, spec.KH * spec.KW * spec.C)
+    return columns.reshape(len(columns) * spec.WO, spec.KH * spec.KW * spec.C)
 
 
 def _blocks(spec: ConvSpec, itemsize: int) -> Iterator[tuple[int, slice]]:
     """Yield samples and runs of their output rows whose windows fit in `COLUMN_BYTES`."""
-    count = max(1, COLUMN_BYTES // (spec.WO * spec.KH * spec.KW * spec.C * itemsize))
+    count = max(1, COLUMN_BYTES // max(1, spec.WO * spec.KH * spec.KW * spec.C * itemsize))
     for b in range(spec.B):
         for start in range(0, spec.HO, count):
             yield b, slice(start, min(start + count, spec.HO))

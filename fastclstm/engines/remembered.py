@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -66,3 +69,47 @@ def remember(arrays: tuple[np.ndarray | None, ...], key: tuple[Any, ...], make: 
     while len(_remembered) > MOST:
         _remembered.popitem(last=False)
     return value
+
+
+@dataclass
+class Passage:
+    """What engines keep from one to the next of several calls with the same weights, as in a roll-out."""
+
+    steps: int
+    """About how many calls there are."""
+    more: bool = True
+    """Whether calls of the same kind follow: then a gradient may be None, and a later one has it in its sum."""
+    made: dict[tuple[Any, ...], tuple[Any, Any]] = field(default_factory=dict)
+    """By the arrays' ids and a key: the arrays, so that no others have their ids, and what was made of them."""
+    sums: dict[tuple[Any, ...], tuple[Any, Any]] = field(default_factory=dict)
+    """What grows until there are no more calls, likewise."""
+
+
+_passage: ContextVar[Passage | None] = ContextVar("_passage", default=None)
+
+
+@contextmanager
+def passage(steps: int) -> Iterator[Passage]:
+    """Tell engines that about so many calls with the same weights come, one after the other."""
+    here = Passage(steps)
+    token = _passage.set(here)
+    try:
+        yield here
+    finally:
+        _passage.reset(token)
+
+
+def current(arrays: tuple[np.ndarray | None, ...]) -> Passage | None:
+    """Return the `passage` that there is, if any, and if nobody can change the arrays on the way."""
+    return _passage.get() if all(array is None or _frozen(array) for array in arrays) else None
+
+
+def passing(arrays: tuple[np.ndarray | None, ...], key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+    """Return ``make()``; in a `passage` the same object again for the same arrays, where nobody can change them."""
+    here = current(arrays)
+    if here is None:
+        return make()
+    full_key = (*(id(array) for array in arrays), *key)
+    if full_key not in here.made:
+        here.made[full_key] = arrays, make()
+    return here.made[full_key][1]

@@ -8,6 +8,14 @@ With an x on a GPU they are computed there, by the engine "cuda": without copies
 beside x may be there too, C-contiguous and of its dtype, or be NumPy's.
 """
 
+from fastclstm.functional.cells import (
+    convgru2d,
+    convgru2d_vjp,
+    convlstm3d,
+    convlstm3d_vjp,
+    convrnn2d,
+    convrnn2d_vjp,
+)
 from fastclstm.functional.convlstm import ConvLSTMPullback, convlstm2d, convlstm2d_step, convlstm2d_vjp
 from fastclstm.functional.convolution import conv2d, conv2d_vjp
 from fastclstm.functional.pooling import max_pool3d, max_pool3d_vjp
@@ -21,6 +29,7 @@ from fastclstm.functional.volumes import conv3d, conv3d_vjp
 
 __all__ = [
     "ConvLSTMPullback", "conv2d", "conv2d_transpose", "conv2d_transpose_vjp", "conv2d_vjp", "conv3d",
-    "conv3d_transpose", "conv3d_transpose_vjp", "conv3d_vjp", "convlstm2d", "convlstm2d_step", "convlstm2d_vjp",
-    "max_pool3d", "max_pool3d_vjp",
+    "conv3d_transpose", "conv3d_transpose_vjp", "conv3d_vjp", "convgru2d", "convgru2d_vjp", "convlstm2d",
+    "convlstm2d_step", "convlstm2d_vjp", "convlstm3d", "convlstm3d_vjp", "convrnn2d", "convrnn2d_vjp", "max_pool3d",
+    "max_pool3d_vjp",
 ]  # fmt: skip

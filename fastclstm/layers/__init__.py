@@ -6,9 +6,13 @@ from fastclstm.layers.activation import Activation, LeakyReLU, Softmax
 from fastclstm.layers.adaptive_pooling import AdaptiveAveragePooling2D
 from fastclstm.layers.base import Layer
 from fastclstm.layers.borders import Cropping2D, Cropping3D, ZeroPadding2D, ZeroPadding3D
+from fastclstm.layers.convgru2d import ConvGRU2D, ConvGRU2DCell
+from fastclstm.layers.convlstm1d import ConvLSTM1D
 from fastclstm.layers.convlstm2d import ConvLSTM2D
 from fastclstm.layers.convlstm2d_cell import ConvLSTM2DCell
+from fastclstm.layers.convlstm3d import ConvLSTM3D, ConvLSTM3DCell
 from fastclstm.layers.convolution import Conv2D, Conv3D
+from fastclstm.layers.convrnn2d import ConvRNN2D, ConvRNN2DCell
 from fastclstm.layers.dense import Dense, Flatten
 from fastclstm.layers.depthwise import DepthwiseConv2D, SeparableConv2D
 from fastclstm.layers.dropout import Dropout, SpatialDropout2D, SpatialDropout3D
@@ -23,6 +27,7 @@ from fastclstm.layers.global_pooling import (
 )
 from fastclstm.layers.group_normalization import GroupNormalization, InstanceNormalization
 from fastclstm.layers.gru import GRU
+from fastclstm.layers.learnt_input import LearntInput
 from fastclstm.layers.lstm import LSTM
 from fastclstm.layers.masking import Masking
 from fastclstm.layers.max_pooling3d import MaxPooling3D
@@ -56,8 +61,15 @@ __all__ = [
     "Conv2DTranspose",
     "Conv3D",
     "Conv3DTranspose",
+    "ConvGRU2D",
+    "ConvGRU2DCell",
+    "ConvLSTM1D",
     "ConvLSTM2D",
     "ConvLSTM2DCell",
+    "ConvLSTM3D",
+    "ConvLSTM3DCell",
+    "ConvRNN2D",
+    "ConvRNN2DCell",
     "Cropping2D",
     "Cropping3D",
     "Dense",
@@ -79,6 +91,7 @@ __all__ = [
     "Layer",
     "LayerNormalization",
     "LeakyReLU",
+    "LearntInput",
     "Masking",
     "MaxPooling2D",
     "MaxPooling3D",

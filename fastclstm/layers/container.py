@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastclstm.layers.base import Layer
-from fastclstm.layers.convlstm2d import ConvLSTM2D
+from fastclstm.layers.conv_recurrent import ConvRecurrent
 from fastclstm.layers.layout import Layout
 from fastclstm.spec import Shape, expect_shape
 
@@ -106,32 +106,33 @@ class Walk:
     """What is known on the way through a network's shapes."""
 
     batched: bool | None = None
-    """Whether sequences have a batch axis; None before the first ConvLSTM2D."""
+    """Whether sequences have a batch axis; None before the first recurrent layer of frames."""
     time_major: bool | None = None
-    """That of all ConvLSTM2D."""
+    """That of all of them."""
     mask: Shape | None = None
-    """Of the mask that every ConvLSTM2D gets."""
-    last_step: str = "the ConvLSTM2D before"
+    """Of the mask that each of them gets."""
+    last_step: str = "the recurrent layer before"
     """Which layer has returned its last step alone."""
 
-    def enter(self, layer: ConvLSTM2D, shape: Shape, where: str) -> None:
-        """Raise ValueError unless `shape` is one of sequences as all ConvLSTM2D of the network get them."""
+    def enter(self, layer: ConvRecurrent, shape: Shape, where: str) -> None:
+        """Raise ValueError unless `shape` is one of sequences as all recurrent layers of the network get them."""
         if self.time_major not in (None, layer.time_major):
             raise ValueError(
-                f"Sequential: {where} (ConvLSTM2D) has time_major={layer.time_major}, but one before has "
+                f"Sequential: {where} ({type(layer).__name__}) has time_major={layer.time_major}, but one before has "
                 f"time_major={self.time_major}; give all the same"
             )
         self.time_major = layer.time_major
         if self.batched is None:
-            self.batched = len(shape) != 4
-        elif len(shape) != 4 + self.batched:
-            axes = Layout("", layer.dtype, layer.data_format, layer.time_major, self.batched).axes(True)
+            self.batched = len(shape) != layer._rank + 2
+        elif len(shape) != layer._rank + 2 + self.batched:
+            layout = Layout("", layer.dtype, layer.data_format, layer.time_major, self.batched, rank=layer._rank)
             raise ValueError(
-                f"Sequential: {where} (ConvLSTM2D) takes ({axes}) but gets {len(shape)}D {shape}; give "
-                f"{self.last_step} return_sequences=True"
+                f"Sequential: {where} ({type(layer).__name__}) takes ({layout.axes(True)}) but gets {len(shape)}D "
+                f"{shape}; give {self.last_step} return_sequences=True"
             )
         if self.mask is not None:
-            why = f"the steps that {where}, ConvLSTM2D, gets; no layer before it may change those of a mask or lengths"
-            expect_shape("Sequential", "mask", self.mask, shape[:-3], why)
+            name = type(layer).__name__
+            why = f"the steps that {where}, {name}, gets; no layer before it may change those of a mask or lengths"
+            expect_shape("Sequential", "mask", self.mask, shape[: -layer._rank - 1], why)
         if not layer.return_sequences:
             self.last_step = where

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +9,7 @@ import numpy as np
 
 from fastclstm import dispatch, functional
 from fastclstm.layers.convlstm_gates import ConvLSTMGates
-from fastclstm.layers.layout import Layout
-from fastclstm.layers.place import HOST, Place
-from fastclstm.layers.states import State, read_state
-from fastclstm.spec import Shape
+from fastclstm.layers.place import Place
 
 
 @dataclass(eq=False, repr=False)
@@ -73,39 +69,6 @@ dtype, seed, engine, algorithm
     ((2, 8, 8, 4), (4, 4, 3, 3))
     """
 
-    def forward(self, x_t: Any, h: Any = None, c: Any = None, training: bool = False) -> tuple[Any, Any]:
-        """Return the next (h, c).
-
-        Parameters
-        ----------
-        x_t : array (B, H, W, C), or (B, C, H, W) with data_format="channels_first"
-            Converted to the layer's dtype. A single frame without the batch axis will do, with states of its kind.
-        h, c : array (B, HO, WO, F), or (B, F, HO, WO), optional
-            The states so far; None is zeros. Flax's carry is (c, h), the other way round.
-        training : bool
-            Keep what `backward` needs, and apply dropout.
-
-        Raises
-        ------
-        ValueError
-            Shapes that do not fit the layer.
-        TypeError
-            Anything but real arrays; arrays on a GPU that are not of the layer's dtype or not on that of x.
-        NotImplementedError
-            An x on a GPU, and an option that the engine "cuda" does not know.
-        """
-        place = self._place(x_t, training)
-        layout, x, state = self._read(place, x_t, h, c)
-        self._pullback = None
-        if training:  # so that the gradients of both are there
-            zeros = np.zeros_like(x, shape=self._state_shape(x.shape))
-            state = (zeros if state[0] is None else state[0], zeros if state[1] is None else state[1])
-        outputs, pullback = self._run(x[:, np.newaxis], state, training=training, return_sequences=False)
-        if pullback is not None:
-            self._learn(pullback)
-            self._pullback = lambda dh, dc: self._pull(pullback, layout, outputs[1].shape, dh, dc)
-        return place.restore(layout.write(outputs[1])), place.restore(layout.write(outputs[2]))
-
     def step(self, x_t: Any, h: Any = None, c: Any = None, *, out: Any = None) -> tuple[Any, Any]:
         """Return the next (h, c), as `forward` does, or write them to `out` and return that.
 
@@ -143,51 +106,8 @@ dtype, seed, engine, algorithm
                 "ConvLSTM2DCell: out needs data_format='channels_last' and x (B, H, W, C) with its batch axis; "
                 "leave it out, or give that"
             )
-        _, x, state = self._read(Place("ConvLSTM2DCell", x_t), x_t, h, c)
+        _, x, state = self._read(Place("ConvLSTM2DCell", x_t), x_t, (h, c))
         self._pullback = None
         return functional.convlstm2d_step(
             x, self.kernel, self.recurrent_kernel, self.bias, initial_state=state, out=out, **self._options()
         )
-
-    def backward(self, dh: Any = None, dc: Any = None) -> tuple[Any, Any, Any]:
-        """Return (dx_t, dh, dc) of the last call's inputs, given the gradients `dh` of its h and `dc` of its c.
-
-        Raises
-        ------
-        RuntimeError
-            The last call was not a training call.
-        ValueError
-            A gradient has not its state's shape.
-        """
-        return self._recorded()(dh, dc)
-
-    def _unfit(self) -> str | None:
-        return "takes one step at a time; use ConvLSTM2D"
-
-    def output_shape(self, input_shape: Shape) -> Shape:
-        """Return the shape of h and of c for an x_t of `input_shape`."""
-        layout = self._layout(input_shape)
-        return layout.shape(self._state_shape(layout.read_shape("x", input_shape)))
-
-    def _layout(self, shape: Shape, place: Place = HOST) -> Layout:
-        """Return how arrays lie where x has `shape`."""
-        channel_axis = 0 if self.data_format == "channels_first" else -1
-        batched = len(shape) != 3 or shape[channel_axis] != self.in_channels
-        return Layout(type(self).__name__, self.dtype, self.data_format, batched=batched, place=place)
-
-    def _read(self, place: Place, x_t: Any, h: Any, c: Any) -> tuple[Layout, np.ndarray, State]:
-        """Return how the caller's arrays lie, and these as the engines take them."""
-        array = place.read("x", x_t, self.dtype)
-        layout = self._layout(array.shape, place)
-        x = layout.read("x", array)
-        shape = self._state_shape(x.shape)
-        return layout, x, read_state(layout, "ConvLSTM2DCell: initial state", (h, c), shape)
-
-    def _pull(
-        self, pullback: Callable[..., Any], layout: Layout, state_shape: Shape, dh: Any, dc: Any
-    ) -> tuple[Any, ...]:
-        dstate = read_state(layout, "ConvLSTM2DCell: gradient of", (dh, dc), state_shape)
-        gradients = pullback((None, *dstate))
-        self._keep_gradients(self._named_gradients(gradients))
-        before = gradients["x"][:, 0], *gradients["initial_state"]
-        return tuple(layout.place.restore(layout.write(array)) for array in before)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fastclstm import dispatch
-from fastclstm.layers.convlstm2d_cell import ConvLSTM2DCell
+from fastclstm.layers.recurrent_cell import RecurrentCell
 from fastclstm.layers.states import LastStates, State
 
 MERGE_MODES = ("concat", "sum", "mul", "ave", None)
@@ -34,7 +34,7 @@ class Passage:
 class Directions:
     """The cells of a layer: the first goes forward, the second, if there is one, backward; and how they are merged."""
 
-    def __init__(self, cells: Sequence[ConvLSTM2DCell], merge_mode: str | None):
+    def __init__(self, cells: Sequence[RecurrentCell], merge_mode: str | None):
         self.cells, self.merge_mode = tuple(cells), merge_mode
         self.channels: int = cells[0].out_channels * (len(cells) if merge_mode == "concat" else 1)
         """How many the merged output has."""
@@ -59,7 +59,7 @@ class Directions:
             if mask is not None and zero_output_for_mask:
                 processed = mask[:, ::-1] if go_backwards else mask
                 kept = processed if return_sequences else processed[:, 0 if backwards else -1]
-                kept = kept.reshape(*kept.shape, 1, 1, 1)
+                kept = kept.reshape(*kept.shape, *(1,) * (output.ndim - kept.ndim))
                 output = np.where(kept, output, np.zeros((), output.dtype))
             outputs.append(output)
             last_states.append(tuple(last))

@@ -23,11 +23,13 @@ class Layout:
     time_major: bool = False
     batched: bool = True
     place: Place = HOST
+    rank: int = 2
+    """Number of axes of a caller's frame without channels; the engines' frames of a single axis have a height of 1."""
 
     def axes(self, sequence: bool) -> str:
         """Name the axes of a caller's sequence or of a single frame of it."""
-        frame = ["height", "width"]
-        frame.insert(0 if self.data_format == "channels_first" else 2, "channels")
+        frame = ["depth", "height", "width"][3 - self.rank :]
+        frame.insert(0 if self.data_format == "channels_first" else self.rank, "channels")
         leading = [*["batch"] * self.batched, *["time"] * sequence]
         return ", ".join((leading[::-1] if self.time_major else leading) + frame)
 
@@ -42,7 +44,7 @@ class Layout:
         return _shape_of(lambda array: self._engine_axes(name, array, sequence), shape)
 
     def _check_rank(self, name: str, shape: Shape, sequence: bool) -> None:
-        rank = 3 + self.batched + sequence
+        rank = self.rank + 1 + self.batched + sequence
         if len(shape) != rank:
             raise ValueError(
                 f"{self.op}: {name} must be {rank}D ({self.axes(sequence)}), got {len(shape)}D {shape}"
@@ -57,7 +59,11 @@ class Layout:
             array = array.swapaxes(0, 1)
         if self.data_format == "channels_first":
             array = np.moveaxis(array, 2 if sequence else 1, -1)
-        return array
+        return np.expand_dims(array, -3) if self.rank == 1 else array
+
+    def is_sequence(self, shape: Shape) -> bool:
+        """Return whether an engine's array has a time axis."""
+        return len(shape) == max(self.rank, 2) + 3
 
     def write(self, array: np.ndarray) -> np.ndarray:
         """Return an engine's sequence (B, T, H, W, C) or frame (B, H, W, C) as the caller's arrays lie."""
@@ -73,7 +79,7 @@ class Layout:
             return None
         array = self.place.read(name, value, self.dtype)
         expect_shape(what, name, array.shape, self.shape(shape), why)
-        return self.read(name, array, sequence=len(shape) == 5)
+        return self.read(name, array, sequence=self.is_sequence(shape))
 
     def read_steps(self, name: str, value: Any, shape: Shape) -> np.ndarray | None:
         """Return a caller's array with one item a step, or None, in the shape (B, T)."""
@@ -87,7 +93,9 @@ class Layout:
         return array.T if self.batched else array.reshape(shape)
 
     def _arranged(self, array: np.ndarray) -> np.ndarray:
-        sequence = array.ndim == 5
+        sequence = self.is_sequence(array.shape)
+        if self.rank == 1:
+            array = array.squeeze(-3)
         if self.data_format == "channels_first":
             array = np.moveaxis(array, -1, 2 if sequence else 1)
         if self.time_major and sequence:

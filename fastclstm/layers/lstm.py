@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from fastclstm import dispatch, functional
-from fastclstm.layers.convlstm_gates import unit_forget
 from fastclstm.layers.recurrent import Recurrent, States
+from fastclstm.layers.recurrent_cell import unit_forget
 from fastclstm.nn import initializers
 from fastclstm.spec import flag
 

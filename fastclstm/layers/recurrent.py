@@ -10,9 +10,9 @@ import numpy as np
 
 from fastclstm import dispatch
 from fastclstm.layers.base import Layer, Parameter, layer_dtype
-from fastclstm.layers.convlstm_gates import own_generator
 from fastclstm.layers.masks import steps_mask
 from fastclstm.layers.place import place_of
+from fastclstm.layers.recurrent_cell import own_generator
 from fastclstm.layers.symbolic import fits, is_shape
 from fastclstm.nn import activations
 from fastclstm.spec import Shape, expect_shape, flag, integers, rate

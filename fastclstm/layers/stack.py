@@ -32,7 +32,7 @@ class Stack:
         for index, layer in enumerate(self.layers):
             state = layer.cells[0]._state_shape(frames, f"{op} layer {index}" if len(self.layers) > 1 else op)
             shapes += [state] * len(layer.cells)
-            frames = *state[:3], layer.channels
+            frames = *state[:-1], layer.channels
         return shapes
 
     def run(

@@ -1,12 +1,14 @@
-"""The states (h, c) of recurrent layers that callers give."""
+"""The states of recurrent layers that callers give: (h, c) of an LSTM, (h,) of a GRU, where h itself will do."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from fastclstm.layers.layout import Layout
+from fastclstm.layers.symbolic import is_shape
 from fastclstm.spec import Shape
 
 State = tuple[np.ndarray | None, ...]
@@ -14,37 +16,62 @@ State = tuple[np.ndarray | None, ...]
 
 LastStates = list[tuple[np.ndarray, ...]]
 
-_NAMES = "hc"
-
 
 def is_pair(value: Any) -> bool:
     """Whether `value` is a tuple or list of two."""
     return isinstance(value, list | tuple) and len(value) == 2
 
 
-def read_state(layout: Layout, what: str, pair: tuple[Any, Any], shape: Shape) -> State:
-    """Check (h, c), each of which may be None, and return them channels-last."""
+def _is_bare(value: Any) -> bool:
+    """Whether `value` is an array, a symbol or a shape, rather than several in a tuple or list."""
+    known = is_shape(value) and any(n is not None for n in value)
+    return value is not None and (known or not isinstance(value, list | tuple))
+
+
+def _is_tuple(value: Any, names: Sequence[str]) -> bool:
+    return isinstance(value, list | tuple) and len(value) == len(names) and not _is_bare(value)
+
+
+def is_state(value: Any, names: Sequence[str]) -> bool:
+    """Whether `value` is one state: arrays, shapes or symbols by these names, and no list of states."""
+    if _is_bare(value):
+        return len(names) == 1
+    return _is_tuple(value, names) and all(item is None or _is_bare(item) for item in value)
+
+
+def each_state(op: str, name: str, value: Any, names: Sequence[str], count: int, each: str) -> list[Any]:
+    """Return what a caller gave for `count` cells as a list of one tuple, or None, a cell.
+
+    Raises ValueError where it is none; `each` says what the states are one of.
+    """
+    one = is_state(value, names) if len(names) == 1 else _is_tuple(value, names)
+    states = [value] if count == 1 and one else value
+    bare = [len(names) == 1 and _is_bare(state) for state in states] if isinstance(states, list | tuple) else []
+    if len(bare) != count or not all(
+        state is None or alone or _is_tuple(state, names) for state, alone in zip(states, bare, strict=True)
+    ):
+        came = f"{len(states)} items" if isinstance(states, list | tuple) else type(states).__name__
+        letters = f"({', '.join(names)}{',' * (len(names) == 1)})"
+        kind = ("pair" if len(names) == 2 else "tuple") + "s" * (count > 1)
+        raise ValueError(f"{op}: {name} must be a list of {count} {kind} {letters}, {each}; got {came}")
+    return [(state,) if alone else state for state, alone in zip(states, bare, strict=True)]
+
+
+def read_state(layout: Layout, what: str, state: Sequence[Any], shape: Shape, names: Sequence[str] = "hc") -> State:
+    """Check the arrays of a state, each of which may be None, and return them channels-last."""
     why = "the shape of the layer's states"
-    return tuple(layout.read_like(what, name, value, shape, why) for name, value in zip(_NAMES, pair, strict=True))
+    return tuple(layout.read_like(what, name, value, shape, why) for name, value in zip(names, state, strict=False))
 
 
-def read_states(layout: Layout, name: str, value: Any, shapes: list[Shape], each: str) -> list[State]:
-    """Return one pair of channels-last states a cell, of `shapes`; `each` says what they are one of."""
-    count = len(shapes)
+def read_states(
+    layout: Layout, name: str, value: Any, shapes: list[Shape], each: str, names: Sequence[str]
+) -> list[State]:  # fmt: skip
+    """Return channels-last states, of `shapes`, one a cell; `each` says what they are one of."""
+    nothing = (None,) * len(names)
     if value is None:
-        return [(None, None)] * count
-    pairs = [value] if count == 1 and is_pair(value) else value
-    expect_states(layout.op, name, pairs, count, each)
+        return [nothing] * len(shapes)
+    states = each_state(layout.op, name, value, names, len(shapes), each)
     return [
-        read_state(layout, f"{layout.op}: {name} {index}", pair or (None, None), shape)
-        for index, (pair, shape) in enumerate(zip(pairs, shapes, strict=True))
+        read_state(layout, f"{layout.op}: {name} {index}", state or nothing, shape, names)
+        for index, (state, shape) in enumerate(zip(states, shapes, strict=True))
     ]
-
-
-def expect_states(op: str, name: str, pairs: Any, count: int, each: str) -> None:
-    """Raise ValueError unless there are `count` pairs, or None in their places."""
-    fits = isinstance(pairs, list | tuple) and len(pairs) == count
-    if not fits or not all(pair is None or is_pair(pair) for pair in pairs):
-        came = f"{len(pairs)} items" if isinstance(pairs, list | tuple) else type(pairs).__name__
-        pair = "pairs" if count > 1 else "pair"
-        raise ValueError(f"{op}: {name} must be a list of {count} {pair} (h, c), {each}; got {came}")

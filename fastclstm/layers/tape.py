@@ -35,7 +35,7 @@ class Tape:
     def drop_steps(self, rate: float, sequence: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Draw which frames are kept, and return the sequence with zeros in place of the others."""
         drawn = TimeDistributionCalculator(rate, sequence.shape[1], seed=rng).calculate_time_distribution()
-        self.kept_steps = self.layout.place.bring(drawn.reshape(-1, 1, 1, 1) != 0)
+        self.kept_steps = self.layout.place.bring(drawn.reshape(-1, *(1,) * (sequence.ndim - 2)) != 0)
         return np.where(self.kept_steps, sequence, np.zeros((), sequence.dtype))
 
     def read_cotangent(self, dy: Any) -> Merged:
@@ -50,7 +50,7 @@ class Tape:
             part = dy[index] if len(shapes) == 2 and dy is not None else dy
             array = layout.read_like(layout.op, "dy", part, shape, "the shape of the output")
             if self.penalties:
-                penalty = layout.read("dy", self.penalties[index], sequence=len(shape) == 5)
+                penalty = layout.read("dy", self.penalties[index], sequence=layout.is_sequence(shape))
                 array = penalty if array is None else array + penalty
             read.append(array)
         return tuple(read) if len(shapes) == 2 else read[0]

@@ -21,7 +21,7 @@ from fastclstm.layers.container import (
     told_of,
     without_penalties,
 )
-from fastclstm.layers.convlstm2d import ConvLSTM2D
+from fastclstm.layers.conv_recurrent import ConvRecurrent
 from fastclstm.layers.place import Place, place_of
 from fastclstm.spec import Shape, expect_shape
 
@@ -66,11 +66,12 @@ class TimeDistributed(Container):
             raise ValueError(f"TimeDistributed: {name} {why}")
         if remedy := self.layer._several_outputs():
             raise ValueError(f"TimeDistributed: {name} returns more than one array; {remedy}")
-        if any(isinstance(part, ConvLSTM2D) and part.time_major for part in parts(self.layer)):
-            raise ValueError(
-                "TimeDistributed: the layer sees all steps as a batch, on its first axis; give its ConvLSTM2D "
-                "time_major=False"
-            )
+        for part in parts(self.layer):
+            if isinstance(part, ConvRecurrent) and part.time_major:
+                raise ValueError(
+                    f"TimeDistributed: the layer sees all steps as a batch, on its first axis; give its "
+                    f"{type(part).__name__} time_major=False"
+                )
         self._sublayers = {"layer": self.layer}
 
     def forward(self, x: Any, training: bool = False) -> Any:
@@ -153,10 +154,11 @@ class TimeDistributed(Container):
         shape = tuple(input_shape)
         if len(shape) < 2:
             raise ValueError(f"TimeDistributed: x must be (batch, time, …), got {len(shape)}D {shape}")
-        if isinstance(self.layer, ConvLSTM2D) and len(shape) != 6:
+        if isinstance(self.layer, ConvRecurrent) and len(shape) != self.layer._rank + 4:
             raise ValueError(
-                f"TimeDistributed: ConvLSTM2D takes whole sequences, so x must be 6D (batch, sequences, time, …), got "
-                f"{len(shape)}D {shape}; a ConvLSTM2D by itself takes (batch, time, …)"
+                f"TimeDistributed: {type(self.layer).__name__} takes whole sequences, so x must be "
+                f"{self.layer._rank + 4}D (batch, sequences, time, …), got {len(shape)}D {shape}; by itself it takes "
+                f"(batch, time, …)"
             )
         frames = (1 if None in shape[:2] else shape[0] * shape[1], *shape[2:])
         with told_of(self._where):

@@ -7,8 +7,8 @@ from typing import Any
 from fastclstm import dispatch
 from fastclstm.layers.base import Layer
 from fastclstm.layers.container import parts
-from fastclstm.layers.convlstm2d_cell import ConvLSTM2DCell
 from fastclstm.layers.place import GPUPlace
+from fastclstm.layers.recurrent_cell import RecurrentCell
 
 
 def engines(layer: Layer) -> set[str | None]:
@@ -16,7 +16,7 @@ def engines(layer: Layer) -> set[str | None]:
 
     The cells of a ConvLSTM2D are told when it runs.
     """
-    return {getattr(part, "engine", None) for part in parts(layer) if not isinstance(part, ConvLSTM2DCell)}
+    return {getattr(part, "engine", None) for part in parts(layer) if not isinstance(part, RecurrentCell)}
 
 
 def moved(layer: Layer, y: Any, *, stays: bool, first: bool, training: bool) -> Any:

@@ -11,7 +11,7 @@ import numpy as np
 from fastclstm import dispatch
 from fastclstm.layers.base import Layer, penalized, without_input_gradient
 from fastclstm.layers.container import parts, recall, recorded, told_of, without_penalties
-from fastclstm.layers.convlstm2d import ConvLSTM2D
+from fastclstm.layers.conv_recurrent import ConvRecurrent
 from fastclstm.layers.masks import steps_mask
 from fastclstm.layers.place import Place, refuse
 from fastclstm.layers.symbolic import leaves, mapped
@@ -146,6 +146,8 @@ class Network(Trainable):
             owners = step.layer._owners()
             for name, gradient in step.layer._kept_gradients().items():
                 key = id(owners[name][0]), owners[name][1]
+                if gradient is None:  # it comes with a later call: see `remembered.Passage`
+                    continue
                 sums[key] = sums[key] + gradient if key in sums else gradient
         self._keep_sums(sums, reached)
         return gradients
@@ -184,30 +186,30 @@ class Network(Trainable):
             return None
         op, lstm = type(self).__name__, next(masked(self), None)
         if lstm is None:
-            raise ValueError(f"{op}: mask and lengths are for ConvLSTM2D layers, and there is none")
+            raise ValueError(f"{op}: mask and lengths are for ConvLSTM2D and its like, and there is none")
         if mask is not None and lengths is not None:
             raise ValueError(f"{op}: give mask or lengths, not both")
         if mask is not None:
             return place.read("mask", mask) if dispatch.on_gpu(mask) else dispatch.as_numpy(op, "mask", mask)
-        if len(shape) not in (4, 5):
+        if len(shape) - lstm._rank not in (2, 3):
             raise ValueError(f"{op}: lengths need an x (batch, time, …) of frames, got {len(shape)}D {shape}")
-        batched = len(shape) == 5
+        batched = len(shape) == lstm._rank + 3
         time = time_axis(lstm, batched)
         valid = steps_mask(None, lengths, (shape[1 - time] if batched else 1, shape[time]))
         assert valid is not None
         return valid if time else valid.T if batched else valid[0]
 
 
-def masked(layer: Layer) -> Iterator[ConvLSTM2D]:
+def masked(layer: Layer) -> Iterator[ConvRecurrent]:
     """Yield the layers within that get a mask."""
-    if isinstance(layer, ConvLSTM2D):
+    if isinstance(layer, ConvRecurrent):
         yield layer
     elif isinstance(layer, Network):
         for step in layer._graph.steps:
             yield from masked(step.layer)
 
 
-def time_axis(lstm: ConvLSTM2D, batched: bool) -> int:
+def time_axis(lstm: ConvRecurrent, batched: bool) -> int:
     """Return which axis of sequences, and of masks, is that of the time steps."""
     return 1 if batched and not lstm.time_major else 0
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from fastclstm.layers import Layer
-from fastclstm.models.encoder_forecaster import EncoderForecaster
+from fastclstm.models.forecasting import Forecasting
 
 
 def roll_out(network: Layer, frames: np.ndarray, steps: int) -> Any:
@@ -18,7 +18,7 @@ def roll_out(network: Layer, frames: np.ndarray, steps: int) -> Any:
     ValueError
         The network makes no frames like those it is given.
     """
-    if isinstance(network, EncoderForecaster):
+    if isinstance(network, Forecasting):
         return network.forecast(frames, steps)
     T, run = frames.shape[1], getattr(network, "predict", network)
     film: Any = frames

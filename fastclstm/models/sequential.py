@@ -10,7 +10,7 @@ import numpy as np
 
 from fastclstm.layers.base import Layer
 from fastclstm.layers.container import Container, Walk, parts, told_of
-from fastclstm.layers.convlstm2d import ConvLSTM2D
+from fastclstm.layers.conv_recurrent import ConvRecurrent
 from fastclstm.layers.place import place_of
 from fastclstm.layers.symbolic import tried
 from fastclstm.models.graph import chain
@@ -181,7 +181,7 @@ class Sequential(Network):
         unknown = [axis for axis, n in enumerate(shape) if n is None]
         if not unknown:
             return self._known_shapes(shape)
-        lstm = next((part for part in parts(self) if isinstance(part, ConvLSTM2D)), None)
+        lstm = next((part for part in parts(self) if isinstance(part, ConvRecurrent)), None)
         batch = int(lstm is not None and lstm.time_major)
         if unknown != [batch]:
             raise ValueError(
@@ -207,7 +207,7 @@ class Sequential(Network):
         layer = self.layers[index]
         self._check_outputs(index)  # as options may have changed
         with told_of(_name(index, layer)):
-            if isinstance(layer, ConvLSTM2D):
+            if isinstance(layer, ConvRecurrent):
                 walk.enter(layer, shape, f"layer {index}")
             return layer._shape_within(shape, walk) if isinstance(layer, Container) else layer.output_shape(shape)
 

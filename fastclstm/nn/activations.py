@@ -68,6 +68,14 @@ def is_named(spec: Any) -> bool:
     return TABLE.get(activation.name) is activation
 
 
+_BOUNDED = {"sigmoid", "tanh", "hard_sigmoid", "hard_sigmoid_keras2", "softsign"}
+
+
+def is_bounded(activation: Activation) -> bool:
+    """Return whether an activation is one of `TABLE` whose values lie in [-1, 1]."""
+    return activation.name in _BOUNDED and TABLE.get(activation.name) is activation
+
+
 def _elementwise(name: str, function: Callable[..., Any]) -> Function:
     def checked(x: np.ndarray) -> np.ndarray:
         y = np.asarray(function(x), x.dtype)

@@ -136,6 +136,7 @@ class Fitting:
         model, parameters, states = self.model, self.model.parameters, generator_states(self.model)
         moments = self.optimizer.steps, self.optimizer.state  # which a step replaces
         try:
+            model._begin_step(self.progress.seed, self.progress.epoch, self.progress.step)
             made = model._predict_batch(batch, training=True)
             outputs = outputs_of(model, made)
             values, gradients = self.objective.values_and_gradients(outputs, batch)

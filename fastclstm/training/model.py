@@ -43,6 +43,9 @@ class Model(Protocol):
     def backward(self, *gradients: Any) -> Any:
         """Pull the gradient of the last training call's output back."""
 
+    def _begin_step(self, seed: int, epoch: int, step: int) -> None:
+        """Hear where a training is, before each step, and what to draw from: a seed of the whole training."""
+
     def _predict_batch(self, batch: Batch, training: bool) -> Any:
         """Return the outputs for a batch: one array, or a list or dict of them."""
 

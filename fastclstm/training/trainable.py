@@ -11,7 +11,7 @@ import numpy as np
 from fastclstm import dispatch
 from fastclstm.layers.base import Layer
 from fastclstm.layers.container import Container, told, walk
-from fastclstm.layers.convlstm2d import ConvLSTM2D
+from fastclstm.layers.conv_recurrent import ConvRecurrent
 from fastclstm.nn import is_number, optimizers
 from fastclstm.nn.described import Description, describe
 from fastclstm.training import batches
@@ -221,6 +221,9 @@ class Trainable(Container):
     def _check_batch(self, op: str, batch: Batch) -> None:
         """Raise ValueError where the batch is none for this model; what else is wrong, forward says."""
 
+    def _begin_step(self, seed: int, epoch: int, step: int) -> None:
+        """Hear where a training is, before each step, and what to draw from: a seed of the whole training."""
+
     def _predict_batch(self, batch: Batch, training: bool) -> Any:
         """Return the output for a batch: `forward`, and what it has to know of the target."""
         inputs = {name: batch[name] for name in ("mask", "lengths") if name in batch}
@@ -257,7 +260,7 @@ def _read(model: Trainable, op: str, given: Mapping[str, Any], batch_size: int, 
 def _check_layers(model: Trainable, op: str) -> None:
     """Raise ValueError where a layer has the samples on another axis, or goes on from those before."""
     for path, layer in walk(model):
-        if isinstance(layer, ConvLSTM2D) and (layer.time_major or layer.stateful):
+        if isinstance(layer, ConvRecurrent) and (layer.time_major or layer.stateful):
             option = "time_major" if layer.time_major else "stateful"
             raise ValueError(f"{op}: {told(path, layer)} has {option}=True, but batches are samples that are drawn "
                              f"anew, on the first axis; build it with {option}=False")  # fmt: skip

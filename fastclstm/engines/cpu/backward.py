@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from fastclstm.engines import remembered
 from fastclstm.engines.cpu import outliers, packing, plans, weight_gradient
 from fastclstm.engines.cpu.fused_steps import Steps
 from fastclstm.engines.cpu.gate_gradients import GateGradients
@@ -240,10 +241,18 @@ class _WayBack:
             cache(lambda direct, conv=conv, kernel=kernel: InputGradient(conv, kernel, ways[direct]))
             for conv, kernel in zip((spec.recurrent, spec.input), saved.kernels, strict=True)
         )
-        self._kernels = {
-            direct: weight_gradient.of_kernels(spec.recurrent, spec.input, ways[direct], spec.B * spec.T, dtype)
-            for direct in sorted({direct for _, direct in self.runs} or {False})
-        }
+        self._passage = remembered.current(saved.kernels)
+        self._place = (*map(id, saved.kernels), spec.recurrent, spec.input)
+        frames = spec.B * spec.T
+        self._kernels: dict[bool, list[tuple[tuple[str, ...], weight_gradient.WeightGradient]]] = {}
+        if self._passage is not None:
+            _, self._kernels = self._passage.sums.pop(self._place, (None, self._kernels))
+            frames *= self._passage.steps
+        for direct in sorted({direct for _, direct in self.runs} or {False}):
+            if direct not in self._kernels:
+                self._kernels[direct] = weight_gradient.of_kernels(
+                    spec.recurrent, spec.input, ways[direct], frames, dtype
+                )
 
     def pull_back_pieces(self) -> Kept:
         """Take all pieces forward again and back, the last one first; return the memory that it took."""
@@ -292,7 +301,7 @@ class _WayBack:
         if last:
             del recurrent  # its packed kernel is large
             self._recurrent.cache_clear()
-        if self._dx is not None:
+        if self._dx is not None and spec.input.C:
             dx = slots(self._dx[images], spec.go_backwards).after(0, first)
             self._inputs(direct).pull_back(dz, dx, B, count, team)
         x = slots(self._x[images], spec.go_backwards).after(0, first)
@@ -324,11 +333,15 @@ class _WayBack:
         np.copyto(dh, dh_new, where=valid[:, np.newaxis, np.newaxis, np.newaxis])
 
     def gradients(self) -> dict[str, Any]:
-        """Return all gradients, when every step has been taken back."""
+        """Return all gradients, when every step has been taken back: in a passage the kernels' with its last call."""
         self._inputs.cache_clear()
         dbias, dpeephole = self._gates.result()
         result: dict[str, Any] = {"x": self._dx, "bias": dbias, "h": None, "c": None, "peephole": None}
-        for jobs in self._kernels.values():
+        more = self._passage is not None and self._passage.more
+        if self._passage is not None and more:
+            self._passage.sums[self._place] = self._saved.kernels, self._kernels
+            result |= {"kernel": None, "recurrent_kernel": None}
+        for jobs in () if more else self._kernels.values():
             for names, job in jobs:
                 for name, gradient in zip(names, job.result(), strict=True):
                     result[name] = result[name] + gradient if name in result else gradient

@@ -50,7 +50,8 @@ class Steps:
             return _Packed(False, *_pack(ways, kernels, bias, np.ones(4)))
 
         key = ways, gates.is_standard(spec)
-        self._packed: _Packed = remembered.remember((*kernels, bias), key, pack) if remember else pack()
+        keep = remembered.remember if remember else remembered.passing
+        self._packed: _Packed = keep((*kernels, bias), key, pack)
 
     def run(
         self, B: int, T: int, *, x: Slots, h_first: Slots, c_first: Slots, h: Slots, c: Slots, y: Slots = NOTHING,

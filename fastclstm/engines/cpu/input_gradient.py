@@ -8,12 +8,14 @@ from functools import lru_cache
 
 import numpy as np
 
+from fastclstm.engines import remembered
 from fastclstm.engines.cpu import launch, plans, threads, tiles
 from fastclstm.engines.cpu.kernels import col2im, simd
 from fastclstm.engines.cpu.kernels.entry import table
 from fastclstm.engines.cpu.kernels.gates import storing
 from fastclstm.engines.cpu.kernels.padding import SOURCE, source
 from fastclstm.engines.cpu.kernels.schedule import Slots, slots
+from fastclstm.engines.cpu.packing import Columns
 from fastclstm.engines.cpu.tiles import Tile
 from fastclstm.spec import ConvSpec
 
@@ -33,10 +35,13 @@ class InputGradient:
         self._spec, self._dtype, self._kernel = spec, kernel.dtype, kernel
         self._source = table(np.array([source(spec)], SOURCE))
         self._inner, self._m, self._folds = _way_back(spec, algorithm, kernel.itemsize, tiles.choices(spec.KH, spec.KW))
-        if self._folds:
-            kernel = kernel.reshape(1, 1, -1, spec.F)
         self._cell = storing(self._inner.F)
-        self._columns = launch.pack((kernel,), None, np.ones(1), self._m, transposed=True, remember=False)
+        flat = kernel.reshape(1, 1, -1, spec.F) if self._folds else kernel
+
+        def pack() -> Columns:
+            return launch.pack((flat,), None, np.ones(1), self._m, transposed=True, remember=False)
+
+        self._columns: Columns = remembered.passing((kernel,), ("transposed", self._m, self._folds), pack)
 
     def pull_back(self, dy: Slots, dx: Slots, B: int, T: int, team: int) -> None:
         """Compute T steps of B images: dx (B, T, H, W, C) of dy (B, T, HO, WO, F)."""

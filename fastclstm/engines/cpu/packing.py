@@ -74,7 +74,8 @@ def pack(matrix: np.ndarray, scales: np.ndarray, bias: np.ndarray | None) -> Col
     K, gates, F = matrix.shape
     columns = lay_out(1, K, gates, F, bias, matrix.dtype)
     for at, vectors, width, first, count, _ in columns.groups:
-        panel = columns.weights[at : at + K * vectors * simd.lanes(matrix.itemsize)].reshape(K, -1)
+        line = vectors * simd.lanes(matrix.itemsize)
+        panel = columns.weights[at : at + K * line].reshape(K, line)
         for gate in range(gates):
             panel[:, gate * width : gate * width + count] = matrix[:, gate, first : first + count] * scales[gate]
     return columns

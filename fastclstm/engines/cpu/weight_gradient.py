@@ -71,7 +71,7 @@ class WeightGradient:
         places = (*dz[:3], *(field for slot in (*inputs, *inputs)[:2] for field in slot[:3]))
         address, memory = launch.borrow((plan.scratch_scalars + team * plan.patch_scalars) * itemsize)
         flops = sum(spec.flops // max(1, spec.B) for spec in self._specs) / plan.items
-        piece = max(1, int(launch.PIECE_FLOPS / flops / plan.gathered)) * plan.gathered
+        piece = max(1, int(launch.PIECE_FLOPS / max(1, flops) / plan.gathered)) * plan.gathered
         for first in range(0, B * T * plan.items, piece):
             frames[0] = (T, first, min(first + piece, B * T * plan.items), *places, address)
             threads.run(plan.kernel, team, plan.variant, frames, plan.tables, self._sums.reshape(-1))
@@ -83,7 +83,8 @@ class WeightGradient:
             gradients = [np.empty((spec.KH, spec.KW, spec.C, spec.F), self._dtype) for spec in self._specs]
             transforms.pull_back(self._sums, self._tile, gradients)
             return gradients
-        matrix = self._sums.swapaxes(0, 1).reshape(self._sums.shape[1], -1)[:, : self._specs[0].F]
+        pairs, rows, width = self._sums.shape
+        matrix = self._sums.swapaxes(0, 1).reshape(rows, pairs * width)[:, : self._specs[0].F]
         return [
             np.concatenate([matrix[row : row + length] for source, _, length, _, row in self._plan.runs if source == s])
             .reshape(spec.KH, spec.KW, spec.C, spec.F)

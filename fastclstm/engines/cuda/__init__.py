@@ -1,4 +1,4 @@
-"""The cuda engine: csrc/ compiled at run time for the GPU at hand; the six functions that every engine has.
+"""The cuda engine: csrc/ compiled at run time for the GPU at hand; the functions that every engine has.
 
 They take NumPy arrays, which are put on the device and whose results are got back, or `device.DeviceArray`, whose
 results are such arrays too, on the same stream; of `views.View` they are views. The files beside compute on the device
@@ -7,14 +7,15 @@ alone.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from fastclstm.engines import recurrence
+from fastclstm.engines import cells, recurrence
 from fastclstm.engines.cuda import backward as _backward
 from fastclstm.engines.cuda import conv2d as _conv2d
 from fastclstm.engines.cuda import convlstm2d as _convlstm2d
@@ -23,10 +24,10 @@ from fastclstm.engines.cuda.device import Device, DeviceArray
 from fastclstm.engines.cuda.devices import current
 from fastclstm.engines.cuda.product import ALGORITHMS
 from fastclstm.engines.cuda.views import View, plain
-from fastclstm.spec import ConvLSTMSpec, ConvSpec, PoolSpec
+from fastclstm.spec import CellSpec, ConvLSTMSpec, ConvSpec, PoolSpec
 
 __all__ = ["ALGORITHMS", "conv2d", "conv2d_backward", "convlstm2d", "convlstm2d_backward", "max_pool3d",
-           "max_pool3d_backward"]  # fmt: skip
+           "max_pool3d_backward", "recurrent", "recurrent_backward"]  # fmt: skip
 
 Array = np.ndarray | DeviceArray | View
 Arrays = dict[str, Any]
@@ -110,6 +111,35 @@ def convlstm2d_backward(
     with saved.place.entered() as place:
         gradients = place.give(_backward.convlstm2d_backward(spec, saved.state, *map(place.take, (dy, dh, dc))))
     return gradients if input_gradient else gradients | {"x": None}
+
+
+def recurrent(
+    spec: CellSpec,
+    x: np.ndarray,
+    kernel: np.ndarray,
+    recurrent_kernel: np.ndarray,
+    bias: np.ndarray | None,
+    states: tuple[np.ndarray | None, ...],
+    mask: np.ndarray | None,
+    *,
+    normalization: Arrays | None = None,
+    dropout: Arrays | None = None,
+    algorithm: str = "auto",
+    save: bool = False,
+    convolution: Callable[..., Any] | None = None,
+) -> tuple[np.ndarray, tuple[np.ndarray, ...], cells.Saved | None]:
+    """Run a cell over x (B, T, *space, C) of NumPy: the updates in NumPy, between this engine's convolutions."""
+    tools = cells.Tools(convolution or partial(cells.Convolution, conv2d, conv2d_backward), cells.Updates)
+    inputs = cells.Inputs(x, kernel, recurrent_kernel, bias, states, mask, normalization, dropout, algorithm)
+    return cells.forward(spec, tools, inputs, save)
+
+
+def recurrent_backward(
+    spec: CellSpec, saved: cells.Saved, dy: np.ndarray | None, dstates: Sequence[np.ndarray | None], *,
+    input_gradient: bool = True,
+) -> dict[str, Any]:  # fmt: skip
+    """Pull gradients of the output and of the last states back through time: see `cells.backward`."""
+    return cells.backward(spec, saved, dy, dstates, input_gradient=input_gradient)
 
 
 def max_pool3d(spec: PoolSpec, x: Array, return_indices: bool) -> tuple[Any, Any]:

@@ -13,7 +13,7 @@ from fastclstm.engines.cpu.kernels import simd, vmath
 from fastclstm.engines.cpu.kernels.padding import clear_run, copy_run
 from fastclstm.engines.cpu.kernels.schedule import c_after, c_before, gates_at, h_after, h_before, y_at, zx_at
 from fastclstm.nn.activations import TABLE
-from fastclstm.spec import PEEPHOLE_GATES, ConvLSTMSpec
+from fastclstm.spec import PEEPHOLE_GATES, CellSpec, ConvLSTMSpec
 
 CELL = np.dtype([
     ("F", np.int64),
@@ -38,7 +38,7 @@ C, H, PEEPS, PLANES = 4, 5, 6, 9
 _NAMES = {TABLE[name]: code for name, code in vmath.ACTIVATION_CODES.items()}
 
 
-def activation_codes(spec: ConvLSTMSpec) -> tuple[int, int, int] | None:
+def activation_codes(spec: ConvLSTMSpec | CellSpec) -> tuple[int, int, int] | None:
     """Numbers of the three activations, or None where NumPy must compute one of them."""
     codes = tuple(map(_NAMES.get, (spec.recurrent_activation, spec.activation, spec.output_activation)))
     return None if None in codes else codes  # type: ignore[return-value]
