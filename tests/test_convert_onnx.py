@@ -31,8 +31,15 @@ from fastclstm.layers import (
     Conv2DTranspose,
     Conv3D,
     Conv3DTranspose,
+    ConvGRU2D,
+    ConvGRU2DCell,
+    ConvLSTM1D,
     ConvLSTM2D,
     ConvLSTM2DCell,
+    ConvLSTM3D,
+    ConvLSTM3DCell,
+    ConvRNN2D,
+    ConvRNN2DCell,
     Cropping2D,
     Cropping3D,
     Dense,
@@ -53,6 +60,7 @@ from fastclstm.layers import (
     InstanceNormalization,
     LayerNormalization,
     LeakyReLU,
+    LearntInput,
     Masking,
     Maximum,
     MaxPooling2D,
@@ -82,7 +90,7 @@ from fastclstm.layers import (
     ZeroPadding3D,
 )
 from fastclstm.layers.symbolic import leaves, mapped_shapes
-from fastclstm.models import Model, Sequential
+from fastclstm.models import EncoderForecaster, Model, MultiscaleForecaster, Sequential
 from fastclstm.nn.activations import TABLE as ACTIVATIONS
 from fastclstm.nn.normalization import Normalization
 
@@ -173,6 +181,8 @@ LAYERS = rows(
     (InstanceNormalization(4, scale=False), FRAMES, 5),
     (LayerNormalization(4), SEQUENCES, 5),
     (LayerNormalization((3, 4), center=False), (N, N, 3, 4), 5),
+    (LearntInput(4), SEQUENCES, 5),
+    (LearntInput(4, **FIRST), CHANNELS_FIRST, 5),
     (LeakyReLU(0.2), FRAMES, 5),
     (LeakyReLU(0.0), FRAMES, 5),
     (Masking(0.0), (N, N, 4), 5),
@@ -294,9 +304,11 @@ def same(made, expected, tolerance=1e-5):
 
 
 def test_every_layer_is_exported_or_refused():
-    exported = {type(case.values[0]).__name__ for case in LAYERS} | {"UpSampling2D", "Embedding", "ConvLSTM2DCell"}
-    assert exported - {"Sequential"} == set(layers.__all__) - REFUSED
-    in_table = {kind.__name__ for kind in TABLE} | {"UpSampling2D", "ConvLSTM2DCell"}
+    cells = {f"{name}Cell" for name in ("ConvLSTM2D", "ConvLSTM3D", "ConvGRU2D", "ConvRNN2D")}
+    exported = {type(case.values[0]).__name__ for case in LAYERS} | cells | {"UpSampling2D", "Embedding"}
+    elsewhere = {"ConvGRU2D", "ConvRNN2D", "ConvLSTM1D", "ConvLSTM3D"}  # test_other_cells_and_frames
+    assert (exported | elsewhere) - {"Sequential"} == set(layers.__all__) - REFUSED
+    in_table = {kind.__name__ for kind in TABLE} | cells | {"UpSampling2D"}
     assert in_table == (set(layers.__all__) - REFUSED) | {"Sequential", "Model"}
 
 
@@ -358,6 +370,36 @@ def test_a_convlstm_is_one_scan_whatever_its_options(options, tmp_path):
         same(run(x), layer(x))
 
 
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (ConvGRU2D(4, 3, 3, num_layers=2, go_backwards=True, return_state=True, leaky_relu_slope=0.1, **REF),
+         SEQUENCES),
+        (ConvGRU2D(4, 4, 3, reset_after=False, normalization=Normalization("group", groups=6), stride=2,
+                   bidirectional=True, **FIRST, **REF), CHANNELS_FIRST),
+        (ConvGRU2D(4, 3, 3, reset_after=False, use_bias=False, recurrent_kernel_size=5, **REF), SEQUENCES),
+        (ConvRNN2D(4, 3, 3, normalization="group", padding_mode="circular", return_sequences=False, **REF), SEQUENCES),
+        (ConvLSTM1D(4, 3, 3, num_layers=2, peephole="channel", stride=2, return_state=True, **REF), (N, N, N, 4)),
+        (ConvLSTM1D(4, 3, 2, 1, bidirectional=True, return_sequences=False, **FIRST, **REF), (N, N, 4, N)),
+        (ConvLSTM3D(4, 3, (2, 3, 3), normalization="group", stride=(1, 2, 1), return_state=True, **REF),
+         (N, N, N, N, N, 4)),
+        (ConvLSTM3D(4, 2, 3, bidirectional=True, merge_mode="sum", **FIRST, **REF), (N, N, 4, N, N, N)),
+    ],
+    ids=lambda value: type(value).__name__,
+)  # fmt: skip
+def test_other_cells_and_frames(layer, shape, tmp_path):
+    pytest.importorskip("onnxruntime")
+    run = Exported(drawn(layer), tmp_path, states=True)
+    assert run.kinds.count("Scan") == 1
+    returned, layer.return_state = layer.return_state, True
+    for batch, base in ((2, 4), (3, 6)):
+        x = values(shape, layer, batch, base)
+        _, zeros = layer(x)
+        states = [tuple(np.float32(normal(*array.shape, seed=n)) for n, array in enumerate(cell)) for cell in zeros]
+        y, after = layer(x, initial_state=states)
+        same(run(x, *leaves(states)), [y, after, after] if returned else [y, after])
+
+
 @pytest.mark.parametrize("zero", [False, True])
 @pytest.mark.parametrize("options", [CELLS[n] for n in (0, 2, 3, 4, 5, 7, 9)], ids=str)
 def test_masks_of_a_convlstm(options, zero, tmp_path):
@@ -404,6 +446,21 @@ def test_a_stream_is_its_pieces(options, tmp_path):
     output, states = layer(x)
     output = output[:, 4:] if layer.return_sequences else output
     same(made, [output, states])
+
+
+@pytest.mark.parametrize(
+    ("cell", "frame"),
+    [
+        (ConvLSTM3DCell(4, 3, 3, **REF), (3, 4, 5)), (ConvRNN2DCell(4, 3, 3, **REF), (4, 5)),
+        (ConvGRU2DCell(4, 3, 3, reset_after=False, **REF), (4, 5)), (ConvGRU2DCell(4, 3, 3, **REF), (4, 5)),
+    ],
+    ids=lambda value: type(value).__name__,
+)  # fmt: skip
+def test_a_step_of_other_cells(cell, frame, tmp_path):
+    pytest.importorskip("onnxruntime")
+    run = Exported(drawn(cell), tmp_path)
+    arrays = [np.float32(normal(2, *frame, C, seed=C)) for C in (4, *[3] * len(cell._state_names))]
+    same(run(*arrays), cell(*arrays))
 
 
 def test_a_cell_is_one_step(tmp_path):
@@ -512,6 +569,30 @@ def test_transposes_cancel(tmp_path):
     assert run.kinds.count("Transpose") == 2
     first = [Conv2D(4, 4, 3, seed=0, **FIRST, **REF), Activation("tanh"), ConvLSTM2D(4, 2, 3, seed=1, **FIRST, **REF)]
     assert Exported(Sequential(first), tmp_path, input_shape=(N, N, 4, N, N)).kinds.count("Transpose") == 2  # of time
+
+
+FORECASTERS = [
+    EncoderForecaster(1, (3, 2), 3, seed=0, **REF),
+    EncoderForecaster(2, 3, 3, patch_size=2, inputs="nothing", cell="ConvGRU2D", seed=0, **FIRST, **REF),
+    EncoderForecaster(1, (3, 2), 3, inputs="learnt", strides=(2, 2), seed=0, **REF),
+    EncoderForecaster(1, 2, 3, inputs="zeros", peephole="elementwise", frame_size=(8, 4), seed=0, **REF),
+    MultiscaleForecaster([Conv2D(1, 2, 3, seed=0, **REF), ConvLSTM2D(2, 3, 3, seed=1, **REF)], None,
+                         [Conv2D(3, 1, 1, seed=2, **REF)], inputs="frames", reads="last"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", range(len(FORECASTERS)))
+def test_forecasters(number, tmp_path):
+    pytest.importorskip("onnxruntime")
+    model = drawn(FORECASTERS[number])
+    run = Exported(model, tmp_path)
+    assert (run.inputs, run.outputs) == (["frames", "steps"], ["output"])
+    first = model.data_format == "channels_first"
+    sizes = ((2, 4, 3, 8, 4), (1, 2, 5, 8, 4)) if number == 3 else ((2, 4, 3, 8, 4), (1, 2, 5, 12, 8))
+    for B, T, steps, H, W in sizes:
+        x = np.float32(normal(B, T, H, W, model.in_channels))
+        x = np.ascontiguousarray(np.moveaxis(x, -1, 2)) if first else x
+        same(run(x, np.array([steps])), model.forecast(x, steps))
 
 
 # dtypes and runtimes

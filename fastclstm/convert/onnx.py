@@ -26,24 +26,25 @@ from typing import Any
 from fastclstm import __version__
 from fastclstm.convert.onnx_builder import IR_VERSION, OPSET, Value
 from fastclstm.convert.onnx_export import Export
+from fastclstm.convert.onnx_forecasting import forecasting
 from fastclstm.convert.onnx_layers import TABLE
 from fastclstm.convert.onnx_recurrent import one_step
 from fastclstm.io.files import replacing
 from fastclstm.layers import (
-    Conv3D,
-    ConvLSTM2D,
-    ConvLSTM2DCell,
     Dense,
     Embedding,
     Layer,
     MaxPooling3D,
     TimeDistributed,
 )
-from fastclstm.layers.array_layer import VolumeLayer
 from fastclstm.layers.base import DTYPES
+from fastclstm.layers.container import told_of
+from fastclstm.layers.conv_recurrent import ConvRecurrent
 from fastclstm.layers.recurrent import Recurrent
+from fastclstm.layers.recurrent_cell import RecurrentCell
 from fastclstm.layers.symbolic import Known, is_shape, leaves, mapped_shapes, tried
 from fastclstm.models import Model, Sequential
+from fastclstm.models.forecasting import Forecasting
 from fastclstm.models.graph import Slot, free_name
 from fastclstm.models.network import Network, masked
 from fastclstm.spec import choice, flag
@@ -148,20 +149,24 @@ def _converted(e: Export, model: Layer, input_shape: Any, mask: bool) -> list[tu
             raise TypeError(f"to_onnx: input_shape must be a tuple of sizes, None for any, got {input_shape!r}")
         several, numbers = not is_shape(shape), count()
         reader = _reader(model, None)
-        x = mapped_shapes(lambda s: _input(e, f"x_{next(numbers)}" if several else "x", s, *reader), shape)
+        name = "frames" if isinstance(model, Forecasting) else "x"
+        x = mapped_shapes(lambda s: _input(e, f"x_{next(numbers)}" if several else name, s, *reader), shape)
         names = []
-    if isinstance(model, ConvLSTM2DCell):
+    if isinstance(model, RecurrentCell):
         return _cell(e, model, x)
+    if isinstance(model, Forecasting):
+        with told_of(type(model).__name__):
+            return [("output", forecasting(e, model, x, e.g.input("steps", "int64", [1])))]
     options = {"mask": _mask(e, model, next(leaves(x)))} if mask else {}
     values = list(leaves(e.call("", model, x, options)))
     return list(zip(names or ["output"] * len(values), values, strict=True))
 
 
-def _cell(e: Export, cell: ConvLSTM2DCell, x: Value) -> list[tuple[str, Value]]:
-    shape = tried(cell.output_shape, x.shape)
-    states = [_input(e, name, shape, cell, "initial_state") for name in "hc"]
+def _cell(e: Export, cell: RecurrentCell, x: Value) -> list[tuple[str, Value]]:
+    shape, names = tried(cell.output_shape, x.shape), cell._state_names
+    states = [_input(e, name, shape, cell, "initial_state") for name in names]
     made = one_step(e, cell, x, states)
-    return [(f"{name}.next", replace(value, shape=shape)) for name, value in zip("hc", made, strict=True)]
+    return [(f"{name}.next", replace(value, shape=shape)) for name, value in zip(names, made, strict=True)]
 
 
 def _mask(e: Export, model: Layer, x: Value) -> Value:
@@ -205,16 +210,16 @@ def _input(e: Export, name: str, shape: Known, layer: Layer, argument: str) -> V
 
 def _axes(layer: Layer, rank: int, argument: str) -> list[str]:
     """Name the axes of what a layer reads."""
-    leading, frame = ["batch", "time"], ["height", "width"]
+    leading = ["batch", "time"]
     if getattr(layer, "time_major", False) and argument in ("x", "mask"):
         leading = ["time", "batch"]
     if argument in ("mask", "lengths"):
         return leading[:rank] if rank > 1 else ["batch"]
-    first = layer.options.get("data_format") == "channels_first"
-    if rank == 5 and first and isinstance(layer, VolumeLayer | Conv3D | MaxPooling3D):
-        return ["batch", "channels", "time", *frame]
-    if rank in (4, 5):
-        return [*leading[: rank - 3], *(["channels", *frame] if first else [*frame, "channels"])]
+    space = (["depth"] if isinstance(layer, ConvRecurrent | RecurrentCell) else ["time"]) + ["height", "width"]
+    space = space[-_frame_rank(layer) :]
+    frame = ["channels", *space] if layer.options.get("data_format") == "channels_first" else [*space, "channels"]
+    if len(frame) < rank <= len(frame) + 2:
+        return [*leading[: rank - len(frame)], *frame]
     known = {1: ["batch"], 2: ["batch", "features"], 3: [*leading, "features"]}
     return known.get(rank) or ["batch", *(f"axis_{axis}" for axis in range(1, rank))]
 
@@ -229,11 +234,16 @@ def _default_shape(model: Layer) -> Known:
         return (None, None, layer.in_features)
     if isinstance(layer, Dense):
         return (None, layer.in_features)
-    if "in_channels" not in options:
+    C = getattr(layer, "in_channels", None)
+    if C is None:
         raise ValueError(f"to_onnx: {type(layer).__name__} takes arrays of several shapes; give input_shape, with the "
                          f"batch, such as (None, None, 64, 64, 1), None for any size")  # fmt: skip
-    leading = 2 if isinstance(layer, ConvLSTM2D) else 1
-    frame = options.get("frame_size") or (None,) * (3 if getattr(layer, "_rank", 2) == 3 else 2)
-    C = options["in_channels"]
+    leading = 2 if isinstance(layer, ConvRecurrent | Forecasting) else 1
+    frame = options.get("frame_size") or (None,) * _frame_rank(layer)
     inner = (C, *frame) if options["data_format"] == "channels_first" else (*frame, C)
     return (*(None,) * leading, *inner)
+
+
+def _frame_rank(layer: Layer) -> int:
+    """Return how many axes a frame, or a volume, of a layer has without channels."""
+    return 3 if isinstance(layer, MaxPooling3D) else getattr(layer, "_rank", 2)

@@ -344,6 +344,13 @@ class Builder:
         (name,) = self.several("Unsqueeze", [self.plain(value), self.constant(list(axes))], 1)
         return _value(name, value.dtype, shape)
 
+    def squeeze(self, value: Value, axis: int) -> Value:
+        """Return a value without one of our axes, which is of 1."""
+        place, left = value.order[axis], [n for n in range(value.rank) if n != axis]
+        (name,) = self.several("Squeeze", [value.name, self.constant([place])], 1)
+        order = tuple(n - (n > place) for n in (value.order[axis] for axis in left))
+        return Value(name, value.dtype, order, tuple(value.shape[axis] for axis in left))
+
     def full(self, sizes: Sequence[Size], dtype: str) -> Value:
         """Return zeros."""
         fill = self.onnx.numpy_helper.from_array(np.zeros(1, dtype))

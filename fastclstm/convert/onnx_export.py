@@ -37,7 +37,7 @@ class Export:
         ValueError
             Shapes that do not fit, a call that trains.
         """
-        with self._at(path):
+        with self.at(path):
             where = told(self._path, layer)
             if type(layer) not in self._table:
                 raise NotImplementedError(f"to_onnx: {where} has no counterpart in ONNX here; leave it out, or put "
@@ -79,7 +79,17 @@ class Export:
                 self.next_states[old.name] = new
 
     @contextmanager
-    def _at(self, path: str) -> Iterator[None]:
+    def inside(self, body: Builder) -> Iterator[None]:
+        """Convert into the body of a loop."""
+        outer, self.g = self.g, body
+        try:
+            yield
+        finally:
+            self.g = outer
+
+    @contextmanager
+    def at(self, path: str) -> Iterator[None]:
+        """Convert what stands there within the layer that is being converted."""
         outer, self._path = self._path, ".".join(filter(None, (self._path, path)))
         try:
             yield

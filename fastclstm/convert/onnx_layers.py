@@ -303,6 +303,10 @@ def _rescaling(g: Builder, layer: Any, x: Value) -> Value:
     return g.elementwise("Add", g.elementwise("Mul", x, np.asarray(layer.scale)), np.asarray(layer.offset))
 
 
+def _learnt_input(g: Builder, layer: Any, x: Value) -> Value:
+    return g.elementwise("Add", x, layer.value.reshape(-1, 1, 1))
+
+
 def _masking(g: Builder, layer: Any, x: Value) -> Value:
     other = g.elementwise("Not", g.elementwise("Equal", x, layer.mask_value, dtype="bool"))
     return g.elementwise("Mul", x, g.reduce("ReduceMax", g.cast(other, x.dtype), [x.rank - 1]))
@@ -391,6 +395,10 @@ def _network(e: Export, layer: Network, x: Any, mask: Value | None = None, lengt
     return filled(graph.outputs, values)
 
 
+convert_network = _network
+cut, join = on_frames(_space_to_depth), on_frames(_depth_to_space)
+
+
 def _mask(g: Builder, layer: Network, lengths: Value, x: Value) -> Value:
     """Return the mask of lengths (B,) for sequences x."""
     axis = time_axis(next(masked(layer)), True)
@@ -415,7 +423,11 @@ TABLE: Mapping[type, Converter] = {
     layers.Conv2DTranspose: on_frames(_transposed_convolution),
     layers.Conv3D: on_frames(_convolution),
     layers.Conv3DTranspose: on_frames(_transposed_convolution),
+    layers.ConvGRU2D: convolutional,
+    layers.ConvLSTM1D: convolutional,
     layers.ConvLSTM2D: convolutional,
+    layers.ConvLSTM3D: convolutional,
+    layers.ConvRNN2D: convolutional,
     layers.Cropping2D: on_frames(_cropping),
     layers.Cropping3D: on_frames(_cropping),
     layers.Dense: on_arrays(_dense),
@@ -437,6 +449,7 @@ TABLE: Mapping[type, Converter] = {
     layers.LSTM: recurrent,
     layers.LayerNormalization: on_arrays(_layer_normalization),
     layers.LeakyReLU: on_arrays(_leaky_relu),
+    layers.LearntInput: on_frames(_learnt_input),
     layers.Masking: on_arrays(_masking),
     layers.MaxPooling2D: on_frames(_pooling("MaxPool")),
     layers.MaxPooling3D: _max_pooling3d,

@@ -25,13 +25,21 @@ from fastclstm.convert.onnx_operators import (
     normalize_groups,
     output_sizes,
     paddings,
-    to_channels_first,
     where,
     windows,
 )
-from fastclstm.layers import GRU, LSTM, ConvLSTM2D, ConvLSTM2DCell
+from fastclstm.layers import (
+    GRU,
+    LSTM,
+    ConvGRU2DCell,
+    ConvLSTM2DCell,
+    ConvLSTM3DCell,
+    ConvRNN2DCell,
+)
+from fastclstm.layers.conv_recurrent import ConvRecurrent
 from fastclstm.layers.recurrent import Recurrent
-from fastclstm.layers.states import is_pair
+from fastclstm.layers.recurrent_cell import RecurrentCell
+from fastclstm.layers.states import each_state
 from fastclstm.layers.symbolic import Known, tried
 from fastclstm.spec import GATES, NORMALIZED_PARTS, Shape, integers
 
@@ -108,7 +116,7 @@ def steps_mask(g: Builder, mask: Value | None, lengths: Value | None, sequence: 
     return None if mask is None else g.transpose(g.cast(mask, "bool"), (1, 0))
 
 
-def _expect_states(e: Export, layer: ConvLSTM2D | Recurrent) -> None:
+def _expect_states(e: Export, layer: ConvRecurrent | Recurrent) -> None:
     if layer.stateful and not e.wants_states:
         raise ValueError("to_onnx: the layer is stateful, but a graph of ONNX remembers nothing between calls; give "
                          "states=True, which makes its states inputs and outputs, or set stateful=False")  # fmt: skip
@@ -130,13 +138,15 @@ def _gates(g: Builder, layer: Any, z: Sequence[Value], c: Value, peep: Callable[
 
 
 def convolutional(
-    e: Export, layer: ConvLSTM2D, x: Value, initial_state: Any = None, mask: Value | None = None,
+    e: Export, layer: ConvRecurrent, x: Value, initial_state: Any = None, mask: Value | None = None,
     lengths: Value | None = None,
 ) -> Any:  # fmt: skip
     """Convert a ConvLSTM2D or its like: to one Scan, or where both directions are stacked one a layer."""
     g = e.g
     _expect_states(e, layer)
-    frames = g.move(x, x.rank - 1, 2) if layer.data_format == "channels_last" else x
+    frames = _read(g, layer, x, 2)
+    if layer.in_channels == 0:
+        frames = g.full([1 if axis == 2 else g.length(frames, axis) for axis in range(frames.rank)], frames.dtype)
     if layer.time_major:
         mask = None if mask is None else g.transpose(mask, (1, 0))
     else:
@@ -144,7 +154,7 @@ def convolutional(
     steps = steps_mask(g, mask, lengths, frames)
     given = _given_states(e, layer, x, initial_state)
     before = _filled_states(g, layer, given, frames)
-    slope, each, width = layer.leaky_relu_slope, layer._stack.layers, len(_STATE_NAMES)
+    slope, each, width = layer.leaky_relu_slope, layer._stack.layers, len(layer._state_names)
     groups = [[[cell] for cell in one.cells] for one in each] if layer.bidirectional else [[list(layer.cells)]]
     last: list[Value] = []
     made = [frames]
@@ -173,14 +183,16 @@ def convolutional(
     return (result, by_cell) if layer.return_state else result
 
 
-_STATE_NAMES = "hc"
-
-
-def one_step(e: Export, cell: ConvLSTM2DCell, x: Value, states: Sequence[Value]) -> list[Value]:
+def one_step(e: Export, cell: RecurrentCell, x: Value, states: Sequence[Value]) -> list[Value]:
     """Convert one step of a cell; return the states after it."""
-    last = cell.data_format == "channels_last"
-    x, *states = (to_channels_first(e.g, value) if last else value for value in (x, *states))
-    return [_written(e.g, cell, state) for state in _step(e.g, cell, x, states)]
+    x, *states = (_read(e.g, cell, value, 1) for value in (x, *states))
+    return [_written(e.g, cell, state) for state in _STEPS[type(cell)](g=e.g, cell=cell, x=x, states=states)]
+
+
+def _read(g: Builder, layer: ConvRecurrent | RecurrentCell, value: Value, leading: int) -> Value:
+    """Return sequences (B, T, C, H, W), or frames, of a caller's; rows are frames of a height of 1."""
+    first = value if layer.data_format == "channels_first" else g.move(value, value.rank - 1, leading)
+    return g.unsqueeze(first, [leading + 1]) if layer._rank == 1 else first
 
 
 def _swapped(g: Builder, x: Value) -> Value:
@@ -188,9 +200,13 @@ def _swapped(g: Builder, x: Value) -> Value:
     return g.transpose(x, (1, 0, *range(2, x.rank)))
 
 
-def _written(g: Builder, layer: Any, value: Value) -> Value:
-    """Return (…, C, H, W) with the channels where the layer has them."""
-    return value if layer.data_format == "channels_first" else g.move(value, value.rank - 3, value.rank - 1)
+def _written(g: Builder, layer: ConvRecurrent | RecurrentCell, value: Value) -> Value:
+    """Return (…, C, H, W) as the layer has it."""
+    if layer._rank == 1:
+        value = g.squeeze(value, value.rank - 2)
+    if layer.data_format == "channels_first":
+        return value
+    return g.move(value, value.rank - 1 - layer._rank, value.rank - 1)
 
 
 def _merged(g: Builder, outputs: list[Value], mode: str | None, axes: int) -> list[Value]:
@@ -203,42 +219,42 @@ def _merged(g: Builder, outputs: list[Value], mode: str | None, axes: int) -> li
     return [g.elementwise("Mul", merged, 0.5) if mode == "ave" else merged]
 
 
-def _given_states(e: Export, layer: ConvLSTM2D, x: Value, initial_state: Any) -> list[Value | None]:
-    """Return the states of every cell, (B, F, H, W), that a call is given, or that are inputs of the graph."""
-    count = len(layer.cells)
+def _given_states(e: Export, layer: ConvRecurrent, x: Value, initial_state: Any) -> list[Value | None]:
+    """Return the states of every cell that a call is given, or that are inputs of the graph, as the layer has them."""
+    count, each = len(layer.cells), layer._state_names
     if initial_state is None:
-        names = [f"{cell}.{name}" for cell in range(count) for name in _STATE_NAMES]
+        names = [f"{cell}.{name}" for cell in range(count) for name in each]
 
         def shapes(shape: Shape) -> list[Shape]:
             layout = layer._layout(shape)
             B, _, *frame = layout.read_shape("x", shape, sequence=True)
-            return [layout.shape(state) for state in layer._state_shapes((B, *frame)) for _ in _STATE_NAMES]
+            return [layout.shape(state) for state in layer._state_shapes((B, *frame)) for _ in each]
 
         flat = e.state(names, tried(shapes, x.shape), x.dtype)
     else:
-        one = count == 1 and is_pair(initial_state) and not any(map(is_pair, initial_state))
-        pairs = [initial_state] if one else initial_state
-        flat = [s if s is None else e.g.cast(s, x.dtype) for pair in pairs for s in (pair or (None, None))]
-    last = layer.data_format == "channels_last"
-    return [to_channels_first(e.g, s) if last and s is not None else s for s in flat]
+        states = each_state("to_onnx", "initial_state", initial_state, each, count, layer._each)
+        flat = [value for state in states for value in (state or (None,) * len(each))]
+    return flat
 
 
-def _filled_states(g: Builder, layer: ConvLSTM2D, given: Sequence[Value | None], sequence: Value) -> list[Value]:
-    """Return the states with zeros for those that are not given."""
-    if all(state is not None for state in given):
-        return [state for state in given if state is not None]
+def _filled_states(g: Builder, layer: ConvRecurrent, given: Sequence[Value | None], sequence: Value) -> list[Value]:
+    """Return the states (B, F, H, W), zeros where none are given."""
+    read = [s if s is None else _read(g, layer, g.cast(s, sequence.dtype), 1) for s in given]
+    if all(state is not None for state in read):
+        return [state for state in read if state is not None]
     zeros: list[Value] = []
     sizes: list[Size] = [g.length(sequence, axis) for axis in range(3, sequence.rank)]
     for one in layer._stack.layers:
         for cell in one.cells:
             strides, window, _ = _geometry(cell)
             made = output_sizes(g, sizes.__getitem__, cell.padding, window, strides)
-            zeros += [g.full([g.length(sequence, 1), cell.out_channels, *made], sequence.dtype)] * len(_STATE_NAMES)
+            zero = g.full([g.length(sequence, 1), cell.out_channels, *made], sequence.dtype)
+            zeros += [zero] * len(layer._state_names)
         sizes = made
-    return [zero if state is None else state for state, zero in zip(given, zeros, strict=True)]
+    return [zero if state is None else state for state, zero in zip(read, zeros, strict=True)]
 
 
-def _geometry(cell: ConvLSTM2DCell) -> tuple[Shape, Shape, Shape]:
+def _geometry(cell: RecurrentCell) -> tuple[Shape, Shape, Shape]:
     """Return strides, dilated extent and dilation of the input's convolution."""
     size = cell.kernel.shape[:-2]
     strides, dilation = (integers("to_onnx", "stride", n, len(size), 1) for n in (cell.stride, cell.dilation))
@@ -246,80 +262,114 @@ def _geometry(cell: ConvLSTM2DCell) -> tuple[Shape, Shape, Shape]:
 
 
 def _through(
-    cells: Sequence[ConvLSTM2DCell], slope: float | None, g: Builder, x: Value, states: list[Value]
+    cells: Sequence[RecurrentCell], slope: float | None, g: Builder, x: Value, states: list[Value]
 ) -> tuple[Value, list[Value]]:
     """Take x through cells one on the other, each with as many of the states."""
     after: list[Value] = []
     for number, cell in enumerate(cells):
         if number and slope is not None:
             x = g.elementwise("LeakyRelu", x, alpha=slope)
-        after += _step(g, cell, x, states[len(after) : len(after) + len(states) // len(cells)])
-        x = after[-(len(states) // len(cells))]
+        own = states[len(after) : len(after) + len(states) // len(cells)]
+        x, *others = _STEPS[type(cell)](g=g, cell=cell, x=x, states=own)
+        after += [x, *others]
     return x, after
 
 
-def _step(g: Builder, cell: ConvLSTM2DCell, x: Value, states: Sequence[Value]) -> list[Value]:
-    """Return the next states, h first."""
+def _lstm_step(g: Builder, cell: Any, x: Value, states: Sequence[Value]) -> list[Value]:
+    """Return h and c of a step."""
     h, c = states
     parts = g.split(_pre_activations(g, cell, x, h), len(GATES), 1)
     return list(_gates(g, cell, parts, c, partial(_peep, g, cell)))
 
 
-def _pre_activations(g: Builder, cell: ConvLSTM2DCell, x: Value, h: Value) -> Value:
+def _rnn_step(g: Builder, cell: Any, x: Value, states: Sequence[Value]) -> list[Value]:
+    """Return h of a step."""
+    return [activate(g, cell.activation, _pre_activations(g, cell, x, states[0]))]
+
+
+def _gru_step(g: Builder, cell: Any, x: Value, states: Sequence[Value]) -> list[Value]:
+    """Return h of a step."""
+    strides, _, dilation = _geometry(cell)
+    recurrent_dilation = integers("to_onnx", "recurrent_dilation", cell.recurrent_dilation, len(strides), 1)
+    options = {"strides": strides, "dilation": dilation, "padding": cell.padding, "padding_mode": cell.padding_mode}
+    of_x = partial(convolve, g, **options)
+    of_h = partial(convolve, g, dilation=recurrent_dilation, padding_mode=cell.padding_mode)
+    normalized = None if cell.normalization is None else partial(_normalized, g, cell, part="")
+    return [_gru(g, cell, of_x, of_h, x, states[0], normalized)]
+
+
+def _pre_activations(g: Builder, cell: Any, x: Value, h: Value) -> Value:
+    """Return the convolutions of x and of h with the bias, normalized."""
     strides, window, dilation = _geometry(cell)
     recurrent_dilation = integers("to_onnx", "recurrent_dilation", cell.recurrent_dilation, len(window), 1)
     options = {"strides": strides, "dilation": dilation, "padding": cell.padding, "padding_mode": cell.padding_mode}
+    of_h = {"dilation": recurrent_dilation, "padding_mode": cell.padding_mode}
     how, bias = cell.normalization, cell.bias
     separate = how is not None and how.separate
     same = paddings(g, lengths(g, h), "same", window, (1,) * len(window))
+    kernel = _kernel(cell)
     if (
         not separate
         and max(strides) == 1
-        and (cell.kernel.shape[:-2], dilation) == (cell.recurrent_kernel.shape[:-2], recurrent_dilation)
+        and (kernel.shape[:-2], dilation) == (cell.recurrent_kernel.shape[:-2], recurrent_dilation)
         and paddings(g, lengths(g, x), cell.padding, window, strides) == same
     ):
-        kernel = np.concatenate([cell.kernel, cell.recurrent_kernel], -2)
-        z = convolve(g, g.concatenate([x, h], 1), kernel, bias, **options)
+        both = np.concatenate([kernel, cell.recurrent_kernel], -2)
+        z = convolve(g, g.concatenate([x, h], 1), both, bias, **options)
     else:
-        z_x = convolve(g, x, cell.kernel, None if separate else bias, **options)
-        z_h = convolve(g, h, cell.recurrent_kernel, dilation=recurrent_dilation, padding_mode=cell.padding_mode)
+        z_x = convolve(g, x, kernel, None if separate else bias, **options)
+        z_h = convolve(g, h, cell.recurrent_kernel, **of_h)
         if separate:
-            of_x, of_h = NORMALIZED_PARTS[True]
-            z_x, z_h = _normalized(g, cell, z_x, of_x), _normalized(g, cell, z_h, of_h)
+            of_x, of_h_ = NORMALIZED_PARTS[True]
+            z_x, z_h = _normalized(g, cell, z_x, of_x), _normalized(g, cell, z_h, of_h_)
         z = g.elementwise("Add", z_x, z_h)
         if separate and bias is not None:
-            z = g.elementwise("Add", z, _by_channel(bias))
+            z = g.elementwise("Add", z, _by_channel(bias, z))
     return z if how is None or separate else _normalized(g, cell, z, "")
 
 
-def _normalized(g: Builder, cell: ConvLSTM2DCell, z: Value, part: str) -> Value:
+def _kernel(cell: Any) -> np.ndarray:
+    """Return the kernel of x, of one channel where a cell reads none: no convolution in ONNX has none."""
+    *size, C, width = cell.kernel.shape
+    return cell.kernel if C else np.zeros((*size, 1, width), cell.kernel.dtype)
+
+
+def _normalized(g: Builder, cell: Any, z: Value, part: str, columns: slice = slice(None)) -> Value:
+    """Return normalized pre-activations, or the `columns` of them that z is."""
     how, have = cell.normalization, cell._parameters
-    gamma, beta = have[f"gamma{part}"], have[f"beta{part}"]
+    gamma, beta = (have[f"{name}{part}"][..., columns] for name in ("gamma", "beta"))
     if how.kind == "batch":
         return g.node("BatchNormalization", z, gamma, beta, have[f"moving_mean{part}"], have[f"moving_variance{part}"],
                       epsilon=how.epsilon)  # fmt: skip
-    groups = 1 if how.kind == "layer" else how.groups or len(GATES)
-    if not how.elementwise:
+    width = cell.kernel.shape[-1]
+    groups = 1 if how.kind == "layer" else (how.groups or width // cell.out_channels) * gamma.shape[-1] // width
+    if not getattr(how, "elementwise", False):
         return normalize_groups(g, z, groups, how.epsilon, gamma, beta)
     ones = np.ones(gamma.shape[-1:], gamma.dtype)
     z = normalize_groups(g, z, groups, how.epsilon, ones, 0 * ones)
-    return g.elementwise("Add", g.elementwise("Mul", z, _by_channel(gamma)), _by_channel(beta))
+    return g.elementwise("Add", g.elementwise("Mul", z, _by_channel(gamma, z)), _by_channel(beta, z))
 
 
-def _peep(g: Builder, cell: ConvLSTM2DCell, gate: str, z: Value, c: Value) -> Value:
+def _peep(g: Builder, cell: Any, gate: str, z: Value, c: Value) -> Value:
     """Return z with what its gate sees of the cell."""
-    if cell.peephole is None:
+    kind = getattr(cell, "peephole", None)
+    if kind is None:
         return z
     weight = cell._parameters[f"peephole_{gate}"]
-    if cell.peephole == "conv":
+    if kind == "conv":
         bias = cell._parameters.get(f"peephole_bias_{gate}")
         return g.elementwise("Add", z, convolve(g, c, weight, bias, padding_mode=cell.padding_mode))
-    return g.elementwise("Add", z, g.elementwise("Mul", c, _by_channel(weight)))
+    return g.elementwise("Add", z, g.elementwise("Mul", c, _by_channel(weight, c)))
 
 
-def _by_channel(weights: np.ndarray) -> np.ndarray:
+def _by_channel(weights: np.ndarray, like: Value) -> np.ndarray:
     """Return weights (F,) or (HO, WO, F) so that they broadcast against (B, F, HO, WO)."""
-    return np.moveaxis(weights.reshape((1,) * (3 - weights.ndim) + weights.shape), -1, 0)
+    return np.moveaxis(weights.reshape((1,) * (like.rank - 1 - weights.ndim) + weights.shape), -1, 0)
+
+
+_STEPS: dict[type, Callable[..., list[Value]]] = {
+    ConvGRU2DCell: _gru_step, ConvLSTM2DCell: _lstm_step, ConvLSTM3DCell: _lstm_step, ConvRNN2DCell: _rnn_step,
+}  # fmt: skip
 
 
 # LSTM and GRU over vectors
@@ -340,7 +390,7 @@ def recurrent(
         flat = layer._in_order(initial_state, lambda item: not isinstance(item, list | tuple))
         given = [state if state is None else g.cast(state, x.dtype) for state in flat]
     before = [g.full([g.length(x, 0), layer.units], x.dtype) if state is None else state for state in given]
-    take: Take = partial(_STEPS[type(layer)], layer)
+    take: Take = partial(_OF_VECTORS[type(layer)], layer)
     chain = Chain(take, layer.go_backwards, before, -len(names))
     outputs, (after,) = run(
         g, sequence, steps_mask(g, mask, lengths, sequence), [chain], return_sequences=layer.return_sequences
@@ -350,39 +400,50 @@ def recurrent(
     return (y, [tuple(after)]) if layer.return_state else y
 
 
-def _lstm(layer: LSTM, g: Builder, x: Value, states: list[Value]) -> tuple[Value, list[Value]]:
+def _product(g: Builder, a: Value, kernel: np.ndarray, bias: np.ndarray | None = None) -> Value:
+    made = g.node("MatMul", a, kernel)
+    return made if bias is None else g.elementwise("Add", made, bias)
+
+
+def _lstm_of_vectors(layer: LSTM, g: Builder, x: Value, states: list[Value]) -> tuple[Value, list[Value]]:
     h, c = states
     kernel = np.concatenate([layer.kernel, layer.recurrent_kernel])
-    z = g.node("MatMul", g.concatenate([x, h], 1), kernel)
-    if layer.bias is not None:
-        z = g.elementwise("Add", z, layer.bias)
+    z = _product(g, g.concatenate([x, h], 1), kernel, layer.bias)
     h, c = _gates(g, layer, g.split(z, len(GATES), 1), c, lambda gate, z, c: z)
     return h, [h, c]
 
 
-def _gru(layer: GRU, g: Builder, x: Value, states: list[Value]) -> tuple[Value, list[Value]]:
-    """Take a step of `functional.gru.gru_vjp`."""
-    (h,), U = states, layer.units
-    bias, R = layer.bias, layer.recurrent_kernel
-    of_x, of_h = (None, None) if bias is None else (bias[0], bias[1]) if layer.reset_after else (bias, None)
-
-    def product(a: Value, kernel: np.ndarray, bias: np.ndarray | None = None) -> Value:
-        made = g.node("MatMul", a, kernel)
-        return made if bias is None else g.elementwise("Add", made, bias)
-
-    zx = g.split(product(x, layer.kernel, of_x), 3, 1)
-    seen_by_gates = R if layer.reset_after else R[:, : 2 * U]
-    zh = g.split(product(h, seen_by_gates, of_h), seen_by_gates.shape[1] // U, 1)
-    sums = (g.elementwise("Add", a, b) for a, b in zip(zx[:2], zh[:2], strict=True))
-    z, r = (activate(g, layer.recurrent_activation, total) for total in sums)
-    seen = g.elementwise("Mul", r, zh[2] if layer.reset_after else h)
-    if not layer.reset_after:
-        seen = product(seen, R[:, 2 * U :])
-    n = activate(g, layer.activation, g.elementwise("Add", zx[2], seen))
-    kept = g.elementwise("Mul", z, h)
-    new = g.elementwise("Mul", g.elementwise("Sub", 1.0, z), n)
-    h = g.elementwise("Add", kept, new)
+def _gru_of_vectors(layer: GRU, g: Builder, x: Value, states: list[Value]) -> tuple[Value, list[Value]]:
+    h = _gru(g, layer, partial(_product, g), partial(_product, g), x, states[0])
     return h, [h]
 
 
-_STEPS: dict[type, Callable[..., tuple[Value, list[Value]]]] = {LSTM: _lstm, GRU: _gru}
+def _gru(
+    g: Builder, layer: Any, of_x: Callable[..., Value], of_h: Callable[..., Value], x: Value, h: Value,
+    normalized: Callable[..., Value] | None = None,
+) -> Value:  # fmt: skip
+    """Take a step of `functional.gru.gru_vjp`, with the products, or convolutions, of x and of h by kernels given."""
+    bias, R = layer.bias, layer.recurrent_kernel
+    F = R.shape[-1] // 3
+    parts = slice(0, 2 * F), slice(2 * F, 3 * F)  # of z and r, and of n
+    bias_x, bias_h = (None, None) if bias is None else (bias[0], bias[1]) if layer.reset_after else (bias, None)
+    zx = of_x(x, _kernel(layer), bias_x)
+    gates_x, n_x = (g.slice(zx, {1: (part.start, part.stop, 1)}) for part in parts)
+    if layer.reset_after:
+        zh = of_h(h, R, bias_h)
+        gates_h, n_h = (g.slice(zh, {1: (part.start, part.stop, 1)}) for part in parts)
+    else:
+        gates_h = of_h(h, R[..., parts[0]])
+    gates = g.elementwise("Add", gates_x, gates_h)
+    if normalized is not None:
+        gates = normalized(z=gates, columns=parts[0])
+    z, r = g.split(activate(g, layer.recurrent_activation, gates), 2, 1)
+    seen = g.elementwise("Mul", r, n_h) if layer.reset_after else of_h(g.elementwise("Mul", r, h), R[..., parts[1]])
+    a = g.elementwise("Add", n_x, seen)
+    if normalized is not None:
+        a = normalized(z=a, columns=parts[1])
+    new = g.elementwise("Mul", g.elementwise("Sub", 1.0, z), activate(g, layer.activation, a))
+    return g.elementwise("Add", g.elementwise("Mul", z, h), new)
+
+
+_OF_VECTORS: dict[type, Callable[..., tuple[Value, list[Value]]]] = {LSTM: _lstm_of_vectors, GRU: _gru_of_vectors}
