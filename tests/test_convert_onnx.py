@@ -595,6 +595,18 @@ def test_forecasters(number, tmp_path):
         same(run(x, np.array([steps])), model.forecast(x, steps))
 
 
+def test_a_forecaster_reads_a_stream(tmp_path):
+    pytest.importorskip("onnxruntime")
+    model = EncoderForecaster(1, (3, 2), 3, seed=0, **REF)
+    run = Exported(drawn(model), tmp_path, states=True)
+    assert run.inputs == ["frames", "steps", *(f"encoder.conv_lstm2d.{n}.{name}" for n in range(2) for name in "hc")]
+    x, steps = np.float32(normal(2, 5, 6, 4, 1)), np.array([3])
+    zeros = [np.zeros((2, 6, 4, F), np.float32) for F in (3, 3, 2, 2)]
+    _, *states = run(x[:, :2], steps, *zeros)
+    made, *states = run(x[:, 2:], steps, *states)
+    same([made, *states], [model.forecast(x, 3), model.encode(x)])
+
+
 # dtypes and runtimes
 
 
@@ -649,6 +661,9 @@ class Own(LeakyReLU):
         (Dense(3, 2), {"input_shape": (N, 4)}, ValueError, "in_features is 3"),
         (Conv2D(1, 1, 3)(Input((8, 8, 1))), {}, TypeError, "must be a layer or a model of layers, got Symbol"),
         (encoder_decoder(), {"input_shape": [(1, 2, 3, 4, 5)]}, ValueError, "input_shape"),
+        (EncoderForecaster(1, 2, 3, inputs="noise"), {}, NotImplementedError, "'noise' are drawn anew"),
+        (EncoderForecaster(1, 2, 3), {"mask": True}, ValueError, "mask is for recurrent layers"),
+        (FORECASTERS[-1], {"states": True}, ValueError, "reads the last frame twice"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_exported_is_told_before_a_file_is_touched(model, options, error, match, tmp_path):

@@ -3,9 +3,10 @@
 What was decided:
 
 - Opset 21, of 2024: the first whose GroupNormalization has a scale for each channel, as ours; Gelu and Mish are there.
-- A ConvLSTM2D is one Scan over time, whatever its options, however many layers are stacked; so the graph takes any
-  number of samples, steps and pixels, and the file holds each weight once. (What frameworks trace is unrolled over
-  time, or wrong: tensorflow-onnx's issue 1760, open since 2021.) `bidirectional` is one Scan with two halves.
+- A ConvLSTM2D, like its kin, is one Scan over time, whatever its options, however many layers are stacked; so the
+  graph takes any number of samples, steps and pixels, and the file holds each weight once. (What frameworks trace is
+  unrolled over time, or wrong: tensorflow-onnx's issue 1760, open since 2021.) `bidirectional` is one Scan with two
+  halves.
 - What is exported infers. Dropout and noise are not there, batch normalization has its moving statistics.
 - Operators of ONNX have channels first, most of ours last. Transposes that meet cancel each other out, and what works
   pixel by pixel needs none.
@@ -68,8 +69,9 @@ def to_onnx(
     Parameters
     ----------
     model : Layer
-        Any layer of `fastclstm.layers`, a `Sequential` or a `Model`; within it no layers of your own. Of a
-        `ConvLSTM2DCell` the inputs are x, h and c, the outputs h.next and c.next.
+        Any layer or model of this package; within it no layers of your own. Of a cell, as `ConvLSTM2DCell`, the inputs
+        are "x", "h" and "c", the outputs "h.next" and "c.next". Of an `EncoderForecaster` or `MultiscaleForecaster` the
+        inputs are "frames" and "steps" (int64, of shape (1,)), the output is what ``forecast(frames, steps)`` returns.
     path : path
     input_shape : tuple of int or None, or list or dict of these, optional
         Shape of x with the batch, as `model.output_shape` takes it; None is an axis of any size. Left out, it is that
@@ -152,12 +154,12 @@ def _converted(e: Export, model: Layer, input_shape: Any, mask: bool) -> list[tu
         name = "frames" if isinstance(model, Forecasting) else "x"
         x = mapped_shapes(lambda s: _input(e, f"x_{next(numbers)}" if several else name, s, *reader), shape)
         names = []
+    options = {"mask": _mask(e, model, next(leaves(x)))} if mask else {}
     if isinstance(model, RecurrentCell):
         return _cell(e, model, x)
     if isinstance(model, Forecasting):
         with told_of(type(model).__name__):
             return [("output", forecasting(e, model, x, e.g.input("steps", "int64", [1])))]
-    options = {"mask": _mask(e, model, next(leaves(x)))} if mask else {}
     values = list(leaves(e.call("", model, x, options)))
     return list(zip(names or ["output"] * len(values), values, strict=True))
 

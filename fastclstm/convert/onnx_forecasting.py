@@ -22,6 +22,10 @@ def forecasting(e: Export, model: Forecasting, frames: Value, steps: Value) -> V
     if reads == "noise":
         raise NotImplementedError("to_onnx: inputs='noise' are drawn anew by each call, which has no counterpart in "
                                   "ONNX here; make the model with other inputs")  # fmt: skip
+    if stages.tied and e.wants_states:
+        raise ValueError("to_onnx: without a forecaster of its own the network reads the last frame twice, as the "
+                         "encoder's and as the forecaster's, so that a stream cannot go on from the states; leave "
+                         "states out")  # fmt: skip
     last = model.data_format == "channels_last"
     x = cut(e, model._cut, g.cast(frames if last else g.move(frames, 2, 4), e.dtype or model.dtype))
     read = g.slice(x, {1: (0, -1, 1)}) if stages.tied else x
