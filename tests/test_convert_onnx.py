@@ -446,6 +446,10 @@ def test_a_stream_is_its_pieces(options, tmp_path):
     output, states = layer(x)
     output = output[:, 4:] if layer.return_sequences else output
     same(made, [output, states])
+    one = Exported(layer, tmp_path, states=True, input_shape=(N, 1, N, N, 4))
+    assert "Scan" not in one.kinds  # of one frame no loop is made
+    y, states = layer(x[:, :1])
+    same(one(x[:, :1], *(np.zeros_like(state) for state in leaves(states))), [y, states, states])
 
 
 @pytest.mark.parametrize(
@@ -620,6 +624,15 @@ def test_float64_by_the_reference_of_onnx(tmp_path):
     same(made, model(x), 1e-7)
     run = Exported(model, tmp_path, dtype="float32")
     same(run(np.float32(x)), np.float32(model(x)))
+
+
+def test_a_forecaster_in_openvino(tmp_path):
+    openvino = pytest.importorskip("openvino")
+    model = drawn(EncoderForecaster(1, (3, 2), 3, seed=0, **REF))
+    to_onnx(model, tmp_path / "model.onnx")
+    run = openvino.Core().compile_model(tmp_path / "model.onnx", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    x = np.float32(normal(2, 4, 6, 5, 1))
+    same([run({"frames": x, "steps": np.array([3])})[0]], [model.forecast(x, 3)])
 
 
 @pytest.mark.parametrize("options", [CELLS[n] for n in (1, 2, 3, 9, 14)], ids=str)

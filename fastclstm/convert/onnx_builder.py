@@ -156,8 +156,9 @@ class Builder:
                 array = wide.transpose(np.argsort(like.order))
             names.append(self.constant(array.reshape(()) if array.size == 1 else array))
         (name,) = self.several(kind, names, 1, **attributes)
-        known = like.shape if len(values) == 1 else (None,) * like.rank
-        return Value(name, dtype or values[0].dtype, like.order, known)
+        known = [{n for n in sizes if n != 1} or {1} for sizes in zip(*(value.shape for value in values), strict=True)]
+        shape = tuple(max(sizes - {None}, default=None) for sizes in known)  # others are stretched to it
+        return Value(name, dtype or values[0].dtype, like.order, shape)
 
     def cast(self, value: Value, dtype: str) -> Value:
         """Return a value of that dtype."""
@@ -370,8 +371,12 @@ class Builder:
         """Run a body over the first axis of sequences; return the last states, and its outputs as sequences.
 
         `body` takes a builder, the states, and an item of each sequence, and returns the states after it and outputs.
-        Sequences come with whether they are read from the end, and `backwards` says so of the writing of outputs.
+        Sequences come with whether they are read from the end, and `backwards` says so of the writing of outputs. Of
+        sequences that are known to be of one item no loop is made.
         """
+        if sequences[0][0].shape[0] == 1:
+            after, made = body(self, list(states), [self.squeeze(sequence, 0) for sequence, _ in sequences])
+            return after, [self.unsqueeze(value, [0]) for value in made]
         inner = Builder(self)
         before = [inner.input(inner.new_name("state"), s.dtype, s.shape) for s in states]
         items = [inner.input(inner.new_name("item"), s.dtype, s.shape[1:]) for s, _ in sequences]

@@ -1,11 +1,12 @@
 """Networks that read frames and make those that follow, in ONNX: how many is an input of the graph.
 
-Where a forecaster reads its own frames, it is the body of a Scan over the steps, in which its layers are Scans of one.
+Where a forecaster reads its own frames, it is the body of a Scan over the steps, in which its layers take one step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from fastclstm.convert.onnx_builder import LAST, Builder, Size, Value
@@ -31,7 +32,9 @@ def forecasting(e: Export, model: Forecasting, frames: Value, steps: Value) -> V
     read = g.slice(x, {1: (0, -1, 1)}) if stages.tied else x
     arrays = stages.to_forecaster(_run(e, "encoder", stages.encoder, [read]))
     if reads == "frames":
-        made = _step_by_step(e, stages.forecaster, g.slice(x, {1: (-1, LAST, 1)}), arrays, steps)
+        first = g.slice(x, {1: (-1, LAST, 1)})
+        first = replace(first, shape=(first.shape[0], 1, *first.shape[2:]))
+        made = _step_by_step(e, stages.forecaster, first, arrays, steps)
     else:
         like, axes = (arrays[0], (1, 2)) if stages.mirrored else (x, (2, 3))
         sizes: list[Size] = [g.length(x, 0), steps, *(g.length(like, axis) for axis in axes)]
@@ -42,14 +45,18 @@ def forecasting(e: Export, model: Forecasting, frames: Value, steps: Value) -> V
 
 
 def _step_by_step(e: Export, forecaster: Model, last: Value, arrays: Sequence[Value], steps: Value) -> Value:
-    """Return the frames made one by one, each read at the next step."""
+    """Return the frames made one by one, each read at the next step.
+
+    A Scan needs something to go over: zeros, added to the frames, as OpenVINO counts no steps that nobody reads.
+    """
 
     def body(g: Builder, before: list[Value], items: list[Value]) -> tuple[list[Value], list[Value]]:
+        read = g.elementwise("Add", before[0], g.reshape(items[0], [1] * before[0].rank))
         with e.inside(g):
-            frame, *after = _run(e, "forecaster", forecaster, before)
+            frame, *after = _run(e, "forecaster", forecaster, [read, *before[1:]])
         return [frame, *after], [g.squeeze(frame, 1)]
 
-    _, (made,) = e.g.scan(body, [last, *arrays], [(e.g.range(0, steps), False)], [False])
+    _, (made,) = e.g.scan(body, [last, *arrays], [(e.g.full([steps], last.dtype), False)], [False])
     return e.g.transpose(made, (1, 0, 2, 3, 4))
 
 
