@@ -245,12 +245,12 @@ LAYERS = rows(
 )  # fmt: skip
 
 
-def drawn(layer, seed=0):
+def drawn(layer, seed=0, scale=0.3):
     """A layer with parameters that are all different, variances above 0."""
     rng = np.random.default_rng(seed)
     new = {}
     for name, old in layer.parameters.items():
-        array = rng.normal(scale=0.5, size=old.shape)
+        array = rng.normal(scale=scale, size=old.shape)
         new[name] = np.abs(array) + 0.5 if "variance" in name else array
     layer.set_parameters(new)
     return layer

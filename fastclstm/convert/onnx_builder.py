@@ -13,6 +13,7 @@ import hashlib
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from importlib import import_module
 from itertools import count
 from typing import Any
 
@@ -64,20 +65,15 @@ class Builder:
     """A graph that is being built: the whole one, or the body of a loop in it."""
 
     def __init__(self, outer: Builder | None = None):
-        if outer is None:
-            import onnx
-
-            self.onnx: Any = onnx
-            self._numbers = count()
-        else:
-            self.onnx, self._numbers = outer.onnx, outer._numbers
+        self.onnx: Any = import_module("onnx") if outer is None else outer.onnx
+        self._numbers: Any = count() if outer is None else outer._numbers
+        self._outer = outer
         self.inputs: list[Any] = []
         self.outputs: list[Any] = []
         self._nodes: list[Any] = []
         self._constants: dict[tuple[Any, ...], tuple[str, np.ndarray]] = {}
         self._transposed: dict[tuple[str, tuple[int, ...]], str] = {}
         self._lengths: dict[tuple[str, int], str] = {}
-        self._within = 0
 
     # What goes in and out
 
@@ -98,8 +94,8 @@ class Builder:
 
     @property
     def size(self) -> int:
-        """Bytes of the constants, those of loops too."""
-        return self._within + sum(array.nbytes for _, array in self._constants.values())
+        """Bytes of the constants, which are all in the whole graph."""
+        return sum(array.nbytes for _, array in self._constants.values())
 
     def new_name(self, kind: str) -> str:
         """Return a name that nothing in the whole graph has; inputs and outputs have no slash in theirs."""
@@ -168,7 +164,9 @@ class Builder:
         return self.elementwise("Cast", value, dtype=dtype, to=to)
 
     def constant(self, array: Any) -> str:
-        """Return the name of a tensor that holds an array; equal ones are one."""
+        """Return the name of a tensor that holds an array; equal ones are one, within loops too."""
+        if self._outer is not None:
+            return self._outer.constant(array)
         array = np.array(array, order="C")
         key = array.dtype.str, array.shape, hashlib.sha256(array.tobytes()).digest()
         if key not in self._constants:
@@ -390,7 +388,6 @@ class Builder:
             "Scan", [self.plain(value) for value in (*states, *(s for s, _ in sequences))], len(after) + len(made),
             body=inner.graph(self.new_name("body")), num_scan_inputs=len(sequences), **directions,
         )  # fmt: skip
-        self._within += inner.size
         last = [_value(name, s.dtype, s.shape) for name, s in zip(names, states, strict=False)]
         T, written = sequences[0][0].shape[0], zip(names[len(after) :], made, strict=True)
         return last, [_value(name, item.dtype, (T, *item.shape)) for name, item in written]
