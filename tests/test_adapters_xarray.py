@@ -10,7 +10,9 @@ from fastclstm import (
     BatchNormalization,
     Conv2D,
     Conv3D,
+    ConvGRU2D,
     ConvLSTM2D,
+    ConvRNN2D,
     Dense,
     EncoderForecaster,
     GlobalAveragePooling,
@@ -118,10 +120,19 @@ def test_pieces_and_tiles_are_the_whole(options, chunks):
     same(lazy, apply(network, x))
 
 
-@pytest.mark.parametrize("options", [{"peephole": "conv"}, {"dilation": 2, "normalization": "batch"}])
-def test_tiles_of_other_cells(options):
-    x, network = frames(3, 60, 50), ConvLSTM2D(1, 2, 3, seed=0, **options)
-    same(apply(network, x.chunk(y=30, x=25)), apply(network, x))
+@pytest.mark.parametrize(
+    "cell",
+    [
+        ConvLSTM2D(1, 2, 3, seed=0, peephole="conv"),
+        ConvLSTM2D(1, 2, 3, seed=0, dilation=2, normalization="batch"),
+        ConvRNN2D(1, 2, 3, seed=0),
+        ConvGRU2D(1, 2, 3, seed=0, reset_after=True),
+        ConvGRU2D(1, 2, 3, seed=0, reset_after=False),
+    ],
+)
+def test_pieces_and_tiles_of_other_cells(cell):
+    x = frames(3, 60, 50)
+    same(apply(cell, x.chunk(time=2, y=30, x=25)), apply(cell, x))
 
 
 def test_the_reach_is_needed(monkeypatch):

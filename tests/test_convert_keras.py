@@ -119,6 +119,35 @@ def test_convlstm2d(double, tmp_path, seed):
     close(ours(x, mask=mask), numpy(model.layers[0](x, mask=mask)))
 
 
+SIZES = {1: (7,), 2: (6, 5), 3: (3, 6, 5)}
+
+
+@pytest.mark.keras
+@pytest.mark.parametrize("rank", [1, 3])
+@pytest.mark.parametrize(
+    "options",
+    [{"strides": 2, "go_backwards": True}, {"padding": "same", "dilation_rate": 2, "return_sequences": True},
+     {"data_format": "channels_first", "padding": "same", "use_bias": False, "recurrent_activation": "relu"}],
+)  # fmt: skip
+def test_convlstm_of_rows_and_volumes(double, tmp_path, rank, options):
+    make = getattr(double.layers, f"ConvLSTM{rank}D")
+    frame = (2, *SIZES[rank]) if "data_format" in options else (*SIZES[rank], 2)
+    size = 1 if rank == 3 and "padding" not in options else 3
+    check(double, tmp_path, [make(3, size, **options)], (4, *frame))
+
+
+@pytest.mark.keras
+@pytest.mark.parametrize("rank", [1, 3])
+def test_both_directions_of_rows_and_volumes(double, tmp_path, rank):
+    inner = getattr(double.layers, f"ConvLSTM{rank}D")(3, 3, padding="same", return_sequences=True)
+    model, ours = check(double, tmp_path, [double.layers.Bidirectional(inner)], (4, *SIZES[rank], 2))
+    model.save_weights(tmp_path / "model.weights.h5")
+    before = ours(normal(2, 4, *SIZES[rank], 2))
+    ours.set_parameters({name: np.zeros_like(array) for name, array in ours.parameters.items()})
+    load_weights(ours, tmp_path / "model.weights.h5")
+    np.testing.assert_array_equal(ours(normal(2, 4, *SIZES[rank], 2)), before)
+
+
 @pytest.mark.keras
 @pytest.mark.parametrize("seed", range(10))
 @pytest.mark.parametrize("merge_mode", ["concat", "sum", "mul", "ave"])

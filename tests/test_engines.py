@@ -279,6 +279,43 @@ def test_convlstm2d(engine, dtype, algorithm):
     check()
 
 
+@st.composite
+def cell_cases(draw, winograd):
+    (B, H, W, C), kernel, options = draw(convolutions(winograd))
+    operation, G, further = draw(st.sampled_from([
+        ("convgru2d", 3, {}), ("convgru2d", 3, {"reset_after": False}), ("convrnn2d", 1, {})
+    ]))  # fmt: skip
+    T, F, normal = draw(st.integers(1, 4)), draw(st.sampled_from([1, 3, 8, 20])), randoms(draw(st.integers(0, 999)))
+    recurrent = draw(st.sampled_from([(3, 3), (5, 5)])) if winograd else (draw(taps), draw(taps))
+    arguments = {"x": normal(B, T, H, W, C), "kernel": normal(*kernel, C, G * F) / 4, **options, **further,
+                 "recurrent_kernel": normal(*recurrent, F, G * F) / 4, "return_state": True}  # fmt: skip
+    for name in ("go_backwards", "return_sequences"):
+        arguments[name] = draw(st.booleans())
+    output, h = getattr(functional, operation)(**arguments, engine="reference")
+    if draw(st.booleans()):
+        arguments["bias"] = normal(*(() if G == 1 or further else (2,)), G * F)
+    if draw(st.booleans()):
+        arguments["initial_state"] = (normal(*h.shape),)
+    if draw(st.booleans()):
+        arguments["mask"] = normal(B, T) > -0.5
+    if draw(st.booleans()):
+        arguments["activation"] = draw(st.sampled_from(["relu", "softplus", "hard_sigmoid"]))
+    if draw(st.sampled_from([False, False, True])):
+        arguments["dropout_masks"] = {"h": normal(G, *h.shape)}
+    return operation, arguments, (normal(*output.shape), normal(*h.shape))
+
+
+@every_case
+def test_cells(engine, dtype, algorithm):
+    @examples(engine, 20, algorithm)
+    @given(cell_cases(algorithm == "winograd"))
+    def check(case):
+        operation, arguments, cotangents = case
+        agree(operation, arguments, cotangents, engine, dtype, algorithm)
+
+    check()
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @every_engine
 def test_max_pool3d(engine, dtype):

@@ -175,7 +175,7 @@ def test_masks_are_inputs_or_go_to_every_layer():
     own = Model([frames, valid], second(first(frames, mask=valid)))
     equal(own([x, mask]), second(first(x, mask=mask)))
     check_gradients(model, x, count=3, mask=mask)
-    with pytest.raises(ValueError, match="Model: mask and lengths are for ConvLSTM2D layers, and there is none"):
+    with pytest.raises(ValueError, match="Model: mask and lengths are for ConvLSTM2D layers and the like, and there"):
         shared()(normal(2, 5, 5, 2), mask=mask)
     with pytest.raises(ValueError, match=r"mask has shape \(None, 3\) but must be \("):
         lstm(2, 2)(frames, mask=Input((3,)))

@@ -199,7 +199,7 @@ def test_mask_and_lengths_go_to_every_convlstm():
     lengths = np.array([2, 3])
     equal(model(x, lengths=lengths), second(np.maximum(first(x, lengths=lengths), 0), lengths=lengths))
     check_gradients(model, x, count=3, mask=mask)
-    with pytest.raises(ValueError, match="Sequential: mask and lengths are for ConvLSTM2D layers, and there is none"):
+    with pytest.raises(ValueError, match="Sequential: mask and lengths are for ConvLSTM2D layers and the like"):
         Sequential([Flatten()])(x, mask=mask)
 
 

@@ -7,7 +7,7 @@ which is cut off again. All three give what the whole array would; where a netwo
 all pixels at once, an error says so before anything is computed. The graph holds the network once.
 
 Missing values are NaN. With ``missing=VALUE`` the network reads VALUE there, steps of which nothing is there are masked
-where the network has ConvLSTM2D layers (they skip them), and pixels that no step has are NaN in the result too, as
+where the network has recurrent layers (they skip them), and pixels that no step has are NaN in the result too, as
 outside of a radar's range.
 """
 

@@ -12,7 +12,8 @@ from dask.array.overlap import overlap, trim_overlap
 from dask.delayed import delayed
 
 from fastclstm import layers
-from fastclstm.layers import ConvLSTM2D, Layer
+from fastclstm.layers import Layer
+from fastclstm.layers.conv_recurrent import ConvRecurrent
 from fastclstm.models import Sequential
 
 POINTWISE = (layers.Activation, layers.LeakyReLU, layers.ReLU, layers.Dropout, layers.GaussianNoise, layers.Rescaling,
@@ -65,7 +66,7 @@ def over_blocks(op: str, network: Layer, run: Run, data: Any, valid: Any, made: 
 def reach(op: str, network: Layer, steps: int) -> tuple[int, int]:
     """Return how many rows and columns away a pixel is still seen, after so many steps.
 
-    A ConvLSTM sees a frame n steps ago through its input convolution and n recurrent ones.
+    A recurrent layer sees a frame n steps ago through its input convolution and n recurrent ones.
 
     Raises
     ------
@@ -78,7 +79,7 @@ def reach(op: str, network: Layer, steps: int) -> tuple[int, int]:
             far += reach(op, layer.layer, 1)
         elif isinstance(layer, CONVOLUTIONS):
             far += _convolution(op, layer)
-        elif isinstance(layer, ConvLSTM2D):
+        elif isinstance(layer, ConvRecurrent):
             far += sum(_cell(op, cell, steps) for cell in layer.cells)
         elif not (isinstance(layer, POINTWISE) or (isinstance(layer, layers.PReLU) and set(layer.shape[:-1]) <= {1})):
             raise _not_local(op, layer, "sees more than the pixels around, or makes frames of another size")
@@ -97,12 +98,15 @@ def _reach(kernel_size: Any, dilation: Any) -> np.ndarray:
 
 
 def _cell(op: str, cell: Any, steps: int) -> np.ndarray:
-    if cell.normalization is not None and cell.normalization != "batch" and cell.normalization.kind != "batch":
+    normalization = getattr(cell, "normalization", None)
+    if getattr(normalization, "kind", normalization) not in (None, "batch"):
         raise _not_local(op, cell, "normalizes over whole frames")
     own, size = _convolution(op, cell), cell.recurrent_kernel.shape[:2]
     step, peeped = _reach(size, cell.recurrent_dilation), np.zeros(2, int)
-    if cell.peephole == "conv":
+    if getattr(cell, "peephole", None) == "conv":
         peeped = _reach(size if cell.peephole_size is None else cell.peephole_size, 1)
+    if getattr(cell, "reset_after", True) is False:  # what the reset gate saw is convolved once more
+        own, step = own + step, 2 * step
     return own + max(steps - 1, 0) * np.maximum(step, peeped) + steps * peeped
 
 
@@ -121,7 +125,7 @@ class Pieces:
     def __init__(self, op: str, network: Layer):
         self.layers: list[Any] = []
         for layer in chain(network):
-            if isinstance(layer, ConvLSTM2D):
+            if isinstance(layer, ConvRecurrent):
                 if layer.bidirectional or layer.go_backwards or layer.stateful:
                     raise _not_local(op, layer, "needs all steps at once: bidirectional, backwards or stateful", "time")
                 layer = copy.copy(layer)  # the caller's stays as it is; the parameters are shared
@@ -137,7 +141,7 @@ class Pieces:
         mask = None if valid.all() else valid.reshape(x.shape[:2])
         held = iter(before or ())
         for layer in self.layers:
-            if not isinstance(layer, ConvLSTM2D):
+            if not isinstance(layer, ConvRecurrent):
                 x = layer(x)
                 continue
             states, output = next(held, (None, None))

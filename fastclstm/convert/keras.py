@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from fastclstm.convert.keras_graphs import Tree, model_of, picked, tree_of
-from fastclstm.convert.keras_layers import Common, Config, Custom, activation_name, parameter_slots
+from fastclstm.convert.keras_layers import Common, Config, Custom, activation_name, fitted, parameter_slots
 from fastclstm.io import keras_files
 from fastclstm.io.bounds import shown
-from fastclstm.layers import ConvLSTM2D, Layer, TimeDistributed
+from fastclstm.layers import ConvLSTM2D, ConvLSTM3D, Layer, TimeDistributed
 from fastclstm.layers.container import parts
 from fastclstm.models import Model, Sequential
 
@@ -32,9 +32,9 @@ def from_keras(
     source : path or model
         A .keras file, an .h5 file with a whole model, or a live model, of Keras 2 or 3: keras.Sequential, or a
         functional model of any graph, with several inputs and outputs, layers that are called more than once, models
-        within, states that one layer hands to another. Its layers may be ConvLSTM2D and Bidirectional(ConvLSTM2D)
-        with all their options, TimeDistributed of a layer or a model, LSTM, GRU, Embedding, Dense,
-        Conv2D, Conv3D, Conv2DTranspose, Conv3DTranspose, DepthwiseConv2D, SeparableConv2D, BatchNormalization,
+        within, states that one layer hands to another. Its layers may be ConvLSTM1D, ConvLSTM2D, ConvLSTM3D and
+        Bidirectional of them with all their options, TimeDistributed of a layer or a model, LSTM, GRU, Embedding,
+        Dense, Conv2D, Conv3D, Conv2DTranspose, Conv3DTranspose, DepthwiseConv2D, SeparableConv2D, BatchNormalization,
         LayerNormalization, GroupNormalization, Dropout, SpatialDropout, GaussianNoise, Activation, ReLU, LeakyReLU,
         PReLU, Softmax, Rescaling, Flatten, Reshape, Permute, RepeatVector, MaxPooling, AveragePooling,
         GlobalAveragePooling, GlobalMaxPooling, UpSampling, ZeroPadding and Cropping, of 2D and 3D, Concatenate, Add,
@@ -113,7 +113,7 @@ def load_weights(layer: Layer, path: str | os.PathLike[str]) -> None:
     else:
         parameters = _in_order(name, layer, arrays, config is None)
     try:
-        layer.set_parameters(parameters)
+        layer.set_parameters(fitted(layer, parameters))
     except ValueError as error:
         raise ValueError(f"load_weights: {name} does not fit: {error}") from error
     _warn_of_activations(name, layer, config, version)
@@ -173,7 +173,7 @@ def _paired(
 
 def _warn_of_activations(name: str, layer: Layer, config: Config | None, version: str) -> None:
     """Warn where the weights of `layer` were trained with another recurrent activation, or may have been."""
-    own = [part.recurrent_activation for part in parts(layer) if isinstance(part, ConvLSTM2D)
+    own = [part.recurrent_activation for part in parts(layer) if isinstance(part, ConvLSTM2D | ConvLSTM3D)
            for _ in range(part.num_layers)]  # fmt: skip
     if config is not None:
         modern = _modern(config) if version.startswith("2") else config

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,7 +25,9 @@ from fastclstm.layers import (
     Conv2DTranspose,
     Conv3D,
     Conv3DTranspose,
+    ConvLSTM1D,
     ConvLSTM2D,
+    ConvLSTM3D,
     Cropping2D,
     Cropping3D,
     Dense,
@@ -158,7 +161,7 @@ def filled(layer: Layer, names: Sequence[str], arrays: Arrays, config: Config) -
     if len(names) != len(arrays):
         raise ValueError(f"has {len(arrays)} arrays of weights but needs {len(names)} ({shown(names)}); was the model "
                          f"built?")  # fmt: skip
-    layer.set_parameters(dict(zip(names, arrays, strict=True)))
+    layer.set_parameters(fitted(layer, dict(zip(names, arrays, strict=True))))
     layer.trainable = bool(config.get("trainable", True))
     return layer
 
@@ -169,11 +172,11 @@ def parameter_slots(layer: Layer, prefix: str = "") -> list[tuple[str, list[str]
     if isinstance(layer, TimeDistributed):
         ((_, names),) = parameter_slots(layer.layer, f"{prefix}layer.") or [("", [])]
         return [("TimeDistributed", names)] if names else []
-    if isinstance(layer, ConvLSTM2D):
+    if isinstance(layer, ConvLSTM2D | ConvLSTM3D):
         known = ("kernel", "recurrent_kernel", "bias")
         if unknown := [name for name in own if name.rpartition(".")[2] not in known]:
-            raise ValueError(f"Keras's ConvLSTM2D has no {', '.join(unknown)}")
-        class_name = "Bidirectional" if layer.bidirectional else "ConvLSTM2D"
+            raise ValueError(f"Keras's {type(layer).__name__} has no {', '.join(unknown)}")
+        class_name = "Bidirectional" if layer.bidirectional else type(layer).__name__
         return [
             (class_name, [prefix + name for name in own if name.startswith(f"layers.{index}.")])
             for index in range(layer.num_layers)
@@ -219,12 +222,15 @@ def _first(arrays: Arrays) -> np.ndarray:
     return arrays[0]
 
 
-def _convlstm2d(config: Config, arrays: Arrays, rank: int | None) -> Made:
+_CONVLSTM = {"ConvLSTM2D": ConvLSTM2D, "ConvLSTM1D": ConvLSTM1D, "ConvLSTM3D": ConvLSTM3D}
+
+
+def _convlstm(class_name: str, config: Config, arrays: Arrays, rank: int | None) -> Made:
     names = ("use_bias", "unit_forget_bias", "dropout", "recurrent_dropout", "return_sequences", "return_state",
              "go_backwards", "stateful", "zero_output_for_mask")  # fmt: skip
     options = {name: config[name] for name in names if name in config}
     options |= {"recurrent_activation": config["recurrent_activation"]}
-    return ConvLSTM2D, options | _convolution(config, arrays)
+    return _CONVLSTM[class_name], options | _convolution(config, arrays)
 
 
 def _convolution(config: Config, arrays: Arrays) -> dict[str, Any]:
@@ -245,9 +251,9 @@ def _convolution(config: Config, arrays: Arrays) -> dict[str, Any]:
 
 def _bidirectional(config: Config, arrays: Arrays, rank: int | None) -> Made:
     inner = config["layer"]
-    if inner["class_name"] != "ConvLSTM2D":
-        raise ValueError(f"of {inner['class_name']} is not supported, only of ConvLSTM2D")
-    cls, options = _convlstm2d(inner["config"], arrays, rank)
+    if inner["class_name"] not in _CONVLSTM:
+        raise ValueError(f"of {inner['class_name']} is not supported, only of {', '.join(_CONVLSTM)}")
+    cls, options = _convlstm(inner["class_name"], inner["config"], arrays, rank)
     _expect(inner["config"], "the forward layer of both goes forwards", go_backwards=False)
     other = config.get("backward_layer")
     if other is not None and _characteristic(other["config"]) != _characteristic(inner["config"]):
@@ -382,6 +388,13 @@ def _named(cls: type[Layer], *names: str) -> Callable[..., Made]:
     return lambda config, arrays, rank: (cls, {name: config[name] for name in names if name in config})
 
 
+def fitted(layer: Layer, named: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return Keras's arrays as ours are: kernels of rows are those of frames of height 1."""
+    own = layer.parameters
+    return {name: array[np.newaxis] if name in own and own[name].shape == (1, *array.shape) else array
+            for name, array in named.items()}  # fmt: skip
+
+
 def _flatten(config: Config, arrays: Arrays, rank: int | None) -> Made:
     _expect(config, "use channels_last", data_format="channels_last")
     return Flatten, {}
@@ -440,7 +453,7 @@ class Row(NamedTuple):
 
 
 ROWS: dict[str, Row] = {
-    "ConvLSTM2D": Row(_convlstm2d, _kernels(2)),
+    **{name: Row(partial(_convlstm, name), _kernels(2)) for name in _CONVLSTM},
     "Bidirectional": Row(_bidirectional, _both),
     "Conv2D": Row(_conv(Conv2D), _kernels(1)),
     "Conv3D": Row(_conv(Conv3D), _kernels(1)),

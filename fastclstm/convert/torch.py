@@ -1,4 +1,4 @@
-"""ConvLSTM2D from the weights of PyTorch's ConvLSTMs, and back; PyTorch itself is not needed.
+"""ConvLSTM2D and ConvGRU2D from the weights of PyTorch's, and back; PyTorch itself is not needed.
 
 A dialect is one of the published modules: how it names its weights, in which order the gates stand, what it adds.
 """
@@ -14,24 +14,26 @@ from typing import Any
 import numpy as np
 
 from fastclstm import dispatch
+from fastclstm.convert import torch_grus
 from fastclstm.convert.legacy_order import LegacyOrder
 from fastclstm.convert.torch_calls import called
 from fastclstm.convert.torch_cells import Arrays, Options, expect_layer, read_cell, write_cell
 from fastclstm.convert.torch_dialects import DIALECTS, Dialect, Index
+from fastclstm.convert.torch_grus import GRU_DIALECTS, GRUDialect, recognized
 from fastclstm.convert.torch_recognition import Recognized, recognize
-from fastclstm.layers import ConvLSTM2D, torch_weights
+from fastclstm.layers import ConvGRU2D, ConvLSTM2D, torch_weights
 from fastclstm.layers.base import uninitialized
 from fastclstm.spec import choice
 
-__all__ = ["DIALECTS", "Dialect", "LegacyOrder", "from_torch", "to_torch"]
+__all__ = ["DIALECTS", "GRU_DIALECTS", "Dialect", "GRUDialect", "LegacyOrder", "from_torch", "to_torch"]
 
 
 def from_torch(
-    source: Any, dialect: str | Dialect | None = None, *, prefix: str = "", key: str | None = None,
+    source: Any, dialect: str | Dialect | GRUDialect | None = None, *, prefix: str = "", key: str | None = None,
     gates: str | None = None, check: Any = None, legacy_order: bool = False,
     data_format: str = "channels_first", **options: Any,
-) -> ConvLSTM2D | LegacyOrder:  # fmt: skip
-    """Return the ConvLSTM2D that has the weights of a PyTorch module.
+) -> Any:  # fmt: skip
+    """Return the ConvLSTM2D, or ConvGRU2D, that has the weights of a PyTorch module.
 
     Without other options it computes what the module computes in eval mode: x (B, T, C, H, W) to the last layer's
     outputs (B, T, F, H, W), or (B, T, 2F, H, W) where it is bidirectional.
@@ -48,7 +50,7 @@ def from_torch(
     source : path, mapping or module
         A file that `fastclstm.io.torch_files.read` reads, a state_dict of tensors or arrays or a checkpoint that holds
         one, or anything that has a method state_dict.
-    dialect : str or Dialect, optional
+    dialect : str, Dialect or GRUDialect, optional
         Whose module it is; None: told by the names. See the table below.
     prefix : str
         The submodule to read, as in "encoder.convlstm."; needed only where the source has several ConvLSTMs.
@@ -110,6 +112,19 @@ def from_torch(
     "seagochen"             conv_x, conv_h                              differs  give gates=… or check=…
     ======================  ==========================================  =======  ===============================
 
+    Those of ConvGRUs, of which `cells` may say which are stacked:
+
+    ===============  ======================================================  =====  ================================
+    dialect          weights of a cell                                       gates  what else
+    ===============  ======================================================  =====  ================================
+    "jhhuang96-gru"  conv1.0, conv1.1, conv2.0, conv2.1                      z r    GroupNorm, 32 channels a group
+    "aserdega-gru"   conv_zr, conv_h1, conv_h2                               z r    reset_after
+    "utae-gru"       cell_list.{n}.conv_gates, conv_can                      r z    happyjin's too
+    "mlcast"         combined_gates, out_gate                                z r
+    "kimmel-gru"     ConvGRUCell_{nn}.update_gate, reset_gate, out_gate      each   those of a DGMR too
+    "dgmr"           update_gate_conv, read_gate_conv, output_conv           each   relu; no spectral normalization
+    ===============  ======================================================  =====  ================================
+
     Peepholes that a module moved to a GPU when it was made (``nn.Parameter(…).to(device)``) are no parameters of it:
     no optimizer trained them and no state_dict has them. They were zeros, and there are none here; only "tsugumi" with
     drawn ones lost them.
@@ -125,13 +140,21 @@ def from_torch(
     >>> from_torch(weights, cells=["enc"], joint="W", gates="ifgo").out_channels
     4
     """
-    rows, options = _rows(dialect, gates, options)
+    gru, given = _gru_row(dialect), options | {"data_format": data_format}
+    rows, options = ([], options) if isinstance(dialect, GRUDialect) or gru else _rows(dialect, gates, options)
     path = os.fspath(source) if isinstance(source, str | os.PathLike) else None
     try:
         state = torch_weights.state_dict("from_torch", source, key)
         if not any(str(name).startswith(prefix) for name in state):
             prefix = prefix.removeprefix("module.")
-        found = recognize(state, rows, prefix)
+        if gru is not None:
+            return _gru(state, prefix, gru, given, check)
+        try:
+            found = recognize(state, rows, prefix)
+        except ValueError:
+            if dialect is not None or not recognized(state, prefix):
+                raise
+            return _gru(state, prefix, None, given, check)
 
         def make(row: Dialect) -> ConvLSTM2D | LegacyOrder:
             return layer_of(found._replace(row=row), options | {"data_format": data_format}, legacy_order)
@@ -146,7 +169,30 @@ def from_torch(
         raise ValueError(f"{error} (in {path})") from error
 
 
-def to_torch(layer: ConvLSTM2D, dialect: str | Dialect, gates: str | None = None) -> Arrays:
+def _gru_row(dialect: Any) -> GRUDialect | None:
+    """Return the dialect of a ConvGRU that is meant, if one is."""
+    row = GRU_DIALECTS.get(dialect) if isinstance(dialect, str) else dialect
+    return row if isinstance(row, GRUDialect) else None
+
+
+def _gru(state: Mapping[str, Any], prefix: str, row: GRUDialect | None, options: Options, check: Any) -> ConvGRU2D:
+    """Return the ConvGRU2D of a state_dict, checked by an input and its output if these are given."""
+    cells = options.pop("cells", None)
+    layer = torch_grus.read(state, prefix, row, [cells] if isinstance(cells, str) else cells, options)
+    if check is not None:
+        if not (isinstance(check, tuple | list) and len(check) == 2):
+            raise ValueError("from_torch: of a ConvGRU check must be (x, y), an input and its output")
+        x, y = (torch_weights.array("from_torch", f"check's {n}", v) for n, v in zip("xy", check, strict=True))
+        difference = _difference(layer, x, [y])
+        if difference > 1e-3:
+            raise ValueError(
+                f"from_torch: the layer's output differs from check's y by up to {difference:.2g} of its "
+                f"largest value; the module is not that of the dialect, or was made with other options"
+            )
+    return layer
+
+
+def to_torch(layer: ConvLSTM2D | ConvGRU2D, dialect: str | Dialect | GRUDialect, gates: str | None = None) -> Arrays:
     """Return the state_dict with which a module of `dialect` computes what `layer` computes.
 
     ``module.load_state_dict({name: torch.from_numpy(a) for name, a in to_torch(layer, dialect).items()})`` takes it;
@@ -156,8 +202,8 @@ def to_torch(layer: ConvLSTM2D, dialect: str | Dialect, gates: str | None = None
 
     Parameters
     ----------
-    layer : ConvLSTM2D
-    dialect : str or Dialect
+    layer : ConvLSTM2D or ConvGRU2D
+    dialect : str, Dialect or GRUDialect
     gates : str, optional
         As in `from_torch`.
 
@@ -171,6 +217,11 @@ def to_torch(layer: ConvLSTM2D, dialect: str | Dialect, gates: str | None = None
     >>> {name: array.shape for name, array in to_torch(ConvLSTM2D(3, 4, 3), "ndrplz").items()}
     {'cell_list.0.conv.weight': (16, 7, 3, 3), 'cell_list.0.conv.bias': (16,)}
     """
+    if (gru := _gru_row(dialect)) is not None:
+        if not isinstance(layer, ConvGRU2D):
+            raise TypeError(f"to_torch: the dialect {gru.name!r} is of a ConvGRU2D, got {type(layer).__name__}")
+        return torch_grus.write(layer, gru)
+    assert not isinstance(dialect, GRUDialect)
     row = _row("to_torch", dialect, gates)
     _expect_order("to_torch", row)
     if not isinstance(layer, ConvLSTM2D):
@@ -195,7 +246,7 @@ def state_dict_of(row: Dialect, layer: ConvLSTM2D) -> Arrays:
 
 def _row(op: str, dialect: str | Dialect, gates: str | None = None) -> Dialect:
     if not isinstance(dialect, Dialect):
-        choice(op, "dialect", dialect, tuple(DIALECTS))
+        choice(op, "dialect", dialect, (*DIALECTS, *GRU_DIALECTS))
         dialect = DIALECTS[dialect]
     return dialect if gates is None else replace(dialect, gates=gates)
 
@@ -331,7 +382,7 @@ def _expected(check: Any, source: Any, found: Recognized) -> tuple[np.ndarray, l
     return x, [y.astype(np.float64) for y in ys], agreement
 
 
-def _difference(layer: ConvLSTM2D | LegacyOrder, x: np.ndarray, ys: list[np.ndarray]) -> float:
+def _difference(layer: ConvLSTM2D | ConvGRU2D | LegacyOrder, x: np.ndarray, ys: list[np.ndarray]) -> float:
     """Return how far the output is from the nearest of those that are given, as a share of its largest value."""
     inner = layer.layer if isinstance(layer, LegacyOrder) else layer
     output = layer(x)

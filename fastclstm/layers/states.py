@@ -44,7 +44,8 @@ def each_state(op: str, name: str, value: Any, names: Sequence[str], count: int,
 
     Raises ValueError where it is none; `each` says what the states are one of.
     """
-    one = is_state(value, names) if len(names) == 1 else _is_tuple(value, names)
+    lists = isinstance(value, list | tuple) and not any(isinstance(item, tuple) for item in value)  # arrays as lists
+    one = is_state(value, names) or (len(names) > 1 and lists and _is_tuple(value, names))
     states = [value] if count == 1 and one else value
     bare = [len(names) == 1 and _is_bare(state) for state in states] if isinstance(states, list | tuple) else []
     if len(bare) != count or not all(

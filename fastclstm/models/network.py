@@ -186,7 +186,7 @@ class Network(Trainable):
             return None
         op, lstm = type(self).__name__, next(masked(self), None)
         if lstm is None:
-            raise ValueError(f"{op}: mask and lengths are for ConvLSTM2D and its like, and there is none")
+            raise ValueError(f"{op}: mask and lengths are for ConvLSTM2D layers and the like, and there is none")
         if mask is not None and lengths is not None:
             raise ValueError(f"{op}: give mask or lengths, not both")
         if mask is not None:
