@@ -7,6 +7,8 @@ What was decided:
   graph takes any number of samples, steps and pixels, and the file holds each weight once. (What frameworks trace is
   unrolled over time, or wrong: tensorflow-onnx's issue 1760, open since 2021.) `bidirectional` is one Scan with two
   halves.
+  Measured in ONNX Runtime a Scan is as fast as the steps unrolled, within 5 %, and no slower with weights that stand
+  outside of its body.
 - What is exported infers. Dropout and noise are not there, batch normalization has its moving statistics.
 - Operators of ONNX have channels first, most of ours last. Transposes that meet cancel each other out, and what works
   pixel by pixel needs none.
