@@ -124,14 +124,15 @@ def _expect_states(e: Export, layer: ConvRecurrent | Recurrent) -> None:
 
 def _gates(g: Builder, layer: Any, z: Sequence[Value], c: Value, peep: Callable[[str, Value, Value], Value]) -> Any:
     """Return h and c of the pre-activations of i, f, g, o; `peep` is what a gate sees of the cell."""
-    i, f, o = (partial(activate, g, layer.recurrent_activation) for _ in range(3))
-    z_i, z_f, z_g, z_o = z
-    kept = g.elementwise("Mul", f(peep("f", z_f, c)), c)
-    c = g.elementwise("Add", kept, g.elementwise("Mul", i(peep("i", z_i, c)), activate(g, layer.activation, z_g)))
+    squash, (z_i, z_f, z_g, z_o) = partial(activate, g, layer.recurrent_activation), z
+    i, f = squash(peep("i", z_i, c)), squash(peep("f", z_f, c))
+    new = g.elementwise("Mul", i, activate(g, layer.activation, z_g))
+    c = g.elementwise("Add", g.elementwise("Mul", f, c), new)
     if (clip := getattr(layer, "cell_clip", None)) is not None:
         c = g.elementwise("Clip", c, -clip, clip)
     told = getattr(layer, "output_activation", None)
-    return g.elementwise("Mul", o(peep("o", z_o, c)), activate(g, layer.activation if told is None else told, c)), c
+    o = squash(peep("o", z_o, c))
+    return g.elementwise("Mul", o, activate(g, layer.activation if told is None else told, c)), c
 
 
 # Convolutional layers
