@@ -15,7 +15,7 @@ from test_commands import assert_user_error, fastclstm_cli, process
 
 from fastclstm.commands import train
 from fastclstm.io import weights
-from fastclstm.models import Sequential
+from fastclstm.models import Sequential, load
 from fastclstm.nn import metrics
 
 WRITTEN = ["checkpoint.safetensors", "curves.png", "forecast.gif", "history.csv", "history.json", "scores.json",
@@ -221,6 +221,22 @@ def test_on_digits(job, monkeypatch):
     assert_user_error(fastclstm_cli("train", "--out", job / "out"), "scikit-learn", "pip install 'fastclstm[demo]'")
 
 
+@pytest.mark.parametrize(("scales", "patch", "strides"), [(2, 1, (1, 2)), (None, 2, None)])
+def test_an_encoder_and_a_forecaster(job, scales, patch, strides):
+    options = ("--scales", scales, "--patch", patch)
+    result = run(job, *options)
+    assert result.exit_code == 0, result.output
+    assert f"EncoderForecaster of {scales or 1} scale(s), 2 filters" in result.stdout
+    model = load(job / "out" / "weights.safetensors")
+    assert (model.strides, model.patch_size) == (strides, patch)
+    assert set(curves(job)[0]) >= {"loss", "val_next_mse", "val_next_ssim"}
+    np.save(job / "films.npy", gliding(channels=1))
+    made = fastclstm_cli("forecast", job / "films.npy", "--weights", job / "out" / "weights.safetensors", "--steps", 2,
+                         "--out", job / "made.npy")  # fmt: skip
+    assert made.exit_code == 0, made.output
+    assert np.load(job / "made.npy").shape == (10, 2, 12, 12, 1)
+
+
 # --- its parts ---
 
 
@@ -305,4 +321,6 @@ def test_options_that_cannot_be(tmp_path, monkeypatch):
     for option, value in (("--epochs", 0), ("--steps-in", 1), ("--minutes", 0), ("--seed", -1)):
         assert_user_error(fastclstm_cli("train", option, value), option)
     assert_user_error(fastclstm_cli("train", "--engine", "gpu"), "unknown engine 'gpu'")
+    with pytest.raises(ValueError, match=r"frames of 12×10 pixels cannot be cut into patches of 2 and halved 2 times"):
+        train.forecaster((12, 10, 1), 2, 3, 2, 0, None)
     assert os.listdir() == []

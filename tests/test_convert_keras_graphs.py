@@ -103,13 +103,14 @@ def encoder_decoder(keras):
     return keras.Model([frames, future], [L.TimeDistributed(L.Conv2D(1, 1), name="head")(y), c])
 
 
-def two_outputs(keras):
+def two_outputs(keras, rounded=True):
+    """A map and a label; Keras computes the latter in float32, whatever its dtype: without, another map."""
     L = keras.layers
     frames = L.Input((4, 8, 8, 1), name="frames")
     a = L.ConvLSTM2D(3, 3, padding="same", return_sequences=True)(frames)
     b = L.ConvLSTM2D(3, 3, padding="same", return_sequences=True)(a)
     last = L.ConvLSTM2D(2, 3, padding="same")(L.Concatenate()([L.Add()([a, b]), frames]))
-    label = L.Dense(3, "softmax", name="label")(L.GlobalAveragePooling2D()(last))
+    label = L.Dense(3, "softmax", name="label")(L.GlobalAveragePooling2D()(last)) if rounded else L.Conv2D(2, 3)(last)
     return keras.Model(frames, [L.Conv2D(1, 1, name="next")(last), label])
 
 
@@ -179,6 +180,35 @@ def test_architectures(keras, tmp_path, make, engine):
     ours.save(tmp_path / "ours.safetensors")
     for a, b in zip(flat(load(tmp_path / "ours.safetensors")(X[make])), flat(ours(X[make])), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.keras
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_gradients_of_two_outputs(keras, dtype):
+    torch = pytest.importorskip("torch")
+    keras.config.set_floatx(dtype)
+    keras.config.set_dtype_policy(dtype)
+    try:
+        model = shuffle(two_outputs(keras, rounded=False))
+        x = torch.tensor(X[two_outputs].astype(dtype), requires_grad=True)
+        expected = model(x)
+    finally:
+        keras.config.set_floatx("float32")
+        keras.config.set_dtype_policy("float32")
+    ours = from_keras(model, dtype=dtype)
+    dys = [drawn(*y.shape, seed=3 + n).astype(dtype) for n, y in enumerate(expected)]
+    sum((y * torch.tensor(dy)).sum() for y, dy in zip(expected, dys, strict=True)).backward()
+    made = ours(X[two_outputs].astype(dtype), training=True)
+    pairs = list(zip(made, (y.detach().numpy() for y in expected), strict=True))
+    pairs.append((ours.backward(dys), x.grad.numpy()))
+    for variable in model.weights:
+        variable.assign(variable.value.grad)  # as weights come to ours one by one, so do gradients
+    gradients = ours.get_gradients()
+    theirs = from_keras(model, dtype=dtype).parameters
+    assert list(gradients) == list(theirs)
+    pairs += [(gradient, theirs[name]) for name, gradient in gradients.items()]
+    for a, b in pairs:
+        assert np.abs(a - b).max() <= {"float64": 1e-10, "float32": 1e-5}[dtype] * np.abs(b).max()
 
 
 # Files of Keras 2, rewritten from Keras 3's

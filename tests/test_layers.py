@@ -869,7 +869,7 @@ def test_empty_batch(build):
 @pytest.mark.parametrize(
     ("arguments", "options", "error", "message"),
     [
-        ((0, 2, 3), {}, ValueError, "in_channels must be an integer >= 1"),
+        ((-1, 2, 3), {}, ValueError, "in_channels must be an integer >= 0"),
         ((1, 2.5, 3), {}, TypeError, "out_channels must be an integer >= 1"),
         ((1, [2, 3], 3), {}, ValueError, "out_channels must be an integer"),
         ((1, 2, 0), {}, ValueError, "kernel_size must be an integer >= 1"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,13 +22,14 @@ from fastclstm.io.bounds import shown
 from fastclstm.io.files import replacing
 from fastclstm.io.progress import say
 from fastclstm.layers import Conv2D, ConvLSTM2D, TimeDistributed
-from fastclstm.models import Sequential
+from fastclstm.models import EncoderForecaster, Sequential
 from fastclstm.models.roll_out import roll_out
 from fastclstm.nn import metrics
 from fastclstm.nn.losses import WeightedSum
 from fastclstm.nn.optimizers import Adam
 from fastclstm.nn.schedules import CosineDecay
 from fastclstm.training.history import History
+from fastclstm.training.trainable import Trainable
 
 SIZE, WINDOW = 24, 11
 EPOCHS = 10
@@ -39,6 +41,29 @@ LOSS = WeightedSum(("mse", "ssim"), (1, 0.1))
 CHECKPOINT_STEPS = 50
 HELD_SHARE = 0.1
 """Of a user's films: as many for validation, and as many for the test."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What of a film the network is given, what it is to make, and where in that the next frame is."""
+
+    given: slice
+    wanted: slice
+    next: int
+
+    @property
+    def metrics(self) -> tuple[Callable[[np.ndarray, np.ndarray], float], ...]:
+        """The figures of the next frame."""
+        at = slice(self.next, self.next + 1 or None)
+
+        def next_mse(prediction: np.ndarray, target: np.ndarray) -> float:
+            return metrics.mse(prediction[:, at], target[:, at])
+
+        def next_ssim(prediction: np.ndarray, target: np.ndarray) -> float:
+            return metrics.ssim(prediction[:, at], target[:, at])
+
+        return next_mse, next_ssim
+
 
 Scores = dict[str, dict[str, float]]
 """By method, then by figure."""
@@ -60,6 +85,13 @@ def command(
     steps_in: Annotated[int, typer.Option(min=2, help="Frames that the network is given.")] = 10,
     steps_out: Annotated[int, typer.Option(min=1, help="Frames to forecast in the end, one from the other.")] = 10,
     filters: Annotated[int, typer.Option(min=1, help="Hidden channels.")] = 16,
+    scales: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Foretell all frames at once, by an encoder and a forecaster of so many.", show_default=False
+        ),
+    ] = None,
+    patch: Annotated[int, typer.Option(min=1, help="Side of the patches that it cuts frames into.")] = 1,
     batch: Annotated[int, typer.Option(min=1, help="Films a step.")] = 8,
     seed: Annotated[int, typer.Option(min=0, help="Of films, weights and order.")] = 0,
     restart: Annotated[bool, typer.Option("--restart", help="Forget the training that DIR holds.")] = False,
@@ -67,7 +99,7 @@ def command(
     threads: Threads = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
 ) -> None:
-    """Train a network to foretell the next frame of films.
+    """Train a network to foretell the next frame of films, or with --scales or --patch all that follow.
 
     Of moving digits, or of your own; and compare it with what needs no training: to repeat the last frame, or to shift
     it by what lies between the last two. Interrupted, the same command goes on where it was.
@@ -77,7 +109,8 @@ def command(
     set_threads(threads)
     run(
         data, out, epochs=epochs or EPOCHS, minutes=minutes, steps_in=steps_in, steps_out=steps_out,
-        filters=filters, batch=batch, seed=seed, restart=restart, engine=engine, quiet=quiet,
+        filters=filters, scales=1 if scales is None and patch > 1 else scales, patch=patch, batch=batch, seed=seed,
+        restart=restart, engine=engine, quiet=quiet,
     )  # fmt: skip
 
 
@@ -96,7 +129,7 @@ class Films:
 
 def run(
     data: Path | None, out: Path, *, epochs: int, minutes: float | None, steps_in: int, steps_out: int, filters: int,
-    batch: int, seed: int, restart: bool, engine: str | None, quiet: bool,
+    scales: int | None, patch: int, batch: int, seed: int, restart: bool, engine: str | None, quiet: bool,
 ) -> None:  # fmt: skip
     """Train, or go on with a training, and write to the folder `out` what came of it.
 
@@ -117,17 +150,25 @@ def run(
         raise ValueError(f"train: {out} is a file; --out names a folder")
     films = _digits(steps_in, steps_out, seed) if data is None else read_films(data, steps_in, steps_out)
     T, C = films.steps_in, films.train.shape[-1]
-    model = network(C, filters, float(films.train.mean()), seed, engine)
+    model: Trainable
+    if scales is None:
+        model = network(C, filters, float(films.train.mean()), seed, engine)
+        told, task = (
+            f"ConvLSTM2D({C}, {filters}, {KERNEL}) and two convolutions",
+            Task(slice(0, T), slice(1, T + 1), -1),
+        )
+    else:
+        model = forecaster(films.train.shape[2:], filters, scales, patch, seed, engine)
+        told, task = f"EncoderForecaster of {scales} scale(s), {filters} filters", Task(slice(0, T), slice(T, None), 0)
     out.mkdir(parents=True, exist_ok=True)
     print(films.told)
     missing = [module for module in ("matplotlib", "PIL") if importlib.util.find_spec(module) is None]
     if missing:
         print(f"no pictures: {' and '.join(missing)} is missing; pip install 'fastclstm[viz]'")
-    print(f"ConvLSTM2D({C}, {filters}, {KERNEL}) and two convolutions: {model.num_parameters:,} parameters")
-    validation = films.validation[:, : T + 1]
-    baselines = compare(validation, T, {})
+    print(f"{told}: {model.num_parameters:,} parameters")
+    baselines = compare(films.validation[:, : T + 1], T, {})
     history, seconds = _fit(
-        model, films.train[:, : T + 1], validation, out / "checkpoint.safetensors", epochs=epochs, minutes=minutes,
+        model, films.train, films.validation, task, out / "checkpoint.safetensors", epochs=epochs, minutes=minutes,
         batch=batch, seed=seed, restart=restart, quiet=quiet, baselines=baselines,
     )  # fmt: skip
 
@@ -157,6 +198,23 @@ def network(channels: int, filters: int, brightness: float, seed: int, engine: s
     head = Conv2D(filters, channels, KERNEL, activation="sigmoid", seed=seed + 2,
                   bias_initializer=math.log(brightness / (1 - brightness)), **options)  # fmt: skip
     return Sequential([lstm, TimeDistributed(inner), TimeDistributed(head)])
+
+
+def forecaster(
+    frame: tuple[int, ...], filters: int, scales: int, patch: int, seed: int, engine: str | None
+) -> EncoderForecaster:
+    """Return a network that makes all frames (H, W, C) that follow: layers of one size, or each of half the size.
+
+    Raises ValueError where frames do not fit.
+    """
+    H, W, C = frame
+    smallest = patch * 2 ** (scales - 1)
+    if H % smallest or W % smallest:
+        raise ValueError(f"train: frames of {H}×{W} pixels cannot be cut into patches of {patch} and halved "
+                         f"{scales - 1} times; give other --patch or fewer --scales")  # fmt: skip
+    layers, strides = (2, None) if scales == 1 else (scales, (1, *[2] * (scales - 1)))
+    return EncoderForecaster(C, (filters,) * layers, KERNEL, patch_size=patch, strides=strides, inputs="nothing",
+                             seed=seed, engine=engine)  # fmt: skip
 
 
 def repeat_last(frames: np.ndarray, steps: int) -> np.ndarray:
@@ -289,7 +347,7 @@ def _digits(steps_in: int, steps_out: int, seed: int) -> Films:
 
 
 def _fit(
-    model: Sequential, films: np.ndarray, validation: np.ndarray, checkpoint: Path, *, epochs: int,
+    model: Trainable, films: np.ndarray, validation: np.ndarray, task: Task, checkpoint: Path, *, epochs: int,
     minutes: float | None, batch: int, seed: int, restart: bool, quiet: bool, baselines: Scores,
 ) -> tuple[History, float | None]:  # fmt: skip
     """Train; also return the seconds it took to beat the baselines on the validation films, if it did."""
@@ -304,11 +362,11 @@ def _fit(
         print(_row(name, "", "", f"{scores['next mse']:.4f}", f"{scores['next ssim']:.3f}"))
     try:
         history = model.fit(
-            films[:, :-1], films[:, 1:], loss=LOSS, optimizer=Adam(rate, clip_norm=CLIP_NORM),
+            films[:, task.given], films[:, task.wanted], loss=LOSS, optimizer=Adam(rate, clip_norm=CLIP_NORM),
             epochs=epochs if minutes is None else 10**9, time_limit=None if minutes is None else 60 * minutes,
-            batch_size=batch, validation_data=(validation[:, :-1], validation[:, 1:]), metrics=(next_mse, next_ssim),
-            seed=seed, checkpoint=checkpoint, checkpoint_every=CHECKPOINT_STEPS, resume=not restart,
-            callbacks=_print_epoch, quiet=True if quiet else None,
+            batch_size=batch, validation_data=(validation[:, task.given], validation[:, task.wanted]),
+            metrics=task.metrics, seed=seed, checkpoint=checkpoint, checkpoint_every=CHECKPOINT_STEPS,
+            resume=not restart, callbacks=_print_epoch, quiet=True if quiet else None,
         )  # fmt: skip
     except KeyboardInterrupt:
         print(f"interrupted; the same command goes on from {checkpoint}")
@@ -318,16 +376,6 @@ def _fit(
             raise ValueError(f"{error}; that is, add --restart or choose another --out") from error
         raise
     return history, _seconds_to_beat(history, baselines)
-
-
-def next_mse(prediction: np.ndarray, target: np.ndarray) -> float:
-    """Return the mean squared error of the last frame, for which all others were given."""
-    return metrics.mse(prediction[:, -1:], target[:, -1:])
-
-
-def next_ssim(prediction: np.ndarray, target: np.ndarray) -> float:
-    """Return the structural similarity of the last frame, for which all others were given."""
-    return metrics.ssim(prediction[:, -1:], target[:, -1:])
 
 
 def _seconds_to_beat(history: History, baselines: Scores) -> float | None:

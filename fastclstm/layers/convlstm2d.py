@@ -22,7 +22,7 @@ class ConvLSTM2D(ConvRecurrent, ConvLSTMLayer):
     Parameters
     ----------
     in_channels : int
-        C.
+        C. 0: there is no input convolution, and of x (B, T, H, W, 0) only the shape counts; on the processor alone.
     out_channels : int or sequence of int
         F: of every layer, or one number a layer.
     kernel_size : int, tuple (KH, KW), or list

@@ -45,5 +45,6 @@ class ConvLSTMLayer(LSTMOptions):
             (kind is None or (kind == "batch" and not training))
             and not (training and (self.dropout or self.recurrent_dropout))
             and self.peephole != "conv"
+            and self.in_channels > 0
             and all(map(activations.is_named, named))
         )

@@ -44,6 +44,8 @@ class MultiscaleForecaster(Forecasting):
         normal distribution, drawn anew with each call) and "learnt" (a number a channel, the parameter
         ``inputs.value``) have as many channels as it takes, in frames as large as the encoder's last hidden state, or
         not mirrored as its frames. "frames": those given, then those made, which must be of one shape.
+    in_channels : int, optional
+        Of frames. None: told by the encoder's first layer.
     patch_size : int or (int, int)
         Frames are cut into patches of so many pixels, whose pixels are channels (`SpaceToDepth`), and put together
         again.
@@ -53,11 +55,6 @@ class MultiscaleForecaster(Forecasting):
         (H, W) of the frames, where layers have a weight for every pixel.
     seed : int or numpy.random.Generator, optional
         Of noise.
-
-    Attributes
-    ----------
-    in_channels : int
-        Of frames.
 
     Raises
     ------
@@ -96,6 +93,7 @@ class MultiscaleForecaster(Forecasting):
     mirrored: bool = True
     reads: str = "last"
     inputs: str | None = None
+    in_channels: Any = None
     patch_size: Any = 1
     data_format: str = "channels_last"
     frame_size: Any = None
@@ -121,11 +119,15 @@ class MultiscaleForecaster(Forecasting):
         if len(dtypes) > 1:
             raise ValueError(f"{op}: layers must have one dtype, got {', '.join(sorted(map(str, dtypes)))}")
         self.dtype = dtypes.pop() if dtypes else "float32"
-        channels = next((layer.in_channels for layer in encoder if hasattr(layer, "in_channels")), None)
-        if channels is None or channels % (patch[0] * patch[1]):
-            raise ValueError(f"{op}: the encoder must begin with a layer that has in_channels, those of frames times "
-                             f"the pixels of a patch {patch}, got {channels}")  # fmt: skip
-        self.in_channels = channels // (patch[0] * patch[1])
+        pixels = patch[0] * patch[1]
+        if self.in_channels is None:
+            first = getattr(encoder[0], "in_channels", None) if encoder else None
+            if first is None or first % pixels:
+                raise ValueError(f"{op}: give in_channels, those of frames; they are told by an encoder's first layer "
+                                 f"that has in_channels, a multiple of a patch's {pixels} pixels")  # fmt: skip
+            self.in_channels = first // pixels
+        (self.in_channels,) = integers(op, "in_channels", self.in_channels, 1, 1)
+        channels = self.in_channels * pixels
         size: tuple[Any, ...] = (None, None)
         if self.frame_size is not None:
             self.frame_size = integers(op, "frame_size", self.frame_size, 2, 1)

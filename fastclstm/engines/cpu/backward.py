@@ -301,7 +301,7 @@ class _WayBack:
         if last:
             del recurrent  # its packed kernel is large
             self._recurrent.cache_clear()
-        if self._dx is not None and spec.input.C:
+        if self._dx is not None:
             dx = slots(self._dx[images], spec.go_backwards).after(0, first)
             self._inputs(direct).pull_back(dz, dx, B, count, team)
         x = slots(self._x[images], spec.go_backwards).after(0, first)

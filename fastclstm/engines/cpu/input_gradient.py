@@ -33,6 +33,8 @@ class InputGradient:
     def __init__(self, spec: ConvSpec, kernel: np.ndarray, algorithm: str):
         """Choose the way, for as many images as `spec` has, and pack the kernel."""
         self._spec, self._dtype, self._kernel = spec, kernel.dtype, kernel
+        if not spec.C:
+            return
         self._source = table(np.array([source(spec)], SOURCE))
         self._inner, self._m, self._folds = _way_back(spec, algorithm, kernel.itemsize, tiles.choices(spec.KH, spec.KW))
         self._cell = storing(self._inner.F)
@@ -45,6 +47,8 @@ class InputGradient:
 
     def pull_back(self, dy: Slots, dx: Slots, B: int, T: int, team: int) -> None:
         """Compute T steps of B images: dx (B, T, H, W, C) of dy (B, T, HO, WO, F)."""
+        if not self._spec.C:
+            return
         if not self._folds:
             trouble = self._run(dy, dx, B, T, team)
             if self._m and trouble.any():  # dy, or transformed weights, are not finite

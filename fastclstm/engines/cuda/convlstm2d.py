@@ -111,7 +111,8 @@ def convlstm2d(
     Raises
     ------
     NotImplementedError
-        The cell has normalization, dropout masks, convolutional peepholes or activations of the caller's own.
+        The cell has normalization, dropout masks, convolutional peepholes, activations of the caller's own or no
+        input.
     """
     codes = _codes(spec, normalization, dropout)
     device, dtype = x.device, kernel.dtype
@@ -399,6 +400,7 @@ def _codes(
         "dropout_masks": dropout is not None,
         "convolutional peepholes": spec.peephole == "conv",
         "activations of your own": codes is None,
+        "frames without channels": spec.input.C == 0,
     }
     for name, asked in unknown.items():
         if asked:
