@@ -559,7 +559,7 @@ def test_a_mask_goes_to_every_convlstm_of_a_model(tmp_path):
 def test_known_sizes(tmp_path):
     pytest.importorskip("onnxruntime")
     model = classifier()
-    run = Exported(drawn(model), tmp_path, input_shape=(N, N, 8, 4, 1))
+    run = Exported(drawn(model), tmp_path, input_shape=[N, N, 8, 4, 1])
     for B, T in ((2, 3), (1, 5)):
         x = np.float32(normal(B, T, 8, 4, 1))
         same(run(x), model(x))
@@ -671,6 +671,7 @@ class Own(LeakyReLU):
         (Dense(3, 2), {"states": 1}, ValueError, "states"),
         (Dense(3, 2), {"dtype": "float16"}, ValueError, "dtype"),
         (Dense(3, 2), {"input_shape": ("batch", 3)}, TypeError, "input_shape must be a tuple of sizes"),
+        (Dense(3, 2), {"input_shape": 5}, TypeError, "input_shape must be a tuple of sizes"),
         (Dense(3, 2), {"input_shape": (N, 4)}, ValueError, "in_features is 3"),
         (Conv2D(1, 1, 3)(Input((8, 8, 1))), {}, TypeError, "must be a layer or a model of layers, got Symbol"),
         (encoder_decoder(), {"input_shape": [(1, 2, 3, 4, 5)]}, ValueError, "input_shape"),

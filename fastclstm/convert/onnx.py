@@ -149,7 +149,9 @@ def _converted(e: Export, model: Layer, input_shape: Any, mask: bool) -> list[tu
         names = list(model._outputs)
     else:
         shape = _default_shape(model) if input_shape is None else input_shape
-        if not all(size is None or isinstance(size, int) for size in leaves(shape)):
+        shape = tuple(shape) if isinstance(shape, list) and is_shape(tuple(shape)) else shape
+        known = isinstance(shape, tuple | list) and all(size is None or isinstance(size, int) for size in leaves(shape))
+        if not known:
             raise TypeError(f"to_onnx: input_shape must be a tuple of sizes, None for any, got {input_shape!r}")
         several, numbers = not is_shape(shape), count()
         reader = _reader(model, None)
