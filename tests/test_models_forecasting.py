@@ -16,7 +16,6 @@ from fastclstm import (
     Dropout,
     EncoderForecaster,
     LeakyReLU,
-    LearntInput,
     MultiscaleForecaster,
     load,
 )
@@ -305,14 +304,6 @@ def test_saving_keeps_every_byte(tmp_path):
 
     model = Forecast([lstm(1, 2)], [lstm(2, 2)], [conv(2, 1)], inputs="learnt")
     check_saving(model, normal(1, 3, 5, 5, 1), tmp_path / "model")
-
-
-def test_learnt_input(tmp_path):
-    layer = LearntInput(3, initializer="random_normal", seed=0, dtype="float64")
-    check_gradients(layer, normal(2, 2, 3, 4, 3))
-    check_saving(layer, normal(2, 3, 4, 3), tmp_path / "layer")
-    with pytest.raises(ValueError, match="LearntInput: x has 2 channels but in_channels is 3"):
-        layer(np.zeros((1, 2, 2, 2)))
 
 
 def test_no_input_convolution():

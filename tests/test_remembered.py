@@ -122,3 +122,16 @@ def test_not_more_is_kept_than_the_limit():
     assert len(remembered._remembered) == remembered.MOST
     remembered.remember((kept[-1],), (), make)
     assert make.count == len(kept)
+
+
+def test_what_is_made_on_a_passage_is_made_once():
+    fixed, open_ = remembered.immutable(np.ones(3)), np.ones(3)
+    assert remembered.passing((fixed,), ("a",), list) is not remembered.passing((fixed,), ("a",), list)
+    with remembered.passage(4) as passage:
+        first = remembered.passing((fixed, None), ("a",), list)
+        assert remembered.passing((fixed, None), ("a",), list) is first
+        assert remembered.passing((fixed, None), ("b",), list) is not first
+        assert remembered.passing((open_,), ("a",), list) is not remembered.passing((open_,), ("a",), list)
+        assert (remembered.current((fixed,)), passage.steps) == (passage, 4)
+        assert remembered.current((open_,)) is None
+    assert remembered.current((fixed,)) is None
