@@ -90,7 +90,7 @@ from fastclstm.layers import (
     ZeroPadding3D,
 )
 from fastclstm.layers.symbolic import leaves, mapped_shapes
-from fastclstm.models import EncoderForecaster, Model, Sequential
+from fastclstm.models import EncoderForecaster, Model, MultiscaleForecaster, Sequential
 from fastclstm.nn.activations import TABLE as ACTIVATIONS
 from fastclstm.nn.normalization import Normalization
 
@@ -181,6 +181,8 @@ LAYERS = rows(
     (InstanceNormalization(4, scale=False), FRAMES, 5),
     (LayerNormalization(4), SEQUENCES, 5),
     (LayerNormalization((3, 4), center=False), (N, N, 3, 4), 5),
+    (LearntInput(4), SEQUENCES, 5),
+    (LearntInput(4, **FIRST), CHANNELS_FIRST, 5),
     (LeakyReLU(0.2), FRAMES, 5),
     (LeakyReLU(0.0), FRAMES, 5),
     (Masking(0.0), (N, N, 4), 5),
@@ -574,6 +576,42 @@ def test_transposes_cancel(tmp_path):
     assert Exported(Sequential(first), tmp_path, input_shape=(N, N, 4, N, N)).kinds.count("Transpose") == 2  # of time
 
 
+FORECASTERS = [
+    EncoderForecaster(1, (3, 2), 3, seed=0, **REF),
+    EncoderForecaster(2, 3, 3, patch_size=2, inputs="nothing", cell="ConvGRU2D", seed=0, **FIRST, **REF),
+    EncoderForecaster(1, (3, 2), 3, inputs="learnt", strides=(2, 2), seed=0, **REF),
+    EncoderForecaster(1, 2, 3, inputs="zeros", peephole="elementwise", frame_size=(8, 4), seed=0, **REF),
+    MultiscaleForecaster([Conv2D(1, 2, 3, seed=0, **REF), ConvLSTM2D(2, 3, 3, seed=1, **REF)], None,
+                         [Conv2D(3, 1, 1, seed=2, **REF)], inputs="frames", reads="last"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", range(len(FORECASTERS)))
+def test_forecasters(number, tmp_path):
+    pytest.importorskip("onnxruntime")
+    model = drawn(FORECASTERS[number])
+    run = Exported(model, tmp_path)
+    assert (run.inputs, run.outputs) == (["frames", "steps"], ["output"])
+    first = model.data_format == "channels_first"
+    sizes = ((2, 4, 3, 8, 4), (1, 2, 5, 8, 4)) if number == 3 else ((2, 4, 3, 8, 4), (1, 2, 5, 12, 8))
+    for B, T, steps, H, W in sizes:
+        x = np.float32(normal(B, T, H, W, model.in_channels))
+        x = np.ascontiguousarray(np.moveaxis(x, -1, 2)) if first else x
+        same(run(x, np.array([steps])), model.forecast(x, steps))
+
+
+def test_a_forecaster_reads_a_stream(tmp_path):
+    pytest.importorskip("onnxruntime")
+    model = EncoderForecaster(1, (3, 2), 3, seed=0, **REF)
+    run = Exported(drawn(model), tmp_path, states=True)
+    assert run.inputs == ["frames", "steps", *(f"encoder.conv_lstm2d.{n}.{name}" for n in range(2) for name in "hc")]
+    x, steps = np.float32(normal(2, 5, 6, 4, 1)), np.array([3])
+    zeros = [np.zeros((2, 6, 4, F), np.float32) for F in (3, 3, 2, 2)]
+    _, *states = run(x[:, :2], steps, *zeros)
+    made, *states = run(x[:, 2:], steps, *states)
+    same([made, *states], [model.forecast(x, 3), model.encode(x)])
+
+
 # dtypes and runtimes
 
 
@@ -587,6 +625,15 @@ def test_float64_by_the_reference_of_onnx(tmp_path):
     same(made, model(x), 1e-7)
     run = Exported(model, tmp_path, dtype="float32")
     same(run(np.float32(x)), np.float32(model(x)))
+
+
+def test_a_forecaster_in_openvino(tmp_path):
+    openvino = pytest.importorskip("openvino")
+    model = drawn(EncoderForecaster(1, (3, 2), 3, seed=0, **REF))
+    to_onnx(model, tmp_path / "model.onnx")
+    run = openvino.Core().compile_model(tmp_path / "model.onnx", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    x = np.float32(normal(2, 4, 6, 5, 1))
+    same([run({"frames": x, "steps": np.array([3])})[0]], [model.forecast(x, 3)])
 
 
 @pytest.mark.parametrize("options", [CELLS[n] for n in (1, 2, 3, 9, 14)], ids=str)
@@ -629,7 +676,9 @@ class Own(LeakyReLU):
         (Dense(3, 2), {"input_shape": (N, 4)}, ValueError, "in_features is 3"),
         (Conv2D(1, 1, 3)(Input((8, 8, 1))), {}, TypeError, "must be a layer or a model of layers, got Symbol"),
         (encoder_decoder(), {"input_shape": [(1, 2, 3, 4, 5)]}, ValueError, "input_shape"),
-        (EncoderForecaster(1, 2, 3), {}, NotImplementedError, "EncoderForecaster has no counterpart"),
+        (EncoderForecaster(1, 2, 3, inputs="noise"), {}, NotImplementedError, "'noise' are drawn anew"),
+        (EncoderForecaster(1, 2, 3), {"mask": True}, ValueError, "mask is for recurrent layers"),
+        (FORECASTERS[-1], {"states": True}, ValueError, "reads the last frame twice"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_exported_is_told_before_a_file_is_touched(model, options, error, match, tmp_path):

@@ -54,7 +54,7 @@ import inspect, pathlib, fastclstm
 package = fastclstm.{room}
 files = {{path.stem for path in pathlib.Path(package.__file__).parent.glob("*.py")}} - {{"__init__"}}
 missing = files - set(dir(package))
-inner = {{"keras_graphs", "keras_layers", "onnx_builder", "onnx_export", "onnx_layers",
+inner = {{"keras_graphs", "keras_layers", "onnx_builder", "onnx_export", "onnx_forecasting", "onnx_layers",
          "onnx_operators", "onnx_recurrent", "torch_calls", "torch_cells", "torch_dialects", "torch_grus",
          "torch_recognition"}}
 assert missing <= inner, missing

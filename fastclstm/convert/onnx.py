@@ -29,6 +29,7 @@ from typing import Any
 from fastclstm import __version__
 from fastclstm.convert.onnx_builder import IR_VERSION, OPSET, Value
 from fastclstm.convert.onnx_export import Export
+from fastclstm.convert.onnx_forecasting import forecasting
 from fastclstm.convert.onnx_layers import TABLE
 from fastclstm.convert.onnx_recurrent import one_step
 from fastclstm.io.files import replacing
@@ -40,11 +41,13 @@ from fastclstm.layers import (
     TimeDistributed,
 )
 from fastclstm.layers.base import DTYPES
+from fastclstm.layers.container import told_of
 from fastclstm.layers.conv_recurrent import ConvRecurrent
 from fastclstm.layers.recurrent import Recurrent
 from fastclstm.layers.recurrent_cell import RecurrentCell
 from fastclstm.layers.symbolic import Known, is_shape, leaves, mapped_shapes, tried
 from fastclstm.models import Model, Sequential
+from fastclstm.models.forecasting import Forecasting
 from fastclstm.models.graph import Slot, free_name
 from fastclstm.models.network import Network, masked
 from fastclstm.spec import choice, flag
@@ -69,7 +72,8 @@ def to_onnx(
     ----------
     model : Layer
         Any layer or model of this package; within it no layers of your own. Of a cell, as `ConvLSTM2DCell`, the inputs
-        are "x", "h" and "c", the outputs "h.next" and "c.next".
+        are "x", "h" and "c", the outputs "h.next" and "c.next". Of an `EncoderForecaster` or `MultiscaleForecaster` the
+        inputs are "frames" and "steps" (int64, of shape (1,)), the output is what ``forecast(frames, steps)`` returns.
     path : path
     input_shape : tuple of int or None, or list or dict of these, optional
         Shape of x with the batch, as `model.output_shape` takes it; None is an axis of any size. Left out, it is that
@@ -151,11 +155,15 @@ def _converted(e: Export, model: Layer, input_shape: Any, mask: bool) -> list[tu
             raise TypeError(f"to_onnx: input_shape must be a tuple of sizes, None for any, got {input_shape!r}")
         several, numbers = not is_shape(shape), count()
         reader = _reader(model, None)
-        x = mapped_shapes(lambda s: _input(e, f"x_{next(numbers)}" if several else "x", s, *reader), shape)
+        name = "frames" if isinstance(model, Forecasting) else "x"
+        x = mapped_shapes(lambda s: _input(e, f"x_{next(numbers)}" if several else name, s, *reader), shape)
         names = []
     options = {"mask": _mask(e, model, next(leaves(x)))} if mask else {}
     if isinstance(model, RecurrentCell):
         return _cell(e, model, x)
+    if isinstance(model, Forecasting):
+        with told_of(type(model).__name__):
+            return [("output", forecasting(e, model, x, e.g.input("steps", "int64", [1])))]
     values = list(leaves(e.call("", model, x, options)))
     return list(zip(names or ["output"] * len(values), values, strict=True))
 
@@ -236,7 +244,7 @@ def _default_shape(model: Layer) -> Known:
     if C is None:
         raise ValueError(f"to_onnx: {type(layer).__name__} takes arrays of several shapes; give input_shape, with the "
                          f"batch, such as (None, None, 64, 64, 1), None for any size")  # fmt: skip
-    leading = 2 if isinstance(layer, ConvRecurrent) else 1
+    leading = 2 if isinstance(layer, ConvRecurrent | Forecasting) else 1
     frame = options.get("frame_size") or (None,) * _frame_rank(layer)
     inner = (C, *frame) if options["data_format"] == "channels_first" else (*frame, C)
     return (*(None,) * leading, *inner)

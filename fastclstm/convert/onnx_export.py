@@ -79,6 +79,15 @@ class Export:
                 self.next_states[old.name] = new
 
     @contextmanager
+    def inside(self, body: Builder) -> Iterator[None]:
+        """Convert into the body of a loop."""
+        outer, self.g = self.g, body
+        try:
+            yield
+        finally:
+            self.g = outer
+
+    @contextmanager
     def at(self, path: str) -> Iterator[None]:
         """Convert what stands there within the layer that is being converted."""
         outer, self._path = self._path, ".".join(filter(None, (self._path, path)))

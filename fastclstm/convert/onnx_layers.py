@@ -304,7 +304,7 @@ def _rescaling(g: Builder, layer: Any, x: Value) -> Value:
 
 
 def _learnt_input(g: Builder, layer: Any, x: Value) -> Value:
-    return g.elementwise("Add", x, layer.value[:, np.newaxis, np.newaxis])
+    return g.elementwise("Add", x, layer.value.reshape(-1, 1, 1))
 
 
 def _masking(g: Builder, layer: Any, x: Value) -> Value:
@@ -393,6 +393,10 @@ def _network(e: Export, layer: Network, x: Any, mask: Value | None = None, lengt
 
         paired(step.y, made, keep)
     return filled(graph.outputs, values)
+
+
+convert_network = _network
+cut, join = on_frames(_space_to_depth), on_frames(_depth_to_space)
 
 
 def _mask(g: Builder, layer: Network, lengths: Value, x: Value) -> Value:
