@@ -363,6 +363,9 @@ ERRORS = {
         lambda: scales().fit(normal(1, 2, 4, 6, 1), normal(1, 2, 4, 6, 1), teacher_forcing=True)
     ),
     r"states must be what encode returned": lambda: scales().forecast(normal(1, 2, 4, 6, 1), 1, [(1, 2)]),
+    r"frames of 4 × 7 pixels do not come back .* pad them to multiples": lambda: EncoderForecaster(
+        1, (2, 3), 3, strides=(1, 2)
+    ).forecast(normal(1, 2, 4, 7, 1), 1),
     r"blocks of 2 × 2 pixels do not fill": lambda: tied().forecast(normal(1, 2, 5, 6, 1), 1),
 }
 

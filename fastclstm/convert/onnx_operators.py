@@ -39,8 +39,8 @@ def activate(g: Builder, spec: Any, x: Value) -> Value:
     if not activations.is_named(spec):
         name = activations.get(spec).name
         raise ValueError(
-            f"the activation {name!r} is a function of yours, of which ONNX knows nothing; take one with a name "
-            f"({', '.join(activations.TABLE)})"
+            f"to_onnx: the activation {name!r} is a function of yours, of which ONNX knows nothing; take one with a "
+            f"name ({', '.join(activations.TABLE)})"
         )
     name = activations.get(spec).name
     if name == "linear":
