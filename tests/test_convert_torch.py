@@ -264,7 +264,7 @@ def test_legacy_order(torch, dialects, engine, data_format, tmp_path):
     assert np.abs(ordinary(arranged) - y).max() > 1e-3
     layer = from_torch(module.state_dict(), **options)
     np.testing.assert_array_equal(layer(arranged), y)
-    np.testing.assert_array_equal(layer(arranged[1]), y[1])
+    close(layer(arranged[1]), y[1])  # another algorithm may be the fastest for one
     layer.save(tmp_path / "w.safetensors")
     np.testing.assert_array_equal(LegacyOrder.load(tmp_path / "w.safetensors")(arranged), y)
 

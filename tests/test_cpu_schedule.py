@@ -115,9 +115,13 @@ def reads(spec, y, x):
     return {(i, j) for i in rows for j in columns if 0 <= i < spec.H and 0 <= j < spec.W}
 
 
-def owners(plan, spec, tile):
+def owners(plan, spec, tile, planar):
     """The block of each output (image, y, x) of the first unit."""
     work, result = plan.work[0], {}
+    if planar:
+        m, d = int(work["m_y"]), int(work["dilation_y"])
+        blocks = {y: (y // (m * d) * d + y % d) // int(work["band"]) for y in range(spec.HO)}
+        return {(b, y, x): blocks[y] for b in range(int(work["images"])) for y, x in np.ndindex(spec.HO, spec.WO)}
     for b in range(work["unit_tiles"] // work["tiles"] if tile else 1):
         for y, x in np.ndindex(spec.HO, spec.WO):
             if tile:
@@ -134,12 +138,13 @@ def owners(plan, spec, tile):
 @pytest.mark.parametrize("m", [0, 2, 4, (2, 4)])
 @pytest.mark.parametrize("options", [{}, {"padding_mode": "circular"}, {"dilation": 3}], ids=str)
 @pytest.mark.parametrize(("B", "H", "W", "k"), [(1, 70, 100, 3), (3, 13, 9, 5), (2, 50, 31, 3), (1, 200, 3, 5)])
-def test_neighbours_are_all_that_a_block_reads(m, options, B, H, W, k):
+@pytest.mark.parametrize("planar", [False, True])
+def test_neighbours_are_all_that_a_block_reads(planar, m, options, B, H, W, k):
     spec = ConvSpec.infer((B, H, W, 4), (k, k, 4, 16), **options)
     m_y, m_x = m if isinstance(m, tuple) else (m, m)
     tile = Tile(m_y, m_x, k, k) if m else None
-    plan = plans.plan((spec, spec), tile, "update", 1, 4, 2)
-    neighbours, owner = plan.tables.arrays[2], owners(plan, spec, tile)
+    plan = plans.plan((spec, spec), tile, "update", 1, 4, 2, planar)
+    neighbours, owner = plan.tables.arrays[3 if planar else 2], owners(plan, spec, tile, planar)
     assert len(neighbours) == plan.blocks
     for (b, y, x), block in owner.items():
         first, last = neighbours[block]

@@ -60,6 +60,10 @@ def calls(dtype):
                 functional.convlstm2d(frames, *kernels, **option)
                 y, pullback = functional.convlstm2d_vjp(frames, *kernels, **option)
                 pullback(draw(*y.shape, writeable=writeable))
+            for gates, run in ((3, functional.convgru2d_vjp), (1, functional.convrnn2d_vjp)):
+                kernels = draw(3, 3, 8, 16 * gates, writeable=writeable), draw(3, 3, 16, 16 * gates)
+                y, pullback = run(frames, *kernels)
+                pullback(draw(*y.shape, writeable=writeable))
         for channels in (1, 64):
             volume = draw(2, 8, 32, 32, channels, writeable=writeable)
             functional.max_pool3d(volume)

@@ -99,7 +99,9 @@ def command(
     threads: Threads = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
 ) -> None:
-    """Train a network to foretell the next frame of films, or with --scales or --patch all that follow.
+    """Train a network to foretell the next frame of films.
+
+    With --scales or --patch it foretells all frames that follow.
 
     Of moving digits, or of your own; and compare it with what needs no training: to repeat the last frame, or to shift
     it by what lies between the last two. Interrupted, the same command goes on where it was.

@@ -18,9 +18,10 @@ from fastclstm.engines.cpu.kernels import gates
 from fastclstm.engines.cpu.kernels.entry import table
 from fastclstm.engines.cpu.kernels.team import run_team
 from fastclstm.engines.cpu.max_pool3d import max_pool3d, max_pool3d_backward
+from fastclstm.engines.cpu.recurrent import recurrent, recurrent_backward
 from fastclstm.engines.cpu.tiles import Tile
 from fastclstm.nn import activations, normalization
-from fastclstm.spec import ConvLSTMSpec, ConvSpec, PoolSpec
+from fastclstm.spec import CellSpec, ConvLSTMSpec, ConvSpec, PoolSpec
 
 DTYPES = ("float32", "float64")
 
@@ -74,6 +75,7 @@ def _forward(dtype: str) -> Iterator[tuple[str, Callable[[], Any]]]:
         shape = (tile.k_y, tile.k_x, 1, 1) if tile else (1, 1, 1, launch.SMALL_KERNEL)
         kernels = (np.ones(shape, dtype),)
         yield f"packing of kernels, {how}", partial(launch.pack, kernels, None, np.ones(1), tile, remember=False)
+    yield "ConvGRU and the like", partial(_other_cells, dtype, False)
     yield "search for fill values", partial(outliers.find, np.ones(outliers.SMALL + 1, dtype))
     volume = np.ones((1, 1, 1, 1, 1), dtype)
     pool = PoolSpec.infer(volume.shape, 1)
@@ -92,6 +94,7 @@ def _backward(dtype: str) -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "gradient of gates with peepholes or clipping", partial(_train, dtype, None, cell_clip=1.0)
     yield "gradient of gates of any kind", partial(_train, dtype, None, activation="relu")
     yield "normalization and dropout", partial(_step_by_step, dtype)
+    yield "gradient of ConvGRU and the like", partial(_other_cells, dtype, True)
     image = np.ones((1, 3, 3, 1), dtype)
     strided = ConvSpec.infer(image.shape, (3, 3, 1, 1), strides=2)
     pulled = image, np.ones((3, 3, 1, 1), dtype), np.ones((1, 2, 2, 1), dtype)
@@ -123,6 +126,18 @@ def _train(dtype: str, tile: Tile | None, activation: str = "tanh", cell_clip: f
     *_, saved = convlstm2d(spec, x, kernel, kernel, None, None, None, None, None, algorithm=algorithm, save=True)
     assert saved is not None
     convlstm2d_backward(spec, saved, x, None, None)
+
+
+def _other_cells(dtype: str, backward: bool) -> None:
+    """Take one small step of a ConvGRU forward, and backward."""
+    x, kernel = np.ones((1, 1, 3, 3, 1), dtype), np.ones((3, 3, 1, 3), dtype)
+    spec = CellSpec.infer(
+        "gru", x.shape, kernel.shape, kernel.shape, activation=activations.get("tanh"),
+        recurrent_activation=activations.get("sigmoid"), output_activation=activations.get("tanh"), op="warmup",
+    )  # fmt: skip
+    y, _, saved = recurrent(spec, x, kernel, kernel, None, (None,), None, algorithm="direct", save=backward)
+    if saved is not None:
+        recurrent_backward(spec, saved, y, (None,))
 
 
 def _step_by_step(dtype: str) -> None:
