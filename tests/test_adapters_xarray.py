@@ -350,7 +350,16 @@ def test_training_from_lazy_frames_with_missing_pixels():
         network.fit(Windows(x, 3, 2, batch_size=1), quiet=True)
 
 
-def test_a_cluster_that_loses_a_worker():
+@pytest.fixture
+def own_environment():
+    """A cluster in this process writes to the environment: one thread for OpenMP and BLAS."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def test_a_cluster_that_loses_a_worker(own_environment):
     distributed = pytest.importorskip("distributed")
     x, network = frames(8, 4, 12, 12, dims=("member", "time", "y", "x")), local()
     expected = apply(network, x)
