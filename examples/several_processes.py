@@ -49,6 +49,7 @@ def train(rank, processes, store, results):
         losses.append(float(total) / processes)
     if rank == 0:
         results.put((losses, [p.detach().numpy() for p in model.parameters()], sorted(seconds[1:])[len(seconds) // 2]))
+    torch.distributed.barrier()  # whoever ends early would take its connections from under the other
     torch.distributed.destroy_process_group()
 
 

@@ -467,6 +467,7 @@ dist.all_reduce(loss)
 assert torch.allclose(loss / 2, whole, rtol=1e-5), (loss / 2, whole)
 for a, b in zip(alone.parameters(), model.parameters(), strict=True):
     assert torch.allclose(a, b, atol=1e-6), (a - b).abs().max()
+dist.barrier()
 dist.destroy_process_group()
 print("the same")
 """
