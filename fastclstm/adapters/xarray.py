@@ -24,7 +24,7 @@ from fastclstm.adapters.xarray_axes import Axes
 from fastclstm.layers import Layer
 from fastclstm.layers.container import parts
 from fastclstm.models.forecasting import Forecasting
-from fastclstm.models.network import masked
+from fastclstm.models.network import masked, reverses
 from fastclstm.models.roll_out import roll_out
 from fastclstm.spec import integers
 
@@ -94,7 +94,7 @@ def apply(
         values = over_blocks(op, network, _run, data, valid, made, dtype)
     else:
         values = _run(network, data, valid)
-    if _backwards(network) and len(made) in (2, 4):
+    if reverses(network) and len(made) in (2, 4):
         values = np.flip(values, values.ndim - len(made))
     if seen is not None and len(made) >= 3 and made[-3:-1] == data.shape[-3:-1]:
         values = _where(seen if len(made) == 4 else seen[..., 0, :, :, :], values)
@@ -329,11 +329,6 @@ def _sizes(network: Layer, sizes: tuple[int, ...]) -> tuple[int, ...]:
 
 def _channels_last(network: Layer, made: tuple[int, ...]) -> tuple[int, ...]:
     return (*made[:-3], *made[-2:], made[-3]) if _is_first(network) and len(made) >= 3 else made
-
-
-def _backwards(network: Layer) -> bool:
-    """Whether the steps come out last first."""
-    return sum(layer.go_backwards for layer in masked(network)) % 2 == 1
 
 
 def _is_lazy(data: Any) -> bool:

@@ -24,6 +24,7 @@ from fastclstm.engines.cpu.kernels.schedule import Plan, Slots, slots
 from fastclstm.engines.cpu.normalizing import Normalizing, Statistics
 from fastclstm.engines.cpu.program import EVERY, Course, Pace, Program, course
 from fastclstm.engines.cpu.tiles import Tile
+from fastclstm.nn.activations import is_bounded
 from fastclstm.spec import GATES, PEEPHOLE_GATES, ConvLSTMSpec, ConvSpec
 
 Arrays = dict[str, np.ndarray]
@@ -45,9 +46,6 @@ MASK_FLOPS = 8
 """Multiplying a scalar by its mask takes as long as so many operations, for the number of threads."""
 
 PART_NUMBERS = table(np.array([0])), table(np.array([1]))
-
-_BOUNDED = {"sigmoid", "tanh", "hard_sigmoid", "hard_sigmoid_keras2", "softsign"}
-"""Activations whose states need not be searched for what Winograd's transforms would spoil."""
 
 
 @dataclass(frozen=True)
@@ -365,7 +363,8 @@ def forward(
         masks = cell.masks["h"]
         masked = np.empty(masks.shape, dtype) if start is None else masks * start
         cell.put(masks=masks.ctypes.data, masked=masked.ctypes.data)
-    bounded = {spec.recurrent_activation.name, spec.output_activation.name} <= _BOUNDED
+    # of states that are bounded nothing need be looked for that Winograd's transforms would spoil
+    bounded = is_bounded(spec.recurrent_activation) and is_bounded(spec.output_activation)
     pace = Pace(cell.flops, T if bounded or h.shape[1] == T else 1)
     t = 0
     while t < T:

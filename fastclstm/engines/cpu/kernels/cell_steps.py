@@ -13,6 +13,7 @@ from fastclstm.engines.cpu.kernels import simd, vmath
 from fastclstm.engines.cpu.kernels.entry import kernel
 from fastclstm.engines.cpu.kernels.gates import put, take
 from fastclstm.engines.cpu.kernels.gates_backward import add_to, place_at
+from fastclstm.engines.cpu.kernels.lines import activate, line_at, slopes
 from fastclstm.engines.cpu.kernels.padding import clear_run, copy_run
 from fastclstm.engines.cpu.kernels.team import finished, grain, next_item
 
@@ -104,42 +105,8 @@ def _gather(like, step, parts, b, first, count, lines, pitch):
 
 
 @inline
-def _activate(code, source, target, count):
-    """Apply an activation to a line; the usual ones in loops of their own, several vectors of which are under way."""
-    lanes = simd.vector_lanes(source)
-    if code == 0:
-        for k in range(0, count, lanes):
-            simd.store(simd.shift(target, k), vmath.tanh(simd.load(simd.shift(source, k))))
-    elif code == 1:
-        for k in range(0, count, lanes):
-            simd.store(simd.shift(target, k), vmath.sigmoid(simd.load(simd.shift(source, k))))
-    else:
-        for k in range(0, count, lanes):
-            simd.store(simd.shift(target, k), vmath.activate(code, simd.load(simd.shift(source, k))))
-
-
-@inline
-def _slopes(code, source, values, target, count):
-    """Derivatives of an activation along a line, whose values there are known."""
-    lanes = simd.vector_lanes(source)
-    if code <= 1:
-        for k in range(0, count, lanes):
-            y = simd.load(simd.shift(values, k))
-            simd.store(simd.shift(target, k), y * (1.0 - y) if code == 1 else 1.0 - y * y)
-    else:
-        for k in range(0, count, lanes):
-            x, y = simd.load(simd.shift(source, k)), simd.load(simd.shift(values, k))
-            simd.store(simd.shift(target, k), vmath.slope(code, x, y))
-
-
-@inline
 def _clipped(step, c):
     return simd.maximum(-step.clip, simd.minimum(step.clip, c))
-
-
-@inline
-def _line(lines, pitch, number, k):
-    return simd.shift(lines, number * pitch + k)
 
 
 @inline
@@ -159,26 +126,26 @@ def _gates_of_lines(like, step, b, first, count, lines, pitch):
             some = min(lanes, count - k)
             old = take(simd.shift(c, k), some)
             for gate in range(2):
-                line = _line(lines, pitch, gate, k)
+                line = line_at(lines, pitch, gate, k)
                 simd.store(line, simd.fma(_peep(like, step, gate, first, k, some), old, simd.load(line)))
     for gate in range(2):
-        line = _line(lines, pitch, gate, 0)
-        _activate(step.recurrent_activation, line, line, count)
-    _activate(step.activation, _line(lines, pitch, 2, 0), _line(lines, pitch, 2, 0), count)
+        line = line_at(lines, pitch, gate, 0)
+        activate(step.recurrent_activation, line, line, count)
+    activate(step.activation, line_at(lines, pitch, 2, 0), line_at(lines, pitch, 2, 0), count)
     for k in range(0, count, lanes):
         some = min(lanes, count - k)
-        i, f, g = (simd.load(_line(lines, pitch, 0, k)), simd.load(_line(lines, pitch, 1, k)),
-                   simd.load(_line(lines, pitch, 2, k)))  # fmt: skip
+        i, f, g = (simd.load(line_at(lines, pitch, 0, k)), simd.load(line_at(lines, pitch, 1, k)),
+                   simd.load(line_at(lines, pitch, 2, k)))  # fmt: skip
         new = _clipped(step, simd.fma(f, take(simd.shift(c, k), some), i * g))
-        simd.store(_line(lines, pitch, 4, k), new)
+        simd.store(line_at(lines, pitch, 4, k), new)
         if step.peephole != 0:
-            line = _line(lines, pitch, 3, k)
+            line = line_at(lines, pitch, 3, k)
             simd.store(line, simd.fma(_peep(like, step, 2, first, k, some), new, simd.load(line)))
-    _activate(step.recurrent_activation, _line(lines, pitch, 3, 0), _line(lines, pitch, 3, 0), count)
-    _activate(step.output_activation, _line(lines, pitch, 4, 0), _line(lines, pitch, 5, 0), count)
+    activate(step.recurrent_activation, line_at(lines, pitch, 3, 0), line_at(lines, pitch, 3, 0), count)
+    activate(step.output_activation, line_at(lines, pitch, 4, 0), line_at(lines, pitch, 5, 0), count)
     for k in range(0, count, lanes):
-        line = _line(lines, pitch, 5, k)
-        simd.store(line, simd.load(_line(lines, pitch, 3, k)) * simd.load(line))
+        line = line_at(lines, pitch, 5, k)
+        simd.store(line, simd.load(line_at(lines, pitch, 3, k)) * simd.load(line))
 
 
 @inline
@@ -189,8 +156,8 @@ def _standard_gates_of_lines(like, step, b, first, count, lines, pitch):
     for k in range(0, count, lanes):
         some = min(lanes, count - k)
         old = take(simd.shift(c, k), some)
-        z_i, z_f = simd.load(_line(lines, pitch, 0, k)), simd.load(_line(lines, pitch, 1, k))
-        z_g, z_o = simd.load(_line(lines, pitch, 2, k)), simd.load(_line(lines, pitch, 3, k))
+        z_i, z_f = simd.load(line_at(lines, pitch, 0, k)), simd.load(line_at(lines, pitch, 1, k))
+        z_g, z_o = simd.load(line_at(lines, pitch, 2, k)), simd.load(line_at(lines, pitch, 3, k))
         if step.peephole != 0:
             z_i = simd.fma(_peep(like, step, 0, first, k, some), old, z_i)
             z_f = simd.fma(_peep(like, step, 1, first, k, some), old, z_f)
@@ -198,11 +165,11 @@ def _standard_gates_of_lines(like, step, b, first, count, lines, pitch):
         g = vmath.exp2_gate(z_g * (-2.0 * vmath.LOG2E))
         a, gain = i * (1.0 + g), 1.0 - g
         new = _clipped(step, simd.quotient(simd.fma(old, a, gain * f), a * f))
-        simd.store(_line(lines, pitch, 4, k), new)
+        simd.store(line_at(lines, pitch, 4, k), new)
         if step.peephole != 0:
             z_o = simd.fma(_peep(like, step, 2, first, k, some), new, z_o)
         o, e = 1.0 + vmath.exp2_gate(z_o * -vmath.LOG2E), vmath.exp2_gate(new * (-2.0 * vmath.LOG2E))
-        simd.store(_line(lines, pitch, 5, k), simd.quotient(1.0 - e, o * (1.0 + e)))
+        simd.store(line_at(lines, pitch, 5, k), simd.quotient(1.0 - e, o * (1.0 + e)))
 
 
 @inline
@@ -219,8 +186,8 @@ def _chunk_forward(like, step, parts, b, first, pixels, lines, pitch):
     plane = step.pixels * F
     for k in range(0, count, lanes):
         some = min(lanes, count - k)
-        put(simd.shift(c_new, k), simd.load(_line(lines, pitch, 4, k)), some)
-        new = simd.load(_line(lines, pitch, 5, k))
+        put(simd.shift(c_new, k), simd.load(line_at(lines, pitch, 4, k)), some)
+        new = simd.load(line_at(lines, pitch, 5, k))
         put(simd.shift(h, k), new, some)
         if step.y != 0:
             put(simd.shift(y, k), new, some)
@@ -394,66 +361,68 @@ def _chunk_backward(like, step, parts, b, first, pixels, lines, pitch, sums):
             some = min(lanes, count - k)
             old = take(simd.shift(c, k), some)
             for gate in range(2):
-                line = _line(lines, pitch, gate, k)
+                line = line_at(lines, pitch, gate, k)
                 simd.store(line, simd.fma(_peep(like, step, gate, first, k, some), old, simd.load(line)))
     for gate in range(2):
-        line, value = _line(lines, pitch, gate, 0), _line(lines, pitch, 4 + gate, 0)
-        _activate(sigma, line, value, count)
-        _slopes(sigma, line, value, _line(lines, pitch, 8 + gate, 0), count)
-    _activate(step.activation, _line(lines, pitch, 2, 0), _line(lines, pitch, 6, 0), count)
-    _slopes(step.activation, _line(lines, pitch, 2, 0), _line(lines, pitch, 6, 0), _line(lines, pitch, 10, 0), count)
+        line, value = line_at(lines, pitch, gate, 0), line_at(lines, pitch, 4 + gate, 0)
+        activate(sigma, line, value, count)
+        slopes(sigma, line, value, line_at(lines, pitch, 8 + gate, 0), count)
+    activate(step.activation, line_at(lines, pitch, 2, 0), line_at(lines, pitch, 6, 0), count)
+    slopes(
+        step.activation, line_at(lines, pitch, 2, 0), line_at(lines, pitch, 6, 0), line_at(lines, pitch, 10, 0), count
+    )
     for k in range(0, count, lanes):
         some = min(lanes, count - k)
-        i, f, g = (simd.load(_line(lines, pitch, 4, k)), simd.load(_line(lines, pitch, 5, k)),
-                   simd.load(_line(lines, pitch, 6, k)))  # fmt: skip
+        i, f, g = (simd.load(line_at(lines, pitch, 4, k)), simd.load(line_at(lines, pitch, 5, k)),
+                   simd.load(line_at(lines, pitch, 6, k)))  # fmt: skip
         new = _clipped(step, simd.fma(f, take(simd.shift(c, k), some), i * g))
-        simd.store(_line(lines, pitch, 14, k), new)
+        simd.store(line_at(lines, pitch, 14, k), new)
         if step.peephole != 0:
-            line = _line(lines, pitch, 3, k)
+            line = line_at(lines, pitch, 3, k)
             simd.store(line, simd.fma(_peep(like, step, 2, first, k, some), new, simd.load(line)))
-    _activate(sigma, _line(lines, pitch, 3, 0), _line(lines, pitch, 7, 0), count)
-    _slopes(sigma, _line(lines, pitch, 3, 0), _line(lines, pitch, 7, 0), _line(lines, pitch, 11, 0), count)
-    new, value = _line(lines, pitch, 14, 0), _line(lines, pitch, 12, 0)
-    _activate(step.output_activation, new, value, count)
-    _slopes(step.output_activation, new, value, _line(lines, pitch, 13, 0), count)
+    activate(sigma, line_at(lines, pitch, 3, 0), line_at(lines, pitch, 7, 0), count)
+    slopes(sigma, line_at(lines, pitch, 3, 0), line_at(lines, pitch, 7, 0), line_at(lines, pitch, 11, 0), count)
+    new, value = line_at(lines, pitch, 14, 0), line_at(lines, pitch, 12, 0)
+    activate(step.output_activation, new, value, count)
+    slopes(step.output_activation, new, value, line_at(lines, pitch, 13, 0), count)
     for k in range(0, count, lanes):
         some, at = min(lanes, count - k), start + k
-        f, o = simd.load(_line(lines, pitch, 5, k)), simd.load(_line(lines, pitch, 7, k))
-        y, new, old = simd.load(_line(lines, pitch, 12, k)), simd.load(_line(lines, pitch, 14, k)), take(
+        f, o = simd.load(line_at(lines, pitch, 5, k)), simd.load(line_at(lines, pitch, 7, k))
+        y, new, old = simd.load(line_at(lines, pitch, 12, k)), simd.load(line_at(lines, pitch, 14, k)), take(
             simd.shift(c, k), some)  # fmt: skip
         put(place_at(like, step.h, step.h_image, b, at), o * y, some)
         dh = take(place_at(like, step.dh, step.dh_image, b, at), some)
         if step.dy != 0:
             dh = dh + take(place_at(like, step.dy, step.dy_image, b, at), some)
         dc_place = place_at(like, step.dc, step.dc_image, b, at)
-        dc = simd.fma(dh * o, simd.load(_line(lines, pitch, 13, k)), take(dc_place, some))
-        da_o = dh * y * simd.load(_line(lines, pitch, 11, k))
+        dc = simd.fma(dh * o, simd.load(line_at(lines, pitch, 13, k)), take(dc_place, some))
+        da_o = dh * y * simd.load(line_at(lines, pitch, 11, k))
         if step.peephole != 0:
             dc = simd.fma(da_o, _peep(like, step, 2, first, k, some), dc)
         if step.clip < np.inf:
             dc = simd.select_less(simd.absolute(new), simd.broadcast(dc, step.clip), dc, simd.zeros(lines))
-        da_i = dc * simd.load(_line(lines, pitch, 6, k)) * simd.load(_line(lines, pitch, 8, k))
-        da_f = dc * old * simd.load(_line(lines, pitch, 9, k))
-        da_g = dc * simd.load(_line(lines, pitch, 4, k)) * simd.load(_line(lines, pitch, 10, k))
+        da_i = dc * simd.load(line_at(lines, pitch, 6, k)) * simd.load(line_at(lines, pitch, 8, k))
+        da_f = dc * old * simd.load(line_at(lines, pitch, 9, k))
+        da_g = dc * simd.load(line_at(lines, pitch, 4, k)) * simd.load(line_at(lines, pitch, 10, k))
         dc = dc * f
         if step.peephole != 0:
             dc = simd.fma(da_i, _peep(like, step, 0, first, k, some), dc)
             dc = simd.fma(da_f, _peep(like, step, 1, first, k, some), dc)
             plane = step.pixels * F
             for n, product in enumerate((da_i * old, da_f * old, da_o * new)):
-                simd.store(_line(lines, pitch, 8 + n, k), product)
+                simd.store(line_at(lines, pitch, 8 + n, k), product)
                 if step.dpeephole != 0:
                     add_to(simd.shift(simd.at(like, step.dpeephole), (3 * b + n) * plane + at), product, some)
         put(dc_place, dc, some)
-        simd.store(_line(lines, pitch, 0, k), da_i)
-        simd.store(_line(lines, pitch, 1, k), da_f)
-        simd.store(_line(lines, pitch, 2, k), da_g)
-        simd.store(_line(lines, pitch, 3, k), da_o)
+        simd.store(line_at(lines, pitch, 0, k), da_i)
+        simd.store(line_at(lines, pitch, 1, k), da_f)
+        simd.store(line_at(lines, pitch, 2, k), da_g)
+        simd.store(line_at(lines, pitch, 3, k), da_o)
     if step.peephole != 0 and step.dpeephole == 0:
         for n in range(3):
             for p in range(pixels):
                 for k in range(0, F, lanes):
-                    add_to(simd.shift(sums, (4 + n) * F + k), simd.load(_line(lines, pitch, 8 + n, p * F + k)),
+                    add_to(simd.shift(sums, (4 + n) * F + k), simd.load(line_at(lines, pitch, 8 + n, p * F + k)),
                          min(lanes, F - k))  # fmt: skip
 
 
