@@ -100,6 +100,8 @@ def test_channels_first_networks_and_channels():
     last = ConvLSTM2D(2, 2, 3, seed=0)
     same(apply(first, x), apply(last, x))
     same(apply(first, x.chunk(time=3)), apply(last, x))
+    x[0, 1], x[2] = np.nan, np.nan
+    same(apply(first, x.chunk(time=2), missing=0.0), apply(last, x, missing=0.0))  # the first piece hands states on
 
 
 def test_steps_in_their_own_order():

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import xarray
 
-from fastclstm import dispatch
 from fastclstm.adapters.xarray_axes import Axes
+from fastclstm.adapters.xarray_samples import is_channels_first, made_of, of_samples
 from fastclstm.layers import Layer
 from fastclstm.layers.container import parts
 from fastclstm.models.forecasting import Forecasting
@@ -81,11 +81,7 @@ def apply(
     axes = Axes.of(op, frames, time, space, channel)
     _check(op, network)
     data = axes.data(frames)
-    made = network.output_shape((1, *_sizes(network, data.shape[-4:])))
-    if not (isinstance(made, tuple) and all(isinstance(n, int) for n in made) and 2 <= len(made) <= 5):
-        raise ValueError(f"{op}: {type(network).__name__} makes {made} of each sample, which is no DataArray's; "
-                         f"give a network of one array of frames or features")  # fmt: skip
-    made = _channels_last(network, made[1:])
+    made = made_of(op, network, data.shape[-4:])
     data, valid, seen = _read(op, data, missing, hides=any(masked(network)))
     dtype = np.dtype(getattr(next(iter(network.parameters.values()), data), "dtype", data.dtype))
     if _is_lazy(data):
@@ -266,19 +262,12 @@ def _read(op: str, data: Any, missing: float | None, *, hides: bool) -> tuple[An
 
 
 def _filled(data: Any, value: float) -> Any:
-    if _is_lazy(data):
-        import dask.array
-
-        return dask.array.where(dask.array.isnan(data), data.dtype.type(value), data)
+    """Return data with a value where it is NaN."""
     return np.where(np.isnan(data), data.dtype.type(value), data)
 
 
 def _where(seen: Any, values: Any) -> Any:
     """Return values, NaN where nothing was seen."""
-    if _is_lazy(values):
-        import dask.array
-
-        return dask.array.where(seen, values, values.dtype.type(np.nan))
     return np.where(seen, values, values.dtype.type(np.nan))
 
 
@@ -296,39 +285,12 @@ def _refuse_nan(op: str, data: np.ndarray) -> None:
 
 def _run(network: Layer, block: np.ndarray, valid: np.ndarray) -> np.ndarray:
     """Return what a network makes of each sample of a block (…, T, H, W, C)."""
-    lead = block.shape[:-4]
-    x = _moved(network, block.reshape(-1, *block.shape[-4:]), 2)
-    options: dict[str, Any] = {} if valid.all() else {"mask": valid.reshape(x.shape[:2])}
-    y = network(x, **options)
-    if _is_first(network) and y.ndim in (4, 5):
-        y = dispatch.contiguous(np.moveaxis(y, y.ndim - 3, -1))
-    return y.reshape(*lead, *y.shape[1:])
+    options: dict[str, Any] = {} if valid.all() else {"mask": valid.reshape(-1, valid.shape[-4])}
+    return of_samples(is_channels_first(network), block, lambda x: network(x, **options))
 
 
 def _foretell(block: np.ndarray, *, network: Layer, steps: int) -> np.ndarray:
-    lead = block.shape[:-4]
-    made = roll_out(network, _moved(network, block.reshape(-1, *block.shape[-4:]), 2), steps)
-    if _is_first(network):
-        made = dispatch.contiguous(np.moveaxis(made, 2, -1))
-    return made.reshape(*lead, *made.shape[1:])
-
-
-def _moved(network: Layer, x: np.ndarray, axis: int) -> np.ndarray:
-    """Return channels-last sequences as the network takes them."""
-    return dispatch.contiguous(np.moveaxis(x, -1, axis)) if _is_first(network) else x
-
-
-def _is_first(network: Layer) -> bool:
-    return any(getattr(part, "data_format", None) == "channels_first" for part in parts(network))
-
-
-def _sizes(network: Layer, sizes: tuple[int, ...]) -> tuple[int, ...]:
-    T, H, W, C = sizes
-    return (T, C, H, W) if _is_first(network) else sizes
-
-
-def _channels_last(network: Layer, made: tuple[int, ...]) -> tuple[int, ...]:
-    return (*made[:-3], *made[-2:], made[-3]) if _is_first(network) and len(made) >= 3 else made
+    return of_samples(is_channels_first(network), block, lambda x: roll_out(network, x, steps))
 
 
 def _is_lazy(data: Any) -> bool:

@@ -12,6 +12,7 @@ from dask.array.overlap import overlap, trim_overlap
 from dask.delayed import delayed
 
 from fastclstm import layers
+from fastclstm.adapters.xarray_samples import is_channels_first, of_samples
 from fastclstm.layers import Layer
 from fastclstm.layers.conv_recurrent import ConvRecurrent
 from fastclstm.models import Sequential
@@ -123,6 +124,7 @@ class Pieces:
     """A chain of layers that takes a sequence piece by piece, with the states between them."""
 
     def __init__(self, op: str, network: Layer):
+        self._channels_first = is_channels_first(network)
         self.layers: list[Any] = []
         for layer in chain(network):
             if isinstance(layer, ConvRecurrent):
@@ -136,9 +138,13 @@ class Pieces:
 
     def __call__(self, block: np.ndarray, valid: np.ndarray, before: Any) -> tuple[np.ndarray, Any]:
         """Return what becomes of a piece (…, T, H, W, C), and what the next one starts from."""
-        lead, after = block.shape[:-4], []
-        x = block.reshape(-1, *block.shape[-4:])
-        mask = None if valid.all() else valid.reshape(x.shape[:2])
+        after: list[Any] = []
+        mask = None if valid.all() else valid.reshape(-1, valid.shape[-4])
+        y = of_samples(self._channels_first, block, lambda x: self._run(x, mask, before, after))
+        return y, after
+
+    def _run(self, x: np.ndarray, mask: np.ndarray | None, before: Any, after: list[Any]) -> np.ndarray:
+        """Return what becomes of a batch; append to `after` each layer's states and last output."""
         held = iter(before or ())
         for layer in self.layers:
             if not isinstance(layer, ConvRecurrent):
@@ -154,7 +160,7 @@ class Pieces:
             after.append((states, y[:, -1]))
             x = y if layer.return_sequences else y[:, -1]
             mask = mask if layer.return_sequences else None
-        return x.reshape(*lead, *x.shape[1:]), after
+        return x
 
 
 def _pieces(pieces: Pieces, data: Any, valid: Any, made: Sequence[int], dtype: Any) -> Any:
