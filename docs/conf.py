@@ -46,9 +46,9 @@ numpydoc_xref_param_type = False
 myst_enable_extensions = ["attrs_block", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 
-# The gallery: every script whose docstring has a title is executed; one without, such as several_processes.py, is not of it.
+# The gallery: every script whose docstring has a title is executed; several_processes.py, for one, has none.
 EXAMPLES = HERE.parent / "examples"
-TITLED = re.compile(r'"""[^\n]+\n[=-]{3,}\n')
+TITLED = re.compile(r'"""\n?[^\n]+\n[=-]{3,}\n')
 UNTITLED = [path.name for path in sorted(EXAMPLES.glob("*.py")) if not TITLED.search(path.read_text())]
 sphinx_gallery_conf = {
     "examples_dirs": "../examples",

@@ -1,15 +1,20 @@
 """The pictures of *How it works*: SVG, drawn here and put into the page, so that it takes the page's colours.
 
 ``.. picture:: NAME`` puts in what the function of that name draws; its docstring is what is read aloud.
+
+And pictures in files of which there is one for dark pages too: where Markdown has ``<picture>``, as GitHub wants it,
+the page shows the one that suits its own switch.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from typing import Any
 
 from docutils import nodes
+from sphinx.transforms import SphinxTransform
 from sphinx.util.docutils import SphinxDirective
 
 Point = tuple[float, float]
@@ -24,9 +29,13 @@ class Sheet:
 
     def box(self, x: float, y: float, width: float, height: float, kind: str = "box", radius: float = 3) -> None:
         """Draw a rectangle."""
-        self.parts.append(f'<rect class="{kind}" x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="{radius:g}"/>')
+        self.parts.append(
+            f'<rect class="{kind}" x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="{radius:g}"/>'
+        )
 
-    def grid(self, x: float, y: float, rows: int, columns: int, size: float, kind: str | Callable[[int, int], str]) -> None:
+    def grid(
+        self, x: float, y: float, rows: int, columns: int, size: float, kind: str | Callable[[int, int], str]
+    ) -> None:
         """Draw cells beside each other, of one kind or of one that depends on row and column."""
         for row in range(rows):
             for column in range(columns):
@@ -47,7 +56,9 @@ class Sheet:
         path = " L".join(f"{x:g} {y:g}" for x, y in points)
         self.parts.append(f'<path class="{kind}" d="M{path}" marker-end="url(#head)"/>')
 
-    def labelled(self, x: float, y: float, width: float, height: float, texts: Sequence[str], kind: str = "box") -> None:
+    def labelled(
+        self, x: float, y: float, width: float, height: float, texts: Sequence[str], kind: str = "box"
+    ) -> None:
         """Draw a box with lines in its middle."""
         self.box(x, y, width, height, kind)
         self.lines(x + width / 2, y + height / 2 + 5 - 8.5 * (len(texts) - 1), texts)
@@ -64,7 +75,7 @@ class Sheet:
 
 
 def fused_step(sheet: Sheet) -> None:
-    """A step in a framework writes the pre-activations to memory and reads them back; the fused step does not."""
+    """Operation by operation a step writes its pre-activations to memory and reads them; the fused step does not."""
     sheet.text(170, 22, "operation by operation", "title")
     sheet.text(550, 22, "fused", "title")
     sheet.parts.append('<path class="rule" d="M356 8 V356"/>')
@@ -80,7 +91,9 @@ def fused_step(sheet: Sheet) -> None:
     sheet.text(170, 372, "every arrow is a whole frame through memory", "note")
     sheet.box(390, 48, 212, 278, "cache")
     sheet.text(496, 68, "one block of rows, in the core's caches", "note")
-    for row, text in enumerate(("convolve x and h", "add bias, normalize", "σ and tanh of registers", "c = f∘c + i∘g", "h = o∘tanh(c)")):
+    for row, text in enumerate(
+        ("convolve x and h", "add bias, normalize", "σ and tanh of registers", "c = f∘c + i∘g", "h = o∘tanh(c)")
+    ):
         sheet.labelled(412, 82 + 48 * row, 168, 34, [text])
         if row < 4:
             sheet.arrow((496, 116 + 48 * row), (496, 130 + 48 * row))
@@ -117,8 +130,18 @@ def winograd(sheet: Sheet) -> None:
 def lanes(sheet: Sheet) -> None:
     """Where filters are many a vector holds filters of one pixel; where they are few it holds pixels of one filter."""
     for at, title, note, kinds in (
-        (20, "many filters: 64", "one vector: 16 filters of a pixel", lambda row, column: "accent" if row == 1 else "box"),
-        (390, "few filters: 2", "one vector: 16 pixels of a filter", lambda row, column: "accent" if column == 0 else "box"),
+        (
+            20,
+            "many filters: 64",
+            "one vector: 16 filters of a pixel",
+            lambda row, column: "accent" if row == 1 else "box",
+        ),
+        (
+            390,
+            "few filters: 2",
+            "one vector: 16 pixels of a filter",
+            lambda row, column: "accent" if column == 0 else "box",
+        ),
     ):
         rows, columns = (4, 16) if at == 20 else (16, 2)
         sheet.text(at + 160, 22, title, "title")
@@ -132,7 +155,7 @@ def lanes(sheet: Sheet) -> None:
 
 
 def tickets(sheet: Sheet) -> None:
-    """Threads claim blocks of steps in order; a block waits for its own and the neighbouring blocks of the step before."""
+    """Threads claim blocks of steps in order; a block waits for its neighbours of the step before, and for itself."""
     size, left, top, rows, columns = 46, 120, 48, 6, 9
     done = {(row, column): row + 6 * column < 28 for row in range(rows) for column in range(columns)}
     next_row, next_column = 4, 4
@@ -157,7 +180,12 @@ def tickets(sheet: Sheet) -> None:
     for row, (what, text) in enumerate(legend):
         sheet.box(left + size * columns + 24, top + 20 + 34 * row, 20, 20, what)
         sheet.text(left + size * columns + 54, top + 35 + 34 * row, text, "", "start")
-    sheet.text(left + size * columns / 2, 348, "no barrier after a step: a thread without a processor holds up one block", "note")
+    sheet.text(
+        left + size * columns / 2,
+        348,
+        "no barrier after a step: a thread without a processor holds up one block",
+        "note",
+    )
 
 
 def memory(sheet: Sheet) -> None:
@@ -195,7 +223,26 @@ class Picture(SphinxDirective):
         return [nodes.raw("", str(sheet), format="html")]
 
 
+class Twins(SphinxTransform):
+    """Makes of HTML's ``<picture>`` two images, for light pages and for dark ones."""
+
+    default_priority = 10
+
+    def apply(self, **options: Any) -> None:
+        """Replace them in a page."""
+        for node in list(self.document.findall(nodes.raw)):
+            told = re.fullmatch(r"\s*<picture>(.*)</picture>\s*", node.astext(), re.DOTALL)
+            if told and node["format"] == "html":
+                name = re.search(r'alt="(.*?)"', told[1])
+                light, dark = re.search(r'\ssrc="(.*?)"', told[1]), re.search(r'srcset="(.*?)"', told[1])
+                node.replace_self([
+                    nodes.image(uri=uri[1], alt=name[1] if name else "", classes=[kind])
+                    for uri, kind in ((light, "only-light"), (dark, "only-dark")) if uri
+                ])  # fmt: skip
+
+
 def setup(app: Any) -> dict[str, bool]:
-    """Register the directive."""
+    """Register the directive and the transform."""
     app.add_directive("picture", Picture)
+    app.add_transform(Twins)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -89,7 +89,9 @@ def onnx() -> Rows:
     written = sorted({cls.__name__ for cls in TABLE})
     every = {name for room in (layers, models) for name in room.__all__ if isinstance(getattr(room, name), type)}
     left = sorted(
-        name for name in every - set(written) if not any(issubclass(getattr(layers, name, object), cls) for cls in TABLE)
+        name
+        for name in every - set(written)
+        if not any(issubclass(getattr(layers, name, object), cls) for cls in TABLE)
     )
     return ["written", "not in the table"], [[", ".join(written), ", ".join(left)]]
 
