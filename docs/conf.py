@@ -19,7 +19,6 @@ version = release = fastclstm.__version__
 extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
-    "sphinx.ext.mathjax",
     "numpydoc",
     "myst_parser",
     "sphinx_gallery.gen_gallery",
@@ -43,7 +42,7 @@ numpydoc_show_class_members = False
 numpydoc_xref_param_type = False
 
 # Markdown
-myst_enable_extensions = ["attrs_block", "colon_fence", "deflist", "dollarmath"]
+myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
 
 # The gallery: every script whose docstring has a title is executed; several_processes.py, for one, has none.
@@ -72,7 +71,7 @@ html_sidebars = {name: [] for name in ("index", "start", "compatibility", "chang
 html_theme_options = {
     "logo": {"text": "fastclstm"},
     "navbar_align": "left",
-    "header_links_before_dropdown": 6,
+    "header_links_before_dropdown": 5,
     "secondary_sidebar_items": ["page-toc"],
     "show_toc_level": 2,
     "navigation_with_keys": False,

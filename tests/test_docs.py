@@ -90,6 +90,16 @@ def test_no_block_is_of_a_kind_that_nobody_looks_at(page):
     assert not {kind for kind in directives if kind.startswith(("{code", "{doctest", "{testcode"))}
 
 
+LINK = re.compile(r"\]\(([^)\s#]+)(?:#[\w-]+)?\)")
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.parent in (ROOT, ROOT / "bench")], ids=name_of)
+def test_links_of_a_page_that_is_not_of_the_site_lead_somewhere(page):
+    """Sphinx checks those of the site's own pages."""
+    links = [link for link in LINK.findall(page.read_text()) if not link.startswith("http")]
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
 # Commands
 
 

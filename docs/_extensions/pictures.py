@@ -85,12 +85,12 @@ def fused_step(sheet: Sheet) -> None:
         y = 48 + 60 * row
         sheet.labelled(16, y, 150, 38, step)
         sheet.labelled(226, y, 112, 38, [kept], "memory")
-        sheet.arrow((166, y + 12), (226, y + 12))
+        sheet.arrow((166, y + 19), (226, y + 19))
         if row < 4:
-            sheet.arrow((226, y + 28), (196, y + 28), (196, y + 72), (166, y + 72))
+            sheet.arrow((282, y + 38), (282, y + 49), (91, y + 49), (91, y + 60))
     sheet.text(170, 372, "every arrow is a whole frame through memory", "note")
     sheet.box(390, 48, 212, 278, "cache")
-    sheet.text(496, 68, "one block of rows, in the core's caches", "note")
+    sheet.text(496, 68, "rows, in the core's caches", "note")
     for row, text in enumerate(
         ("convolve x and h", "add bias, normalize", "σ and tanh of registers", "c = f∘c + i∘g", "h = o∘tanh(c)")
     ):
@@ -116,7 +116,7 @@ def winograd(sheet: Sheet) -> None:
     sheet.grid(336, 74, 4, 4, 27, "weights")
     sheet.lines(390, 204, ["the kernel, G g Gᵀ:", "once for all steps"], "note")
     sheet.grid(336, 12, 3, 3, 15, "weights")
-    sheet.text(428, 40, "3×3", "note", "start")
+    sheet.text(390, 40, "3×3", "note", "start")
     sheet.arrow((359, 58), (359, 73))
     sheet.arrow((450, 128), (520, 128))
     sheet.text(485, 118, "Σ, Aᵀ m A", "note")
@@ -129,29 +129,14 @@ def winograd(sheet: Sheet) -> None:
 
 def lanes(sheet: Sheet) -> None:
     """Where filters are many a vector holds filters of one pixel; where they are few it holds pixels of one filter."""
-    for at, title, note, kinds in (
-        (
-            20,
-            "many filters: 64",
-            "one vector: 16 filters of a pixel",
-            lambda row, column: "accent" if row == 1 else "box",
-        ),
-        (
-            390,
-            "few filters: 2",
-            "one vector: 16 pixels of a filter",
-            lambda row, column: "accent" if column == 0 else "box",
-        ),
-    ):
-        rows, columns = (4, 16) if at == 20 else (16, 2)
-        sheet.text(at + 160, 22, title, "title")
-        size = 20 if at == 20 else 13
-        x, y = (at, 90) if at == 20 else (at + 147, 44)
-        sheet.grid(x, y, rows, columns, size, kinds)
-        sheet.text(x - 8, y + rows * size / 2 + 4, "", "note", "end")
-        sheet.text(at + 160, 282, note, "note")
+    sheet.text(180, 22, "many filters: 64", "title")
+    sheet.grid(20, 90, 4, 16, 20, lambda row, column: "accent" if row == 1 else "box")
     sheet.lines(180, 192, ["→ filters", "↓ pixels"], "note")
-    sheet.lines(606, 130, ["→ filters", "↓ pixels of many tiles:", "each weight meets all"], "note", "start")
+    sheet.text(180, 282, "one vector: 16 filters of a pixel", "note")
+    sheet.text(550, 22, "few filters: 2", "title")
+    sheet.grid(470, 44, 16, 2, 13, lambda row, column: "accent" if column == 0 else "box")
+    sheet.lines(514, 130, ["→ filters", "↓ pixels of many tiles:", "each weight meets all"], "note", "start")
+    sheet.text(550, 282, "one vector: 16 pixels of a filter", "note")
 
 
 def tickets(sheet: Sheet) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 from collections.abc import Iterable
 from typing import Any
@@ -20,11 +19,10 @@ def dialects() -> Rows:
     """Return the ConvLSTMs of PyTorch whose weights are read and written."""
     from fastclstm.convert.torch import DIALECTS
 
-    return ["dialect", "cells", "convolutions", "gates", "peepholes", "normalization", "activation of g"], [
+    return ["dialect", "convolutions of a cell", "gates", "peepholes", "normalization", "activation of g"], [
         [
             CODE(f'"{name}"'),
-            "the module itself" if not row.cells else CODE(row.cells),
-            CODE(row.joint) if row.joint else " + ".join(map(CODE, row.split or ())),
+            " + ".join(CODE(f"{row.cells}.{conv}".lstrip(".")) for conv in (row.joint, *(row.split or ())) if conv),
             "by name" if any("{gate}" in conv for conv in (row.joint, *(row.split or ())) if conv)
             else " ".join(row.gates) or "to be told: ``gates=``",
             _peepholes(row),
@@ -51,12 +49,14 @@ def gru_dialects() -> Rows:
     """Return the ConvGRUs of PyTorch."""
     from fastclstm.convert.torch import GRU_DIALECTS
 
-    return ["dialect", "cells", "gates", "candidate", "keeps", "reset", "normalization"], [
+    def named(row: Any, convolutions: Iterable[str]) -> str:
+        return ", ".join(CODE(f"{row.cells}.{conv}".lstrip(".")) for conv in convolutions)
+
+    return ["dialect", "gates", "candidate", "keeps", "reset", "normalization"], [
         [
             CODE(f'"{name}"'),
-            "the module itself" if not row.cells else CODE(row.cells),
-            ", ".join(map(CODE, row.gates)) + ("" if len(row.gates) == 2 else f" ({' '.join(row.order)})"),
-            ", ".join(map(CODE, row.candidate)) + f", {row.activation}",
+            named(row, row.gates) + ("" if len(row.gates) == 2 else f" ({' '.join(row.order)})"),
+            named(row, row.candidate) + f", {row.activation}",
             f"{row.keeps} of the old state",
             "after the convolution" if row.reset_after else "before it",
             f"group, {row.group_size} channels" if row.norms else "–",
@@ -71,14 +71,14 @@ def keras() -> Rows:
 
     def ours(name: str) -> str:
         if hasattr(importlib.import_module("fastclstm"), name):
-            return f":obj:`fastclstm.{name}`"
+            return f":obj:`~fastclstm.{name}`"
         return {"Bidirectional": "the layer itself, with ``bidirectional=True``"}.get(name, _like(name))
 
     return ["Keras", "here"], [[CODE(name), ours(name)] for name in ROWS]
 
 
 def _like(name: str) -> str:
-    return f":obj:`fastclstm.{name.removesuffix('1D')}`"
+    return f":obj:`~fastclstm.{name.removesuffix('1D')}`"
 
 
 def onnx() -> Rows:
@@ -105,17 +105,7 @@ def nn() -> Rows:
     ]
 
 
-def dialect_fields() -> Rows:
-    """Return the fields of a row of the table of dialects."""
-    from fastclstm.convert.torch import Dialect
-
-    return ["field", "unless given"], [
-        [CODE(field.name), "" if field.default is dataclasses.MISSING else CODE(repr(field.default))]
-        for field in dataclasses.fields(Dialect)
-    ]
-
-
-REGISTRIES = {function.__name__: function for function in (dialects, gru_dialects, keras, onnx, nn, dialect_fields)}
+REGISTRIES = {function.__name__: function for function in (dialects, gru_dialects, keras, onnx, nn)}
 
 
 class Registry(SphinxDirective):
