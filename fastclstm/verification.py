@@ -70,7 +70,9 @@ class Verification:
         options: dict[str, Any] = {"thresholds": self.thresholds}
         scores = {"CSI": metrics.csi, "POD": metrics.pod, "FAR": metrics.far, "FSS": metrics.fss}
         given = {name: options | ({"scale": self.scale} if name == "FSS" else {}) for name in scores}
-        self._counted = {name: metrics.counted(partial(score, **given[name])) for name, score in scores.items()}
+        self._counted: dict[str, Any] = {
+            name: metrics.counted(partial(score, **given[name])) for name, score in scores.items()
+        }
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -137,9 +139,7 @@ class Verification:
         """
         sums = self._sums[method, score]
         if score in EVENTS:
-            counted = self._counted[score]
-            assert counted is not None
-            return np.array([counted[1](lead) for lead in sums])
+            return np.array([self._counted[score][1](lead) for lead in sums])
         with np.errstate(invalid="ignore"):
             return sums[:, 0] / sums[:, 1]
 
@@ -196,9 +196,7 @@ class Verification:
     def _part(self, score: str, made: np.ndarray, truth: np.ndarray, valid: np.ndarray) -> Any:
         """Return what of a score can be added up, of frames (B, H, W, C)."""
         if score in EVENTS:
-            counted = self._counted[score]
-            assert counted is not None
-            return counted[0](made, truth, valid=valid)
+            return self._counted[score][0](made, truth, valid=valid)
         count = int(valid.sum())
         if score == "SSIM":
             if min(made.shape[-3:-1]) < SSIMLoss().window:

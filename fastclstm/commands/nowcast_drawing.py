@@ -118,8 +118,8 @@ def _frame(axis: Any, frame: np.ndarray, info: Any, film: np.ndarray, title: str
     axis.set_facecolor(NOTHING)
     axis.set_title(title, color=INK, fontsize=9)
     least, most = float(info.transform(np.nanmin(film))), float(info.transform(np.nanmax(film)))
-    return axis.imshow(info.transform(frame), SHADES, norm=Normalize(least, max(most, least + 1e-6)), interpolation="nearest",
-                       origin="lower")  # fmt: skip
+    norm = Normalize(least, max(most, least + 1e-6))
+    return axis.imshow(info.transform(frame), SHADES, norm=norm, interpolation="nearest", origin="lower")
 
 
 def _key(figure: Figure, image: Any, panels: Any, info: Any) -> None:

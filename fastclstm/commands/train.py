@@ -131,8 +131,8 @@ def command(
 
     With --scales or --patch it foretells all frames that follow.
 
-    Of moving digits, or of your own; and compare it with what needs no training: to repeat the last frame (persistence),
-    or to carry it on by optical flow. Interrupted, the same command goes on where it was.
+    Of moving digits, or of your own; and compare it with what needs no training: to repeat the last frame
+    (persistence), or to carry it on by optical flow. Interrupted, the same command goes on where it was.
 
     Of NetCDF or Zarr it foretells all frames at once, is verified on the last tenth of the time, and what it writes
     knows units, transform and step of time: see forecast and verify.
@@ -145,7 +145,8 @@ def command(
         raise typer.BadParameter("give the files by --data FILES")
     if data is not None and (len(sources) > 1 or not is_array_file(data)):
         nowcast.train(sources, out, nowcast.Options(
-            variable, missing, time, space, transform, offset, threshold, window, flow, epochs or nowcast.EPOCHS, minutes,
+            variable, missing, time, space, transform, offset, threshold, window, flow,
+            epochs or nowcast.EPOCHS, minutes,
             steps_in or nowcast.STEPS_IN, steps_out or nowcast.STEPS_OUT, filters or nowcast.FILTERS,
             scales or nowcast.SCALES, patch or nowcast.PATCH, batch, every, seed, restart, engine, quiet,
         ))  # fmt: skip
@@ -155,8 +156,8 @@ def command(
     patch = patch or 1
     run(
         data, out, epochs=epochs or EPOCHS, minutes=minutes, steps_in=steps_in or STEPS, steps_out=steps_out or STEPS,
-        filters=filters or FILTERS, scales=1 if scales is None and patch > 1 else scales, patch=patch, batch=batch, seed=seed,
-        restart=restart, engine=engine, quiet=quiet,
+        filters=filters or FILTERS, scales=1 if scales is None and patch > 1 else scales, patch=patch, batch=batch,
+        seed=seed, restart=restart, engine=engine, quiet=quiet,
     )  # fmt: skip
 
 
