@@ -16,9 +16,7 @@ def blobs(steps, velocity, size=(40, 36), seed=0):
     for _ in range(14):
         (cy, cx), wide, high = rng.uniform(-4, np.add(size, 4)), rng.uniform(3, 6), rng.uniform(0.3, 1)
         for t in range(steps):
-            film[t] += high * np.exp(
-                -((y - cy - velocity[0] * t) ** 2 + (x - cx - velocity[1] * t) ** 2) / wide**2
-            )
+            film[t] += high * np.exp(-((y - cy - velocity[0] * t) ** 2 + (x - cx - velocity[1] * t) ** 2) / wide**2)
     return film
 
 

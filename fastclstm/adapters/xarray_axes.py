@@ -101,16 +101,16 @@ class Axes:
         }  # fmt: skip
         return xarray.DataArray(values, fit | new, dims, frames.name, frames.attrs)
 
-    def breaks(self, frames: xarray.DataArray) -> np.ndarray:
+    def breaks(self, frames: xarray.DataArray, usual: float | None = None) -> np.ndarray:
         """Return where a time does not follow on the one before, as positions: after a gap, or out of order.
 
-        A step may differ from the usual one, which is the median, by up to a half: scans are late, months differ.
+        A step may differ from the usual one (None: the median) by up to a half: scans are late, months differ.
         """
         times = frames.sizes[self.time]
-        if self.time not in frames.coords or times < 3:
+        if self.time not in frames.coords or times < 2:
             return np.empty(0, np.intp)
         steps = seconds(frames[self.time].values)
-        usual = np.median(steps)
+        usual = float(np.median(steps)) if usual is None else usual
         return np.flatnonzero(~(np.abs(steps - usual) <= abs(usual) / 2)) + 1
 
     def following(self, frames: xarray.DataArray, steps: int) -> dict[Hashable, xarray.DataArray]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import glob
 import os
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,9 @@ def write_frames(
     told = dict(attrs or {})
     told["history"] = "\n".join(filter(None, (history, str(told.get("history", "")))))
     dataset = frames.to_dataset(name=name).assign_attrs(told)
+    if (mapping := frames.encoding.get("grid_mapping")) in dataset.coords:
+        dataset = dataset.reset_coords(mapping)
+        dataset[name].attrs["grid_mapping"] = mapping
     if target.suffix.lower() == ".zarr":
         _write_zarr(dataset, target)
         return
@@ -294,7 +298,9 @@ def _write_zarr(dataset: xarray.Dataset, target: Path) -> None:
     new = target.with_name(f".{target.name}.part")
     shutil.rmtree(new, ignore_errors=True)
     try:
-        dataset.drop_encoding().to_zarr(new, mode="w", consolidated=False)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Consolidated metadata")  # which others may not read, and need not
+            dataset.drop_encoding().to_zarr(new, mode="w")
         if target.exists():
             shutil.rmtree(target)
         os.replace(new, target)

@@ -1,5 +1,7 @@
 """Nowcasts: a network, and all that is to be known of the frames it was trained on, so that nothing is told twice.
 
+The network makes what is to be added to the last frame given: it starts as persistence, and learns what changes.
+
 `Nowcast.save` writes both into one file. What is known: the variable and its units, the step of time, how many frames
 are given and foretold, how values are transformed, and what stands for those that are missing. A forecast refuses
 frames that do not fit, before it computes anything, and comes back in the units that went in.
@@ -8,7 +10,7 @@ frames that do not fit, before it computes anything, and comes back in the units
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -92,7 +94,7 @@ class Nowcast:
     Parameters
     ----------
     network : Layer
-        See `adapters.xarray.forecast`.
+        See `adapters.xarray.forecast`; what it makes is added to the last frame given.
     info : FramesInfo
     """
 
@@ -144,7 +146,7 @@ class Nowcast:
         """
         axes, info = self.check(frames), self.info
         last = frames.isel({axes.time: slice(-info.steps_in, None)})
-        if axes.breaks(last).size:
+        if axes.breaks(last, info.step).size:
             times = last[axes.time].values
             raise ValueError(f"forecast: the last {info.steps_in} frames, {times[0]} to {times[-1]}, have a gap "
                              f"between them; give frames that follow on one another")  # fmt: skip
@@ -164,6 +166,7 @@ class Nowcast:
         whole = padded(np.where(there, films, np.nan), self.info.multiple)
         x = np.where(np.isnan(whole), films.dtype.type(self.info.missing), whole)
         made = of_samples(is_channels_first(self.network), x, lambda batch: roll_out(self.network, batch, steps))
+        made = made + x[..., -1:, :, :, :]
         seen = there.any((-4, -1), keepdims=True)
         return np.where(seen, made[..., :H, :W, :], made.dtype.type(np.nan))
 
@@ -207,7 +210,7 @@ class Nowcast:
         thresholds, scale
             As of `Verification`; None: those of `info`.
         most : int
-            Forecasts at most, evenly from all that can be made without that their frames overlap.
+            Forecasts at most of each sample; they start a quarter of `steps` apart, or more.
         batch_size : int
         flow : "own" or "pysteps", optional
             See `baselines.extrapolation`, which sees transformed values.
@@ -228,7 +231,8 @@ class Nowcast:
         """
         axes, info = self.check(frames), self.info
         steps = info.steps_out if steps is None else steps
-        every = max(steps, -(-(frames.sizes[axes.time] - info.steps_in - steps + 1) // most))
+        starts = frames.sizes[axes.time] - info.steps_in - steps + 1
+        every = max(1, steps // 4, -(-starts // most))
         windows = Windows(frames, info.steps_in, steps, every=every, batch_size=batch_size, time=axes.time,
                           space=(axes.y, axes.x), missing=np.nan)  # fmt: skip
         table = Verification(info.thresholds if thresholds is None else thresholds, scale, similar=info.transform)
@@ -368,6 +372,27 @@ def _quantiles(frames: xarray.DataArray, axes: Axes, low: float) -> list[float]:
     values = np.asarray(frames.isel({axes.time: times}).data).ravel()
     levels = np.quantile(values[values > low], QUANTILES)
     return [float(f"{level:.3g}") for level in levels]
+
+
+class Changes:
+    """Windows for `fit` whose frames to be foretold are told as what is to be added to the last one given."""
+
+    def __init__(self, windows: Windows):
+        self.windows = windows
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, ...]]:
+        return self._of(iter(self.windows))
+
+    def __call__(self, epoch: int = 0) -> Iterator[tuple[np.ndarray, ...]]:
+        """Return the batches of an epoch."""
+        return self._of(self.windows(epoch))
+
+    def _of(self, batches: Iterator[tuple[np.ndarray, ...]]) -> Iterator[tuple[np.ndarray, ...]]:
+        for x, y, weighed in batches:
+            yield x, y - x[:, -1:], weighed
 
 
 def weights_of(info: FramesInfo, factor: float) -> Callable[[np.ndarray], Any] | None:

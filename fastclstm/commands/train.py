@@ -89,9 +89,7 @@ def command(
     time: nowcast.Time = None,
     space: nowcast.Space = None,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the results.")] = Path("fastclstm-train"),
-    epochs: Annotated[
-        int | None, typer.Option(min=1, help="Passes over the films.  [default: 10; of NetCDF 20]")
-    ] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the films.  [default: 10]")] = None,
     minutes: Annotated[float | None, typer.Option(min=0.01, help="Train so long instead.", show_default=False)] = None,
     steps_in: Annotated[
         int | None, typer.Option(min=2, help="Frames that the network is given.  [default: 10; of NetCDF 6]")
@@ -99,7 +97,7 @@ def command(
     steps_out: Annotated[
         int | None, typer.Option(min=1, help="Frames to forecast in the end.  [default: 10; of NetCDF 12]")
     ] = None,
-    filters: Annotated[int | None, typer.Option(min=1, help="Hidden channels.  [default: 16; of NetCDF 32]")] = None,
+    filters: Annotated[int | None, typer.Option(min=1, help="Hidden channels.  [default: 16; of NetCDF 24]")] = None,
     scales: Annotated[
         int | None,
         typer.Option(
