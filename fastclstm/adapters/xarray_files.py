@@ -242,12 +242,13 @@ def _with_time(op: str, path: str, frames: xarray.DataArray, time: str | None) -
 def _without_invalid(frames: xarray.DataArray, missing: float | None) -> xarray.DataArray:
     """Return frames with NaN where the file's attributes, or the user, say that values are none."""
     attrs = frames.attrs
-    low, high = attrs.get("valid_range", (attrs.get("valid_min"), attrs.get("valid_max")))
-    packed = frames.encoding.get("scale_factor"), frames.encoding.get("add_offset")
-    scale, offset = (1.0 if packed[0] is None else packed[0]), (0.0 if packed[1] is None else packed[1])
-    for bound, beyond in ((low, np.less), (high, np.greater)):  # of packed values, as the conventions have it
-        if bound is not None:
-            frames = _masked(frames, beyond, float(bound) * scale + offset)
+    low, high = attrs.pop("valid_range", (attrs.pop("valid_min", None), attrs.pop("valid_max", None)))
+    scale, offset = frames.encoding.get("scale_factor", 1.0), frames.encoding.get("add_offset", 0.0)
+    for bound, name, beyond in ((low, "valid_min", np.less), (high, "valid_max", np.greater)):
+        if bound is not None:  # of packed values, as the conventions have it
+            edge = float(bound) * scale + offset
+            frames = _masked(frames, beyond, edge)
+            frames.attrs[name] = np.float32(edge)
     return frames if missing is None else _masked(frames, np.equal, missing)
 
 

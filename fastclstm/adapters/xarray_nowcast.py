@@ -297,7 +297,7 @@ def describe_frames(
         raise ValueError(f"{op}: {name} holds Inf; make it NaN, which is missing")
     rate = _rate(frames, step_of(frames, axes))
     if kind == "auto":
-        kind = "linear" if rate is None or low < 0 else "log"
+        kind = "linear" if rate is None else "log"
     if kind == "log":
         least = offset if offset is not None else 1e-3 * high if rate is None else SENSITIVITY / rate
         if low < -least:
@@ -308,10 +308,7 @@ def describe_frames(
         transform = Transform("linear", low, high) if kind == "linear" else Transform()
         missing = float(transform(mean))
     if thresholds is None:
-        if rate is not None and low >= 0:
-            thresholds = [level / rate for level in RAIN_LEVELS]
-        else:
-            thresholds = _quantiles(frames, axes, low)
+        thresholds = _quantiles(frames, axes, low) if rate is None else [level / rate for level in RAIN_LEVELS]
     units = str(frames.attrs.get("units", ""))
     dims = tuple(str(dim) for dim in (axes.time, axes.y, axes.x))
     return FramesInfo(str(name), units, dims, step_of(frames, axes), steps_in, steps_out, transform, missing, multiple,

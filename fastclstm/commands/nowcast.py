@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from fastclstm.io.files import replacing
 from fastclstm.io.progress import progress_bar, say
 from fastclstm.nn.losses import WeightedSum
 
-STEPS_IN, STEPS_OUT, EPOCHS, FILTERS, SCALES, PATCH = 6, 12, 10, 24, 1, 2
+STEPS_IN, STEPS_OUT, EPOCHS, FILTERS, SCALES, PATCH = 6, 12, 8, 24, 1, 2
 EVERY = 3
 """Steps from one window of the training to the next."""
 BY_INTENSITY = 20.0
@@ -263,7 +262,7 @@ def _verify(
         from fastclstm.commands.nowcast_drawing import draw_verification
 
         with replacing(out / "verification.png") as new:
-            draw_verification(new, table, leads, nowcast.info, shown)
+            draw_verification(new, table, leads, nowcast, frames, shown)
     print(f"\nwritten to {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
 
 
@@ -312,6 +311,6 @@ def _check_plot(op: str, plot: Path | None) -> None:
 
 def _need_xarray(op: str, sources: Sequence[Path]) -> None:
     for package in ("xarray", "dask"):
-        if importlib.util.find_spec(package) is None or sys.modules.get(package, ...) is None:
+        if importlib.util.find_spec(package) is None:
             raise ImportError(f"{op}: {sources[0]} is read by xarray and Dask, but {package} is not installed; pip "
                               f"install 'fastclstm[nowcast]'")  # fmt: skip

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib.colors import LinearSegmentedColormap, Normalize
@@ -32,20 +33,21 @@ def draw_forecast(path: Path, nowcast: Any, frames: Any, made: Any) -> None:
     leads, film = nowcast.leads(frames, len(films)), np.concatenate([given, films])
     before = [f"{n} steps" for n in range(1 - info.steps_in, 0)]
     titles = [*before, "now", *leads]
+    look = _Look.of(nowcast, frames, film)
     with replacing(path) as new:
         if path.suffix.lower() == ".png":
             shown = sorted({round(n) for n in np.linspace(0, len(films) - 1, 6)})
             figure, panels = _panels(1, len(shown) + 1, film.shape[1:])
             for axis, n in zip(panels[0], [info.steps_in - 1, *(info.steps_in + n for n in shown)], strict=False):
-                image = _frame(axis, film[n], info, film, titles[n])
-            _key(figure, image, panels, info)
+                image = look.show(axis, film[n], titles[n])
+            look.key(figure, image, panels, 0.9)
             figure.savefig(new, format="png", dpi=120)
             return
         shots = []
         for n, frame in enumerate(film):
             figure, panels = _panels(1, 1, film.shape[1:], large=True)
             what = "observed" if n < info.steps_in else "forecast"
-            _key(figure, _frame(panels[0][0], frame, info, film, f"{what}, {titles[n]}"), panels, info)
+            look.key(figure, look.show(panels[0][0], frame, f"{what}, {titles[n]}"), panels, 0.9)
             shot = BytesIO()
             figure.savefig(shot, format="png", dpi=90)
             shots.append(Image.open(shot).convert("RGB"))
@@ -54,8 +56,11 @@ def draw_forecast(path: Path, nowcast: Any, frames: Any, made: Any) -> None:
         )
 
 
-def draw_verification(path: Path, table: Any, leads: list[str], info: Any, shown: dict[str, np.ndarray]) -> None:
+def draw_verification(
+    path: Path, table: Any, leads: list[str], nowcast: Any, frames: Any, shown: dict[str, np.ndarray]
+) -> None:
     """Draw scores by lead time, and one forecast beside what was observed."""
+    info = nowcast.info
     methods = table.methods
     times = sorted({round(n) for n in np.linspace(0, len(leads) - 1, 5)})
     figure = Figure(figsize=(13, 14), facecolor=PAPER, layout="constrained")
@@ -81,19 +86,62 @@ def draw_verification(path: Path, table: Any, leads: list[str], info: Any, shown
         axis.set_xticks(ticks, [leads[n] for n in times], fontsize=8)
     figure.axes[0].legend(facecolor=PAPER, edgecolor=NOTHING, labelcolor=INK, fontsize=9)
     rows = ("observed", *methods)
-    film = np.concatenate([shown["given"][..., 0], shown["observed"][..., 0]])
+    look = _Look.of(nowcast, frames, np.concatenate([shown["given"][..., 0], shown["observed"][..., 0]]))
     panels = bottom.subplots(len(rows), len(times) + 1, squeeze=False)
     for row, name in zip(panels, rows, strict=True):
         first = shown["given"][-1, ..., 0]
-        frames = [first, *(shown[name][n, ..., 0] for n in times)]
-        for column, (axis, frame) in enumerate(zip(row, frames, strict=True)):
+        film = [first, *(shown[name][n, ..., 0] for n in times)]
+        for column, (axis, frame) in enumerate(zip(row, film, strict=True)):
             title = ("now" if column == 0 else leads[times[column - 1]]) if name == "observed" else ""
-            image = _frame(axis, frame, info, film, title)
+            image = look.show(axis, frame, title)
             if column == 0:
                 axis.set_ylabel(NAMES.get(name, name), color=INK, fontsize=9)
-    bar = bottom.colorbar(image, ax=panels, shrink=0.7, pad=0.01)
-    _style_key(bar, info)
+    look.key(bottom, image, panels, 0.7)
     figure.savefig(path, format="png", dpi=100)
+
+
+@dataclass
+class _Look:
+    """How frames are shown: colours that go with the transform, and north up."""
+
+    info: Any
+    norm: Normalize
+    origin: Literal["lower", "upper"]
+
+    @classmethod
+    def of(cls, nowcast: Any, frames: Any, film: np.ndarray) -> _Look:
+        """Return the look of a film, whose values the colours span."""
+        info, axes = nowcast.info, nowcast.axes(frames)
+        least, most = (float(info.transform(end)) for end in (np.nanmin(film), np.nanmax(film)))
+        rows = frames[axes.y].values if axes.y in frames.coords else np.empty(0)
+        north = rows.size > 1 and rows[0] < rows[-1]
+        return cls(info, Normalize(least, max(most, least + 1e-6)), "lower" if north else "upper")
+
+    def show(self, axis: Any, frame: np.ndarray, title: str) -> Any:
+        """Show a frame."""
+        axis.set_xticks([])
+        axis.set_yticks([])
+        for edge in axis.spines.values():
+            edge.set_color(NOTHING)
+        axis.set_facecolor(NOTHING)
+        axis.set_title(title, color=INK, fontsize=9)
+        return axis.imshow(self.info.transform(frame), SHADES, norm=self.norm, interpolation="nearest",
+                           origin=self.origin)  # fmt: skip
+
+    def key(self, figure: Any, image: Any, panels: Any, shrink: float) -> None:
+        """Draw the key of the colours: it tells values, not what they are transformed to."""
+        info = self.info
+        bar = figure.colorbar(image, ax=panels, shrink=shrink, pad=0.02)
+        least, most = (float(info.transform.inverse(np.float64(end))) for end in (bar.vmin, bar.vmax))
+        if info.transform.kind == "log":
+            decades = [m * 10.0**n for n in range(-8, 9) for m in (1, 3)]
+            values = [0.0] * (least <= 0) + [v for v in decades if max(least, info.transform.offset) <= v <= most]
+        else:
+            values = np.linspace(least, most, 5).tolist()
+        bar.set_ticks([float(info.transform(np.float64(v))) for v in values], labels=[f"{v:.3g}" for v in values])
+        bar.ax.tick_params(colors=INK, labelsize=8)
+        bar.set_label(f"{info.variable} ({info.units})" if info.units else info.variable, color=INK, fontsize=9)
+        bar.outline.set_edgecolor(NOTHING)
 
 
 def _first(axes: Any, frames: Any) -> Any:
@@ -107,38 +155,6 @@ def _panels(rows: int, columns: int, size: tuple[int, ...], *, large: bool = Fal
     width = min(3.0, max(0.4, size[1] / size[0])) * height
     figure = Figure(figsize=(columns * width + 1.0, rows * height + 0.4), facecolor=PAPER, layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False)
-
-
-def _frame(axis: Any, frame: np.ndarray, info: Any, film: np.ndarray, title: str) -> Any:
-    """Show a frame in colours that go with the transform, north up where rows go north."""
-    axis.set_xticks([])
-    axis.set_yticks([])
-    for edge in axis.spines.values():
-        edge.set_color(NOTHING)
-    axis.set_facecolor(NOTHING)
-    axis.set_title(title, color=INK, fontsize=9)
-    least, most = float(info.transform(np.nanmin(film))), float(info.transform(np.nanmax(film)))
-    norm = Normalize(least, max(most, least + 1e-6))
-    return axis.imshow(info.transform(frame), SHADES, norm=norm, interpolation="nearest", origin="lower")
-
-
-def _key(figure: Figure, image: Any, panels: Any, info: Any) -> None:
-    _style_key(figure.colorbar(image, ax=panels, shrink=0.9, pad=0.02), info)
-
-
-def _style_key(bar: Any, info: Any) -> None:
-    """Tell the values, not what they are transformed to."""
-    low, high = bar.vmin, bar.vmax
-    ends = [float(info.transform.inverse(np.float64(end))) for end in (low, high)]
-    if info.transform.kind == "log":
-        decades = [m * 10.0**n for n in range(-8, 9) for m in (1, 3)]
-        values = [0.0] * (ends[0] <= 0) + [v for v in decades if max(ends[0], info.transform.offset) <= v <= ends[1]]
-    else:
-        values = np.linspace(ends[0], ends[1], 5).tolist()
-    bar.set_ticks([float(info.transform(np.float64(v))) for v in values], labels=[f"{v:.3g}" for v in values])
-    bar.ax.tick_params(colors=INK, labelsize=8)
-    bar.set_label(f"{info.variable} ({info.units})" if info.units else info.variable, color=INK, fontsize=9)
-    bar.outline.set_edgecolor(NOTHING)
 
 
 def _style(axis: Any) -> None:

@@ -89,7 +89,9 @@ def command(
     time: nowcast.Time = None,
     space: nowcast.Space = None,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the results.")] = Path("fastclstm-train"),
-    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the films.  [default: 10]")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Passes over the films.  [default: 10; of NetCDF 8]")
+    ] = None,
     minutes: Annotated[float | None, typer.Option(min=0.01, help="Train so long instead.", show_default=False)] = None,
     steps_in: Annotated[
         int | None, typer.Option(min=2, help="Frames that the network is given.  [default: 10; of NetCDF 6]")
