@@ -8,6 +8,7 @@ pixels: rain moves by less than one between two scans. Missing values are NaN an
 from __future__ import annotations
 
 import importlib.util
+from contextlib import redirect_stdout
 from typing import Any
 
 import numpy as np
@@ -200,8 +201,9 @@ def _own(film: np.ndarray, steps: int, outside: float) -> np.ndarray:
 
 
 def _pysteps(film: np.ndarray, steps: int, outside: float) -> np.ndarray:
-    from pysteps.extrapolation.semilagrangian import extrapolate
-    from pysteps.motion.lucaskanade import dense_lucaskanade
+    with redirect_stdout(None):  # pysteps tells where its settings are
+        from pysteps.extrapolation.semilagrangian import extrapolate
+        from pysteps.motion.lucaskanade import dense_lucaskanade
 
     seen = np.ma.masked_invalid(film[-LOOKED_AT:].mean(-1, dtype=np.float64))
     field = dense_lucaskanade(seen, verbose=False)

@@ -144,12 +144,6 @@ def synthetic_radar(
         A count, a size or a rate that is too small.
     ImportError
         xarray is not installed.
-
-    Examples
-    --------
-    >>> rain = synthetic_radar(6, 32, seed=0)  # doctest: +SKIP
-    >>> dict(rain.sizes), rain.units  # doctest: +SKIP
-    ({'time': 6, 'y': 32, 'x': 32}, 'mm h-1')
     """
     op = "synthetic_radar"
     (steps,) = integers(op, "steps", steps, 1, 1)

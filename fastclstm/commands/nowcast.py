@@ -21,9 +21,9 @@ from fastclstm.nn.losses import WeightedSum
 STEPS_IN, STEPS_OUT, EPOCHS, FILTERS, SCALES, PATCH = 6, 12, 8, 24, 1, 2
 EVERY = 3
 """Steps from one window of the training to the next."""
-BY_INTENSITY = 20.0
+BY_INTENSITY = 5.0
 """How much more a pixel of the heaviest rain weighs than a dry one: most are dry, and blur would pay."""
-LOSS = WeightedSum(("mse", "mae"), (1, 0.5))
+LOSS = WeightedSum(("mse", "mae"), (1, 2))
 """The squared error alone makes a haze of drizzle where it may rain; the median of that is dry."""
 HELD_SHARE = 0.1
 LEARNING_RATE, WARMUP_STEPS, CLIP_NORM = 3e-3, 20, 1.0
