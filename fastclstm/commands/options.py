@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import fastclstm
+from fastclstm.spec import choice
 
 if TYPE_CHECKING:
     from fastclstm.layers import Layer
@@ -17,7 +18,13 @@ SETTINGS: dict[str, Any] = {"add_completion": False, "rich_markup_mode": None, "
 Engine = Annotated[str | None, typer.Option(help="cpu (default), cuda or reference.", show_default=False)]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no summary.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the cpu engine.", show_default=False)]
+Theme = Annotated[str, typer.Option(help="Of pictures: light or dark.")]
 Weights = Annotated[Path, typer.Option(metavar="W.safetensors", help="What save wrote, of a layer or a network.")]
+
+
+def check_theme(op: str, theme: str) -> None:
+    """Raise ValueError where no pictures have that theme; without importing what draws them."""
+    choice(op, "--theme", theme, ("light", "dark"))
 
 
 def set_threads(threads: int | None) -> None:
