@@ -37,7 +37,7 @@ SERIES = {
 
 FRAME_MILLISECONDS = 160
 WIDTH = 8.0  # inches: at this width 9 points are read where a page shows 800 pixels
-_LABEL, _TOP, _KEY, _GAP = 1.0, 0.3, 0.75, 0.06  # inches left of a strip, above it, right of it, between its images
+_LETTER, _TOP, _KEY, _GAP = 0.077, 0.3, 0.75, 0.06  # inches of a letter, above a strip, right of it, between images
 
 _CAMERA = "#0a0d13", "#ffffff"
 _ANCHORS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -194,7 +194,8 @@ def filmstrip(figure: Any, rows: Sequence[Row], titles: Sequence[str] | None = N
     >>> figure = filmstrip(Figure(), [Row("radar", 20 * rain, "amounts", unit="mm/h")])
     """
     count = max(columns.stop for row in rows for columns in row.columns())
-    side = (width - _LABEL - _KEY) / count - _GAP
+    label = 0.2 + _LETTER * max(len(row.label) for row in rows)
+    side = (width - label - _KEY) / count - _GAP
     wide = [(side + _GAP) * row.span - _GAP for row in rows]
     heights = [width * row.images.shape[1] / row.images.shape[2] for row, width in zip(rows, wide, strict=True)]
     height = _TOP + sum(heights) + _GAP * (len(rows) + 1)
@@ -209,9 +210,9 @@ def filmstrip(figure: Any, rows: Sequence[Row], titles: Sequence[str] | None = N
     for n, row in enumerate(rows):
         bottom = top - heights[n]
         for image, columns in zip(row.images, row.columns(), strict=True):
-            left = _LABEL + (side + _GAP) * columns.start
+            left = label + (side + _GAP) * columns.start
             drawn = show(place(left, bottom, wide[n], heights[n]), image, row.kind, row.end)
-        figure.text((_LABEL - 0.1) / width, (top + bottom) / 2 / height, row.label, ha="right", va="center")
+        figure.text((label - 0.1) / width, (top + bottom) / 2 / height, row.label, ha="right", va="center")
         key = (row.kind, row.end, row.unit)
         if keys and keys[-1][0] == key:
             top = keys.pop()[1]  # one key for both
@@ -219,7 +220,7 @@ def filmstrip(figure: Any, rows: Sequence[Row], titles: Sequence[str] | None = N
         top = bottom - _GAP
     for n in range(count):
         told = f"t = {n}" if titles is None else titles[n]
-        middle = _LABEL + (side + _GAP) * n + side / 2
+        middle = label + (side + _GAP) * n + side / 2
         figure.text(middle / width, 1 - 0.6 * _TOP / height, told, ha="center", va="center", fontsize=8)
     for (_, _, unit), top, bottom, drawn in keys:
         bar = figure.colorbar(drawn, cax=place(width - _KEY + 0.05, bottom + _GAP, 0.09, top - bottom - 2 * _GAP))

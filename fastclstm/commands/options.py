@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,6 +28,17 @@ Weights = Annotated[Path, typer.Option(metavar="W.safetensors", help="What save 
 def check_theme(op: str, theme: str) -> None:
     """Raise ValueError where no pictures have that theme; without importing what draws them."""
     choice(op, "--theme", theme, ("light", "dark"))
+
+
+def tell(text: str, label: str = "") -> None:
+    """Print a line after its label; on a terminal in as many lines as it needs, broken between words."""
+    if sys.stdout.isatty():
+        width = shutil.get_terminal_size().columns
+        text = textwrap.fill(text, width, initial_indent=label, subsequent_indent=" " * len(label),
+                             break_long_words=False, break_on_hyphens=False)  # fmt: skip
+        print(text)
+    else:
+        print(f"{label}{text}")
 
 
 def set_threads(threads: int | None) -> None:

@@ -15,7 +15,7 @@ import typer
 
 from fastclstm import dispatch
 from fastclstm.commands.inputs import what_is
-from fastclstm.commands.options import SETTINGS, Engine, Theme, Threads, check_theme, set_threads
+from fastclstm.commands.options import SETTINGS, Engine, Theme, Threads, check_theme, set_threads, tell
 from fastclstm.datasets import moving_digits
 from fastclstm.io import numpy_files
 from fastclstm.io.bounds import shown
@@ -166,7 +166,7 @@ def run(
         model = forecaster(films.train.shape[2:], filters, scales, patch, seed, engine)
         told, task = f"EncoderForecaster of {scales} scale(s), {filters} filters", Task(slice(0, T), slice(T, None), 0)
     out.mkdir(parents=True, exist_ok=True)
-    print(films.told)
+    tell(films.told)
     missing = [module for module in ("matplotlib", "PIL") if importlib.util.find_spec(module) is None]
     if missing:
         print(f"no pictures: {' and '.join(missing)} is missing; pip install 'fastclstm[viz]'")
@@ -194,7 +194,7 @@ def run(
         with matplotlib.rc_context(viz.theme(theme)):
             _draw_curves(out / "curves.png", history, baselines)
             _draw_films(out / "forecast.gif", films.test, T, forecasts["ConvLSTM"])
-    print(f"written to {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
+    tell(f"written to {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
     scale = "" if films.scale is None else " --scale {} {}".format(*films.scale)
     print(f"to go on: fastclstm forecast FRAMES.npy --weights {out / 'weights.safetensors'}{scale} --out OUT.npy")
 
