@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePath, PurePosixPath
+from typing import Any, TypeVar
+
+AnyPath = TypeVar("AnyPath", bound=PurePath)
 
 
 def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -80,7 +82,7 @@ def markdown(report: dict[str, Any], picture: str | None = None) -> str:
     rows.append(["at least 1.3×", *(f"{found['share_from_1.3']:.0%}" if (found := summary(some))["count"] else "–"
                                     for some in members.values())])  # fmt: skip
     lines = ["| " + " | ".join(row) + " |" for row in rows]
-    lines += ["", f"![How many times as fast as the fastest peer]({picture})"] if picture else []
+    lines += ["", shown(picture, "How many times as fast as the fastest peer")] if picture else []
     losses = [loss for some in members.values() for loss in summary(some).get("losses", ())]
     lost = "; ".join(f"{loss['title']} ({loss['threads']} threads: {loss['ratio']:.2f}×, {loss['fastest']})"
                      for loss in sorted(losses, key=lambda loss: loss["ratio"]))  # fmt: skip
@@ -101,33 +103,39 @@ def _cell(runs: Sequence[dict[str, Any]]) -> str:
     return f"{found['geometric_mean']:.2f}× ({found['worst']:.2f}×), {found['count']}"
 
 
-def dots(report: dict[str, Any], path: Path) -> None:
-    """Draw a landscape, a dot a configuration in the order of the ratios, and save it to `path`."""
-    import matplotlib
+def dark(path: AnyPath) -> AnyPath:
+    """Return where the picture for dark pages is, beside that for light ones."""
+    return path.with_stem(f"{path.stem}-dark")
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+
+def shown(picture: str, told: str) -> str:
+    """Return what shows a picture in Markdown, on dark pages the dark one."""
+    source = f'<source media="(prefers-color-scheme: dark)" srcset="{dark(PurePosixPath(picture))}">'
+    return f'<picture>\n  {source}\n  <img alt="{told}" src="{picture}">\n</picture>'
+
+
+def dots(report: dict[str, Any]) -> Any:
+    """Return a landscape as a figure, a dot a configuration in the order of the ratios."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     members = groups(report["runs"])
     kinds = sorted({trained for trained, _ in members})
-    figure, panels = pyplot.subplots(1, len(kinds), figsize=(10, 4.2), layout="constrained", sharey=True, squeeze=False)
+    figure = Figure(figsize=(8, 3.6))
+    panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)
     for axes, trained in zip(panels[0], kinds, strict=True):
         counts = sorted((threads for kind, threads in members if kind == trained), reverse=True)
-        for threads, colour in zip(counts, ("#c2410c", "#60a5fa", "#94a3b8"), strict=False):
+        for threads in counts:
             ratios = sorted(run["ratio"] for run in members[trained, threads] if "ratio" in run)
             places = [100 * (place + 0.5) / len(ratios) for place in range(len(ratios))]
-            label = f"{threads} thread{'s' if threads > 1 else ''}"
-            axes.plot(places, ratios, "o", markersize=4, color=colour, label=label)
-        axes.axhline(1, color="black", linestyle=":", linewidth=1)
+            axes.plot(places, ratios, "o", label=f"{threads} thread{'s' if threads > 1 else ''}")
+        axes.axhline(1, color="C2", linestyle=":", zorder=1)
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 3, 5)))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
         axes.yaxis.set_major_formatter("{x:g}×")
         axes.yaxis.set_minor_formatter("")
-        axes.set_xlabel("configurations, in percent, by their ratio")
-        axes.set_title("training" if trained else "inference", fontsize=10)
-        axes.legend(loc="upper left", fontsize=8, frameon=False)
-        axes.spines[["top", "right"]].set_visible(False)
+        axes.set(xlabel="configurations, in percent, by their ratio", title="training" if trained else "inference")
+        axes.legend(loc="upper left")
     panels[0][0].set_ylabel("times as fast as the fastest peer")
     figure.suptitle(f"ConvLSTM, {report['processor']}", fontsize=10)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    return figure

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,6 @@ FAMILIES = {
     "Keras": ("keras-jax", "keras-torch"),
 }
 """The peers as the table shows them: of each family its fastest member."""
-
-_COLOURS = ("#c2410c", "#fb923c", "#94a3b8", "#1e3a8a", "#60a5fa", "#166534", "#4ade80", "#7e22ce", "#0f172a")
 
 _EXPLANATION = (
     "Medians of {rounds} interleaved rounds on {processor}, {cpus} CPUs; of each family the fastest variant. “direct” "
@@ -101,7 +100,7 @@ def markdown(report: dict[str, Any], plot: str | None = None) -> str:
     if pool:
         lines += ["MaxPooling3D, float32, milliseconds:", "", *_table(pool, direct=False), ""]
     if plot:
-        lines += [f"![Speed beside other implementations]({plot})", ""]
+        lines += [ratios.shown(plot, "Speed beside other implementations"), ""]
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     lines += [_EXPLANATION.format(**report, all_versions=versions)]
     return "\n".join(lines)
@@ -117,17 +116,15 @@ def insert(text: str, block: str, name: str = "bench") -> str:
     return f"{before}{opening}\n{block}\n{closing}{after}"
 
 
-def plot(report: dict[str, Any], path: Path) -> None:
-    """Draw each case's speed, fastclstm beside the families, on the largest thread count, and save it to `path`."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+def bars(report: dict[str, Any]) -> Any:
+    """Return each case's speed as a figure, fastclstm beside the families, on the largest thread count."""
+    from matplotlib.figure import Figure
 
     threads = max(run["threads"] for run in report["runs"])
     runs = [run for run in report["runs"] if run["op"] == "convlstm2d" and run["threads"] == threads]
     names = [OURS, "direct", *FAMILIES]
-    figure, axes = pyplot.subplots(figsize=(10, 4.2), layout="constrained")
+    figure = Figure(figsize=(8, 4))
+    axes = figure.subplots()
     width = 0.84 / len(names)
     for position, name in enumerate(names):
         rates = []
@@ -135,16 +132,29 @@ def plot(report: dict[str, Any], path: Path) -> None:
             result = run["results"].get({"direct": DIRECT}.get(name, name)) or families(run).get(name, (None, None))[1]
             rates.append(result["rate"] if result else 0.0)
         at = [case + (position - (len(names) - 1) / 2) * width for case in range(len(runs))]
-        axes.bar(at, rates, width, label=f"{OURS}, direct" if name == "direct" else name, color=_COLOURS[position])
+        label, alpha = (f"{OURS}, direct", 0.55) if name == "direct" else (name, 1)
+        axes.bar(at, rates, width, label=label, color=f"C{max(0, position - 1)}", alpha=alpha)
     peak = statistics.median(value for run in runs for value in run["peaks"])
-    axes.axhline(peak, color="black", linestyle=":", linewidth=1, label="FMA peak")
+    axes.axhline(peak, color="C2", linestyle=":", label="FMA peak")
+    axes.grid(visible=False, axis="x")
     axes.set_xticks(range(len(runs)), [run["case"] for run in runs])
     axes.set_ylabel("GFLOP/s of the direct convolution")
-    axes.set_title(f"ConvLSTM forward, float32, {threads} threads, {report['processor']}", fontsize=10)
-    figure.legend(loc="outside lower center", ncols=5, fontsize=8, frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    axes.set_title(f"ConvLSTM forward, float32, {threads} threads, {report['processor']}")
+    figure.legend(loc="outside lower center", ncols=5)
+    return figure
+
+
+def save(draw: Callable[[dict[str, Any]], Any], report: dict[str, Any], path: Path) -> None:
+    """Save a figure of a report for light pages, and for dark ones beside it."""
+    import matplotlib
+
+    from fastclstm import viz
+
+    with matplotlib.rc_context(viz.theme("light")):
+        figure = draw(report)
+        figure.savefig(path)
+        viz.repaint(figure, "dark")
+        figure.savefig(ratios.dark(path))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -152,13 +162,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.render", description=__doc__)
     parser.add_argument("results", type=Path, nargs="+", help="JSON written by bench.compare")
     parser.add_argument("--page", type=Path, help="the file with the markers; without it the table is printed")
-    parser.add_argument("--plot", type=Path, help="the PNG to draw")
+    parser.add_argument("--plot", type=Path, help="the PNG to draw; NAME-dark.png comes beside it")
     parser.add_argument("--landscape", action="store_true", help="the results are those of bench.landscape")
     options = parser.parse_args(arguments)
     report = (ratios.load if options.landscape else load)(options.results)
     picture = None
     if options.plot:
-        (ratios.dots if options.landscape else plot)(report, options.plot)
+        save(ratios.dots if options.landscape else bars, report, options.plot)
         if options.page:
             picture = Path(os.path.relpath(options.plot, options.page.parent)).as_posix()
     block = ratios.markdown(report, picture) if options.landscape else markdown(report, picture)

@@ -1,20 +1,28 @@
-"""A model of PyTorch before and after `accelerate`: the same numbers, the same training loop, less time.
-
-Conv2d → ConvLSTM (the module that most projects have copied) → ConvTranspose2d learns where a drifting blob will be.
-Run it with ``python examples/accelerate_pytorch.py``; it needs PyTorch and less than a minute. With matplotlib it also
-draws what the two models learned into accelerate_pytorch.png.
 """
+A PyTorch model accelerated in place
+====================================
+
+Before and after ``accelerate``: the same parameters, the same training loop, the same numbers, less time. Conv2d →
+ConvLSTM (the module that most projects have copied) → ConvTranspose2d learns where a drifting blob will be. It needs
+``pip install 'fastclstm[torch,viz]'`` and half a minute.
+"""
+
+# %%
+# A ConvLSTM as models on the web have it, and a network around it. Nothing in it is ours.
 
 import copy
 import statistics
 import time
 
+import matplotlib.pyplot as plt
 import torch
 from torch import nn
 
+from fastclstm import viz
 from fastclstm.adapters.torch import accelerate
 
-STEPS, ROUNDS = 8, 3
+plt.style.use(viz.theme())
+STEPS, ROUNDS = 30, 3
 
 
 class ConvLSTMCell(nn.Module):
@@ -79,6 +87,10 @@ def drifting_blobs(count, generator):
     return (-(path[:, :, None, None] - grid).square().sum(-1) / 8).exp()[:, :, None]
 
 
+# %%
+# An ordinary training loop.
+
+
 def train(model, batches):
     """Run an ordinary training loop; return the losses."""
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
@@ -98,6 +110,26 @@ def infer(model, batch):
         return model(batch[:, :10])
 
 
+# %%
+# One line. It finds the ConvLSTM, compares, swaps, and prints what it did.
+
+torch.manual_seed(0)
+generator = torch.Generator().manual_seed(1)
+batches = [drifting_blobs(8, generator) for _ in range(STEPS)]
+plain = Forecaster()
+fast = accelerate(copy.deepcopy(plain))
+
+# %%
+# The same outputs, the same losses, step by step.
+
+apart = (infer(plain, batches[0]) - infer(fast, batches[0])).abs().max().item()
+losses = [train(model, batches) for model in (plain, fast)]
+print(f"outputs differ by at most {apart:.1e} before training")
+
+# %%
+# And the times, the two taking turns.
+
+
 def seconds(calls):
     """Return the median time of each call, the calls taking turns."""
     times = [[] for _ in calls]
@@ -110,43 +142,42 @@ def seconds(calls):
     return [statistics.median(kept) for kept in times]
 
 
-def draw(models, batch):
-    """Draw the last frame seen, the truth and both predictions."""
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError:
-        return
-    names = "last frame seen", "next frame", "PyTorch's prediction", "accelerated"
-    frames = [batch[0, 9, 0], batch[0, 10, 0], *(infer(model, batch)[0, 0] for model in models)]
-    figure, axes = plt.subplots(1, 4, figsize=(10, 2.8))
-    for axis, name, frame in zip(axes, names, frames, strict=True):
-        axis.imshow(frame, vmin=0, vmax=1)
-        axis.set_title(name)
-        axis.axis("off")
-    figure.savefig("accelerate_pytorch.png", dpi=100, bbox_inches="tight")
-    print("drawn: accelerate_pytorch.png")
+batch = batches[0]
+trained = [copy.deepcopy(model) for model in (plain, fast)]
+rows = [
+    ("inference", *seconds([lambda: infer(plain, batch), lambda: infer(fast, batch)])),
+    ("training step", *seconds([lambda: train(plain, [batch]), lambda: train(fast, [batch])])),
+]
+print(f"{torch.get_num_threads()} threads, PyTorch {torch.__version__}\n")
+print(f"{'':14} {'PyTorch':>10} {'accelerated':>12} {'factor':>7}")
+for name, before, after in rows:
+    print(f"{name:14} {before * 1e3:7.1f} ms {after * 1e3:9.1f} ms {before / after:6.1f}×")
+print(f"{f'loss, {STEPS} steps':14} {losses[0][-1]:10.5f} {losses[1][-1]:12.5f}")
 
+# %%
+# Both learn the same, one of them faster.
 
-def main():
-    """Compare a model with itself, accelerated."""
-    torch.manual_seed(0)
-    generator = torch.Generator().manual_seed(1)
-    batches = [drifting_blobs(8, generator) for _ in range(STEPS)]
-    plain = Forecaster()
-    fast = accelerate(copy.deepcopy(plain))
-    apart = (infer(plain, batches[0]) - infer(fast, batches[0])).abs().max().item()
-    losses = [train(model, batches) for model in (plain, fast)]
-    rows = [
-        ("inference", *seconds([lambda: infer(plain, batches[0]), lambda: infer(fast, batches[0])])),
-        ("training step", *seconds([lambda: train(plain, batches[:1]), lambda: train(fast, batches[:1])])),
-    ]
-    print(f"\noutputs differ by at most {apart:.1e}; {torch.get_num_threads()} threads, PyTorch {torch.__version__}\n")
-    print(f"{'':14} {'PyTorch':>10} {'accelerated':>12} {'factor':>7}")
-    for name, before, after in rows:
-        print(f"{name:14} {before * 1e3:7.1f} ms {after * 1e3:9.1f} ms {before / after:6.1f}×")
-    print(f"{f'loss, {STEPS} steps':14} {losses[0][-1]:10.5f} {losses[1][-1]:12.5f}")
-    draw((plain, fast), batches[0])
+figure, (left, right) = plt.subplots(1, 2, figsize=(8, 2.8), width_ratios=(3, 2))
+left.plot(losses[0], color="C1", linewidth=5, alpha=0.45, label="PyTorch")
+left.plot(losses[1], color="C0", label="accelerated")
+left.set(title="loss", xlabel="step", ylabel="MSE", yscale="log")
+left.legend()
+for place, (_, before, after) in enumerate(rows):
+    right.barh(place - 0.2, before * 1e3, 0.36, color="C1")
+    right.barh(place + 0.2, after * 1e3, 0.36, color="C0")
+    right.text(after * 1e3, place + 0.2, f"  {before / after:.1f}× as fast", va="center")
+right.set(title="time", xlabel="ms", yticks=range(len(rows)), yticklabels=[name for name, *_ in rows])
+right.grid(visible=False, axis="y")
+right.invert_yaxis()
 
+# %%
+# Six films of their own: the last frame that the models were given, the one that came, and what the two made of it.
 
-if __name__ == "__main__":
-    main()
+films = drifting_blobs(6, generator)
+made = [infer(model, films)[:, 0].numpy() for model in trained]
+viz.filmstrip(plt.figure(), [
+    viz.Row("last seen", films[:, 9, 0].numpy(), limit=1), viz.Row("the next", films[:, 10, 0].numpy(), limit=1),
+    viz.Row("PyTorch", made[0], limit=1), viz.Row("accelerated", made[1], limit=1),
+    viz.Row("difference", 1e6 * (made[1] - made[0]), "signed", unit="millionths"),
+], [f"film {n}" for n in range(1, 7)], width=7)  # fmt: skip
+plt.show()

@@ -116,8 +116,9 @@ def test_reports_are_joined_in_table_order(report, tmp_path):
 
 def test_plot_is_a_picture(report, tmp_path):
     pytest.importorskip("matplotlib")
-    render.plot(report, tmp_path / "bars.png")
-    assert (tmp_path / "bars.png").read_bytes()[:4] == b"\x89PNG"
+    render.save(render.bars, report, tmp_path / "bars.png")
+    for name in ("bars.png", "bars-dark.png"):
+        assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
 
 
 def test_the_table_of_training():
@@ -364,8 +365,9 @@ def test_a_landscape_is_rendered(tmp_path):
         "| at least 1.3× | 100% | 50% | 100% |",
     ]
     assert "Below 1×: of 0.5 (2 threads: 0.80×, ncnn)." in text
-    assert "(dots.png)" in text
-    assert picture.read_bytes()[:4] == b"\x89PNG"
+    assert 'dark)" srcset="dots-dark.png">' in text
+    assert 'src="dots.png">' in text
+    assert all(picture.with_stem(stem).read_bytes()[:4] == b"\x89PNG" for stem in ("dots", "dots-dark"))
     failing = report | {"runs": [*runs, {**_measured(1.0), "title": "the odd one", "failure": "broken"}]}
     assert "Failed or disagreed: the odd one." in ratios.markdown(failing)
 

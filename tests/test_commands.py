@@ -610,6 +610,7 @@ def test_demo_names_what_is_missing(monkeypatch, tmp_path):
     assert_user_error(demo("--plot", "plot.jpg"), "'.png', '.gif'", "'.jpg'")
     assert_user_error(demo("--plot", "no/such/plot.png"), "no/such/plot.png", "cannot write here")
     assert_user_error(demo("--steps", 1), "--steps")
+    assert_user_error(demo("--theme", "blue"), "--theme must be one of 'light', 'dark', got 'blue'")
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     assert_user_error(demo("--plot", tmp_path / "plot.png"), "scikit-learn", "pip install 'fastclstm[demo]'")
     find_spec = importlib.util.find_spec

@@ -1,6 +1,5 @@
 """The kernels' cache on disk: right code or none, whatever happens to its files."""
 
-import io
 import json
 import os
 import platform
@@ -266,26 +265,6 @@ def test_kernels_of_another_processor_are_told_of(copied, monkeypatch):
     assert error.count("were compiled for another type of processor than this one") == 1
     monkeypatch.setattr(compilation, "cache_folder", lambda: path.parent)
     assert compilation.kernels_on_disk() == (1, 1)
-
-
-def test_compiling_says_so_once_on_a_terminal_after_some_silence(monkeypatch, capsys):
-    monkeypatch.setattr(compilation, "SILENT_SECONDS", 0.05)
-    for terminal in (False, True):
-        notice = compilation._Notice()
-        monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal, raising=False)
-        for _ in range(3):
-            with notice.compiling():
-                threading.Event().wait(0.04 if not terminal else 0.2)
-        assert capsys.readouterr().err.count("compiling kernels") == terminal
-
-
-def test_stderr_may_be_none_or_closed_or_anything_that_writes(monkeypatch):
-    closed = io.StringIO()
-    closed.close()
-    for stream in (None, closed, SimpleNamespace(write=print)):
-        monkeypatch.setattr(sys, "stderr", stream)
-        with compilation._Notice().compiling():
-            pass
 
 
 def test_code_with_addresses_of_this_process_is_not_kept(tmp_path):

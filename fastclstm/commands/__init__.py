@@ -17,6 +17,7 @@ from typer.core import TyperGroup
 
 import fastclstm
 from fastclstm.commands.options import SETTINGS
+from fastclstm.engines.notices import notice
 
 COMMANDS = {
     "info": "Tell what this machine and installation offer.",
@@ -97,5 +98,6 @@ def _common(
 
 def main() -> None:
     """Run the command line. An end from outside (SIGTERM) cleans up like Ctrl-C."""
+    notice.in_logs = True
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     app(prog_name="fastclstm")

@@ -12,6 +12,9 @@ import typer
 import fastclstm
 from fastclstm.commands.options import SETTINGS
 
+NARROW = ("--no-header", "--benchmark-columns=median,iqr", "--benchmark-name=short")
+"""A table for 80 columns; what comes later on the command line counts."""
+
 app = typer.Typer(**SETTINGS)
 
 
@@ -27,5 +30,5 @@ def command(context: typer.Context) -> None:
         raise FileNotFoundError("the benchmark suite is not here: call this in a clone of the source repository")
     if importlib.util.find_spec("pytest") is None or importlib.util.find_spec("pytest_benchmark") is None:
         raise ImportError("bench: pytest or pytest-benchmark is not installed; pip install 'fastclstm[bench]'")
-    arguments = [sys.executable, "-m", "pytest", "bench", "--benchmark-only", *context.args]
+    arguments = [sys.executable, "-m", "pytest", "bench", "--benchmark-only", *NARROW, *context.args]
     raise typer.Exit(subprocess.run(arguments, cwd=root, check=False).returncode)

@@ -14,7 +14,7 @@ import numpy as np
 import typer
 
 import fastclstm
-from fastclstm.commands.options import SETTINGS, Threads, set_threads
+from fastclstm.commands.options import SETTINGS, Theme, Threads, check_theme, set_threads
 from fastclstm.datasets import moving_digits
 from fastclstm.dispatch import ENGINES
 from fastclstm.io.files import replacing
@@ -41,6 +41,7 @@ def command(
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw frames and hidden maps: .png or .gif.", show_default=False)
     ] = None,
+    theme: Theme = "dark",
 ) -> None:
     """Check and time the layers on a film of digits.
 
@@ -48,10 +49,10 @@ def command(
     reference engine (plain NumPy) and on the cpu engine, compared with the reference in float64.
     """
     set_threads(threads)
-    run(batch, steps, filters, engine, seed, plot)
+    run(batch, steps, filters, engine, seed, plot, theme)
 
 
-def run(batch: int, steps: int, filters: int, engine: str, seed: int, plot: Path | None) -> None:
+def run(batch: int, steps: int, filters: int, engine: str, seed: int, plot: Path | None, theme: str) -> None:
     """Print shapes, errors, times and speeds of the chosen engines; draw the maps to `plot`.
 
     Raises
@@ -64,6 +65,7 @@ def run(batch: int, steps: int, filters: int, engine: str, seed: int, plot: Path
         The plot cannot be written.
     """
     choice("demo", "engine", engine, ("both", *ENGINES))
+    check_theme("demo", theme)
     if plot is not None:
         _check_plot(plot)
     with replacing(plot) if plot is not None else nullcontext() as drawing:
@@ -72,10 +74,14 @@ def run(batch: int, steps: int, filters: int, engine: str, seed: int, plot: Path
         print(f"digits in motion        {frames.shape}", flush=True)
         hidden, pooled = _compare(layer, frames, ("reference", "cpu") if engine == "both" else (engine,))
         if plot is not None and drawing is not None:
+            import matplotlib
+
+            from fastclstm import viz
             from fastclstm.commands.drawing import draw_gif, draw_png
 
             draw = draw_gif if plot.suffix.lower() == ".gif" else draw_png
-            draw(drawing, frames[0, ..., 0], hidden[0], pooled[0], POOL[0])
+            with matplotlib.rc_context(viz.theme(theme)):
+                draw(drawing, frames[0, ..., 0], hidden[0], pooled[0], POOL[0])
     if plot is not None:
         print(f"\n{plot}: drawn")
 

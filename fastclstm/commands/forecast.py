@@ -101,7 +101,7 @@ def forecast_file(
     engine : str, optional
         Instead of the one the layers were saved with.
     quiet : bool
-        Show no progress bar; there is none either where stderr is not a terminal.
+        Show no progress.
 
     Raises
     ------
@@ -123,7 +123,7 @@ def forecast_file(
                          f"no frames")  # fmt: skip
     x, batched = open_sequences("forecast", source, network)
     made = []
-    with replacing(target) as new, progress_bar(total=len(x), unit=" sequence", quiet=quiet or None) as progress:
+    with replacing(target) as new, progress_bar(total=len(x), unit=" sequence", quiet=quiet) as progress:
         for start in range(0, max(len(x), 1), batch):
             frames = x[start : start + batch]
             if scale is not None:

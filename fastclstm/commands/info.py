@@ -11,7 +11,7 @@ import typer
 
 import fastclstm
 from fastclstm import dispatch
-from fastclstm.commands.options import SETTINGS
+from fastclstm.commands.options import SETTINGS, tell
 from fastclstm.engines import disk_cache
 from fastclstm.engines.cuda import compilation, devices, gpu
 
@@ -24,7 +24,7 @@ _NO_CACHE = f"none: no home, or no folder that can be written; kernels compile a
 def command() -> None:
     """Tell what this machine and installation offer."""
     for name, value in facts():
-        print(f"{name:<16}{value}")
+        tell(value, f"{name:<16}")
 
 
 def facts() -> Iterator[tuple[str, str]]:

@@ -92,7 +92,7 @@ def run_file(
     engine : str, optional
         Instead of the one the layers were saved with.
     quiet : bool
-        Show no progress bar; there is none either where stderr is not a terminal.
+        Show no progress.
 
     Returns
     -------
@@ -171,7 +171,7 @@ def _stream(
         chunk = max(steps, 1)
     writer: _SequenceWriter | None = None
     last_states: Any = states
-    with target.open("wb") as file, progress_bar(total=steps, unit=" step", quiet=quiet or None) as progress:
+    with target.open("wb") as file, progress_bar(total=steps, unit=" step", quiet=quiet) as progress:
         for start in range(0, max(steps, 1), chunk):
             stop = min(start + chunk, steps)
             frames = x[:, steps - stop : steps - start] if layer.go_backwards else x[:, start:stop]
@@ -190,7 +190,7 @@ def _stream(
 def _in_batches(network: Layer, x: np.ndarray, target: Path, chunk: int, batched: bool, quiet: bool) -> tuple[int, ...]:
     """Write the network's output for the samples of x to `target`; return its shape."""
     run = getattr(network, "predict", network)  # which refuses what mixes samples
-    with target.open("wb") as file, progress_bar(total=len(x), unit=" sample", quiet=quiet or None) as progress:
+    with target.open("wb") as file, progress_bar(total=len(x), unit=" sample", quiet=quiet) as progress:
         writer: _SequenceWriter | None = None
         for start in range(0, len(x), chunk):
             output = run(x[start : start + chunk])[np.newaxis]  # samples in the place of steps

@@ -17,7 +17,7 @@ from fastclstm import dispatch
 from fastclstm.baselines import extrapolation, persistence
 from fastclstm.commands import nowcast
 from fastclstm.commands.inputs import is_array_file, what_is
-from fastclstm.commands.options import SETTINGS, Engine, Threads, set_threads
+from fastclstm.commands.options import SETTINGS, Engine, Theme, Threads, check_theme, set_threads, tell
 from fastclstm.datasets import moving_digits
 from fastclstm.io import numpy_files
 from fastclstm.io.bounds import shown
@@ -125,6 +125,7 @@ def command(
     restart: Annotated[bool, typer.Option("--restart", help="Forget the training that DIR holds.")] = False,
     engine: Engine = None,
     threads: Threads = None,
+    theme: Theme = "dark",
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
 ) -> None:
     """Train a network to foretell the next frame of films.
@@ -157,7 +158,7 @@ def command(
     run(
         data, out, epochs=epochs or EPOCHS, minutes=minutes, steps_in=steps_in or STEPS, steps_out=steps_out or STEPS,
         filters=filters or FILTERS, scales=1 if scales is None and patch > 1 else scales, patch=patch, batch=batch,
-        seed=seed, restart=restart, engine=engine, quiet=quiet,
+        seed=seed, restart=restart, engine=engine, quiet=quiet, theme=theme,
     )  # fmt: skip
 
 
@@ -177,6 +178,7 @@ class Films:
 def run(
     data: Path | None, out: Path, *, epochs: int, minutes: float | None, steps_in: int, steps_out: int, filters: int,
     scales: int | None, patch: int, batch: int, seed: int, restart: bool, engine: str | None, quiet: bool,
+    theme: str,
 ) -> None:  # fmt: skip
     """Train, or go on with a training, and write to the folder `out` what came of it.
 
@@ -193,6 +195,7 @@ def run(
         A file cannot be read or written.
     """
     dispatch.check_engine(engine)
+    check_theme("train", theme)
     if out.exists() and not out.is_dir():
         raise ValueError(f"train: {out} is a file; --out names a folder")
     films = _digits(steps_in, steps_out, seed) if data is None else read_films(data, steps_in, steps_out)
@@ -208,7 +211,7 @@ def run(
         model = forecaster(films.train.shape[2:], filters, scales, patch, seed, engine)
         told, task = f"EncoderForecaster of {scales} scale(s), {filters} filters", Task(slice(0, T), slice(T, None), 0)
     out.mkdir(parents=True, exist_ok=True)
-    print(films.told)
+    tell(films.told)
     missing = [module for module in ("matplotlib", "PIL") if importlib.util.find_spec(module) is None]
     if missing:
         print(f"no pictures: {' and '.join(missing)} is missing; pip install 'fastclstm[viz]'")
@@ -229,9 +232,14 @@ def run(
     _print_table(scores, len(films.test), films.test.shape[1] - T)
     _print_verdict(scores, seconds, sum(history["seconds"]))
     if not missing:
-        _draw_curves(out / "curves.png", history, baselines)
-        _draw_films(out / "forecast.gif", films.test, T, forecasts["ConvLSTM"])
-    print(f"written to {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
+        import matplotlib
+
+        from fastclstm import viz
+
+        with matplotlib.rc_context(viz.theme(theme)):
+            _draw_curves(out / "curves.png", history, baselines)
+            _draw_films(out / "forecast.gif", films.test, T, forecasts["ConvLSTM"])
+    tell(f"written to {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
     scale = "" if films.scale is None else " --scale {} {}".format(*films.scale)
     print(f"to go on: fastclstm forecast FRAMES.npy --weights {out / 'weights.safetensors'}{scale} --out OUT.npy")
 
@@ -379,7 +387,7 @@ def _fit(
             epochs=epochs if minutes is None else 10**9, time_limit=None if minutes is None else 60 * minutes,
             batch_size=batch, validation_data=(validation[:, task.given], validation[:, task.wanted]),
             metrics=task.metrics, seed=seed, checkpoint=checkpoint, checkpoint_every=CHECKPOINT_STEPS,
-            resume=not restart, callbacks=_print_epoch, quiet=True if quiet else None,
+            resume=not restart, callbacks=_print_epoch, quiet=quiet,
         )  # fmt: skip
     except KeyboardInterrupt:
         print(f"interrupted; the same command goes on from {checkpoint}")
@@ -434,37 +442,44 @@ def _draw_curves(path: Path, history: History, baselines: Scores) -> None:
     """Draw loss, MSE and SSIM against the epochs, and the baselines as lines across."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 3.5), layout="constrained")
+    figure = Figure(figsize=(8, 2.8))
     epochs = range(1, history.epochs + 1)
-    panels: tuple[tuple[str, str | None], ...] = (("loss", None), ("next_mse", "next mse"), ("next_ssim", "next ssim"))
-    for axes, (curve, figure_name) in zip(figure.subplots(1, 3), panels, strict=True):
-        for name, label in ((curve, "training"), (f"val_{curve}", "validation")):
-            axes.plot(epochs, history[name], marker=".", label=label)
-        for color, (name, scores) in zip("gr", baselines.items() if figure_name else (), strict=False):
-            axes.axhline(scores[figure_name or ""], color=color, linestyle=":", label=name)
-        axes.set_title({"loss": "loss"}.get(curve, f"{curve.removeprefix('next_').upper()} of the next frame"))
-        axes.set_xlabel("epoch")
-        axes.legend()
+    panels: tuple[tuple[str, str, str | None], ...] = (
+        ("loss", "loss", None), ("next_mse", "MSE of the next frame", "next mse"),
+        ("next_ssim", "SSIM of the next frame", "next ssim"),
+    )  # fmt: skip
+    for axes, (curve, title, figure_name) in zip(figure.subplots(1, 3), panels, strict=True):
+        axes.plot(epochs, history[f"val_{curve}"], marker=".", label="validation")
+        axes.plot(epochs, history[curve], marker=".", label="training")
+        for style, (name, scores) in zip((":", "--"), baselines.items() if figure_name else (), strict=False):
+            axes.axhline(scores[figure_name or ""], color="C2", linestyle=style, label=name)
+        axes.set(title=title, xlabel="epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        if figure_name != "next ssim":
+            axes.set_ylim(0, 1.05 * axes.dataLim.y1)
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     with replacing(path) as new:
-        figure.savefig(new, format="png", dpi=100)
+        figure.savefig(new, format="png")
 
 
 def _draw_films(path: Path, films: np.ndarray, steps_in: int, made: np.ndarray, shown: int = 4) -> None:
-    """Animate films (B, T, H, W, C) above what was made of them; the frames given have a grey edge, those made none."""
-    from PIL import Image
+    """Animate films (B, T, H, W, C) above what was made of them."""
+    from matplotlib.figure import Figure
 
-    from fastclstm.commands.drawing import FRAME_MILLISECONDS
+    from fastclstm import viz
 
-    shown, zoom, gap = min(shown, len(films)), max(1, 128 // films.shape[2]), 4
     truth = films[:shown].mean(-1)
     forecast = np.concatenate([truth[:, :steps_in], made[:shown].mean(-1)], 1)
-    shots = []
-    for t in range(truth.shape[1]):
-        edge = 0.45 if t < steps_in else 0.0
-        rows = []
-        for film in (truth, forecast):
-            frames = np.clip(film[:, t], 0, 1).repeat(zoom, 1).repeat(zoom, 2)
-            rows.append(np.concatenate([np.pad(frame, gap, constant_values=edge) for frame in frames], 1))
-        shots.append(Image.fromarray((255 * np.concatenate(rows)).round().astype(np.uint8)))
+    rows = [viz.Row(label, film[:, 0], limit=1) for label, film in (("truth", truth), ("forecast", forecast))]
+    figure = viz.filmstrip(Figure(), rows, [""] * len(truth), width=1.75 + min(1.5 * len(truth), 6))
+    time = figure.text(0.02, 0.98, "", va="top")
+    images = [axes.images[0] for axes in figure.axes[: 2 * len(truth)]]
+
+    def update(t: int) -> None:
+        for image, film in zip(images, (*truth, *forecast), strict=True):
+            image.set_data(film[t])
+        time.set_text(f"frame {t + 1}: " + ("given" if t < steps_in else "forecast"))
+
     with replacing(path) as new:
-        shots[0].save(new, format="GIF", save_all=True, append_images=shots[1:], duration=FRAME_MILLISECONDS, loop=0)
+        viz.animate(new, figure, update, truth.shape[1])

@@ -37,7 +37,7 @@ def command(
     compiled = warmup.compile_all(
         *dtypes, forward_only=forward_only, processes=processes or threads.available_processors()
     )
-    with progress_bar(compiled, total=count, unit=" kernel") as progress:
+    with progress_bar(compiled, total=count, unit=" kernel", quiet=False) as progress:
         for name in progress:
             progress.set_description_str(name)
     ours, _ = compilation.kernels_on_disk()

@@ -15,11 +15,7 @@ import hashlib
 import pickle
 import re
 import sys
-import threading
-import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -88,47 +84,6 @@ def _warn_of_other_processor(folder: Path) -> None:
         f"compiled again and kept beside them. `python -m fastclstm warmup` does it beforehand",
         RuntimeWarning, stacklevel=2,
     )  # fmt: skip
-
-
-SILENT_SECONDS = 2.0
-"""Compiling for longer than that, a process says so."""
-
-
-def _is_terminal(stream: Any) -> bool:
-    try:
-        return bool(stream.isatty())
-    except (AttributeError, OSError, ValueError):  # none, somebody's own with little more than write, or closed
-        return False
-
-
-class _Notice:
-    """Says on a terminal, once, that kernels are being compiled, when that has taken some time."""
-
-    def __init__(self) -> None:
-        self._seconds, self._said = 0.0, False
-
-    @contextmanager
-    def compiling(self) -> Iterator[None]:
-        """Count the time inside."""
-        timer = threading.Timer(max(0.0, SILENT_SECONDS - self._seconds), self._say)
-        timer.daemon = True
-        start = time.perf_counter()
-        if not self._said and _is_terminal(sys.stderr):
-            timer.start()
-        try:
-            yield
-        finally:
-            timer.cancel()
-            self._seconds += time.perf_counter() - start
-
-    def _say(self) -> None:
-        self._said = True
-        with suppress(OSError, ValueError):  # a terminal that is gone is no reason to stop
-            print("fastclstm: compiling kernels for this processor; later runs find them on disk. "
-                  "`python -m fastclstm warmup` does it beforehand.", file=sys.stderr, flush=True)  # fmt: skip
-
-
-notice = _Notice()
 
 
 class _KernelCache(NullCache):

@@ -21,8 +21,9 @@ from numba.extending import intrinsic
 from numba.np import numpy_support
 from numba.np.arrayobj import populate_array
 
-from fastclstm.engines.cpu.compilation import KernelCompiler, digest, inline, kept, notice
+from fastclstm.engines.cpu.compilation import KernelCompiler, digest, inline, kept
 from fastclstm.engines.cpu.kernels.team import HEADER, begin, leave
+from fastclstm.engines.notices import notice
 
 
 class Table(NamedTuple):
