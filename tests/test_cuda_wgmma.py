@@ -37,7 +37,7 @@ def forced(monkeypatch):
 
     @contextmanager
     def force(number):
-        def choose(kind, *_):
+        def choose(kind, *_, **__):
             candidates = product.warpgroup_tilings(kind)
             return candidates[min(number, len(candidates) - 1)]
 
