@@ -6,6 +6,8 @@ the gates i, f, g, o of up to one vector of filters, each gate `width` lanes wid
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 
 from fastclstm.engines.cpu.compilation import inline
@@ -48,12 +50,10 @@ def cell(spec: ConvLSTMSpec, peephole: dict[str, np.ndarray] | None) -> np.ndarr
     """Describe what the cell does, as one `CELL`; it points into the peephole weights."""
     codes = activation_codes(spec)
     assert codes is not None
-    cells = np.zeros(1, CELL)
-    record = cells[0]
-    record["F"] = spec.F
-    record["recurrent_activation"], record["activation"], record["output_activation"] = codes
-    record["clip"] = np.inf if spec.cell_clip is None else spec.cell_clip
+    cells = _plain_cell(spec.F, codes, np.inf if spec.cell_clip is None else spec.cell_clip)
     if peephole is not None:
+        cells = cells.copy()
+        record = cells[0]
         for gate in PEEPHOLE_GATES:
             record[f"peephole_{gate}"] = peephole[gate].ctypes.data
         record["peephole_pixel"] = spec.F if spec.peephole == "elementwise" else 0
@@ -62,8 +62,15 @@ def cell(spec: ConvLSTMSpec, peephole: dict[str, np.ndarray] | None) -> np.ndarr
 
 def storing(columns: int) -> np.ndarray:
     """Describe what has no gates, whose columns are stored, as one `CELL`."""
+    return _plain_cell(columns, (0, 0, 0), 0.0)
+
+
+@lru_cache(maxsize=256)
+def _plain_cell(F: int, codes: tuple[int, int, int], clip: float) -> np.ndarray:
     cells = np.zeros(1, CELL)
-    cells["F"] = columns
+    record = cells[0]
+    record["F"], record["clip"] = F, clip
+    record["recurrent_activation"], record["activation"], record["output_activation"] = codes
     return cells
 
 
@@ -173,15 +180,15 @@ def _general(cell, peeps, z_i, z_f, z_g, z_o, c):
     """New c and h, and the gates, with any activations, peepholes and clipping."""
     if cell.peephole_i != 0:
         z_i, z_f = z_i + simd.load(peeps[0]) * c, z_f + simd.load(peeps[1]) * c
-    i = vmath.activate(cell.recurrent_activation, z_i)
-    f = vmath.activate(cell.recurrent_activation, z_f)
-    g = vmath.activate(cell.activation, z_g)
+    i = vmath.activate_gate(cell.recurrent_activation, z_i)
+    f = vmath.activate_gate(cell.recurrent_activation, z_f)
+    g = vmath.activate_gate(cell.activation, z_g)
     c = simd.fma(f, c, i * g)
     c = simd.maximum(-cell.clip, simd.minimum(cell.clip, c))
     if cell.peephole_o != 0:
         z_o = z_o + simd.load(peeps[2]) * c
-    o = vmath.activate(cell.recurrent_activation, z_o)
-    return c, o * vmath.activate(cell.output_activation, c), i, f, g, o
+    o = vmath.activate_gate(cell.recurrent_activation, z_o)
+    return c, o * vmath.activate_gate(cell.output_activation, c), i, f, g, o
 
 
 @inline
