@@ -14,7 +14,7 @@ from fastclstm.engines.cpu.compilation import inline
 from fastclstm.engines.cpu.kernels import simd, vmath
 from fastclstm.engines.cpu.kernels.padding import clear_run, copy_run
 from fastclstm.engines.cpu.kernels.schedule import c_after, c_before, gates_at, h_after, h_before, y_at, zx_at
-from fastclstm.nn.activations import TABLE
+from fastclstm.nn.activations import TABLE, Activation
 from fastclstm.spec import PEEPHOLE_GATES, CellSpec, ConvLSTMSpec
 
 CELL = np.dtype([
@@ -37,13 +37,17 @@ MOST_PIXELS = 192
 C, H, PEEPS, PLANES = 4, 5, 6, 9
 """Which lines hold c, h and three peepholes' weights (the first: the four gates), and how many there are."""
 
-_NAMES = {TABLE[name]: code for name, code in vmath.ACTIVATION_CODES.items()}
-
 
 def activation_codes(spec: ConvLSTMSpec | CellSpec) -> tuple[int, int, int] | None:
     """Numbers of the three activations, or None where NumPy must compute one of them."""
-    codes = tuple(map(_NAMES.get, (spec.recurrent_activation, spec.activation, spec.output_activation)))
+    codes = tuple(map(_code, (spec.recurrent_activation, spec.activation, spec.output_activation)))
     return None if None in codes else codes  # type: ignore[return-value]
+
+
+def _code(function: Activation | None) -> int | None:
+    if function is None or TABLE.get(function.name) is not function:
+        return None
+    return vmath.ACTIVATION_CODES.get(function.name)
 
 
 def cell(spec: ConvLSTMSpec, peephole: dict[str, np.ndarray] | None) -> np.ndarray:
