@@ -49,3 +49,9 @@ def test_a_wrong_class_names_the_way(tmp_path):
         ValueError, match=r"holds a Dense, not a ConvLSTM2D; load it with that class, or with fastclstm\.load"
     ):
         ConvLSTM2D.load(tmp_path / "w.safetensors")
+
+
+def test_what_else_is_to_be_known_is_kept(tmp_path):
+    Dense(3, 2, seed=0).save(tmp_path / "w.safetensors", about={"frames": {"units": "mm/h"}})
+    assert fastclstm.io.weights.load(tmp_path / "w.safetensors")[1]["about"] == {"frames": {"units": "mm/h"}}
+    assert isinstance(fastclstm.load(tmp_path / "w.safetensors"), Dense)

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from fastclstm import __version__, baselines, dispatch
+from fastclstm.commands.networks import forecaster
 from fastclstm.commands.options import use_engine
 from fastclstm.io.files import replacing
 from fastclstm.io.progress import progress_bar, say
@@ -95,7 +96,6 @@ def train(sources: Sequence[Path], out: Path, options: Options) -> None:
     from fastclstm.adapters.xarray import Windows
     from fastclstm.adapters.xarray_axes import Axes
     from fastclstm.adapters.xarray_files import open_frames
-    from fastclstm.commands.train import forecaster
     from fastclstm.nn.optimizers import Adam
     from fastclstm.nn.schedules import CosineDecay
 

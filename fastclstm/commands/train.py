@@ -17,6 +17,7 @@ from fastclstm import dispatch
 from fastclstm.baselines import extrapolation, persistence
 from fastclstm.commands import nowcast
 from fastclstm.commands.inputs import is_array_file, what_is
+from fastclstm.commands.networks import KERNEL, forecaster
 from fastclstm.commands.options import SETTINGS, Engine, Theme, Threads, check_theme, set_threads, tell
 from fastclstm.datasets import moving_digits
 from fastclstm.io import numpy_files
@@ -24,7 +25,7 @@ from fastclstm.io.bounds import shown
 from fastclstm.io.files import replacing
 from fastclstm.io.progress import say
 from fastclstm.layers import Conv2D, ConvLSTM2D, TimeDistributed
-from fastclstm.models import EncoderForecaster, Sequential
+from fastclstm.models import Sequential
 from fastclstm.models.roll_out import roll_out
 from fastclstm.nn import metrics
 from fastclstm.nn.losses import WeightedSum
@@ -36,7 +37,6 @@ from fastclstm.training.trainable import Trainable
 SIZE, WINDOW = 24, 11
 EPOCHS, STEPS, FILTERS = 10, 10, 16
 FILMS, VALIDATION_FILMS, TEST_FILMS = 800, 60, 100
-KERNEL = 5
 LEARNING_RATE, WARMUP_STEPS, CLIP_NORM = 0.005, 20, 1.0
 LOSS = WeightedSum(("mse", "ssim"), (1, 0.1))
 """Mean squared error alone makes blurred forecasts."""
@@ -253,24 +253,6 @@ def network(channels: int, filters: int, brightness: float, seed: int, engine: s
     head = Conv2D(filters, channels, KERNEL, activation="sigmoid", seed=seed + 2,
                   bias_initializer=math.log(brightness / (1 - brightness)), **options)  # fmt: skip
     return Sequential([lstm, TimeDistributed(inner), TimeDistributed(head)])
-
-
-def forecaster(
-    frame: tuple[int, ...], filters: int, scales: int, patch: int, seed: int, engine: str | None,
-    kernel_size: int = KERNEL, head_activation: str = "sigmoid",
-) -> EncoderForecaster:  # fmt: skip
-    """Return a network that makes all frames (H, W, C) that follow: layers of one size, or each of half the size.
-
-    Raises ValueError where frames do not fit.
-    """
-    H, W, C = frame
-    smallest = patch * 2 ** (scales - 1)
-    if H % smallest or W % smallest:
-        raise ValueError(f"train: frames of {H}×{W} pixels cannot be cut into patches of {patch} and halved "
-                         f"{scales - 1} times; give other --patch or fewer --scales")  # fmt: skip
-    layers, strides = (2, None) if scales == 1 else (scales, (1, *[2] * (scales - 1)))
-    return EncoderForecaster(C, (filters,) * layers, kernel_size, patch_size=patch, strides=strides, inputs="nothing",
-                             head_activation=head_activation, seed=seed, engine=engine)  # fmt: skip
 
 
 def compare(films: np.ndarray, steps_in: int, forecasts: dict[str, np.ndarray]) -> Scores:
