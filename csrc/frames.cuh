@@ -20,6 +20,9 @@ struct Frames {
     const int4* taps;  // (row, column, channel, number of the weight or -1 for none), padded to whole blocks
     int blocks;
     bool late;  // other blocks of the launch write it
+
+    // A tap is as far from every pixel: frames do not turn, and every pixel of the grid is one of theirs.
+    DEVICE bool plain() const { return !circular && divide_h <= 1 && divide_w <= 1; }
 };
 
 #define FRAMES(p)                                                                                                      \
@@ -30,20 +33,53 @@ struct Frames {
     {resolved(p##_data), p##_stride, p##_height, p##_width, p##_channels, p##_step_h, p##_step_w, p##_divide_h,        \
      p##_divide_w, p##_circular, p##_whole, p##_taps, p##_blocks, false}
 
-struct Pixel {
-    int image, row, column;  // image -1: none
-};
-
 struct Grid {
     int pixels;  // of all images
     int height, width;
 };
 
+struct Pixel {
+    int image, row, column;
+};
+
 DEVICE Pixel pixel_of(const Grid& grid, int n)
 {
-    if (n >= grid.pixels) return {-1, 0, 0};
     int line = n / grid.width, image = line / grid.height;
     return {image, line - image * grid.height, n - line * grid.width};
+}
+
+// A row or column that no tap brings into a frame: neither alone nor twice is it more than 32 bits hold.
+const int NOWHERE = -(1 << 30);
+
+// Where a pixel of the grid stands in frames, before a tap moves it.
+struct alignas(16) Place {
+    const operand* from;  // its image; in plain frames the pixel itself; null: there is no such pixel
+    int row, column;
+};
+
+DEVICE Place place_of(const Frames& frames, const operand* image, const Pixel& pixel)
+{
+    int row = pixel.row * frames.step_h, column = pixel.column * frames.step_w;
+    int pixels = frames.plain() ? row * frames.width + column : 0;
+    return {image + (long long)pixels * frames.channels, row, column};
+}
+
+DEVICE Place place_of(const Frames& frames, const Grid& grid, int n)
+{
+    if (n >= grid.pixels) return {nullptr, NOWHERE, NOWHERE};
+    Pixel pixel = pixel_of(grid, n);
+    return place_of(frames, frames.data + pixel.image * frames.stride, pixel);
+}
+
+// Put a place behind the others, and return the first of them, which makes room: so a loop that is not unrolled gets at
+// all places, which are in registers, that no number can index.
+template <int N> DEVICE Place pushed_out(Place (&places)[N], Place last)
+{
+    Place first = places[0];
+#pragma unroll
+    for (int i = 1; i < N; i++) places[i - 1] = places[i];
+    places[N - 1] = last;
+    return first;
 }
 
 DEVICE int wrapped(int n, int size)  // no division: it is seldom far away
@@ -65,22 +101,31 @@ DEVICE Frames chosen(bool first, const Frames& a, const Frames& b)
             first ? a.blocks : b.blocks,     first ? a.late : b.late};
 }
 
-// The element that a tap meets at a pixel; null for padding.
-DEVICE const operand* find(const Frames& frames, const Pixel& pixel, const int4& tap)
+DEVICE bool inside(const Frames& frames, int row, int column)
 {
-    if (pixel.image < 0 || tap.w < 0) return nullptr;
-    int h = pixel.row * frames.step_h + tap.x, w = pixel.column * frames.step_w + tap.y;
+    return unsigned(row) < unsigned(frames.height) && unsigned(column) < unsigned(frames.width);
+}
+
+// How many elements a tap is from any pixel of plain frames. It may wrap around where it leaves the frame.
+DEVICE int distance(const Frames& frames, const int4& tap)
+{
+    return int((unsigned(tap.x) * unsigned(frames.width) + unsigned(tap.y)) * unsigned(frames.channels)) + tap.z;
+}
+
+// The element that a tap meets at a pixel; null for padding.
+DEVICE const operand* find(const Frames& frames, const Place& place, const int4& tap)
+{
+    if (!place.from || tap.w < 0) return nullptr;
+    int h = place.row + tap.x, w = place.column + tap.y;
+    if (frames.plain()) return inside(frames, h, w) ? place.from + distance(frames, tap) : nullptr;
     if (frames.circular) {
         h = wrapped(h, frames.height);
         w = wrapped(w, frames.width);
     } else {
         if (h < 0 || w < 0) return nullptr;
-        if (frames.divide_h > 1 || frames.divide_w > 1) {
-            int down = unsigned(h) / unsigned(frames.divide_h), right = unsigned(w) / unsigned(frames.divide_w);
-            if (down * frames.divide_h != h || right * frames.divide_w != w) return nullptr;
-            h = down, w = right;
-        }
-        if (h >= frames.height || w >= frames.width) return nullptr;
+        int down = unsigned(h) / unsigned(frames.divide_h), right = unsigned(w) / unsigned(frames.divide_w);
+        if (down * frames.divide_h != h || right * frames.divide_w != w || !inside(frames, down, right)) return nullptr;
+        h = down, w = right;
     }
-    return frames.data + pixel.image * frames.stride + ((long long)(h * frames.width + w) * frames.channels + tap.z);
+    return place.from + ((long long)(h * frames.width + w) * frames.channels + tap.z);
 }

@@ -8,23 +8,32 @@
 #include "cell.cuh"
 #include "product.cuh"
 
-// y [pixels][filters] of frames x, plus what `residual` holds.
+// y [pixels][filters] of frames x, plus what `residual` holds. The depth is cut into shares, of `share` blocks: each, a
+// layer of the grid, writes a y of its own, the first one with bias and residual.
 KERNEL(THREADS, MIN_BLOCKS)
 conv2d(FRAMES(x), const operand* weights, int columns, int pixels, int height, int width, const real* bias,
-       const real* residual, real* y, int filters)
+       const real* residual, real* y, int filters, int share)
 {
     resolve(weights);
     Frames x = AS_FRAMES(x), none = AS_FRAMES(x);
     none.blocks = 0;
+    int first_block = blockIdx.z * share;
+    x.taps += first_block * DEPTH;
+    x.blocks = min(share, x.blocks - first_block);
+    weights += (long long)first_block * DEPTH * WEIGHT_PARTS * columns;
     Grid grid = {pixels, height, width};
     int first_row = blockIdx.x * TILE_ROWS, first_quad = blockIdx.y * TILE_QUADS;
     Tile tile;
     multiply(tile, grid, x, none, weights, columns, first_row, first_quad);
     resolve(bias, residual, y);
-    visit_columns(tile, first_row, first_quad * 4, [&](int row, int f, real sum) {
-        if (row >= pixels || f >= filters) return;
+    if (blockIdx.z) bias = residual = nullptr;
+    y += (long long)blockIdx.z * pixels * filters;
+    int f = own_column(first_quad);
+    real added = f < filters ? read(bias, f) : real(0);
+    auto enter = [&](int) { return f < filters ? pixels : 0; };
+    visit_columns(tile, first_row, enter, [&](int row, real sum) {
         long long at = (long long)row * filters + f;
-        y[at] = sum + read(bias, f) + read(residual, at);
+        y[at] = sum + added + read(residual, at);
     });
 }
 
@@ -34,9 +43,10 @@ convlstm2d_step(FRAMES(h), FRAMES(x), const operand* weights, int columns, int p
                 int filters, const real* bias, const real* h_last, long long h_last_stride, real* h_next,
                 long long h_next_stride, const real* c_last, long long c_last_stride, real* c_next,
                 long long c_next_stride, const real* y_last, real* y_next, long long y_stride, kept* z,
-                long long z_stride, int z_channels, operand* h_operand, long long h_operand_stride, int h_operand_channels, const real* peep_i,
-                const real* peep_f, const real* peep_o, int peep_stride, const unsigned char* mask, int mask_stride,
-                real cell_clip, int recurrent_activation, int activation, int output_activation)
+                long long z_stride, int z_channels, operand* h_operand, long long h_operand_stride,
+                int h_operand_channels, const real* peep_i, const real* peep_f, const real* peep_o, int peep_stride,
+                const unsigned char* mask, int mask_stride, real cell_clip, int recurrent_activation, int activation,
+                int output_activation)
 {
     resolve(weights);
     Frames h = AS_FRAMES(h), x = AS_FRAMES(x);
@@ -50,22 +60,24 @@ convlstm2d_step(FRAMES(h), FRAMES(x), const operand* weights, int columns, int p
     Step step = {h_last, h_last_stride, h_next, h_next_stride, c_last, c_last_stride, c_next, c_next_stride, y_last,
                  y_next, y_stride, z, z_stride, z_channels, h_operand, h_operand_stride, h_operand_channels, mask,
                  mask_stride};
-    visit_quads(tile, first_row, first_quad, [&](int row, int f, const real(&sums)[4]) {
-        if (row < pixels && f < filters) advance<false>(cell, step, row, f, sums);
-    });
+    Advance<false> advance(cell, step, pixels, own_quad(first_quad));
+    visit_quads(tile, first_row, [&](int row) { return advance.enter(row); },
+                [&](int row, int next, const real(&sums)[4]) { advance(row, next, sums); });
 }
 
 // One time step backwards: frames dz of the step after (none at the last step), to dz of this one, in the place of its
 // z, and dc of the one before. h_now: where the h that this step ends with belongs, but for masked ones; the step after
-// may have had its c_last there. dh_last, dc_last: gradients of the states after this step besides; dh, dy_carry, in
+// may have had its c_last there. dh_last, dc_last: gradients of the states after this step besides, that of h to be
+// added up from dh_shares (where dz comes pulled back already, in shares of the depth, not as frames). dh, dy_carry, in
 // place: what masked steps hand on. Null: absent, or zeros.
 KERNEL(THREADS, MIN_BLOCKS)
 convlstm2d_step_backward(FRAMES(dz), const operand* weights, int columns, int pixels, int height, int width,
-                         int filters, const real* dy, long long dy_stride, const real* dh_last, const real* dc_last,
-                         real* dh, real* dy_carry, real* dc_next, operand* z, const real* c_last, long long c_stride,
-                         real* h_now, long long h_stride, const real* peep_i, const real* peep_f, const real* peep_o,
-                         int peep_stride, const unsigned char* mask, int mask_stride, real cell_clip,
-                         int recurrent_activation, int activation, int output_activation)
+                         int filters, const real* dy, long long dy_stride, const real* dh_last, int dh_shares,
+                         const real* dc_last, real* dh, real* dy_carry, real* dc_next, operand* z,
+                         const real* c_last, long long c_stride, real* h_now, long long h_stride, const real* peep_i,
+                         const real* peep_f, const real* peep_o, int peep_stride, const unsigned char* mask,
+                         int mask_stride, real cell_clip, int recurrent_activation, int activation,
+                         int output_activation)
 {
     resolve(weights);
     Frames dz = AS_FRAMES(dz), none = AS_FRAMES(dz);
@@ -75,19 +87,34 @@ convlstm2d_step_backward(FRAMES(dz), const operand* weights, int columns, int pi
     Tile tile;
     multiply(tile, grid, dz, none, weights, columns, first_row, first_quad);
     resolve(dy, dh_last, dc_last, dh, dy_carry, dc_next, z, c_last, h_now, peep_i, peep_f, peep_o, mask);
-    int frame = height * width;
     int sigma = ACTIVATION(recurrent_activation, SIGMOID), on_g = ACTIVATION(activation, TANH);
-    int on_c = ACTIVATION(output_activation, TANH);
-    visit_columns(tile, first_row, first_quad * 4, [&](int row, int f, real sum) {
-        if (row >= pixels || f >= filters) return;
-        int image = row / frame, p = row - image * frame;
-        bool valid = !mask || __ldg(mask + (long long)image * mask_stride);
-        long long at = (long long)p * filters + f, state = (long long)row * filters + f;
-        operand* zs = z + image * dz.stride + (long long)p * dz.channels + f;
+    int on_c = ACTIVATION(output_activation, TANH), f = own_column(first_quad);
+    int frame = height * width, image_row = 0;
+    long long states = (long long)pixels * filters;
+    const real *dy_in = nullptr, *c_in = nullptr;  // of the image, at the filter
+    operand* z_in = nullptr;
+    real* h_in = nullptr;
+    bool valid = true;
+    auto enter = [&](int row) {
+        if (row >= pixels || f >= filters) return 0;
+        int image = row / frame;
+        image_row = image * frame;
+        dy_in = moved(dy, image * dy_stride + f), c_in = moved(c_last, image * c_stride + f);
+        z_in = moved(z, image * dz.stride + f);
+        valid = !mask || __ldg(mask + image * (long long)mask_stride);
+        h_in = valid ? moved(h_now, image * h_stride + f) : nullptr;
+        return image_row + frame;
+    };
+    visit_columns(tile, first_row, enter, [&](int row, real sum) {
+        int p = row - image_row, at = p * filters;
+        long long state = (long long)row * filters + f;
+        operand* zs = z_in + p * dz.channels;
         real z_i = get_operand<KIND>(zs[0]), z_f = get_operand<KIND>(zs[filters]);
         real z_g = get_operand<KIND>(zs[2 * filters]), z_o = get_operand<KIND>(zs[3 * filters]);
-        real c_old = __ldg(c_last + image * c_stride + at), dc = read(dc_last, state);
-        real dh_t = sum + read(dh_last, state), dy_t = read(dy, image * dy_stride + at);
+        real c_old = __ldg(c_in + at), dc = read(dc_last, state);
+        real dh_t = sum, dy_t = read(dy_in, at);
+#pragma unroll 1
+        for (int n = 0; n < dh_shares; n++) dh_t += read(dh_last, n * states + state);
         if (dh) {
             dh_t += dh[state];
             dy_t += dy_carry[state];
@@ -109,7 +136,7 @@ convlstm2d_step_backward(FRAMES(dz), const operand* weights, int columns, int pi
         store(zs + filters, valid ? dz_f : real(0));
         store(zs + 2 * filters, valid ? dz_g : real(0));
         store(zs + 3 * filters, valid ? dz_o : real(0));
-        if (h_now && valid) h_now[image * h_stride + at] = o * cell;
+        if (h_in) h_in[at] = o * cell;
         dc_next[state] = valid ? dc_t * forget + dz_i * read(peep_i, peep) + dz_f * read(peep_f, peep) : dc;
     });
 }

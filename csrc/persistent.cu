@@ -74,9 +74,9 @@ convlstm2d_steps(FRAMES(h), FRAMES(x), long long x_step, int T, int* arrived, co
                          t ? y - y_step : nullptr, y_step || mask || last ? y : nullptr, y_stride,
                          nullptr, 0, 0, last ? nullptr : h_operand + (t + 1) % 2 * place,
                          (long long)height * width * h.channels, h.channels, mask, mask_stride};
-            visit_quads(tile, first_row, first_quad, [&](int row, int f, const real(&sums)[4]) {
-                if (row < pixels && f < filters) advance<true>(cell, step, row, f, sums);
-            });
+            Advance<true> advance(cell, step, pixels, own_quad(first_quad));
+            visit_quads(tile, first_row, [&](int row) { return advance.enter(row); },
+                        [&](int row, int next, const real(&sums)[4]) { advance(row, next, sums); });
         }
         __syncthreads();  // all that this block writes is written
         if (!threadIdx.x && arrive(arrived) == T * gridDim.x - 1) *arrived = 0;

@@ -19,8 +19,15 @@ DEVICE void multiply(Tile& tile, const Grid& grid, const Frames& a, const Frames
     multiply_add(tile, grid, a, b, weights, columns, first_row, first_quad);
 }
 
-// Call visit(row, quad, its 4 sums) for every quad of the tile.
-template <class Visit> DEVICE void visit_quads(const Tile& tile, int first_row, int first_quad, Visit visit)
+// A thread's sums are all of one column, or of one quad of columns: the next one's of the next thread.
+static_assert(THREADS % (TILE_QUADS * 4) == 0, "a thread keeps its column, and its quad");
+DEVICE int own_quad(int first_quad) { return first_quad + threadIdx.x % TILE_QUADS; }
+DEVICE int own_column(int first_quad) { return first_quad * 4 + threadIdx.x % (TILE_QUADS * 4); }
+
+// Call visit(row, next row, where its sums are) for the thread's rows, `across` of which are side by side. Before that
+// enter(row) tells up to where rows have something in common (an image), again and again: no further than row, to stop.
+template <class Enter, class Visit>
+DEVICE void visit_rows(const Tile& tile, int first_row, int across, int sums, Enter enter, Visit visit)
 {
     real* staged = (real*)shared_memory();
 #pragma unroll 1
@@ -28,26 +35,37 @@ template <class Visit> DEVICE void visit_quads(const Tile& tile, int first_row, 
         __syncthreads();
         stage_sums(staged, tile, pass);
         __syncthreads();
-#pragma unroll 2
-        for (int n = threadIdx.x; n < PASS_ROWS * TILE_QUADS; n += THREADS) {
-            alignas(16) real sums[4];
-            copy4(sums, staged + n * 4);
-            visit(first_row + staged_row(pass, n / TILE_QUADS), first_quad + n % TILE_QUADS, sums);
+        int n = threadIdx.x, row = first_row + staged_row(pass, n / across), count = PASS_ROWS * across;
+#pragma unroll 1
+        while (n < count) {
+            int end = enter(row);
+            if (end <= row) break;
+#pragma unroll 1
+            do {
+                const real* from = staged + n * sums;
+                int now = row;
+                n += THREADS;
+                row = first_row + staged_row(pass, n / across);
+                visit(now, row, from);
+            } while (n < count && row < end);
         }
     }
 }
 
-// Call visit(row, column, its sum) for every column of the tile.
-template <class Visit> DEVICE void visit_columns(const Tile& tile, int first_row, int first_column, Visit visit)
+// visit(row, next row, the 4 sums of the thread's quad)
+template <class Enter, class Visit>
+DEVICE void visit_quads(const Tile& tile, int first_row, Enter enter, Visit visit)
 {
-    real* staged = (real*)shared_memory();
-#pragma unroll 1
-    for (int pass = 0; pass < PASSES; pass++) {
-        __syncthreads();
-        stage_sums(staged, tile, pass);
-        __syncthreads();
-#pragma unroll 2
-        for (int n = threadIdx.x; n < PASS_ROWS * TILE_QUADS * 4; n += THREADS)
-            visit(first_row + staged_row(pass, n / (TILE_QUADS * 4)), first_column + n % (TILE_QUADS * 4), staged[n]);
-    }
+    visit_rows(tile, first_row, TILE_QUADS, 4, enter, [&](int row, int next, const real* from) {
+        alignas(16) real sums[4];
+        copy4(sums, from);
+        visit(row, next, sums);
+    });
+}
+
+// visit(row, the sum of the thread's column)
+template <class Enter, class Visit>
+DEVICE void visit_columns(const Tile& tile, int first_row, Enter enter, Visit visit)
+{
+    visit_rows(tile, first_row, TILE_QUADS * 4, 1, enter, [&](int row, int, const real* from) { visit(row, *from); });
 }

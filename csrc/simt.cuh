@@ -12,6 +12,7 @@
 #define ROW_LANES (TILE_ROWS / ROWS)
 #define THREADS (QUAD_LANES * ROW_LANES)
 #define MIN_BLOCKS (512 / THREADS)
+#define WEIGHT_PARTS 1
 #define ROW_PITCH (TILE_ROWS + 4)
 #define COLUMN_PITCH (TILE_QUADS * 4)
 #define GROUPS (DEPTH / 4 * TILE_ROWS / THREADS)
@@ -26,13 +27,13 @@ struct Fetched {
     real pixels[GROUPS][4], weights[WEIGHTS][4];
 };
 
-DEVICE void fetch_pixels(real (&to)[GROUPS][4], const Frames& frames, const Pixel& pixel, int block)
+DEVICE void fetch_pixels(real (&to)[GROUPS][4], const Frames& frames, const Place& place, int block)
 {
 #pragma unroll
     for (int i = 0; i < GROUPS; i++) {
         const int4* tap = frames.taps + block * DEPTH + (threadIdx.x / TILE_ROWS + i * (THREADS / TILE_ROWS)) * 4;
         if (frames.whole) {
-            const real* from = find(frames, pixel, __ldg(tap));
+            const real* from = find(frames, place, __ldg(tap));
             if (from)
                 load4(to[i], from, frames.late);
             else
@@ -40,7 +41,7 @@ DEVICE void fetch_pixels(real (&to)[GROUPS][4], const Frames& frames, const Pixe
         } else {
 #pragma unroll
             for (int j = 0; j < 4; j++) {
-                const real* from = find(frames, pixel, __ldg(tap + j));
+                const real* from = find(frames, place, __ldg(tap + j));
                 to[i][j] = from ? load(from, frames.late) : real(0);
             }
         }
@@ -110,14 +111,16 @@ DEVICE void multiply_add(Tile& tile, const Grid& grid, const Frames& a, const Fr
 {
     real* pixels = (real*)shared_memory();
     real* kept_weights = pixels + 2 * DEPTH * ROW_PITCH;
-    Pixel pixel = pixel_of(grid, first_row + threadIdx.x % TILE_ROWS);
+    Place place = {};
     weights += first_quad * 4;
     int blocks = a.blocks + b.blocks;
     Fetched fetched;
     for (int block = 0; block <= blocks; block++) {
         if (block < blocks) {
             bool first = block < a.blocks;
-            fetch_pixels(fetched.pixels, chosen(first, a, b), pixel, first ? block : block - a.blocks);
+            Frames frames = chosen(first, a, b);
+            if (!block || block == a.blocks) place = place_of(frames, grid, first_row + threadIdx.x % TILE_ROWS);
+            fetch_pixels(fetched.pixels, frames, place, first ? block : block - a.blocks);
             fetch_weights(fetched.weights, weights, columns, block);
         }
         if (block) {

@@ -13,28 +13,15 @@
     FRAMES(x), int inner, long long outer_stride, const unsigned char *mask, const operand *dy, int dy_channels,      \
         int pixels, int height, int width, int depth, int channels, int filters, int share, real *partial
 
-// Where x has pixel n of dy: one thread finds out for all taps.
-struct alignas(16) Place {
-    const operand* frame;  // null beyond the end, or where the image is masked
-    int row, column;
-};
-
+// Where x has pixel n of dy: one thread finds out for all taps. None beyond the end, or where the image is masked.
 DEVICE Place place_of(const Frames& x, const Grid& grid, int n, int end, const unsigned char* mask, int inner,
                       long long outer_stride)
 {
-    if (n >= end) return {nullptr, 0, 0};
+    if (n >= end) return {};
     Pixel pixel = pixel_of(grid, n);
-    if (mask && !__ldg(mask + pixel.image)) return {nullptr, 0, 0};
+    if (mask && !__ldg(mask + pixel.image)) return {};
     int outer = pixel.image / inner;
-    return {x.data + outer * outer_stride + (pixel.image - outer * inner) * x.stride, pixel.row, pixel.column};
-}
-
-// The element of x that a tap meets there; null for padding.
-DEVICE const operand* find_x(Frames x, const Place& place, const int4& tap)
-{
-    if (!place.frame) return nullptr;
-    x.data = place.frame;
-    return find(x, {0, place.row, place.column}, tap);
+    return place_of(x, x.data + outer * outer_stride + (pixel.image - outer * inner) * x.stride, pixel);
 }
 
 #if KIND == 0
@@ -82,7 +69,7 @@ weight_gradient(PARAMETERS)
 #pragma unroll
             for (int i = 0; i < PIECES; i++) {
                 int row = line + i * (THREADS / TILE), n = begin + block * DEPTH + row;
-                const real* from = find_x(x, places[block % 3 * DEPTH + row], tap);
+                const real* from = find(x, places[block % 3 * DEPTH + row], tap);
                 from_x[i] = from ? __ldg(from) : real(0);
                 from_dy[i] = n < end && f < filters ? __ldg(dy + (long long)n * dy_channels + f) : real(0);
             }
@@ -167,12 +154,12 @@ weight_gradient(PARAMETERS)
                 const Place& at = places[block % STAGES * DEPTH + row];
                 operand* to = stage + row * TAP_PITCH + piece;
                 if (sizeof(operand) == 2 || x.whole) {
-                    const operand* from = k < depth ? find_x(x, at, __ldg(x.taps + k)) : nullptr;
+                    const operand* from = k < depth ? find(x, at, __ldg(x.taps + k)) : nullptr;
                     cp_async<16>(to, from ? from : x.data, from);
                 } else
 #pragma unroll
                     for (int j = 0; j < PIECE; j++) {
-                        const operand* from = k + j < depth ? find_x(x, at, __ldg(x.taps + k + j)) : nullptr;
+                        const operand* from = k + j < depth ? find(x, at, __ldg(x.taps + k + j)) : nullptr;
                         cp_async<4>(to + j, from ? from : x.data, from);
                     }
             }

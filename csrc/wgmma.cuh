@@ -45,40 +45,49 @@ DEVICE unsigned char* aligned_stages()
 // Where 16 bytes of a row stand.
 DEVICE int swizzled(int row, int piece) { return row * 128 + (piece ^ row % 8) * 16; }
 
-// Start the copies of a block of depth: pixels of the frames and columns of the weights, a row of 128 bytes each.
-DEVICE void fetch_pixels(unsigned char* stage, const Frames& frames, const Pixel (&pixels)[PIXELS_A_THREAD], int block)
+// Start the copies of a block of depth: pixels of the frames and columns of the weights, a row of 128 bytes each. A
+// thread's rows are THREADS / 8 apart, and so alike modulo 8.
+DEVICE void fetch_pixels(unsigned char* stage, const Frames& frames, Place (&places)[PIXELS_A_THREAD], int block)
 {
-    const int each = 16 / int(sizeof(operand));
+    const int each = 16 / int(sizeof(operand)), APART = THREADS / 8 * 128;
+    bool whole = sizeof(operand) == 2 || frames.whole;
     int piece = threadIdx.x % 8;
     const int4* taps = frames.taps + block * DEPTH + piece * each;
-    int4 tap = __ldg(taps);
+    unsigned char* to = stage + swizzled(threadIdx.x / 8, piece);
+    if (whole && frames.plain()) {
+        int4 tap = __ldg(taps);
+        int down = tap.w < 0 ? NOWHERE : tap.x, elements = distance(frames, tap);
 #pragma unroll
-    for (int i = 0; i < PIXELS_A_THREAD; i++) {
-        unsigned char* to = stage + swizzled(threadIdx.x / 8 + i * (THREADS / 8), piece);
-        if (sizeof(operand) == 2 || frames.whole) {
-            const operand* from = find(frames, pixels[i], KIND >= 4 ? tap : __ldg(taps));  // registers are scarce
-            cp_async<16>(to, from ? from : frames.data, from);
-        } else {
+        for (int i = 0; i < PIXELS_A_THREAD; i++)
+            cp_async<16>(to + i * APART, places[i].from + elements,
+                         inside(frames, places[i].row + down, places[i].column + tap.y));
+        return;
+    }
 #pragma unroll 1
-            for (int j = 0; j < each; j++) {
-                const operand* from = find(frames, pixels[i], __ldg(taps + j));
-                cp_async<4>(to + j * 4, from ? from : frames.data, from);
-            }
+    for (int i = 0; i < PIXELS_A_THREAD; i++) {
+        Place place = pushed_out(places, places[0]);
+#pragma unroll 1
+        for (int j = 0; j < (whole ? 1 : each); j++) {
+            const operand* from = find(frames, place, __ldg(taps + j));
+            if (whole)
+                cp_async<16>(to + i * APART, from ? from : frames.data, from);
+            else
+                cp_async<4>(to + i * APART + j * 4, from ? from : frames.data, from);
         }
     }
 }
 
 DEVICE void fetch_weights(unsigned char* stage, const operand* weights, int columns, int block)
 {
+    unsigned char* to = stage + swizzled(TILE_ROWS + threadIdx.x / 8, threadIdx.x % 8);
 #pragma unroll
     for (int part = 0; part < WEIGHT_PARTS; part++) {
         const unsigned char* from =
-            (const unsigned char*)(weights + (long long)(block * WEIGHT_PARTS + part) * columns * DEPTH);
-#pragma unroll 2
-        for (int i = 0; i < COLUMNS * 8 / THREADS; i++) {
-            int n = threadIdx.x + i * THREADS;
-            cp_async<16>(stage + swizzled(TILE_ROWS + part * COLUMNS + n / 8, n % 8), from + n * 16, true);
-        }
+            (const unsigned char*)(weights + (long long)(block * WEIGHT_PARTS + part) * columns * DEPTH) +
+            threadIdx.x * 16;
+#pragma unroll
+        for (int i = 0; i < COLUMNS * 8 / THREADS; i++)
+            cp_async<16>(to + (part * COLUMNS + i * (THREADS / 8)) * 128, from + i * (THREADS * 16), true);
     }
 }
 
@@ -149,10 +158,7 @@ DEVICE void multiply_add(Tile& tile, const Grid& grid, const Frames& a, const Fr
                          int columns, int first_row, int first_quad)
 {
     unsigned char* stages = aligned_stages();
-    Pixel pixels[PIXELS_A_THREAD];
-#pragma unroll
-    for (int i = 0; i < PIXELS_A_THREAD; i++)
-        pixels[i] = pixel_of(grid, first_row + threadIdx.x / 8 + i * (THREADS / 8));
+    Place places[PIXELS_A_THREAD] = {};
     weights += (long long)first_quad * 4 * DEPTH;
     int blocks = a.blocks + b.blocks;
 
@@ -160,7 +166,12 @@ DEVICE void multiply_add(Tile& tile, const Grid& grid, const Frames& a, const Fr
         if (block < blocks) {
             unsigned char* stage = stages + block % STAGES * STAGE_BYTES;
             bool first = block < a.blocks;
-            fetch_pixels(stage, chosen(first, a, b), pixels, first ? block : block - a.blocks);
+            Frames frames = chosen(first, a, b);
+            if (!block || block == a.blocks)
+#pragma unroll 1
+                for (int i = 0; i < PIXELS_A_THREAD; i++)
+                    pushed_out(places, place_of(frames, grid, first_row + threadIdx.x / 8 + i * (THREADS / 8)));
+            fetch_pixels(stage, frames, places, first ? block : block - a.blocks);
             fetch_weights(stage, weights, columns, block);
         }
         cp_async_commit();  // an empty group too, so that the count of groups stays that of blocks

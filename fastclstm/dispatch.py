@@ -38,6 +38,9 @@ def get_engine(name: str | None = None) -> ModuleType:
     """
     check_engine(name)
     name = DEFAULT_ENGINE if name is None else name
+    loaded = sys.modules.get(ENGINES[name])
+    if loaded is not None and not getattr(loaded.__spec__, "_initializing", False):  # by another thread
+        return loaded
     try:
         with forks.importing:
             return importlib.import_module(ENGINES[name])

@@ -70,6 +70,19 @@ def is_on_cuda(item):
     return getattr(getattr(item, "callspec", None), "params", {}).get("engine") == "cuda"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def kernels_of_all_workers(tmp_path_factory):
+    """What one process of pytest-xdist has compiled for the emulator the others load."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        yield
+        return
+    shared = tmp_path_factory.getbasetemp().parent / "emulator"
+    shared.mkdir(exist_ok=True)
+    own, cuda_emulator.folder = cuda_emulator.folder, lambda: shared
+    yield
+    cuda_emulator.folder = own
+
+
 @pytest.fixture(scope="session")
 def real_gpu(request):
     """The GPU of this machine, or None; with --engine=cuda it must be there."""

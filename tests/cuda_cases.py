@@ -123,6 +123,6 @@ def tiling(monkeypatch, number):
         return candidates[number % len(candidates)]
 
     with monkeypatch.context() as patch:
-        patch.setattr(choice, "choose", lambda kind, dtype, *_: product.tilings(kind, dtype.itemsize)[number])
+        patch.setattr(choice, "choose", lambda kind, dtype, *_, **__: product.tilings(kind, dtype.itemsize)[number])
         patch.setattr(weight_gradient, "gradient_tiling", of_gradient)
         yield

@@ -63,6 +63,40 @@ def test_convlstm2d_and_its_gradients(jax, ours, jitted, engine):
     assert close(found, [g["x"], g["kernel"], g["recurrent_kernel"], g["bias"], *states_and_peephole])
 
 
+@pytest.mark.parametrize(("op", "G", "options"), [
+    ("convgru2d", 3, {"reset_after": True}),
+    ("convgru2d", 3, {"reset_after": False, "normalization": "group", "go_backwards": True}),
+    ("convrnn2d", 1, {"return_sequences": False, "activation": "softsign"}),
+])  # fmt: skip
+def test_other_cells_under_jit_grad_and_vmap(jax, ours, op, G, options):
+    both, normalized = options.get("reset_after", False), "normalization" in options
+    xs, kernel, recurrent, bias, h, gamma = draw(
+        (2, B, T, H, W, C), (3, 3, C, G * F), (3, 3, F, G * F), (2, G * F) if both else (G * F,), (B, H, W, F), (G * F,)
+    )
+    mask = np.array([[True, False, True], [True, True, False]])
+    options = options | ENGINE | {"mask": mask, "return_state": True}
+
+    def computed(function, x, kernel, recurrent, bias, h, gamma):
+        norm = {"normalization_weights": {"gamma": gamma, "beta": gamma}} if normalized else {}
+        return function(x, kernel, recurrent, bias, initial_state=h, **norm, **options)
+
+    def loss(*arguments):
+        y, last = computed(getattr(ours, op), *arguments)
+        return (y**2).sum() + last.sum()
+
+    weights = kernel, recurrent, bias, h, gamma
+    found = jax.jit(jax.vmap(jax.grad(loss, tuple(range(6))), (0, *(None,) * 5)))(xs, *weights)
+    for n, x in enumerate(xs):
+        (y, last), pullback = computed(getattr(functional, f"{op}_vjp"), x, *weights)
+        g = pullback((2 * y, np.ones_like(last)))
+        norm = g["normalization_weights"] if normalized else {"gamma": gamma * 0, "beta": gamma * 0}
+        expected = [g["x"], g["kernel"], g["recurrent_kernel"], g["bias"], *g["initial_state"], sum(norm.values())]
+        assert close([one[n] for one in found], expected)
+        assert close(computed(getattr(ours, op), x, *weights), (y, last))
+    with pytest.raises(ValueError, match=rf"{op}: initial_state must be \(h\), got 2 items"):
+        getattr(ours, op)(xs[0], kernel, recurrent, bias, initial_state=(h, h))
+
+
 def test_outputs(jax, ours):
     x, *weights = draw((B, T, H, W, C), *WEIGHTS)
     for options in ({}, {"go_backwards": True, "return_sequences": False}, {"padding": [(1, 0), (0, 1)], "strides": 2},

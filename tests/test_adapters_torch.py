@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 
 import fastclstm
+from fastclstm import functional
 from fastclstm.nn.normalization import Normalization
 
 torch = pytest.importorskip("torch")
 
 from fastclstm.adapters import torch_ops  # noqa: E402
-from fastclstm.adapters.torch import ConvLSTM2D  # noqa: E402
+from fastclstm.adapters.torch import ConvGRU2D, ConvLSTM2D, ConvRNN2D  # noqa: E402
 
 pytestmark = pytest.mark.torch
 ROOT = Path(fastclstm.__file__).parents[1]
@@ -54,36 +55,56 @@ def same(some, others):
 # The operator
 
 
-def operands(dtype=torch.float64, **more):
+def operands(name="convlstm2d", dtype=torch.float64, both=False, **more):
+    """An operator, its tensors and further weights."""
+    operator = torch_ops.OPERATORS[name]
     B, T, H, W, C, F = 2, 3, 4, 5, 2, 3
-    named = {"kernel": (3, 3, C, 4 * F), "recurrent_kernel": (3, 3, F, 4 * F), "bias": (4 * F,), **more}
-    x, h, c = randn(B, T, H, W, C, dtype=dtype), randn(B, H, W, F, dtype=dtype), randn(B, H, W, F, dtype=dtype, seed=1)
+    G = {"convlstm2d": 4, "convgru2d": 3, "convrnn2d": 1}[name]
+    bias = (2, G * F) if both else (G * F,)
+    named = {"kernel": (3, 3, C, G * F), "recurrent_kernel": (3, 3, F, G * F), "bias": bias, **more}
+    x, *states = randn(B, T, H, W, C, dtype=dtype), *(randn(B, H, W, F, dtype=dtype, seed=n) for n in (0, 1))
     weights = [randn(*shape, dtype=dtype, seed=n) / 3 for n, shape in enumerate(named.values(), 2)]
-    return [tensor.requires_grad_(True) for tensor in (x, *weights[:3], h, c)], [
-        w.detach().requires_grad_(True) for w in weights[3:]
-    ]
+    given = (x, *weights[:3], *states[: len(operator.states)])
+    return operator, [t.requires_grad_(True) for t in given], [w.requires_grad_(True) for w in weights[3:]]
 
 
 OPTIONS = {
-    "plain": ({}, {}),
-    "conv": ({f"peephole.{n}{g}": (3, 3, 3, 3)[: 1 if n else 4] for n in ("", "bias_") for g in "ifo"}, {}),
-    "layer": ({f"normalization_weights.{name}": (12,) for name in ("gamma", "beta")},
+    "plain": ("convlstm2d", {}, {}),
+    "conv": ("convlstm2d", {f"peephole.{n}{g}": (3,) if n else (3, 3, 3, 3) for n in ("", "bias_") for g in "ifo"}, {}),
+    "layer": ("convlstm2d", {f"normalization_weights.{name}": (12,) for name in ("gamma", "beta")},
               {"normalization": Normalization("layer")}),
-    "channel": ({f"peephole.{g}": (3,) for g in "ifo"}, {"activation": "softsign", "recompute": True}),
+    "channel": ("convlstm2d", {f"peephole.{g}": (3,) for g in "ifo"}, {"activation": "softsign", "recompute": True}),
+    "gru": ("convgru2d", {}, {"recurrent_activation": "hard_sigmoid"}),
+    "gru, normalized": ("convgru2d", {f"normalization_weights.{name}": (9,) for name in ("gamma", "beta")},
+                        {"normalization": Normalization("group", groups=3), "reset_after": False}),
+    "rnn": ("convrnn2d", {}, {"activation": "softsign"}),
 }  # fmt: skip
+
+
+def drawn(case):
+    """Of a case the operator, its tensors and what stands behind them."""
+    name, more, options = OPTIONS[case]
+    operator, tensors, further = operands(name, both=case == "gru", **more)
+    return operator, tensors, further, torch_ops.encode(list(more), **options)
 
 
 @pytest.mark.parametrize("case", OPTIONS)
 @pytest.mark.parametrize("backwards", [False, True])
-def test_gradients_are_those_of_differences(case, backwards):
-    more, options = OPTIONS[case]
-    tensors, further = operands(**more)
-    encoded = torch_ops.encode(list(more), **options)
+@pytest.mark.parametrize("eager", [False, True])
+def test_gradients_are_those_of_differences(case, backwards, eager):
+    operator, tensors, further, encoded = drawn(case)
     mask = torch.tensor([[True, True, True], [True, False, True]])
+    count = 4 + len(operator.states)
 
     def call(*given):
-        y, h, c, _ = torch_ops.convlstm2d(*given[:6], mask, None, None, given[6:], encoded, backwards, True, True)
-        return y, h, c
+        if not eager:
+            return operator.forward(*given[:count], mask, None, None, given[count:], encoded, backwards, True, True)[
+                :-1
+            ]
+        named = dict(zip(("kernel", "recurrent_kernel", "bias"), given[1:4], strict=True))
+        named |= {str(n): tensor for n, tensor in enumerate(given[count:])}
+        weights = torch_ops.Weights(torch.nn.Module(), 0, [*named.values()], lambda _: named)
+        return operator(given[0], weights, given[4:count], encoded, mask=mask, go_backwards=backwards)
 
     assert torch.autograd.gradcheck(call, (*tensors, *further), fast_mode=True)
 
@@ -91,19 +112,75 @@ def test_gradients_are_those_of_differences(case, backwards):
 @pytest.mark.parametrize("case", OPTIONS)
 @pytest.mark.parametrize("save", [False, True])
 def test_opcheck(case, save):
-    more, options = OPTIONS[case]
-    tensors, further = operands(**more)
-    encoded = torch_ops.encode(list(more), **options)
-    torch.library.opcheck(torch_ops.convlstm2d, (*tensors, None, None, None, further, encoded, False, save, save))
+    operator, tensors, further, encoded = drawn(case)
+    torch.library.opcheck(operator.forward, (*tensors, None, None, None, further, encoded, False, save, save))
 
 
-def test_opcheck_of_the_way_back():
-    tensors, _ = operands()
+@pytest.mark.parametrize("case", ["plain", "gru"])
+@pytest.mark.parametrize("input_gradient", [False, True])
+def test_opcheck_of_the_way_back(case, input_gradient):
+    operator, tensors, _, encoded = drawn(case)
     tensors = [tensor.detach() for tensor in tensors]
     dy = randn(2, 3, 4, 5, 3, dtype=torch.float64)
-    arguments = (*tensors, None, None, None, [], torch_ops.encode([]), False, True)
-    saved = torch.zeros(1, dtype=torch.uint8)
-    torch.library.opcheck(torch_ops.convlstm2d_backward, (saved, dy, None, None, *arguments))
+    arguments = (*tensors, None, None, None, [], encoded, False, True, input_gradient)
+    saved, none = torch.zeros(1, dtype=torch.uint8), [None] * len(operator.states)
+    torch.library.opcheck(operator.backward, (saved, dy, *none, *arguments))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_gradient_of_x_that_nobody_asks_for_is_not_computed(compiled, monkeypatch):
+    asked = []
+    pull = functional.ConvLSTMPullback.__call__
+
+    def spied(self, cotangents, *, input_gradient=True):
+        asked.append(input_gradient)
+        return pull(self, cotangents, input_gradient=input_gradient)
+
+    monkeypatch.setattr(functional.ConvLSTMPullback, "__call__", spied)
+    module = ConvLSTM2D(3, 4, 3)
+    torch.compiler.reset()
+    call = torch.compile(module, backend="aot_eager", fullgraph=True) if compiled else module
+    call(randn(*X)).sum().backward()
+    x = randn(*X, grad=True)
+    call(x).sum().backward()
+    assert asked == [False, True]
+    assert x.grad is not None
+
+
+@pytest.mark.parametrize("write", [lambda p: p.data.mul_(2), lambda p: p.detach().numpy().__imul__(2),
+                                   lambda p: setattr(p, "data", p.data * 2)])  # fmt: skip
+def test_weights_that_change_unseen_are_seen(write):
+    module, x = ConvLSTM2D(3, 4, 3), randn(*X)
+    with torch.no_grad():
+        first = module(x)
+        assert torch.equal(module(x), first)
+        for parameter in module.parameters():
+            write(parameter)
+        second = module(x)
+    assert torch.equal(second, module(x).detach())  # arranged anew
+    assert deviation(second, first) > 1e-3
+
+
+def test_without_the_dispatcher_it_is_the_same():
+    module, x = ConvLSTM2D(3, 4, 3), randn(*X, grad=True)
+    passed = gradients(module, x)
+    with Seen() as mode:
+        dispatched = gradients(module, x)
+    assert mode.names == {"fastclstm::convlstm2d", "fastclstm::convlstm2d_backward"}
+    assert same(passed, dispatched)
+
+
+class Seen(torch.utils._python_dispatch.TorchDispatchMode):
+    """Which of our operators are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "fastclstm":
+            self.names.add(func.name())
+        return func(*args, **kwargs or {})
 
 
 def test_what_is_saved_lives_as_long_as_the_graph():
@@ -169,14 +246,18 @@ LAYERS = [
     {"normalization": "group", "activation": "relu", "cell_clip": 1.0, "padding": "valid", "padding_mode": "zeros"},
     {"dilation": 2, "padding_mode": "circular", "recurrent_activation": "hard_sigmoid", "time_major": True},
     {"data_format": "channels_last", "return_sequences": False},
+    {"kind": ConvGRU2D, "num_layers": 2, "leaky_relu_slope": 0.1, "stride": 2, "bidirectional": True},
+    {"kind": ConvGRU2D, "reset_after": False, "normalization": "group", "go_backwards": True},
+    {"kind": ConvGRU2D, "time_major": True, "use_bias": False, "padding_mode": "circular", "activation": "relu"},
+    {"kind": ConvRNN2D, "num_layers": 2, "recurrent_kernel_size": 5, "zero_output_for_mask": True},
 ]
 
 
-@pytest.mark.parametrize("options", LAYERS, ids=lambda options: "-".join(options) or "plain")
+@pytest.mark.parametrize("options", LAYERS, ids=lambda options: "-".join(map(str, options)) or "plain")
 @pytest.mark.parametrize("masked", [False, True])
 def test_it_computes_what_our_layer_computes(options, masked):
     options = {"out_channels": 4, "kernel_size": 3, "return_state": True, **options}
-    module = ConvLSTM2D(3, seed=3, dtype=torch.float64, **options)
+    module = options.pop("kind", ConvLSTM2D)(3, seed=3, dtype=torch.float64, **options)
     layer = module.to_layer()
     x = randn(*X, dtype=torch.float64, grad=True)
     given = x.movedim(2, -1) if options.get("data_format") else x
@@ -214,19 +295,35 @@ def test_all_layers_and_states_are_what_torchgeo_returns():
     assert torch.equal(first(randn(*X)), outputs[0])
 
 
-def test_the_states_are_taken_and_pulled_back():
-    module = ConvLSTM2D(3, 4, 3, num_layers=2, return_state=True, dtype=torch.float64)
+@pytest.fixture(params=[ConvLSTM2D, ConvGRU2D])
+def kind(request):
+    return request.param
+
+
+def test_the_states_are_taken_and_pulled_back(kind):
+    module = kind(3, 4, 3, num_layers=2, return_state=True, dtype=torch.float64)
     x = randn(*X, dtype=torch.float64)
     whole, last = module(x)
     first, states = module(x[:, :2])
     second, after = module(x[:, 2:], states)
     assert deviation(torch.cat([first, second], 1), whole) < 1e-14
-    assert deviation(after[1][1], last[1][1]) < 1e-14
+    assert deviation(after[1][-1], last[1][-1]) < 1e-14
     expected = torch.autograd.grad(whole.square().sum(), [*module.parameters()])
     split = torch.autograd.grad(first.square().sum() + second.square().sum(), [*module.parameters()])
     assert max(map(deviation, split, expected)) < 1e-12
-    with pytest.raises(ValueError, match=r"initial_state must be 2 pairs \(h, c\)"):
+    with pytest.raises(ValueError, match=r"initial_state must be 2 (pairs|states) \(h, ?c?\)"):
         module(x, states[:1])
+
+
+def test_a_single_state_in_its_forms():
+    module, x = ConvGRU2D(3, 4, 3), randn(*X)
+    h = randn(2, 4, 6, 5)
+    forms = [module(x, state) for state in (h, (h,), [h], [(h,)])]
+    assert all(torch.equal(form, forms[0]) for form in forms)
+    assert deviation(forms[0], module(x)) > 1e-3
+    lstm = ConvLSTM2D(3, 4, 3)
+    assert torch.equal(lstm(x, (h, h)), lstm(x, [[h, h]]))
+    assert torch.equal(lstm(x, (h, None)), lstm(x, (h, h * 0)))
 
 
 @pytest.mark.parametrize(
@@ -315,6 +412,8 @@ def test_layers_go_both_ways():
     assert all(np.array_equal(back[name], array) for name, array in layer.parameters.items())
     with pytest.raises(TypeError, match="stateful is not for PyTorch"):
         ConvLSTM2D.from_layer(fastclstm.ConvLSTM2D(3, 4, 3, stateful=True))
+    with pytest.raises(TypeError, match=r"layer must be a fastclstm\.ConvGRU2D, got ConvLSTM2D"):
+        ConvGRU2D.from_layer(layer)
 
 
 def test_repr_says_what_is_unusual():
@@ -326,12 +425,12 @@ def test_repr_says_what_is_unusual():
 # What PyTorch does with modules
 
 
-def test_copies_pickles_and_state_dicts():
-    module = ConvLSTM2D(3, 4, 3, num_layers=2, bidirectional=True)
+def test_copies_pickles_and_state_dicts(kind):
+    module = kind(3, 4, 3, num_layers=2, bidirectional=True)
     x = randn(*X)
     buffer = io.BytesIO()
     torch.save(module.state_dict(), buffer)
-    other = ConvLSTM2D(3, 4, 3, num_layers=2, bidirectional=True)
+    other = kind(3, 4, 3, num_layers=2, bidirectional=True)
     other.load_state_dict(torch.load(io.BytesIO(buffer.getvalue())))
     assert [*other.state_dict()][:3] == ["cells.0.kernel", "cells.0.recurrent_kernel", "cells.0.bias"]
     for one in (copy.deepcopy(module), pickle.loads(pickle.dumps(module)), other):
@@ -344,13 +443,13 @@ def test_copies_pickles_and_state_dicts():
     [("aot_eager", {}), ("aot_eager", {"dropout": 0.3, "recurrent_dropout": 0.3, "stride": 2}),
      pytest.param("inductor", {}, marks=pytest.mark.slow)],  # it needs a compiler of C++
 )  # fmt: skip
-def test_it_compiles_to_one_graph(backend, options):
+def test_it_compiles_to_one_graph(kind, backend, options):
     if backend == "inductor" and not any(map(shutil.which, ("g++", "clang++"))):
         pytest.skip("no compiler of C++")
     fastclstm.ConvLSTM2D(3, 4, 3)(torch.zeros(1, 2, 5, 5, 3))  # tells torch.compile not to trace the package
     torch.compiler.reset()
     model = torch.nn.Sequential(torch.nn.Flatten(0, 1), torch.nn.Conv2d(3, 3, 1), torch.nn.Unflatten(0, X[:2]),
-                                ConvLSTM2D(3, 4, 3, **options), torch.nn.ReLU())  # fmt: skip
+                                kind(3, 4, 3, **options), torch.nn.ReLU())  # fmt: skip
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     torch.manual_seed(0)
     expected = gradients(model, randn(*X))
@@ -360,13 +459,13 @@ def test_it_compiles_to_one_graph(backend, options):
         assert deviation(compiled.eval()(randn(*X)), model.eval()(randn(*X))) < 1e-6
 
 
-def test_it_compiles_and_exports_for_any_size():
+def test_it_compiles_and_exports_for_any_size(kind):
     torch.compiler.reset()
-    module = ConvLSTM2D(3, 4, 3, padding="valid", stride=2)
+    module = kind(3, 4, 3, padding="valid", stride=2)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=True)
     Dim = torch.export.Dim
     exported = torch.export.export(module, (randn(*X),), dynamic_shapes=({0: Dim("B"), 1: Dim("T")},))
-    assert "fastclstm.convlstm2d.default" in {str(node.target) for node in exported.graph.nodes}
+    assert f"fastclstm.{kind.__name__.lower()}.default" in {str(node.target) for node in exported.graph.nodes}
     for shape in (X, (3, 2, 3, 6, 5)):
         assert torch.equal(exported.module()(randn(*shape)), module(randn(*shape)))
         assert torch.equal(compiled(randn(*shape)), module(randn(*shape)))
@@ -374,10 +473,10 @@ def test_it_compiles_and_exports_for_any_size():
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpoint(reentrant):
+def test_checkpoint(kind, reentrant):
     from torch.utils.checkpoint import checkpoint
 
-    module = ConvLSTM2D(3, 4, 3, num_layers=2, dropout=0.2)
+    module = kind(3, 4, 3, num_layers=2, dropout=0.2)
 
     class Checkpointed(torch.nn.Module):
         def __init__(self):
@@ -393,8 +492,8 @@ def test_checkpoint(reentrant):
     assert same(gradients(Checkpointed(), randn(*X)), expected)
 
 
-def test_autocast_computes_in_float32():
-    model = torch.nn.Sequential(torch.nn.Conv3d(4, 4, 1), ConvLSTM2D(3, 4, 3))
+def test_autocast_computes_in_float32(kind):
+    model = torch.nn.Sequential(torch.nn.Conv3d(4, 4, 1), kind(3, 4, 3))
     x = randn(*X)
     with torch.autocast("cpu", torch.bfloat16):
         between = model[0](x)

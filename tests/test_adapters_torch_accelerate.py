@@ -79,6 +79,101 @@ class CellByCell(torch.nn.Module):
         return self.conv_last(y)
 
 
+def conv(inputs, outputs, size=3, **options):
+    return torch.nn.Conv2d(inputs, outputs, size, padding=size // 2, **options)
+
+
+class GRUCell(torch.nn.Module):
+    """Of nobody's names; `how` says what is one convolution and what is normalized."""
+
+    def __init__(self, inputs, F, how, **options):
+        super().__init__()
+        self.F, self.how = F, how
+        norm = torch.nn.GroupNorm if how == "normalized" else None
+        if how == "apart":  # as torch.nn.GRU: r multiplies what becomes of h
+            self.ih, self.hh = conv(inputs, 3 * F, **options), conv(F, 3 * F, **options)
+        elif how == "each":
+            self.a, self.b, self.c = (conv(inputs + F, F, **options) for _ in range(3))
+        else:
+            self.gate = torch.nn.Sequential(conv(inputs + F, 2 * F, **options), *([norm(4, 2 * F)] if norm else []))
+            self.new = torch.nn.Sequential(conv(inputs + F, F, **options), *([norm(2, F)] if norm else []))
+
+    def forward(self, x, h=None):
+        h = x.new_zeros(len(x), self.F, *x.shape[2:]) if h is None else h
+        if self.how == "apart":
+            (r, z, n), (hr, hz, hn) = self.ih(x).chunk(3, 1), self.hh(h).chunk(3, 1)
+            r, z = (r + hr).sigmoid(), (z + hz).sigmoid()
+            return (1 - z) * (n + r * hn).tanh() + z * h
+        if self.how == "each":
+            both = torch.cat([x, h], 1)
+            r, z = self.c(both).sigmoid(), self.a(both).sigmoid()
+            return z * self.b(torch.cat([x, r * h], 1)).tanh() + (1 - z) * h
+        r, z = self.gate(torch.cat([x, h], 1)).sigmoid().chunk(2, 1)
+        return h + z * (self.new(torch.cat([x, r * h], 1)).tanh() - h)
+
+
+class LSTMCell(torch.nn.Module):
+    """A convolution for each gate of each of x and h, in an order of its own; states as a pair."""
+
+    def __init__(self, inputs, F, *_, **options):
+        super().__init__()
+        self.F, self.o, self.g = F, conv(inputs, F, **options), conv(inputs, F, **options)
+        self.i, self.f = conv(inputs, F, **options), conv(inputs, F, **options)
+        self.ho, self.hg, self.hi, self.hf = (conv(F, F, bias=False) for _ in range(4))
+
+    def forward(self, x, state=None):
+        h, c = state or [x.new_zeros(len(x), self.F, *x.shape[2:])] * 2
+        z = [getattr(self, gate)(x) + getattr(self, f"h{gate}")(h) for gate in "ifgo"]
+        return dialects_torch.advance(torch.cat(z, 1), c)
+
+
+class RNNCell(torch.nn.Module):
+    def __init__(self, inputs, F, *_, **options):
+        super().__init__()
+        self.F, self.w = F, conv(inputs + F, F, **options)
+
+    def forward(self, x, h):
+        return self.w(torch.cat([x, h], 1)).relu()
+
+
+class Rolled(torch.nn.Module):
+    """Cells one on the other, all of them advanced at each step, from states that may be given."""
+
+    def __init__(self, cells, time=1, returns="sequence"):
+        super().__init__()
+        self.layers, self.time, self.returns = torch.nn.ModuleList(cells), time, returns
+
+    def forward(self, x, hx=None):
+        frames = x.unbind(self.time)
+        zeros = [frames[0].new_zeros(len(frames[0]), cell.F, *frames[0].shape[2:]) for cell in self.layers]
+        hx = [(z, z) if isinstance(self.layers[0], LSTMCell) else z for z in zeros] if hx is None else list(hx)
+        outputs = []
+        for y in frames:
+            for n, cell in enumerate(self.layers):
+                hx[n] = cell(y, hx[n])
+                y = hx[n][0] if isinstance(hx[n], tuple) else hx[n]
+            outputs.append(y)
+        if self.returns == "steps":
+            return outputs
+        y = torch.stack(outputs, self.time)
+        return (y, hx) if self.returns == "both" else y
+
+
+class Net(torch.nn.Module):
+    """Convolutions around cells that it calls step by step."""
+
+    def __init__(self):
+        super().__init__()
+        self.encode, self.cell, self.decode = conv(C, 5), GRUCell(5, 4, "each"), torch.nn.Conv2d(4, 2, 1)
+
+    def forward(self, x):
+        h, outputs = None, []
+        for frame in x.unbind(1):
+            h = self.cell(self.encode(frame).relu(), h)
+            outputs.append(self.decode(h))
+        return torch.stack(outputs, 1)
+
+
 class PairCell(dialects_torch.JointCell):
     """As in many a user's model: the states come as a pair, and by name."""
 
@@ -135,6 +230,13 @@ MODELS = {
         "seq",
     ),
     "a user's cell": (ByPair, "ndrplz", "step by step"),
+    "grus, time first": (lambda: Rolled([GRUCell(C, 4, "gates"), GRUCell(4, 3, "gates")], 0), "a ConvGRU", "sequences"),
+    "gru of three convolutions": (lambda: Rolled([GRUCell(C, 4, "each", bias=False)], 1, "steps"), "a ConvGRU", "seq"),
+    "gru, x and h apart": (lambda: Rolled([GRUCell(C, C, "apart")], 2, "both"), "a ConvGRU", "sequences"),
+    "gru, normalized": (lambda: Rolled([GRUCell(C, 8, "normalized")]), "a ConvGRU", "sequences"),
+    "gru in a net": (Net, "a ConvGRU", "step by step"),
+    "lstms of eight convolutions": (lambda: Rolled([LSTMCell(C, 4), LSTMCell(4, 2)], 1, "both"), "a ConvLSTM", "seq"),
+    "rnn": (lambda: Rolled([RNNCell(C, 4)]), "a", "sequences"),
 }
 
 
@@ -145,15 +247,20 @@ def named(request):
     return make(), dialect, told
 
 
-def pulled(model, x):
+def pulled(model, x, *further):
     """Outputs, and gradients of x and all parameters, of a sum in which every value has a weight of its own."""
     model.zero_grad()
     x = x.detach().clone().requires_grad_(True)
-    outputs = leaves(model(x))
+    outputs = leaves(model(x, *further))
     generator = torch.Generator().manual_seed(3)
     weights = [torch.randn(y.shape, generator=generator, dtype=y.dtype) for y in outputs]
     sum((y * w).sum() for y, w in zip(outputs, weights, strict=True)).backward()
     return [*outputs, x.grad, *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+def drawn(model, dtype=torch.float32):
+    x = torch.randn(3, 4, C, *FRAME, dtype=dtype)
+    return x.transpose(1, 2) if getattr(model, "time", 1) == 2 else x
 
 
 def deviation(a, b):
@@ -170,8 +277,8 @@ def furthest(some, others):
 def calls(monkeypatch):
     """How often the operator was called."""
     count = []
-    run = torch_ops.run
-    monkeypatch.setattr(torch_ops, "run", lambda *args, **kwargs: count.append(1) or run(*args, **kwargs))
+    call = torch_ops.Operator.__call__
+    monkeypatch.setattr(torch_ops.Operator, "__call__", lambda *args, **o: count.append(1) or call(*args, **o))
     return count
 
 
@@ -185,7 +292,7 @@ def test_outputs_and_gradients_are_the_models_own(named, dtype, training, calls)
     assert model.training == training
     assert report.swapped
     assert all(s.startswith(dialect) and told in s for s in report.swapped.values()), report
-    x = torch.randn(3, 4, C, *FRAME, dtype=dtype)
+    x = drawn(model, dtype)
     del calls[:]
     assert furthest(pulled(model, x), pulled(expected, x)) < BOUNDS[dtype]
     assert bool(calls) == (not training or "itself" not in told)
@@ -210,7 +317,7 @@ def test_the_users_own_loop_trains_it(named):
     model, *_ = named
     models = [model, copy.deepcopy(model)]
     accelerate(model)
-    x = torch.randn(3, 4, C, *FRAME)
+    x = drawn(model)
     losses = []
     for one in models:
         optimizer = torch.optim.Adam(one.parameters(), 0.02)
@@ -228,7 +335,7 @@ def test_the_users_own_loop_trains_it(named):
 def test_copies_pickles_and_dtypes(named):
     model, *_ = named
     accelerate(model.eval())
-    x = torch.randn(3, 4, C, *FRAME)
+    x = drawn(model)
     for one in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert type(one) is type(model)
         assert all(map(torch.equal, leaves(one(x)), leaves(model(x))))
@@ -241,7 +348,7 @@ def test_it_compiles_to_one_graph(named):
     model, *_ = named
     accelerate(model.eval())
     torch.compiler.reset()
-    x = torch.randn(3, 4, C, *FRAME)
+    x = drawn(model)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert furthest(pulled(compiled, x), pulled(model, x)) < 1e-5
 
@@ -286,11 +393,12 @@ def test_a_dialect_of_ones_own():
             self.Wx, self.Wh = torch.nn.Conv2d(C, 16, 3, padding=1), torch.nn.Conv2d(4, 16, 3, padding=1, bias=False)
 
         def forward(self, x, h, c):
-            return dialects_torch.advance(self.Wx(x) + self.Wh(h), c)
+            i, f, g, o = (self.Wx(x) + self.Wh(h)).chunk(4, 1)
+            return dialects_torch.advance(torch.cat([i, f + 1, g, o], 1), c)
 
     model = torch.nn.ModuleDict({"a": Cell()})
     assert accelerate(model, return_report=True)[1].swapped == {}
-    own = Dialect("layers.{layer}", split=("Wx", "Wh"), biases="x")
+    own = Dialect("layers.{layer}", split=("Wx", "Wh"), biases="x", forget_bias=1.0)
     assert accelerate(model, dialects=[own], return_report=True)[1].swapped == {"a": "your own: a cell, step by step"}
 
 
@@ -362,7 +470,7 @@ def test_replicas_compute_with_their_own_weights():
 
 def test_nothing_found_and_no_model(capsys):
     assert str(accelerate(torch.nn.Linear(1, 1), return_report=True)[1]) == str(Report())
-    assert "no ConvLSTM of a known dialect was found" in capsys.readouterr().out
+    assert "no ConvLSTM or ConvGRU was found" in capsys.readouterr().out
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got dict"):
         accelerate({})
 
@@ -387,3 +495,66 @@ def test_the_module_of_conv_lstm_on_pypi():
     assert report.swapped == {"": "ndrplz: over whole sequences"}
     x = torch.randn(4, 2, C, *FRAME)
     assert furthest(pulled(model, x), pulled(expected, x)) < 1e-5
+
+
+@pytest.mark.extra
+def test_the_model_of_mlcast_on_pypi(calls):
+    """Its decoder's ConvGRUs are called with the encoder's states."""
+    convgru = pytest.importorskip("mlcast.models.convgru", exc_type=ImportError)
+    model = convgru.ConvGruModel(1, 2)
+    expected = copy.deepcopy(model)
+    _, report = accelerate(model, return_report=True)
+    names = [f"{part}.blocks.{n}.convgru" for part in ("encoder", "decoder") for n in range(2)]
+    assert report.swapped == dict.fromkeys(names, "mlcast: over whole sequences")
+    x = torch.randn(2, 4, 1, 8, 12)
+    del calls[:]
+    assert furthest(pulled(model, x, 3), pulled(expected, x, 3)) < 1e-5
+    assert len(calls) == 4
+
+
+# States that are given, and modules that remember
+
+
+@pytest.mark.parametrize("make", [lambda: Rolled([GRUCell(C, 4, "gates"), GRUCell(4, 2, "gates")], 0, "both"),
+                                  lambda: Rolled([LSTMCell(C, 4), LSTMCell(4, 2)], 1, "both"),
+                                  lambda: Rolled([GRUCell(C, 4, "each")])])  # fmt: skip
+def test_states_that_are_given(make, calls):
+    model = make()
+    expected = copy.deepcopy(model)
+    accelerate(model)
+    x, filters = torch.randn(3, 4, C, *FRAME), [cell.F for cell in model.layers]
+    B, pairs = x.shape[1 - model.time], isinstance(model.layers[0], LSTMCell)
+    states = [torch.randn(2 if pairs else 1, B, F, *FRAME, requires_grad=True) for F in filters]
+    given = [tuple(one) if pairs else one[0] for one in states]
+    del calls[:]
+    found = []
+    for one in (model, expected):
+        found.append(pulled(one, x, given) + [state.grad for state in states])
+        for state in states:
+            state.grad = None
+    assert furthest(*found) < 1e-5
+    assert len(calls) == len(filters)
+    with torch.no_grad():
+        assert furthest(leaves(model(x, hx=given)), leaves(expected(x, given))) < 1e-5
+
+
+class Remembering(Rolled):
+    """The next call starts where the last one ended."""
+
+    states = None
+
+    def forward(self, x):
+        y, self.states = super().forward(x, self.states)
+        return y
+
+
+def test_what_remembers_earlier_calls_is_left():
+    model = Remembering([GRUCell(C, 4, "gates")], 1, "both")
+    _, report = accelerate(model, return_report=True)
+    assert "returns something else when it is called again" in report.left[""]
+    assert [*report.swapped] == ["layers.0"]
+
+
+def test_convolutions_that_are_no_cells_are_not_spoken_of():
+    model = torch.nn.Sequential(conv(C, 4), torch.nn.ReLU(), conv(4, 4), torch.nn.Sequential(conv(4, 8), conv(8, 8)))
+    assert str(accelerate(model, return_report=True)[1]) == "accelerate: no ConvLSTM or ConvGRU was found"

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from fastclstm import (
+    Add,
     BatchNormalization,
+    Concatenate,
     Conv2D,
     Conv3D,
     ConvGRU2D,
@@ -16,8 +18,10 @@ from fastclstm import (
     Dense,
     EncoderForecaster,
     GlobalAveragePooling,
+    Input,
     LeakyReLU,
     MaxPooling2D,
+    Model,
     Sequential,
     TimeDistributed,
 )
@@ -137,6 +141,65 @@ def test_pieces_and_tiles_of_other_cells(cell):
     same(apply(cell, x.chunk(time=2, y=30, x=25)), apply(cell, x))
 
 
+def graph(**options):
+    """Two ways side by side, one of which is a network of its own, and a layer that is called twice."""
+    x = Input((None, None, None, 1))
+    twice = Conv2D(1, 1, 3, seed=5)
+    inner = Sequential([ConvRNN2D(1, 2, 3, seed=1), LeakyReLU()])(twice(x))
+    both = Concatenate()([ConvLSTM2D(1, 2, (1, 3), seed=0, **options)(twice(x)), inner])
+    return Model(x, Add()([ConvGRU2D(4, 1, 3, seed=2)(both), twice(x)]))
+
+
+@pytest.mark.parametrize("chunks", [{"time": 2}, {"y": 30, "x": 25}, {"time": 2, "y": 30}])
+def test_pieces_and_tiles_of_graphs(chunks):
+    x, network = frames(5, 60, 50), graph()
+    same(apply(network, x.chunk(chunks)), apply(network, x))
+    x[1], x[3, 4] = np.nan, np.nan
+    same(apply(network, x.chunk(chunks), missing=0.0), apply(network, x, missing=0.0))
+
+
+def test_the_reach_of_a_graph_is_that_of_its_longest_way():
+    blocks = pytest.importorskip("fastclstm.adapters.xarray_blocks")
+    assert blocks.reach("apply", graph(), 5) == (1 + 1 + 4 + 1 + 4, 1 + 1 + 4 + 1 + 4)
+    assert blocks.reach("apply", graph(recurrent_kernel_size=(9, 1)), 5)[0] == 1 + 4 * 4 + 1 + 4
+
+
+def states_handed_on():
+    x = Input((None, None, None, 1))
+    _, states = ConvLSTM2D(1, 2, 3, return_state=True)(x)
+    return Model(x, ConvLSTM2D(1, 2, 3)(x, initial_state=states))
+
+
+FORECASTERS = [{}, {"inputs": "nothing", "cell": "ConvGRU2D"}, {"inputs": "learnt", "patch_size": 2},
+               {"patch_size": (2, 1), "peephole": "channel"}]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", FORECASTERS, ids=str)
+def test_tiles_of_forecasts_are_the_whole(options):
+    x, network = frames(3, 80, 48), EncoderForecaster(1, (3, 2), 3, seed=0, **options)
+    lazy = forecast(network, x.chunk(time=1, y=40), 2)
+    assert lazy.chunks[1] == (40, 40)
+    same(lazy, forecast(network, x, 2))
+
+
+def test_the_reach_of_forecasts_is_needed(monkeypatch):
+    blocks = pytest.importorskip("fastclstm.adapters.xarray_blocks")
+    x, network = frames(3, 80, 24), EncoderForecaster(1, (3, 2), 3, seed=0)
+    right, found = forecast(network, x, 2), blocks.reach_of_forecast("forecast", network, 3, 2)
+    assert found == (7, 7)  # two layers, three steps on, and two layers that read a frame made
+    monkeypatch.setattr(blocks, "reach_of_forecast", lambda *_: (found[0] - 4, found[1]))
+    assert np.abs(forecast(network, x.chunk(y=40), 2).compute() - right).max() > 1e-6
+
+
+@pytest.mark.parametrize("network", [EncoderForecaster(1, (2, 2), 3, strides=(1, 2), seed=0),
+                                     EncoderForecaster(1, 2, 3, patch_size=4, seed=0)])  # fmt: skip
+def test_forecasts_that_no_tiles_make_are_of_whole_frames(network):
+    x = frames(2, 16, 16)
+    lazy = forecast(network, x.chunk(y=6), 1)
+    assert lazy.chunks[1] == (16,)
+    same(lazy, forecast(network, x, 1))
+
+
 def test_the_reach_is_needed(monkeypatch):
     blocks = pytest.importorskip("fastclstm.adapters.xarray_blocks")
     x, network = frames(5, 60, 60), local()
@@ -186,6 +249,8 @@ def test_nan_is_told_of_unless_it_is_missing():
         (ConvLSTM2D(1, 2, 3, normalization="layer"), {"y": 4}, r"normalizes over whole frames.*chunk\(x=-1, y=-1\)"),
         (ConvLSTM2D(1, 2, 3, padding_mode="circular"), {"y": 4}, "periodic domain"),
         (Sequential([ConvLSTM2D(1, 2, 3), MaxPooling2D(2)]), {"y": 4}, "MaxPooling2D sees more than"),
+        (ConvLSTM2D(1, 2, 3, peephole="elementwise", frame_size=8), {"y": 4}, "has weights for every pixel"),
+        (states_handed_on(), {"time": 2}, "hands its last states|is given initial_state"),
     ],
 )
 def test_networks_that_see_all_at_once(network, chunks, words):

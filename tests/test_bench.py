@@ -467,3 +467,18 @@ def test_the_floor_is_the_larger_of_two():
     assert gpu.floor(case, "simt", measured | {"copy": 1e-3}) == pytest.approx(moved / 1e9)
     read_and_written = 8 * 16 * 112 * 112 * 64 * 4 * (1 + 1 / 8)
     assert gpu.floor(gpu.CASES["pool_video"], "exact", measured) == pytest.approx(read_and_written / 4e12)
+
+
+def test_accelerated_models_are_measured_beside_our_own_layer():
+    pytest.importorskip("torch")
+    from bench import accelerate
+
+    case = ConvLSTMCase("small", B=1, T=2, H=5, W=5, C=2, F=3, K=3)
+    for model in accelerate.MODELS:
+        runs = accelerate.calls(model, case, False)
+        found, own = (run()[0].numpy() if model == "conv-convlstm-conv" else np.asarray(run()[0])
+                      for run in (runs["accelerated"], runs["own"]))  # fmt: skip
+        np.testing.assert_allclose(found, own, rtol=0, atol=1e-6)
+    sizes = accelerate.drawn(3, 2, True)
+    assert sizes == accelerate.drawn(3, 2, True)
+    assert all(one.K % 2 and one.H == one.W for one in sizes)

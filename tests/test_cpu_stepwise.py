@@ -170,5 +170,5 @@ def test_fill_values_of_unbounded_states_are_found_out():
     call = ConvLSTMCall(**arguments, activation="softplus", algorithm="winograd")
     y, *_, saved = call.forward(save=True)
     np.testing.assert_array_equal(saved.direct, [True, False])
-    expected = ConvLSTMCall(**arguments, activation="softplus", algorithm="direct").forward(save=False)[0]
+    expected = ConvLSTMCall(**arguments, activation="softplus", algorithm="direct").forward(save=True)[0]
     np.testing.assert_array_equal(y[0], expected[0])

@@ -31,12 +31,12 @@ def of_vectors(function):
     return apply
 
 
-EXP, TANH, SIGMOID, EXPM1, GATE, RATIO, ACTIVATE, SLOPE = map(of_vectors, (
+EXP, TANH, SIGMOID, EXPM1, GATE, RATIO, ACTIVATE, ACTIVATE_GATE, SLOPE = map(of_vectors, (
     numba.njit(lambda code, x: vmath.exp(x)), numba.njit(lambda code, x: vmath.tanh(x)),
     numba.njit(lambda code, x: vmath.sigmoid(x)), numba.njit(lambda code, x: vmath.expm1_negative(x)),
     numba.njit(lambda code, x: vmath.exp2_gate(x)),
     numba.njit(lambda code, x: simd.quotient(simd.broadcast(x, code), x)), vmath.activate,
-    numba.njit(lambda code, x: vmath.slope(code, x, vmath.activate(code, x))),
+    vmath.activate_gate, numba.njit(lambda code, x: vmath.slope(code, x, vmath.activate(code, x))),
 ))  # fmt: skip
 
 
@@ -158,6 +158,22 @@ def test_activations_are_those_of_the_table(name, dtype):
     assert result.dtype == dtype
     eps = np.finfo(dtype).eps
     np.testing.assert_allclose(result, expected.astype(dtype), rtol=8 * eps, atol=eps)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("name", vmath.ACTIVATION_CODES)
+@every_dtype
+def test_activations_of_gates_err_as_numbers_of_order_1(name, dtype):
+    wide = np.geomspace(1e-30, 1e4, 500)
+    x = np.concatenate([np.linspace(-9, 9, 4001), wide, -wide, LIMITS]).astype(dtype)
+    expected = activations.get(name).forward(x.astype(np.float64))
+    result = ACTIVATE_GATE(x, vmath.ACTIVATION_CODES[name])
+    assert result.dtype == dtype
+    np.testing.assert_array_equal(np.isnan(result), np.isnan(x))
+    if name == "exponential":
+        expected[expected > np.finfo(dtype).max] = np.inf
+    eps = np.finfo(dtype).eps
+    np.testing.assert_allclose(result, expected, rtol=8 * eps, atol=4 * eps)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")

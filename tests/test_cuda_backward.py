@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from test_cuda_convlstm2d import oracle, problem, problems
 
 from fastclstm.engines import reference
-from fastclstm.engines.cuda import backward, product
+from fastclstm.engines.cuda import backward, choice, product, recorded
 from fastclstm.engines.cuda.device import DeviceArray
 
 cuda = importlib.import_module("fastclstm.engines.cuda.convlstm2d")
@@ -35,6 +35,37 @@ def run(device, algorithm, case, save, dtype=np.float32):
                                       save=save)  # fmt: skip
     d = [put(device, cast(cotangent, dtype)) for cotangent in cotangents]
     return get(device, {"y": outputs, "d": backward.convlstm2d_backward(spec, saved, *d)}), saved
+
+
+# --- Depth in shares ---
+
+
+@pytest.mark.parametrize(("algorithm", "architecture"), [("simt", 80), ("float32", 80), ("bfloat16", 90)])
+@pytest.mark.parametrize("options", [{"mask": 0.0, "peephole": "channel"}, {"strides": 2, "go_backwards": True}])
+def test_products_of_the_way_back_may_be_cut_into_shares(algorithm, architecture, options, monkeypatch, new_device):
+    """Of their depth: other sums, but the same ones again; each a launch of its own before a step's."""
+    device, case = new_device(architecture), problem((2, 3, 5, 4, 3), (3, 3), 5, **options)
+    if architecture == 90:
+        monkeypatch.setattr(choice, "choose", lambda kind, *_, **__: product.warpgroup_tilings(kind)[-1])
+    whole, _ = run(device, algorithm, case, True)
+    monkeypatch.setattr(choice, "shares", lambda *arguments: min(3, arguments[-1]))
+    recorded._plans.clear()
+    cut, again = (run(device, algorithm, case, True)[0] for _ in range(2))
+    for name, value in whole.items():
+        np.testing.assert_array_equal(again[name], cut[name], err_msg=name)
+        scale = ROUNDING.get(algorithm, 1e-6) * 10 * abs(value).max()
+        np.testing.assert_allclose(cut[name], value, rtol=0, atol=scale, err_msg=name)
+
+
+@needs_compiler
+def test_a_share_is_a_layer_of_the_grid(monkeypatch):
+    device, case = EmulatedDevice(), problem((1, 3, 5, 4, 3), (3, 3), 5)
+    monkeypatch.setattr(choice, "shares", lambda *_: 3)
+    recorded._plans.clear()
+    run(device, "simt", case, True)
+    steps = [(name, grid[2]) for name, grid, _ in device.launches if name in ("conv2d", "convlstm2d_step_backward")]
+    assert steps == [("convlstm2d_step_backward", 1), *[("conv2d", 3), ("convlstm2d_step_backward", 1)] * 2,
+                     ("conv2d", 3), ("conv2d", 3)]  # fmt: skip
 
 
 # --- Pieces ---
@@ -252,7 +283,7 @@ def model(spec, x, kernel, recurrent_kernel, bias, h, c, dy, dh, dc):
 @pytest.mark.parametrize(("F", "C"), [(8, 4), (5, 1)])
 def test_bfloat16_rounds_what_it_should_and_nothing_else(F, C, new_device):
     device = new_device()
-    case = problem((2, 4, 6, 5, C), (3, 3), F, seed=3)
+    case = problem((2, 4, 6, 5, C), (3, 3), F, seed=4)
     spec, (x, kernel, recurrent_kernel, bias, h, c, *_), cotangents = case
     found, _ = run(device, "bfloat16", case, True)
     expected = model(spec, x, kernel, recurrent_kernel, bias, h, c, *cotangents)

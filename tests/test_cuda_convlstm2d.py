@@ -162,6 +162,24 @@ def test_saturated_gates_reach_their_limits(dtype, new_device):
     np.testing.assert_allclose(device.get(h).ravel(), [0, 0, 0, limit, limit], rtol=4 * eps, atol=2 * eps)
 
 
+@pytest.mark.parametrize(("algorithm", "error"), [("float32", 1e-6), ("bfloat16", 5e-5), ("float16", 5e-5)])
+def test_gates_have_the_digits_that_are_promised(algorithm, error, new_device):
+    """Of a step without products: i, g and o by their biases, from the smallest to the largest."""
+    F = 40
+    z = np.concatenate([sign * np.geomspace(1e-5, 80, F // 2) for sign in (-1, 1)]).astype(np.float32)
+    bias = np.stack([z[::-1], z, z, np.roll(z, 7)]).astype(np.float32)
+    spec, arrays, _ = problem((1, 1, 1, 1, 1), (1, 1), F, initial="")
+    arrays = np.zeros_like(arrays[0]), np.zeros_like(arrays[1]), arrays[2], bias.reshape(-1), *arrays[4:]
+    _, h, c, _ = cuda.convlstm2d(spec, put(new_device(), cast(arrays[0], np.float32)), *cast(arrays[1:4], np.float32),
+                                 None, None, None, None, algorithm=algorithm)  # fmt: skip
+    i, _, g, o = bias.astype(np.float64)
+    expected_c = np.tanh(g) / (1 + np.exp(-i))
+    expected_h = np.tanh(expected_c) / (1 + np.exp(-o))
+    found_h, found_c = (state.device.get(state).reshape(-1) for state in (h, c))
+    np.testing.assert_allclose(found_c, expected_c, rtol=2 * error, atol=1e-37)
+    np.testing.assert_allclose(found_h, expected_h, rtol=4 * error, atol=1e-37)
+
+
 @pytest.mark.parametrize("algorithm", ["simt", "float32", "float16"])
 def test_masked_frames_are_not_read(algorithm, new_device):
     device = new_device()

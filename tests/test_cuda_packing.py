@@ -156,6 +156,35 @@ def test_clocks():
     assert choice.clocks(wide, single, 132, 128, 128) == pytest.approx(64 + 0.25 * 48)
 
 
+def test_depth_is_cut_where_there_are_few_tiles(monkeypatch):
+    monkeypatch.setattr(wgmma, "works", lambda *_: True)
+    single, gpu = np.dtype(np.float32), SimpleNamespace(architecture=90, multiprocessors=132)
+
+    def chosen(pixels, columns, depth):
+        tiling = choice.choose(4, single, gpu, pixels, columns, depth=depth)
+        blocks = -(-depth // tiling.depth)
+        return tiling.rows, tiling.columns, choice.shares(tiling, single, gpu, pixels, columns, blocks)
+
+    assert chosen(16 * 16 * 16, 128, 25 * 512) == (128, 128, 4)  # 32 tiles
+    assert chosen(16 * 128 * 128, 64, 9 * 256) == (128, 64, 1)
+    assert chosen(16 * 16 * 16, 128, 64)[2] == 1  # one block
+    assert chosen(8, 32, 1 << 20)[2] == choice.MOST_SHARES
+
+
+def test_shares_of_the_depth():
+    """None is empty; adding them takes a launch and what is written and read again."""
+    single, tiling = np.dtype(np.float32), product.tilings(4, 4)[1]
+    gpu = SimpleNamespace(architecture=80, multiprocessors=132)
+    for blocks in range(1, 200):
+        count = choice.shares(tiling, single, gpu, 64, 64, blocks)
+        assert (count - 1) * -(-blocks // count) < blocks
+        assert count == 1 or blocks // count >= choice.FEWEST_BLOCKS - 1
+    once = choice.clocks(tiling, single, 132, 4096, 64) * 100 * 32
+    assert choice.clocks_of_shares(tiling, single, 132, 4096, 64, 100, 1) == pytest.approx(once)
+    twice = choice.clocks(tiling, single, 132, 4096, 64) * 50 * 32 + choice.LAUNCH + 4 * 4096 * 64 * 4 / (132 * 24)
+    assert choice.clocks_of_shares(tiling, single, 132, 4096, 64, 100, 2) == pytest.approx(twice)
+
+
 @pytest.mark.parametrize("pixels", [1, 300, 5000, 655360])
 @pytest.mark.parametrize(("depth", "filters"), [(9, 1), (585, 256), (20000, 2048)])
 @pytest.mark.parametrize("kind", [0, 1, 3])

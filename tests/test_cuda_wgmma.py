@@ -37,7 +37,7 @@ def forced(monkeypatch):
 
     @contextmanager
     def force(number):
-        def choose(kind, *_):
+        def choose(kind, *_, **__):
             candidates = product.warpgroup_tilings(kind)
             return candidates[min(number, len(candidates) - 1)]
 
@@ -406,7 +406,7 @@ def test_a_call_takes_wgmma_where_it_is_large_enough(monkeypatch, new_device):
 
 @pytest.mark.parametrize(("algorithm", "number"), [case for case in EVERY if case[0] != "float16"])  # as bfloat16
 def test_nothing_spills_and_no_product_waits_for_another(algorithm, number):
-    """The assembler warns where it must put products one after another. Two blocks of tf32 leave few registers."""
+    """The assembler warns where it must put products one after another."""
     try:
         core = compilation.cuda_core()
         compilation.nvrtc()
@@ -422,7 +422,6 @@ def test_nothing_spills_and_no_product_waits_for_another(algorithm, number):
     text = log.getvalue()
     assert len(re.findall("Compiling entry function", text)) == 3
     assert "serialized" not in text
-    spilled = max(map(int, re.findall(r"(\d+) bytes spill", text)))
-    assert spilled <= (64 if (algorithm, tiling.columns) == ("tf32", 128) else 0)
+    assert set(re.findall(r"(\d+) bytes spill", text)) == {"0"}
     registers = max(map(int, re.findall(r"Used (\d+) registers", text)))
     assert registers * tiling.threads <= 65536

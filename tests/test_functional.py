@@ -549,3 +549,15 @@ def test_wrong_normalization_and_dropout(changes, message):
 def test_weights_that_are_no_mapping():
     with raises("convlstm2d: dropout_masks must be a mapping from names to arrays, got list", TypeError):
         functional.convlstm2d(**convlstm_arguments(), dropout_masks=[])
+
+
+@pytest.mark.parametrize(("plain", "wrong"), [
+    ({"strides": 1}, {"strides": True}), ({"dilation": (1, 1)}, {"dilation": (1, True)}), ({}, {"cell_clip": -1.0}),
+])  # fmt: skip
+def test_what_is_known_of_a_form_lets_no_other_options_pass(plain, wrong):
+    """Options that compare equal to those of a call before, as True does to 1, are checked all the same."""
+    arguments = np.ones((1, 2, 4, 4, 1)), np.ones((3, 3, 1, 8)), np.ones((3, 3, 2, 8))
+    first = functional.convlstm2d(*arguments, **plain, engine="reference")
+    np.testing.assert_array_equal(first, functional.convlstm2d(*arguments, **plain, engine="reference"))
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        functional.convlstm2d(*arguments, **wrong, engine="reference")

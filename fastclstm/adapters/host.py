@@ -12,13 +12,14 @@ import itertools
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from fastclstm import functional
 from fastclstm.nn import activations, normalization
-from fastclstm.spec import ConvLSTMSpec, ConvSpec, PoolSpec, choice, flag
+from fastclstm.spec import CELL_STATES, CellSpec, ConvLSTMSpec, ConvSpec, PoolSpec, choice, flag
 
 KEPT = 16
 """How many calls' savings wait for their way back."""
@@ -40,11 +41,15 @@ class Operation(NamedTuple):
     """Of the outputs, from the shapes of the arrays and the options; raises what does not fit together."""
     own: dict[str, Any]
     """Options that are always these."""
+    states: tuple[str, ...] = ()
+    """What its initial state is made of."""
 
 
-def _convlstm2d_shapes(shapes: Mapping[str, Shape], options: dict[str, Any]) -> list[Shape]:
-    known = {name: value for name, value in options.items() if name not in ("algorithm", "engine", "recompute")}
-    for name in ("activation", "recurrent_activation", "output_activation"):
+def _recurrent_shapes(op: str, cell: str, shapes: Mapping[str, Shape], options: dict[str, Any]) -> list[Shape]:
+    lstm = cell == "lstm"
+    known = {name: value for name, value in options.items()
+             if name not in (("algorithm", "engine", "recompute") if lstm else ("algorithm", "engine"))}  # fmt: skip
+    for name in _ACTIVATIONS[cell]:
         usual = "sigmoid" if name.startswith("recurrent") else "tanh"
         known[name] = activations.get(usual if known.get(name) is None else known[name])
     if known.get("normalization") is not None:
@@ -54,10 +59,19 @@ def _convlstm2d_shapes(shapes: Mapping[str, Shape], options: dict[str, Any]) -> 
     for name, shape in shapes.items():
         if "." in name:
             mappings.setdefault(_MAPPING_SHAPES[name.partition(".")[0]], {})[name.partition(".")[2]] = shape
-    spec = ConvLSTMSpec.infer(**singles, **mappings, **known)
-    return [spec.output_shape, spec.state_shape, spec.state_shape]
+    if lstm:
+        spec: Any = ConvLSTMSpec.infer(**singles, **mappings, **known)
+    else:
+        states = {name: singles.pop(f"{name}_shape") for name in CELL_STATES[cell] if name in shapes}
+        spec = CellSpec.infer(cell, **singles, state_shapes=states, op=op, **mappings, **known)
+    return [spec.output_shape, *(spec.state_shape for _ in CELL_STATES[cell])]
 
 
+_ACTIVATIONS = {
+    "rnn": ("activation",),
+    "gru": ("activation", "recurrent_activation"),
+    "lstm": ("activation", "recurrent_activation", "output_activation"),
+}
 _MAPPING_SHAPES = {
     "peephole": "peephole_shapes",
     "normalization_weights": "normalization_shapes",
@@ -82,10 +96,14 @@ def _max_pool3d_shapes(shapes: Mapping[str, Shape], options: dict[str, Any]) -> 
     return [PoolSpec.infer(x, **known).output_shape]
 
 
+def _recurrent(op: str, cell: str) -> Operation:
+    shapes = partial(_recurrent_shapes, op, cell)
+    forward, vjp = getattr(functional, op), getattr(functional, f"{op}_vjp")
+    return Operation(forward, vjp, shapes, {"return_state": True}, CELL_STATES[cell])
+
+
 OPERATIONS = {
-    "convlstm2d": Operation(
-        functional.convlstm2d, functional.convlstm2d_vjp, _convlstm2d_shapes, {"return_state": True}
-    ),
+    **{op: _recurrent(op, cell) for op, cell in (("convlstm2d", "lstm"), ("convgru2d", "gru"), ("convrnn2d", "rnn"))},
     "conv2d": Operation(functional.conv2d, functional.conv2d_vjp, _conv2d_shapes, {}),
     "max_pool3d": Operation(functional.max_pool3d, functional.max_pool3d_vjp, _max_pool3d_shapes, {}),
 }
@@ -200,8 +218,9 @@ class HostCall:
                 arguments.setdefault(mapping, {})[key] = array
             else:
                 arguments[name] = array
-        if "h" in arguments or "c" in arguments:
-            arguments["initial_state"] = arguments.pop("h", None), arguments.pop("c", None)
+        states = [arguments.pop(name, None) for name in OPERATIONS[self.op].states]
+        if any(state is not None for state in states):
+            arguments["initial_state"] = tuple(states)
         return arguments
 
     def _batch_axis(self, name: str) -> int:

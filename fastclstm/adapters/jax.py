@@ -1,8 +1,9 @@
 """Our operations in JAX: under jit, grad and vmap.
 
-`convlstm2d`, `conv2d` and `max_pool3d` take and return JAX's arrays, and otherwise what the functions of these names in
-`fastclstm.functional` do. They are computed on the processor, by a `jax.pure_callback` out of the compiled program;
-`jax.custom_vjp` knows the way back. There are no forward-mode derivatives (jvp, jacfwd) and none of second order.
+`convlstm2d`, `convgru2d`, `convrnn2d`, `conv2d` and `max_pool3d` take and return JAX's arrays, and otherwise what the
+functions of these names in `fastclstm.functional` do. They are computed on the processor, by a `jax.pure_callback` out
+of the compiled program; `jax.custom_vjp` knows the way back. There are no forward-mode derivatives (jvp, jacfwd) and
+none of second order.
 
 A vmap is one callback. Where it is over samples alone, and weights are the same for all, it is one call with the
 samples of all; gradients are computed member by member, as each has weights' gradients of its own.
@@ -23,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from fastclstm.adapters.host import HostCall
+from fastclstm.adapters.host import OPERATIONS, HostCall
 
 try:
     import jax
@@ -72,13 +73,71 @@ def convlstm2d(
     >>> gradient.shape
     (3, 3, 1, 8)
     """
-    h, c = (None, None) if initial_state is None else initial_state
-    arrays = {"x": x, "kernel": kernel, "recurrent_kernel": recurrent_kernel, "bias": bias, "h": h, "c": c}
+    return _recurrent(
+        "convlstm2d", (x, kernel, recurrent_kernel, bias), initial_state, mask, return_state, options,
+        peephole=peephole, normalization_weights=normalization_weights, dropout_masks=dropout_masks,
+    )  # fmt: skip
+
+
+def convgru2d(
+    x: Any, kernel: Any, recurrent_kernel: Any, bias: Any = None, *, initial_state: Any = None, mask: Any = None,
+    normalization_weights: Mapping[str, Any] | None = None, dropout_masks: Mapping[str, Any] | None = None,
+    return_state: bool = False, **options: Any,
+) -> Any:  # fmt: skip
+    """Run a convolutional GRU over a batch of sequences: `fastclstm.functional.convgru2d` of JAX's arrays.
+
+    x (B, T, H, W, C), kernel (KH, KW, C, 3F), recurrent_kernel (RKH, RKW, F, 3F), bias (2, 3F) or with
+    reset_after=False (3F,), and initial_state (B, HO, WO, F) or (h,) give (B, T, HO, WO, F), with return_state a pair
+    of that and the last h. Options and errors are as of `convlstm2d` here.
+
+    Examples
+    --------
+    >>> import jax
+    >>> x, kernel, recurrent = map(jax.numpy.ones, ((1, 2, 4, 4, 1), (3, 3, 1, 6), (3, 3, 2, 6)))
+    >>> jax.jit(convgru2d)(x, kernel, recurrent).shape
+    (1, 2, 4, 4, 2)
+    """
+    return _recurrent(
+        "convgru2d", (x, kernel, recurrent_kernel, bias), initial_state, mask, return_state, options,
+        normalization_weights=normalization_weights, dropout_masks=dropout_masks,
+    )  # fmt: skip
+
+
+def convrnn2d(
+    x: Any, kernel: Any, recurrent_kernel: Any, bias: Any = None, *, initial_state: Any = None, mask: Any = None,
+    normalization_weights: Mapping[str, Any] | None = None, dropout_masks: Mapping[str, Any] | None = None,
+    return_state: bool = False, **options: Any,
+) -> Any:  # fmt: skip
+    """Run a simple convolutional recurrent network: `fastclstm.functional.convrnn2d` of JAX's arrays.
+
+    As `convgru2d`, with kernels (KH, KW, C, F) and (RKH, RKW, F, F) and a bias (F,).
+
+    Examples
+    --------
+    >>> import jax
+    >>> convrnn2d(*map(jax.numpy.ones, ((1, 2, 4, 4, 1), (3, 3, 1, 2), (3, 3, 2, 2)))).shape
+    (1, 2, 4, 4, 2)
+    """
+    return _recurrent(
+        "convrnn2d", (x, kernel, recurrent_kernel, bias), initial_state, mask, return_state, options,
+        normalization_weights=normalization_weights, dropout_masks=dropout_masks,
+    )  # fmt: skip
+
+
+def _recurrent(op: str, main: tuple[Any, ...], initial_state: Any, mask: Any, return_state: bool,
+               options: Mapping[str, Any], **mappings: Mapping[str, Any] | None) -> Any:  # fmt: skip
+    names = OPERATIONS[op].states
+    arrays = dict(zip(("x", "kernel", "recurrent_kernel", "bias"), main, strict=True))
+    if initial_state is not None:
+        alone = len(names) == 1 and not isinstance(initial_state, tuple | list)
+        states = (initial_state,) if alone else initial_state
+        if len(states) != len(names):
+            raise ValueError(f"{op}: initial_state must be ({', '.join(names)}), got {len(states)} items")
+        arrays |= dict(zip(names, states, strict=True))
     arrays |= {"mask": None if mask is None else jnp.asarray(mask) != 0}
-    mappings = {"peephole": peephole, "normalization_weights": normalization_weights, "dropout_masks": dropout_masks}
     for mapping, named in mappings.items():
         arrays |= {f"{mapping}.{name}": array for name, array in (named or {}).items()}
-    outputs = run("convlstm2d", arrays, options)
+    outputs = run(op, arrays, options)
     return outputs if return_state else outputs[0]
 
 

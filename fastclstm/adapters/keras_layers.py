@@ -162,13 +162,14 @@ def _activation(function: Any) -> str | None:
 # How each backend calls the kernels: tensors by name and options in, the output, the last h and the last c out
 
 
-def _torch(arrays: dict[str, Any], options: dict[str, Any], training: Any) -> tuple[Any, Any, Any]:
+def _torch(arrays: dict[str, Any], options: dict[str, Any], training: Any) -> tuple[Any, ...]:
     from fastclstm.adapters import torch_ops
 
     weights: dict[str, Any] = {name: arrays[name] for name in ("kernel", "recurrent_kernel", "bias") if name in arrays}
     geometry = {name: value for name, value in options.items() if name not in ("go_backwards", "return_sequences")}
-    return torch_ops.run(
-        arrays["x"], weights, (arrays.get("h"), arrays.get("c")), torch_ops.encode([], **geometry),
+    return torch_ops.OPERATORS["convlstm2d"](
+        arrays["x"], torch_ops.Weights(None, None, [*weights.values()], lambda _: weights),
+        (arrays.get("h"), arrays.get("c")), torch_ops.encode([], **geometry),
         mask=arrays.get("mask"), dropout=(arrays.get("dropout_masks.x"), arrays.get("dropout_masks.h")),
         go_backwards=options["go_backwards"], return_sequences=options["return_sequences"],
     )  # fmt: skip

@@ -14,7 +14,7 @@ class Report:
 
     swapped: dict[str, str] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
-    nothing: str = "no ConvLSTM of a known dialect was found"
+    nothing: str = "no ConvLSTM or ConvGRU was found"
     """What it says where it found nothing."""
 
     def __str__(self) -> str:

@@ -1,9 +1,10 @@
-"""accelerate: our kernels in the ConvLSTMs of a user's model of PyTorch."""
+"""accelerate: our kernels in the recurrent convolutions of a user's model of PyTorch."""
 
 from __future__ import annotations
 
 import copy
 import inspect
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -14,7 +15,9 @@ from fastclstm.adapters import torch_ops  # first: without PyTorch it says what 
 from fastclstm.adapters.report import Report
 from fastclstm.adapters.torch_cells import Arrangement
 from fastclstm.adapters.torch_layers import dtypes
+from fastclstm.adapters.torch_structure import arrangements, decompositions
 from fastclstm.convert.torch_dialects import DIALECTS, Dialect
+from fastclstm.convert.torch_grus import GRU_DIALECTS
 from fastclstm.convert.torch_recognition import Recognized, recognize
 
 import torch  # isort: skip
@@ -24,6 +27,10 @@ _FRAME = (7, 6)
 _B, _T = 2, 3
 _TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4}
 """How far outputs and gradients may be from the module's own, as a share of their largest value."""
+_LAYOUTS = (0, 1, 2), (1, 0, 2), (0, 2, 1)
+"""Where a module's x has batch, time and channels; each is its own inverse."""
+_RECURRENT = re.compile("lstm|gru|rnn|recurrent", re.IGNORECASE)
+"""Names of classes of which it is told why they are left, though their weights have no names that are known."""
 
 
 class Plan(NamedTuple):
@@ -34,33 +41,37 @@ class Plan(NamedTuple):
     bidirectional: bool
     steps: bool
     """Whether the module is a single cell, called step by step."""
-    batch_first: bool
-    apart: bool
-    """Of a cell: whether h and c are two arguments."""
+    layout: tuple[int, ...]
+    """Of `_LAYOUTS`."""
+    forms: tuple[Any, ...]
+    """What may stand behind x: tuples of arguments, each a state's number or a tuple of such. () is no states."""
     names: tuple[str, ...]
     """The names of the arguments that are answered."""
-    recipe: Any
+    recipe: Any = None
     """What is returned: a pair of a container and its items, or of a view of the outputs and a cell's number."""
-    gradients: bool
+    gradients: bool = False
     """Whether gradients are the module's own; else, where they are asked for, it computes itself."""
-    training: bool
+    training: bool = False
     """The same of a module in training mode."""
 
 
 def accelerate(model: torch.nn.Module, *, dialects: Sequence[Dialect] = (), return_report: bool = False) -> Any:
-    """Let our kernels compute the ConvLSTMs in a model, which stays what it is in every other way.
+    """Let our kernels compute the ConvLSTMs and ConvGRUs in a model, which stays what it is in every other way.
 
-    A ConvLSTM is found by the names of its weights, as by `fastclstm.convert.torch.from_torch`. Then a copy of it with
-    drawn weights and our kernels are called on a drawn input, and only where outputs and gradients agree the module's
+    A module is tried if its weights have the names of a known ConvLSTM, as of `fastclstm.convert.torch.from_torch`, or
+    if all of its parameters are convolutions (perhaps normalized) whose numbers of channels are those of cells: of
+    ConvLSTMs, ConvGRUs or simple recurrent ones, gates together or apart and in any order. Then a copy of it with
+    drawn weights and our kernels are called on drawn inputs, and only where outputs and gradients agree the module's
     class becomes a subclass whose ``forward`` calls the kernels: the parameters are the same objects, the keys of the
     state_dict, the call, the structure of what it returns, attributes and ``isinstance`` are as before. Where a whole
-    module is not of a known kind, its cells are tried, which are called step by step.
+    module is not understood, its cells are tried, which are called step by step.
 
-    A call that the comparison has not covered goes to the module's own ``forward``: with further arguments, such as
-    initial states; in training mode where it has dropout or batch normalization; for gradients where the module's own
-    are others (the published "seyongk" cuts them off). Hooks on a swapped module are called, those within it not: such
-    a module is left. Results are contiguous; under autocast they are computed and returned in float32. What decides how
-    a module is called and what it returns, such as its attribute batch_first, must be set before.
+    A call that the comparison has not covered goes to the module's own ``forward``: with further arguments; in training
+    mode where it has dropout or batch normalization; for gradients where the module's own are others (the published
+    "seyongk" cuts them off). Hooks on a swapped module are called, those within it not: such a module is left, and so
+    is one that remembers earlier calls. Results are contiguous; under autocast they are computed and returned in
+    float32. What decides how a module is called and what it returns, such as its attribute batch_first, must be set
+    before.
 
     Parameters
     ----------
@@ -85,7 +96,7 @@ def accelerate(model: torch.nn.Module, *, dialects: Sequence[Dialect] = (), retu
     --------
     >>> import torch
     >>> model = accelerate(torch.nn.Sequential(torch.nn.Conv2d(1, 1, 3)))
-    accelerate: no ConvLSTM of a known dialect was found
+    accelerate: no ConvLSTM or ConvGRU was found
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"accelerate: model must be a torch.nn.Module, got {type(model).__name__}")
@@ -109,7 +120,8 @@ def _visit(module: torch.nn.Module, name: str, rows: list[Dialect], report: Repo
             report.swapped[name] = _told(plan)
             report.left.pop(name, None)
             return
-        report.left[name] = f"{candidate.row.name}: {plan}"
+        if candidate.named or plan == _REMEMBERS or _RECURRENT.search(kind.__name__):
+            report.left.setdefault(name, f"{candidate.name}: {plan}")
     for key, child in module.named_children():
         _visit(child, f"{name}.{key}".lstrip("."), rows, report)
 
@@ -122,27 +134,71 @@ def _told(plan: Plan) -> str:
 
 
 class Candidate(NamedTuple):
-    """A module that has the names of a ConvLSTM, or of a cell of one."""
+    """A module that has the weights of recurrent convolutions."""
 
-    row: Dialect
-    found: Recognized
+    name: str
+    named: bool
+    """Whether the names of its weights tell what it is."""
+    meanings: list[tuple[Arrangement, ...]]
+    """What its cells may be."""
+    bidirectional: tuple[bool, ...]
+    """Whether its cells are two directions; or both."""
     steps: bool
+    """Whether it is a single cell, called step by step."""
+    frame: tuple[int, int] | None = None
+    """That its weights are for, if they are for one."""
 
 
 def _candidates(module: torch.nn.Module, rows: list[Dialect]) -> Iterator[Candidate]:
-    state = module.state_dict()
-    for steps in (False, True):
-        known = [_alone(row) for row in rows if isinstance(row.cells, str)] if steps \
-            else [row for row in rows if row.cells != ""]  # fmt: skip
-        for row in known:
-            try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("error", UserWarning)
-                    found = recognize(state, [row], "")
-            except (ValueError, UserWarning):  # not it, or more than it
-                continue
-            if not found.place and _fits(found) and not (steps and len(_arguments(type(module).forward)) < 2):
-                yield Candidate(row, found, steps)
+    state, several = module.state_dict(), len(_arguments(type(module).forward)) > 1
+    for found in _recognized(state, [row for row in rows if row.cells != ""]):
+        yield _named(found, bool(found.row.directions) and len(found.cells) == 2, False)
+    for cells in decompositions(module):
+        first = cells[0][1]
+        if all(len(meant) == len(first) for _, meant in cells):
+            yield Candidate(
+                _kind(state, first), False, [*zip(*(meant for _, meant in cells), strict=True)],
+                (False, True) if len(cells) == 2 else (False,), False,
+            )  # fmt: skip
+    if several:
+        for found in _recognized(state, [_alone(row) for row in rows if isinstance(row.cells, str)]):
+            yield _named(found, False, True)
+        if meant := arrangements(module, ""):
+            yield Candidate(_kind(state, meant), False, [(one,) for one in meant], (False,), True)
+
+
+def _recognized(state: Any, rows: list[Dialect]) -> Iterator[Recognized]:
+    """Yield the ConvLSTMs of known dialects that a module is."""
+    for row in rows:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", UserWarning)
+                found = recognize(state, [row], "")
+        except (ValueError, UserWarning):  # not it, or more than it
+            continue
+        if not found.place and _fits(found):
+            yield found
+
+
+def _named(found: Recognized, bidirectional: bool, steps: bool) -> Candidate:
+    """Return the candidate that a known dialect is."""
+    meanings = [tuple(Arrangement.of(row, row.place(*index), found.cells[index]) for index in sorted(found.cells))
+                for row in (found.row, *found.row.reordered())]  # fmt: skip
+    tensors, first = found.cells[0, 0], meanings[0][0]
+    of_pixels = {name for _, name, _, _, convolved, _ in first.peepholes if not convolved}
+    of_pixels |= {name for _, theirs in first.norms for name in theirs} | {name for name in tensors if "norm" in name}
+    frames = [tuple(tensors[name].shape[-2:]) for name in sorted(of_pixels) if tensors[name].dim() >= 3]
+    bound = [frame for frame in frames if frame != (1, 1)]
+    return Candidate(found.row.name, True, meanings, (bidirectional,), steps, bound[0] if bound else None)
+
+
+def _kind(state: Any, meant: list[Arrangement]) -> str:
+    """Return what to call a module whose cells are known by their shapes."""
+    for row in GRU_DIALECTS.values():
+        if all(any(f".{key}".endswith(f".{name}") for key in state) for name in row.required):
+            return row.name
+    kinds = {"convlstm2d": "a ConvLSTM", "convgru2d": "a ConvGRU", "convrnn2d": "a simple recurrent one"}
+    return " or ".join(dict.fromkeys(kinds[one.operation] for one in meant))
 
 
 def _alone(row: Dialect) -> Dialect:
@@ -181,110 +237,177 @@ def _arguments(forward: Callable[..., Any]) -> list[str]:
 # What is compared
 
 
+_LEFT = "left, for what it returns is not what {} with these weights returns, in a structure that is known"
+_REMEMBERS = "left, for it returns something else when it is called again"
+
+
 def _plan(module: torch.nn.Module, candidate: Candidate) -> Plan | str:
     """Return how to answer the calls of a module, or why it is left."""
     told = ""
     for dtype in _TOLERANCES:
         try:
-            twin = copy.deepcopy(module).eval().to(dtype)
-            return _compared(twin, candidate, dtype)
+            with torch.random.fork_rng(devices=[]):
+                return _Comparison(copy.deepcopy(module).eval().to(dtype), candidate, dtype).plan()
         except Exception as error:  # whatever a user's module raises for an input that it does not expect
             lines = str(error).strip().splitlines() or [""]
             told = f"left, for a call with a drawn input failed: {type(error).__name__}: {lines[0][:120]}"
     return told
 
 
-def _compared(twin: torch.nn.Module, candidate: Candidate, dtype: Any) -> Plan | str:
-    generator = torch.Generator().manual_seed(0)
+class Inputs(NamedTuple):
+    """What a module is called with: x, and of all its cells the states, channels-first."""
 
-    def draw(*shape: int) -> Tensor:
-        device = next(twin.parameters()).device
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
+    x: Tensor
+    states: tuple[Tensor, ...]
 
-    with torch.no_grad():
-        for name, tensor in twin.state_dict().items():
-            if tensor.is_floating_point():
-                value = draw(*tensor.shape) / 2
-                tensor.copy_(value.abs() + 0.5 if "var" in name else value)
-    inputs = _inputs(candidate, draw)
-    names = tuple(_arguments(type(twin).forward))
-    with torch.no_grad():
-        expected, apart = _called(twin, inputs, candidate.steps, len(names))
-    names = names[: 1 if not candidate.steps else 3 if apart else 2]
-    for row in (candidate.row, *candidate.row.reordered()):
-        plans = _hypotheses(row, candidate, apart, names)
-        for plan in plans:
-            with torch.no_grad():
-                results = _computed(twin, plan, *inputs)
-            recipe = _recipe(expected, results, plan, _TOLERANCES[dtype])
-            if recipe is not None:
-                plan = plan._replace(recipe=recipe)
-                gradients = _agrees(twin, plan, inputs, _TOLERANCES[dtype])
-                training = gradients and _agrees(twin.train(), plan, inputs, _TOLERANCES[dtype])
-                return plan._replace(gradients=gradients, training=training)
-    return "left, for what it returns is not what a ConvLSTM with these weights returns, in a structure that is known"
+    def arguments(self, form: Any) -> list[Any]:
+        """Return the arguments of a call in a form."""
+        return [self.x, *(_filled(item, self.states) for item in form)]
 
 
-def _hypotheses(row: Dialect, candidate: Candidate, apart: bool, names: tuple[str, ...]) -> list[Plan]:
-    cells = candidate.found.cells
-    arranged = tuple(Arrangement.of(row, row.place(*index), cells[index]) for index in sorted(cells))
-    two = bool(row.directions) and len(cells) == 2
-    return [Plan(row.name, arranged, two, candidate.steps, first, apart, names, None, False, False)
-            for first in ((True,) if candidate.steps else (True, False))]  # fmt: skip
+class _Comparison:
+    """A copy of a module with drawn weights, beside what our kernels make of them."""
 
+    def __init__(self, twin: torch.nn.Module, candidate: Candidate, dtype: Any):
+        self.twin, self.candidate, self.dtype = twin, candidate, dtype
+        self.tolerance = _TOLERANCES[dtype]
+        self.generator = torch.Generator().manual_seed(0)
+        self.names = tuple(_arguments(type(twin).forward))
+        self.answers: dict[Any, tuple[Inputs, Any]] = {}
+        with torch.no_grad():
+            for name, tensor in twin.state_dict().items():
+                if tensor.is_floating_point():
+                    value = self.draw(*tensor.shape) / 2
+                    tensor.copy_(value.abs() + 0.5 if "var" in name else value)
 
-def _inputs(candidate: Candidate, draw: Callable[..., Tensor]) -> tuple[Tensor, ...]:
-    """Draw x, and of a cell h and c."""
-    cell = Arrangement.of(candidate.row, "", candidate.found.cells[0, 0])
-    kernel, F, frame = _sizes(cell, candidate.found.cells[0, 0])
-    x = draw(_B, *(() if candidate.steps else (_T,)), kernel, *frame)
-    return (x, draw(_B, F, *frame), draw(_B, F, *frame)) if candidate.steps else (x,)
+    def draw(self, *shape: int) -> Tensor:
+        device = next(self.twin.parameters()).device
+        return torch.randn(shape, generator=self.generator, dtype=torch.float64).to(device, self.dtype)
 
+    def plan(self) -> Plan | str:
+        """Return how to answer the module's calls, or why not; raise what all of them raise."""
+        returned, candidate = False, self.candidate
+        for cells in candidate.meanings:
+            for bidirectional, form, layout in self._calls(cells):
+                plan = Plan(candidate.name, cells, bidirectional, candidate.steps, layout, (form,), self.names)
+                value = self._answer(plan)[1]
+                returned |= not isinstance(value, Exception)
+                plan = self._with_recipe(plan)
+                if plan.recipe is not None:
+                    return self._checked(plan)
+        if not returned and isinstance(value, Exception):
+            raise value
+        return _LEFT.format("a ConvLSTM" if candidate.named else candidate.name)
 
-def _sizes(cell: Arrangement, tensors: Any) -> tuple[int, int, tuple[int, int]]:
-    """Return C, F and the frame that a cell's weights are for, or any."""
-    first = tensors[f"{(cell.joint or cell.split[0])[0]}.weight"]
-    names = len(cell.joint or cell.split[0])
-    F = first.shape[0] * names // 4
-    bound = [tensors[name] for _, name, _, _, convolved, _ in cell.peepholes if not convolved]
-    bound += [tensors[theirs] for _, theirs in cell.norms] + [t for n, t in tensors.items() if "norm" in n]
-    frames = [tuple(tensor.shape[-2:]) for tensor in bound if tensor.dim() >= 3 and tensor.shape[-2:] != (1, 1)]
-    return first.shape[1] - (F if cell.joint else 0), F, frames[0] if frames else _FRAME
-
-
-def _called(twin: torch.nn.Module, inputs: tuple[Tensor, ...], steps: bool, count: int) -> tuple[Any, bool]:
-    """Call a module on a drawn input: what it returns, and whether h and c are two arguments."""
-    if not steps:
-        return twin(*inputs), False
-    x, h, c = inputs
-    if count >= 3:
-        try:
-            return twin(x, h, c), True
-        except Exception:  # then the third argument is something else
-            pass
-    return twin(x, (h, c)), False
-
-
-def _agrees(twin: torch.nn.Module, plan: Plan, inputs: tuple[Tensor, ...], tolerance: float) -> bool:
-    """Whether outputs and gradients of the input and of all parameters are the module's own."""
-    pulled = []
-    for ours in (False, True):
-        given = [tensor.detach().clone().requires_grad_(True) for tensor in inputs]
-        if ours:
-            output = _returned(plan.recipe, _computed(twin, plan, *given))
+    def _calls(self, cells: tuple[Arrangement, ...]) -> Iterator[tuple[bool, Any, tuple[int, ...]]]:
+        """Yield how a module of such cells may be called."""
+        forms = [form for form in _forms(len(cells), len(cells[0].operator.states)) if len(form) < len(self.names)]
+        if self.candidate.steps:
+            yield from ((False, form, _LAYOUTS[0]) for form in forms if form)
         else:
-            output = twin(*given) if plan.apart or not plan.steps else twin(given[0], tuple(given[1:]))
-        leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(output) if leaf is not None]
-        generator = torch.Generator().manual_seed(1)
-        weights = [torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(leaf) for leaf in leaves]
-        loss = sum((leaf * weight).sum() for leaf, weight in zip(leaves, weights, strict=True))
-        if not loss.requires_grad:
-            return False
-        wanted = [*given, *(p for p in twin.parameters() if p.requires_grad)]
-        gradients = torch.autograd.grad(loss, wanted, allow_unused=True)
-        pulled.append([*leaves, *(g if g is not None else torch.zeros_like(w) for g, w in
-                                  zip(gradients, wanted, strict=True))])  # fmt: skip
-    return all(_close(a, b, tolerance) for a, b in zip(*pulled, strict=True))
+            yield from ((both, form, layout) for both in self.candidate.bidirectional for form in forms
+                        for layout in _LAYOUTS)  # fmt: skip
+
+    def _inputs(self, plan: Plan, B: int = _B, T: int = _T, more: int = 0) -> Inputs:
+        """Draw what a module of a plan is called with."""
+        H, W = self.candidate.frame or tuple(n + more for n in _FRAME)
+        C = plan.cells[0].channels
+        T += C == T  # so that no other layout fits by chance
+        frames = self.draw(B, C, H, W) if plan.steps else self.draw(B, T, C, H, W).permute(*plan.layout, 3, 4)
+        states = [self.draw(B, cell.filters(self.twin), H, W) for cell in plan.cells for _ in cell.operator.states]
+        return Inputs(frames.contiguous(), tuple(states))
+
+    def _answer(self, plan: Plan) -> tuple[Inputs, Any]:
+        """Return what the module is called with and what it returns, or raises."""
+        sizes = tuple((cell.channels, cell.filters(self.twin)) for cell in plan.cells)
+        key = plan.layout, plan.forms, sizes, plan.cells[0].operation
+        if key not in self.answers:
+            inputs = self._inputs(plan)
+            self.answers[key] = inputs, self._called(plan, inputs)
+        return self.answers[key]
+
+    def _called(self, plan: Plan, inputs: Inputs) -> Any:
+        try:
+            with torch.no_grad():
+                return self.twin(*inputs.arguments(plan.forms[0]))
+        except Exception as error:  # as in _plan
+            return error
+
+    def _computed(self, plan: Plan, inputs: Inputs) -> Results:
+        """Run the cells in NumPy, so that nothing is compiled."""
+        plan = plan._replace(cells=tuple(cell.by("reference") for cell in plan.cells))
+        return _computed(self.twin, plan, inputs.x, inputs.states if plan.forms[0] else ())
+
+    def _with_recipe(self, plan: Plan) -> Plan:
+        """Return the plan with what the module returns, if it is what these cells would."""
+        inputs, value = self._answer(plan)
+        if isinstance(value, Exception):
+            return plan
+        try:
+            with torch.no_grad():
+                results = self._computed(plan, inputs)
+        except (ValueError, TypeError, RuntimeError):  # no call of ours
+            return plan
+        return plan._replace(recipe=_recipe(value, results, plan, self.tolerance))
+
+    def _checked(self, plan: Plan) -> Plan | str:
+        """Return the plan with all the forms in which the module agrees, and whether gradients do."""
+        further = [form for form in _forms(len(plan.cells), len(plan.cells[0].operator.states))
+                   if form != plan.forms[0] and len(form) < len(self.names)]  # fmt: skip
+        kept = []
+        for form in (*plan.forms, *further):
+            one = plan._replace(forms=(form,))
+            inputs, value = self._answer(one)
+            if isinstance(value, Exception) or not self._same(one, inputs, value):
+                continue
+            for sizes in ({}, {"B": 1, "T": _T + 2, "more": 3}):
+                again = self._inputs(one, **sizes)
+                value = self._called(one, again)
+                if isinstance(value, Exception) and sizes:  # other sizes than it is made for
+                    continue
+                if isinstance(value, Exception) or not self._same(one, again, value):
+                    return _REMEMBERS
+            kept.append(one)
+        if not kept:
+            return _REMEMBERS
+        most = max(map(len, (one.forms[0] for one in kept)))
+        plan = plan._replace(forms=tuple(one.forms[0] for one in kept), names=self.names[: 1 + most])
+        gradients = all(map(self._agrees, kept))
+        self.twin.train()
+        return plan._replace(gradients=gradients, training=gradients and all(map(self._agrees, kept)))
+
+    def _same(self, plan: Plan, inputs: Inputs, value: Any) -> bool:
+        """Whether a value is what our kernels return."""
+        with torch.no_grad():
+            ours = _returned(plan.recipe, self._computed(plan, inputs))
+        leaves, structure = torch.utils._pytree.tree_flatten(value)
+        others, known = torch.utils._pytree.tree_flatten(ours)
+        return structure == known and all(
+            a is b if a is None or b is None else _close(a, b, self.tolerance)
+            for a, b in zip(others, leaves, strict=True)
+        )
+
+    def _agrees(self, plan: Plan) -> bool:
+        """Whether outputs and gradients of the inputs and of all parameters are the module's own."""
+        drawn, pulled = self._inputs(plan), []
+        for ours in (False, True):
+            x, *states = (tensor.detach().clone().requires_grad_(True) for tensor in (drawn.x, *drawn.states))
+            inputs = Inputs(x, tuple(states))
+            if ours:
+                output = _returned(plan.recipe, self._computed(plan, inputs))
+            else:
+                output = self.twin(*inputs.arguments(plan.forms[0]))
+            leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(output) if leaf is not None]
+            generator = torch.Generator().manual_seed(1)
+            weights = [torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(leaf) for leaf in leaves]
+            loss = sum((leaf * weight).sum() for leaf, weight in zip(leaves, weights, strict=True))
+            if not loss.requires_grad:
+                return False
+            wanted = [x, *states, *(p for p in self.twin.parameters() if p.requires_grad)]
+            gradients = torch.autograd.grad(loss, wanted, allow_unused=True)
+            pulled.append([*leaves, *(g if g is not None else torch.zeros_like(w) for g, w in
+                                      zip(gradients, wanted, strict=True))])  # fmt: skip
+        return all(_close(a, b, self.tolerance) for a, b in zip(*pulled, strict=True))
 
 
 def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
@@ -294,19 +417,62 @@ def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
     return bool((a.detach() - b.detach()).abs().max() <= tolerance * largest + tolerance * 1e-3)
 
 
+# How states are given
+
+
+def _forms(cells: int, states: int) -> list[Any]:
+    """Return what may stand behind x: `Plan.forms`."""
+    numbers = [tuple(range(cell * states, (cell + 1) * states)) for cell in range(cells)]
+    if states == 1:
+        flat = tuple(range(cells))
+        return [(), (0,), ((0,),)] if cells == 1 else [(), (flat,)]
+    if cells == 1:
+        return [(), (0, 1), ((0, 1),), (((0, 1),),)]
+    return [(), (tuple(numbers),), tuple(tuple(one[state] for one in numbers) for state in range(states))]
+
+
+def _filled(item: Any, states: tuple[Tensor, ...], within: bool = False) -> Any:
+    """Return an argument in a form's structure: a list or, in another, a tuple."""
+    if isinstance(item, int):
+        return states[item]
+    parts = [_filled(part, states, True) for part in item]
+    return tuple(parts) if within else parts
+
+
+def _found(form: Any, arguments: list[Any]) -> list[Tensor] | None:
+    """Return the states in arguments of a form's structure, None where they have another."""
+    found: dict[int, Tensor] = {}
+
+    def fits(item: Any, value: Any) -> bool:
+        if isinstance(item, int):
+            found[item] = value
+            return isinstance(value, Tensor) and value.dim() == 4
+        return isinstance(value, list | tuple) and len(value) == len(item) and all(map(fits, item, value))
+
+    return [found[number] for number in sorted(found)] if fits(form, arguments) else None
+
+
 # What is computed, and what is returned
 
 
 class Results(NamedTuple):
-    """Of every cell the output over the sequence, the last h and the last c, channels-last, and how to write them."""
+    """Of every cell the output over the sequence and the last states, channels-last, and how to write them."""
 
-    outputs: list[tuple[Tensor, Tensor, Tensor]]
+    outputs: list[tuple[Tensor, ...]]
     dtype: Any
     """Of what is returned."""
 
 
 def _sequence(results: Results, cell: int) -> Tensor:
     return _first(results.outputs[cell][0], results)
+
+
+def _time_first(results: Results, cell: int) -> Tensor:
+    return _first(results.outputs[cell][0].transpose(0, 1), results)
+
+
+def _time_third(results: Results, cell: int) -> Tensor:
+    return torch_ops.contiguous(results.outputs[cell][0].movedim(-1, 1)).to(results.dtype)
 
 
 def _both(results: Results, turned: bool) -> Tensor:
@@ -320,15 +486,21 @@ def _wide(results: Results, which: int) -> Tensor:
     return _first(torch.cat([output[which] for output in results.outputs[:2]], 2), results)
 
 
+def _stacked(results: Results, which: int) -> Tensor:
+    """All cells' states, on a new first axis."""
+    return torch.stack([_first(output[which], results) for output in results.outputs])
+
+
 def _first(tensor: Tensor, results: Results) -> Tensor:
-    return tensor.movedim(-1, -3).contiguous().to(results.dtype)
+    return torch_ops.contiguous(tensor.movedim(-1, -3)).to(results.dtype)
 
 
-VIEWS: dict[str, Callable[[Results, int], Tensor]] = {
+VIEWS: dict[str, Callable[[Results, int], Any]] = {
     "h": lambda results, cell: _first(results.outputs[cell][1], results),
     "c": lambda results, cell: _first(results.outputs[cell][2], results),
     "sequence": _sequence,
-    "sequence, time first": lambda results, cell: _sequence(results, cell).transpose(0, 1),
+    "sequence, time first": _time_first,
+    "sequence, time third": _time_third,
     "turned": lambda results, cell: _first(results.outputs[cell][0].flip(1), results),
     "last step": lambda results, cell: _sequence(results, cell)[:, -1:],
     "both": lambda results, cell: _both(results, True),
@@ -336,6 +508,10 @@ VIEWS: dict[str, Callable[[Results, int], Tensor]] = {
     "both, last step": lambda results, cell: _both(results, True)[:, -1:],
     "wide h": lambda results, cell: _wide(results, 1),
     "wide c": lambda results, cell: _wide(results, 2),
+    "stacked h": lambda results, cell: _stacked(results, 1),
+    "stacked c": lambda results, cell: _stacked(results, 2),
+    "list of steps": lambda results, cell: [*_time_first(results, cell).unbind(0)],
+    "tuple of steps": lambda results, cell: _time_first(results, cell).unbind(0),
 }
 """What a module may return, of a cell or of both directions."""
 
@@ -345,15 +521,30 @@ def _recipe(value: Any, results: Results, plan: Plan, tolerance: float) -> Any:
     if value is None:
         return ("none", 0)
     if type(value) in (list, tuple):
+        steps = _viewed(value, results, [f"{type(value).__name__} of steps"], tolerance)
+        if steps is not None and not plan.steps:
+            return steps
         items = [_recipe(item, results, plan, tolerance) for item in value]
         return None if None in items else (type(value).__name__, tuple(items))
     if not isinstance(value, Tensor):
         return None
-    views = [name for name in VIEWS if (not plan.steps or name in "hc")
-             and (plan.bidirectional or not name.startswith(("both", "wide")))]  # fmt: skip
+    alike = len({output[1].shape for output in results.outputs}) == 1
+    views = [name for name in VIEWS if not name.endswith("of steps") and (not plan.steps or name in "hc")
+             and (plan.bidirectional or not name.startswith(("both", "wide")))
+             and (name[-1] != "c" or len(results.outputs[0]) > 2)
+             and (alike or not name.startswith("stacked"))]  # fmt: skip
+    return _viewed(value, results, views, tolerance)
+
+
+def _viewed(value: Any, results: Results, views: list[str], tolerance: float) -> Any:
+    """Return which of the views a value is, and of which cell."""
     for name in views:
-        for cell in range(len(plan.cells)):
-            if _close(VIEWS[name](results, cell), value, tolerance):
+        for cell in range(len(results.outputs)):
+            ours = VIEWS[name](results, cell)
+            pairs = [(ours, value)] if isinstance(value, Tensor) else [*zip(ours, value, strict=False)]
+            if (isinstance(value, Tensor) or len(ours) == len(value)) and all(
+                isinstance(b, Tensor) and _close(a, b, tolerance) for a, b in pairs
+            ):
                 return (name, cell)
     return None
 
@@ -369,20 +560,17 @@ def _returned(recipe: Any, results: Results) -> Any:
     return VIEWS[kind](results, of)
 
 
-def _computed(module: torch.nn.Module, plan: Plan, x: Tensor, h: Any = None, c: Any = None) -> Results:
-    """Run a module's cells over x (B, T, C, H, W), or (T, B, C, H, W); of a cell alone x (B, C, H, W)."""
-    result, inside = dtypes(x, plan.cells[0].example(module))
-    weights = plan.cells[0].weights(module, inside)
-    if plan.steps:
-        frames, h, c = (tensor.to(inside).movedim(1, -1) for tensor in (x, h, c))
-        run = torch_ops.run(frames[:, None], weights, (h, c), plan.cells[0].options, return_sequences=False)
-        return Results([run], result)
-    sequence = (x if plan.batch_first else x.transpose(0, 1)).to(inside).movedim(2, -1)
-    outputs = []
+def _computed(module: torch.nn.Module, plan: Plan, x: Tensor, states: Sequence[Tensor]) -> Results:
+    """Run a module's cells over its x, of a cell alone (B, C, H, W); no states are zeros."""
+    result, inside = dtypes("accelerate", x, plan.cells[0].example(module))
+    x = x[:, None] if plan.steps else x.permute(*plan.layout, 3, 4)
+    sequence, outputs = x.to(inside).movedim(2, -1), []
+    given = iter([state.to(inside).movedim(1, -1) for state in states])
     for index, cell in enumerate(plan.cells):
-        weights = cell.weights(module, inside) if index else weights
-        outputs.append(torch_ops.run(sequence, weights, (None, None), cell.options,
-                                     go_backwards=plan.bidirectional and index == 1))  # fmt: skip
+        before = [next(given, None) for _ in cell.operator.states]
+        outputs.append(cell.operator(sequence, cell.weights(module), before, cell.options,
+                                     go_backwards=plan.bidirectional and index == 1,
+                                     return_sequences=not plan.steps))  # fmt: skip
         sequence = sequence if plan.bidirectional else outputs[-1][0]
     return Results(outputs, result)
 
@@ -402,24 +590,26 @@ class Accelerated:
         return _returned(plan.recipe, _computed(self, plan, *given))
 
     def _covered(self, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return x, and of a cell h and c, or None for a call that is the module's own."""
+        """Return x and the states, or None for a call that is the module's own."""
         named = dict(zip(plan.names, args, strict=False)) | kwargs
         if len(args) > len(plan.names) and any(argument is not None for argument in args[len(plan.names) :]):
             return None
         if any(value is not None for name, value in named.items() if name not in plan.names):
             return None
-        given: list[Any] = [named.get(name) for name in plan.names]
-        if plan.steps and not plan.apart:
-            if not isinstance(given[1], list | tuple) or len(given[1]) != 2:
-                return None
-            given = [given[0], *given[1]]
-        if not all(isinstance(tensor, Tensor) and tensor.dim() == (4 if plan.steps else 5) for tensor in given):
+        x, *given = [named.get(name) for name in plan.names]
+        while given and given[-1] is None:
+            given.pop()
+        found = next((states for form in plan.forms if (states := _found(form, given)) is not None), None)
+        if found is None:
             return None
-        if plan.steps and not all(s.shape[0] == given[0].shape[0] for s in given):  # states that are spread
+        if not isinstance(x, Tensor) or x.dim() != (4 if plan.steps else 5):
+            return None
+        B = x.shape[0] if plan.steps else x.shape[plan.layout[0]]
+        if any(state.shape[0] != B for state in found):  # states that are spread
             return None
         if (self.training and not plan.training) or (torch.is_grad_enabled() and not plan.gradients):
             return None
-        return given
+        return x, found
 
     def __reduce__(self) -> Any:
         return _unpickled, (type(self).__mro__[2],), self.__dict__

@@ -1,12 +1,13 @@
-"""Cells of others' ConvLSTMs as the operator takes them: their tensors arranged as ours, as autograd follows it."""
+"""Cells of others' modules as the operators take them: their tensors arranged as ours, as autograd follows it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from fastclstm.adapters import torch_ops
 from fastclstm.convert.torch_dialects import GATES, Dialect, convolves
+from fastclstm.spec import CELL_GATES
 
 import torch  # isort: skip
 from torch import Tensor  # isort: skip
@@ -15,52 +16,81 @@ from torch import Tensor  # isort: skip
 class Arrangement(NamedTuple):
     """Where a cell has its tensors, and how they become ours: names and numbers alone, for torch.compile to follow."""
 
+    operation: str
+    """A key of `torch_ops.OPERATORS`."""
     place: str
     """Of the cell in the module, "" for the module itself."""
-    joint: tuple[str, ...]
-    """The convolution of x and h together, or the four that it is; empty with `split`."""
-    split: tuple[tuple[str, ...], ...]
-    """The convolution of x and that of h, each perhaps four."""
-    biases: tuple[tuple[str, ...], ...]
+    x: tuple[str, ...]
+    """The convolutions of x, alone or with h behind it, whose outputs are all gates' one after another."""
+    h: tuple[str, ...]
+    """Those of h, alone or with x before it."""
+    channels: int
+    """C."""
     order: tuple[int, ...]
-    """Where the gates i, f, g, o stand in theirs."""
-    forget_bias: float
+    """Where our gates stand in theirs."""
+    biases: tuple[str, ...] = ()
+    """The convolutions that have one."""
+    both: bool = False
+    """Whether the biases of x and of h are apart: of a GRU with reset_after."""
+    negated: bool = False
+    """Whether the first gate's pre-activation is ours times −1: of a GRU that keeps (1 − z)∘h."""
+    forget_bias: float = 0.0
     """What the module adds to the forget gate."""
-    peepholes: tuple[tuple[str, str, int, int, bool, bool], ...]
+    peepholes: tuple[tuple[str, str, int, int, bool, bool], ...] = ()
     """The gate, the weight's name, which of its blocks of how many, whether it is a convolution's, with a bias."""
-    norms: tuple[tuple[str, str], ...]
-    """Our name of each parameter of a normalization, and theirs."""
-    epsilon: float | None
+    norms: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    """Our name of each parameter of a normalization, and theirs, whose values are one after another."""
+    epsilon: float | None = None
     """Of a batch normalization, whose statistics are folded into the weights; else None."""
-    options: str
+    options: str = torch_ops.encode([])
     """As the operator takes them."""
 
     @classmethod
-    def of(cls, row: Dialect, place: str, cell: Mapping[str, Tensor]) -> Arrangement:
-        """Return the arrangement of a cell of a dialect with these tensors."""
+    def of(cls, row: Dialect, place: str, cell: Mapping[str, Tensor]) -> Self:
+        """Return the arrangement of a cell of a dialect of ConvLSTMs with these tensors."""
         biased = any(name in cell for name in row.bias_names())
         gates = row.gates.replace("c", "g") or GATES  # the first guess, where names do not tell
         joint = () if row.joint is None else tuple(row.spelled(row.joint))
-        split = () if row.split is None else tuple(tuple(row.spelled(conv)) for conv in row.split)
-        biases = (joint,) if joint else tuple(split["xh".index(part)] for part in row.biases)
+        split = (joint, joint) if row.split is None else tuple(tuple(row.spelled(conv)) for conv in row.split)
+        biases = joint or tuple(name for part in row.biases for name in split["xh".index(part)])
         normalized = row.normalization is not None and bool(set(row.norm_names()) & set(cell))
-        width = sum(cell[f"{name}.weight"].shape[0] for name in joint or split[0])
+        width = sum(cell[f"{name}.weight"].shape[0] for name in split[0])
         normalization = row.normalization_of(width) if normalized else None
         batch = normalization if normalization is not None and normalization.kind == "batch" else None
         absent = row.peephole_optional and not set(row.peephole or ()) & set(cell)
         peepholes = tuple((gate, name, part, parts, convolved, biased and convolved)
                           for gate, name, part, parts in (() if absent else row.peepholes())
                           for convolved in (convolves(name, cell[name].shape),))  # fmt: skip
-        norms = tuple(row.norm_parameters()) if normalized else ()
+        norms = tuple((ours, (theirs,)) for ours, theirs in row.norm_parameters()) if normalized else ()
         further = [name for gate, _, _, _, _, bias in peepholes
                    for name in (f"peephole.{gate}", *([f"peephole.bias_{gate}"] if bias else []))]  # fmt: skip
         further += [] if batch else [f"normalization_weights.{ours}" for ours, _ in norms]
+        C = cell[f"{split[0][0]}.weight"].shape[1] - (width // 4 if joint else 0)
         return cls(
-            place.rstrip("."), joint, split, biases if biased else (), tuple(gates.index(gate) for gate in GATES),
-            row.forget_bias, peepholes, norms, None if batch is None else batch.epsilon,
+            "convlstm2d", place.rstrip("."), split[0], split[1], C,
+            tuple(gates.index(gate) for gate in GATES), biases if biased else (), False, False, row.forget_bias,
+            peepholes, norms, None if batch is None else batch.epsilon,
             torch_ops.encode(further, None if batch else normalization, activation=row.activations[0],
                              output_activation=row.output_activation),
         )  # fmt: skip
+
+    @property
+    def operator(self) -> torch_ops.Operator:
+        """What computes it."""
+        return torch_ops.OPERATORS[self.operation]
+
+    @property
+    def G(self) -> int:
+        """The number of gates."""
+        return len(CELL_GATES[self.operator.cell])
+
+    def _names(self) -> list[str]:
+        """Return the names of all its tensors."""
+        names = [f"{name}.weight" for name in dict.fromkeys((*self.x, *self.h))]
+        names += [f"{name}.bias" for name in self.biases]
+        for _, name, _, _, _, bias in self.peepholes:
+            names += [name, *([name.removesuffix("weight") + "bias"] if bias else [])]
+        return list(dict.fromkeys(names + [name for _, theirs in self.norms for name in theirs]))
 
     def _tensor(self, module: Any, name: str) -> Tensor:
         for part in f"{self.place}.{name}".lstrip(".").split("."):
@@ -69,56 +99,73 @@ class Arrangement(NamedTuple):
 
     def example(self, module: Any) -> Tensor:
         """Return one of the cell's weights."""
-        return self._tensor(module, f"{(self.joint or self.split[0])[0]}.weight")
+        return self._tensor(module, f"{self.x[0]}.weight")
 
-    def weights(self, module: Any, dtype: Any) -> dict[str, Tensor]:
-        """Return the weights of the module's cell as the operator takes them, in a dtype."""
+    def filters(self, module: Any) -> int:
+        """Return F."""
+        return sum(len(self._tensor(module, f"{name}.weight")) for name in self.x) // self.G
 
+    def by(self, engine: str) -> Self:
+        """Return the same, computed by an engine."""
+        return self._replace(options=torch_ops.by(self.options, engine))
+
+    def weights(self, module: Any) -> torch_ops.Weights:
+        """Return the weights of the module's cell as the operator takes them."""
+        tensors = [self._tensor(module, name) for name in self._names()]
+        return torch_ops.Weights(module, self, tensors, lambda dtype: self._arranged(module, dtype))
+
+    def _arranged(self, module: Any, dtype: Any) -> dict[str, Tensor]:
         def tensor(name: str) -> Tensor:
             return self._tensor(module, name).to(dtype)
 
-        def gathered(names: tuple[str, ...], kind: str) -> Tensor:
-            parts = [tensor(f"{name}.{kind}") for name in names]
-            return _ordered(parts[0] if len(parts) == 1 else torch.cat(parts), self.order)
+        def kernel(names: tuple[str, ...], inputs: slice, alone: int) -> Tensor:
+            weights = [tensor(f"{name}.weight") for name in names]
+            parts = [weight if weight.shape[1] == alone else weight[:, inputs] for weight in weights]
+            return self._ordered(parts[0] if len(parts) == 1 else torch.cat(parts), signed).permute(2, 3, 1, 0)
 
-        if self.joint:
-            whole = gathered(self.joint, "weight")
-            C = whole.shape[1] - whole.shape[0] // 4
-            kernels = whole[:, :C], whole[:, C:]
-        else:
-            kernels = gathered(self.split[0], "weight"), gathered(self.split[1], "weight")
-        ours = {name: _hwio(kernel) for name, kernel in zip(("kernel", "recurrent_kernel"), kernels, strict=True)}
-        for names in self.biases:
-            bias = gathered(names, "bias")
-            ours["bias"] = ours["bias"] + bias if "bias" in ours else bias
+        def bias(names: tuple[str, ...], but: tuple[str, ...] = ()) -> Tensor:
+            parts = [tensor(f"{name}.bias") if name in self.biases and name not in but
+                     else torch.zeros(len(self._tensor(module, f"{name}.weight")), dtype=dtype, device=device)
+                     for name in names]  # fmt: skip
+            return self._ordered(parts[0] if len(parts) == 1 else torch.cat(parts), signed)
+
+        signed, device = not self.norms, self.example(module).device
+        C = self.channels
+        ours = {"kernel": kernel(self.x, slice(None, C), C)}
+        F = ours["kernel"].shape[-1] // self.G
+        ours["recurrent_kernel"] = kernel(self.h, slice(C, None), F)
+        if self.both and self.biases:
+            ours["bias"] = torch.stack([bias(self.x), bias(self.h, self.x)])
+        elif self.biases:
+            own = [bias(self.x)] if any(name in self.biases for name in self.x) else []
+            if any(name in self.biases for name in self.h if name not in self.x):
+                own.append(bias(self.h, self.x))
+            ours["bias"] = own[0] if len(own) == 1 else own[0] + own[1]
         if self.forget_bias:
-            F = ours["kernel"].shape[-1] // 4
-            added = torch.zeros(4, F, dtype=dtype, device=ours["kernel"].device)
+            added = torch.zeros(4, F, dtype=dtype, device=device)
             added[GATES.index("f")] = self.forget_bias
             ours["bias"] = ours.get("bias", 0) + added.flatten()
-        for gate, name, part, parts, convolved, bias in self.peepholes:
+        for gate, name, part, parts, convolved, biased in self.peepholes:
             ours[f"peephole.{gate}"] = _peephole(tensor(name), convolved, part, parts)
-            if bias:
+            if biased:
                 ours[f"peephole.bias_{gate}"] = tensor(name.removesuffix("weight") + "bias").chunk(parts)[part]
-        norms = {name: _ordered(tensor(theirs), self.order).movedim(0, -1) for name, theirs in self.norms}
+        norms = {name: self._ordered(torch.cat([tensor(one) for one in theirs]), not name.startswith("moving"))
+                 .movedim(0, -1) for name, theirs in self.norms}  # fmt: skip
         return ours | norms if self.epsilon is None else _folded(ours, norms, self.epsilon)
 
-
-def _ordered(tensor: Tensor, order: tuple[int, ...]) -> Tensor:
-    """Bring the gates on the first axis into our order."""
-    if order == (0, 1, 2, 3):
-        return tensor
-    blocks = tensor.chunk(4)
-    return torch.cat([blocks[index] for index in order])
-
-
-def _hwio(weight: Tensor) -> Tensor:
-    return weight.permute(2, 3, 1, 0)
+    def _ordered(self, tensor: Tensor, signed: bool) -> Tensor:
+        """Bring the gates on the first axis into our order and, if `signed`, with our sign."""
+        negated = signed and self.negated
+        if self.order == tuple(range(self.G)) and not negated:
+            return tensor
+        blocks = tensor.chunk(self.G)
+        ordered = [blocks[index] for index in self.order]
+        return torch.cat([-ordered[0], *ordered[1:]] if negated else ordered)
 
 
 def _peephole(tensor: Tensor, convolved: bool, part: int, parts: int) -> Tensor:
     if convolved:
-        return _hwio(tensor.chunk(parts)[part])
+        return tensor.chunk(parts)[part].permute(2, 3, 1, 0)
     block = tensor.reshape(tensor.shape[-3:]).chunk(parts)[part].movedim(0, -1)
     return block if block.shape[:2] != (1, 1) else block[0, 0]
 

@@ -1,24 +1,27 @@
-"""convlstm2d as an operator of PyTorch: autograd, torch.compile and torch.export know it; the numbers are ours.
+"""Our recurrences as operators of PyTorch: autograd, torch.compile and torch.export know them; the numbers are ours.
 
 What the way there saves lives as long as a tensor of one byte that it returns, whose address is the key to it. Where
 that tensor is lost or copied, as by checkpointing, hooks on saved tensors or another process, the way back takes the
 steps forward again from the inputs, which autograd keeps.
+
+Where nothing but autograd looks on, an operator is passed by: the dispatcher in Python takes longer than a small call.
+Weights that nothing is learnt of are brought into our arrangement once, and once more when they have changed.
 """
 
 from __future__ import annotations
 
 import json
 import weakref
-from collections.abc import Mapping, Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from fastclstm import functional
-from fastclstm.functional import ConvLSTMPullback
+from fastclstm.engines.remembered import immutable
 from fastclstm.nn.normalization import Normalization
-from fastclstm.spec import ConvLSTMSpec
+from fastclstm.spec import CELL_STATES, CellSpec, ConvLSTMSpec
 
 try:
     import torch
@@ -28,19 +31,52 @@ except ImportError as error:
 
 _is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # PyTorch before 2.7 has none
 
-_saved: dict[int, ConvLSTMPullback] = {}
+_saved: dict[int, Callable[..., Any]] = {}
 """The way back of each forward call whose byte is alive, by the byte's address."""
 
 
+class Weights(NamedTuple):
+    """A cell's weights as an operator takes them, and what they are made of."""
+
+    owner: torch.nn.Module | None
+    """Whose they are; None: of nobody who keeps them."""
+    key: Any
+    """Which of the owner's cells."""
+    tensors: list[Tensor]
+    make: Callable[[Any], dict[str, Tensor]]
+    """Return, in a dtype, "kernel", "recurrent_kernel", perhaps "bias", then the further ones in their order."""
+
+    def arrays(self, dtype: Any) -> dict[str, np.ndarray]:
+        """Return them as arrays that are the same, and known by engines, for as long as the tensors' values are."""
+        if self.owner is None:
+            return {name: _array(tensor) for name, tensor in self.make(dtype).items()}
+        made = _arranged.setdefault(self.owner, {})
+        found = made.get((self.key, dtype))
+        if found is None or not all(map(_same, found[0], self.tensors)):
+            with torch.no_grad():
+                copies = [tensor.detach().clone() for tensor in self.tensors]
+                arrays = {name: immutable(_array(tensor)) for name, tensor in self.make(dtype).items()}
+            found = made[self.key, dtype] = copies, arrays
+        return found[1]
+
+
+_arranged: weakref.WeakKeyDictionary[torch.nn.Module, dict[Any, tuple[list[Tensor], dict[str, np.ndarray]]]]
+_arranged = weakref.WeakKeyDictionary()
+"""Of a cell and a dtype the values that were arranged, and the arrays. Versions of tensors do not tell of ``data``."""
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
+
+
 class Arguments(NamedTuple):
-    """What the operator and its way back take: tensors that are channels-last, and how they are meant."""
+    """What an operator and its way back take: tensors that are channels-last, and how they are meant."""
 
     x: Tensor
     kernel: Tensor
     recurrent_kernel: Tensor
     bias: Tensor | None
-    h: Tensor | None
-    c: Tensor | None
+    states: tuple[Tensor | None, ...]
     mask: Tensor | None
     dropout_x: Tensor | None
     dropout_h: Tensor | None
@@ -49,15 +85,14 @@ class Arguments(NamedTuple):
     go_backwards: bool
     return_sequences: bool
 
-
-_SCHEMA = (
-    "Tensor x, Tensor kernel, Tensor recurrent_kernel, Tensor? bias, Tensor? h, Tensor? c, Tensor? mask, "
-    "Tensor? dropout_x, Tensor? dropout_h, Tensor[] further, str options, bool go_backwards, bool return_sequences"
-)
+    @property
+    def differentiable(self) -> tuple[Tensor | None, ...]:
+        """The tensors that there may be gradients of."""
+        return self.x, self.kernel, self.recurrent_kernel, self.bias, *self.states, *self.further
 
 
 def encode(further: Sequence[str], normalization: Normalization | None = None, **options: Any) -> str:
-    """Return options of `functional.convlstm2d_vjp` as the operator takes them.
+    """Return options of an operation's vjp, as of `functional.convlstm2d_vjp`, as its operator takes them.
 
     `further` names the weights of its list, as in "peephole.i" and "normalization_weights.gamma".
     """
@@ -66,100 +101,218 @@ def encode(further: Sequence[str], normalization: Normalization | None = None, *
     return json.dumps({"further": list(further), **options})
 
 
+def by(options: str, engine: str) -> str:
+    """Return encoded options with an engine."""
+    return json.dumps(json.loads(options) | {"engine": engine})
+
+
 @cache
-def _decode(options: str) -> tuple[list[tuple[str, str]], bool, dict[str, Any]]:
-    """Return the names of the further weights, whether to recompute, and the options of `functional.convlstm2d`."""
+def _decode(options: str) -> tuple[list[tuple[str, str]], dict[str, Any], dict[str, Any]]:
+    """Return the names of the further weights, the options of the vjp alone, and those of the operation."""
     known = json.loads(options)
     names = [(name.partition(".")[0], name.partition(".")[2]) for name in known.pop("further")]
     if known.get("normalization") is not None:
         known["normalization"] = Normalization(**known["normalization"])
-    return names, known.pop("recompute", False), known
+    return names, {"recompute": True} if known.pop("recompute", False) else {}, known
 
 
-def run(x: Tensor, weights: Mapping[str, Tensor], state: Any, options: str, *, mask: Tensor | None = None,
-        dropout: tuple[Tensor | None, Tensor | None] = (None, None), go_backwards: bool = False,
-        return_sequences: bool = True) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Run one cell over x (B, T, H, W, C): the output, the last h and the last c, as autograd follows them.
+class Operator:
+    """An operation over sequences as an operator of PyTorch, and its way back as another.
 
-    `weights` are of x's dtype: "kernel", "recurrent_kernel", perhaps "bias", then the further ones in their order.
+    ``forward(*arguments, save)`` returns the output, the last states and, with `save`, the byte that the way back
+    depends on; ``backward(saved, dy, *dstates, *arguments, input_gradient)`` pulls gradients back: of x if that is so,
+    of both kernels, then of those of bias, states and further weights that there are. `arguments` are those of
+    `Arguments`, the states one by one.
     """
-    further = [tensor for name, tensor in weights.items() if name not in ("kernel", "recurrent_kernel", "bias")]
-    h, c = state
-    differentiable = (x, h, c, *weights.values())
-    save = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in differentiable)
-    y, h, c, _ = convlstm2d(
-        x, weights["kernel"], weights["recurrent_kernel"], weights.get("bias"), h, c, mask, *dropout, further, options,
-        go_backwards, return_sequences, save and not _is_exporting(),
-    )  # fmt: skip
-    return y, h, c
+
+    def __init__(self, name: str, cell: str):
+        self.name, self.cell, self.states = name, cell, CELL_STATES[cell]
+        states = "".join(f"Tensor? {state}, " for state in self.states)
+        schema = (
+            f"Tensor x, Tensor kernel, Tensor recurrent_kernel, Tensor? bias, {states}Tensor? mask, "
+            "Tensor? dropout_x, Tensor? dropout_h, Tensor[] further, str options, bool go_backwards, "
+            "bool return_sequences"
+        )
+        outputs = "".join(f"Tensor {state}, " for state in self.states)
+        cotangents = "".join(f"Tensor? d{state}, " for state in self.states)
+        define = partial(torch.library.custom_op, mutates_args=())
+        self.forward: Any = define(
+            f"fastclstm::{name}", self._forward, schema=f"({schema}, bool save) -> (Tensor y, {outputs}Tensor saved)"
+        )
+        self.backward: Any = define(
+            f"fastclstm::{name}_backward",
+            self._backward,
+            schema=f"(Tensor saved, Tensor? dy, {cotangents}{schema}, bool input_gradient) -> Tensor[]",
+        )
+        self.forward.register_fake(self._outputs_of)
+        self.backward.register_fake(self._gradients_of)
+        self.forward.register_autograd(self._pulled, setup_context=self._kept)
+
+    def __call__(self, x: Tensor, weights: Weights, states: Sequence[Tensor | None], options: str, *,
+                 mask: Tensor | None = None, dropout: tuple[Tensor | None, Tensor | None] = (None, None),
+                 go_backwards: bool = False, return_sequences: bool = True) -> tuple[Tensor, ...]:  # fmt: skip
+        """Run one cell over x (B, T, H, W, C) in x's dtype: the output and the last states, as autograd follows."""
+        save = torch.is_grad_enabled() and any(
+            tensor is not None and tensor.requires_grad for tensor in (x, *states, *weights.tensors)
+        )
+        passed_by = _passed_by(x)
+        more = tuple(states), mask, *dropout
+        if passed_by and not save:
+            arrays: dict[str, Any] = dict(weights.arrays(x.dtype))
+            own = [arrays.pop(name, None) for name in ("kernel", "recurrent_kernel", "bias")]
+            call = Arguments._make((x, *own, *more, [*arrays.values()], options, go_backwards, return_sequences))
+            return tuple(map(_tensor, self._computed(call)))
+        tensors = weights.make(x.dtype)
+        kernels = [tensors.pop(name, None) for name in ("kernel", "recurrent_kernel", "bias")]
+        call = Arguments._make((x, *kernels, *more, [*tensors.values()], options, go_backwards, return_sequences))
+        if passed_by:
+            made: tuple[Tensor, ...] = _Eager.apply(self, call[9:], *self._flat(call)[: 7 + len(self.states)],
+                                                    *call.further)  # fmt: skip
+            return made
+        *outputs, _ = self.forward(*self._flat(call), save and not _is_exporting())
+        return tuple(outputs)
+
+    # Arguments
+
+    def _call(self, flat: Sequence[Any]) -> Arguments:
+        """Return the arguments that stand first in a list of them."""
+        stop = 4 + len(self.states)
+        return Arguments._make((*flat[:4], tuple(flat[4:stop]), *flat[stop : stop + 7]))
+
+    def _flat(self, call: Arguments) -> tuple[Any, ...]:
+        return (*call[:4], *call.states, *call[5:])
+
+    def _options(self, call: Arguments) -> dict[str, Any]:
+        """Return the options of the operation that a call means."""
+        names, _, options = _decode(call.options)
+        mappings: dict[str, dict[str, Any]] = {}
+        for (mapping, name), tensor in zip(names, call.further, strict=True):
+            mappings.setdefault(mapping, {})[name] = _array(tensor)
+        masks = {"x": _array(call.dropout_x), "h": _array(call.dropout_h)}
+        return options | mappings | {
+            "initial_state": tuple(map(_array, call.states)),
+            "mask": _array(call.mask),
+            "dropout_masks": {name: mask for name, mask in masks.items() if mask is not None} or None,
+            "go_backwards": call.go_backwards,
+            "return_sequences": call.return_sequences,
+            "return_state": True,
+        }  # fmt: skip
+
+    # What is computed
+
+    def _forward(self, *flat: Any) -> tuple[Tensor, ...]:
+        call = self._call(flat)
+        if flat[-1]:
+            outputs, pullback = self._vjp(call)
+            byte = _keep(pullback)
+        else:
+            outputs = self._computed(call)
+            byte = torch.zeros(1, dtype=torch.uint8)
+        return (*map(_tensor, outputs), byte)
+
+    def _computed(self, call: Arguments) -> Any:
+        return getattr(functional, self.name)(*map(_array, call[:4]), **self._options(call))
+
+    def _vjp(self, call: Arguments) -> Any:
+        own = _decode(call.options)[1]
+        return getattr(functional, f"{self.name}_vjp")(*map(_array, call[:4]), **self._options(call), **own)
+
+    def _backward(self, saved: Tensor, *flat: Any) -> list[Tensor]:
+        count = 1 + len(self.states)
+        cotangents, call, input_gradient = flat[:count], self._call(flat[count:]), flat[-1]
+        pullback = _saved.get(saved.data_ptr())
+        if pullback is None:
+            _, pullback = self._vjp(call)
+        gradients = pullback(tuple(map(_array, cotangents)), input_gradient=input_gradient)
+        pulled = [gradients["x"]] if input_gradient else []
+        pulled += [gradients["kernel"], gradients["recurrent_kernel"]]
+        pulled += [gradients["bias"]] if call.bias is not None else []
+        given = zip(call.states, gradients.get("initial_state", ()), strict=False)
+        pulled += [gradient for state, gradient in given if state is not None]
+        pulled += [gradients[mapping][name] for mapping, name in _decode(call.options)[0]]
+        return list(map(_tensor, pulled))
+
+    # What tracing needs to know
+
+    def _outputs_of(self, *flat: Any) -> tuple[Tensor, ...]:
+        call = self._call(flat)
+        known = _decode(call.options)[2]
+        names = ("strides", "padding", "padding_mode", "dilation", "recurrent_dilation")
+        geometry = {name: known[name] for name in names if name in known}
+        shapes = call.x.shape, call.kernel.shape, call.recurrent_kernel.shape
+        spec = _spec(self, shapes, return_sequences=call.return_sequences, **geometry)
+        made = (spec.output_shape, *(spec.state_shape for _ in self.states))
+        return (*map(call.x.new_empty, made), torch.empty(1, dtype=torch.uint8, device="cpu"))
+
+    def _gradients_of(self, _: Tensor, *flat: Any) -> list[Tensor]:
+        call = self._call(flat[1 + len(self.states) :])
+        wanted = call.differentiable[0 if flat[-1] else 1 :]
+        return [tensor.new_empty(tensor.shape) for tensor in wanted if tensor is not None]
+
+    # What autograd needs to know
+
+    def _kept(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        call = self._call(inputs)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(output[-1], *inputs[: 7 + len(self.states)], *call.further)
+        ctx.plain = call[9:]
+
+    def _pulled(self, ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
+        named, further = self._gradients(self.backward, ctx, cotangents[:-1], ctx.needs_input_grad[0])
+        return *named, None, None, None, further, None, None, None, None
+
+    def _gradients(self, backward: Any, ctx: Any, cotangents: Any, input_gradient: bool) -> tuple[Any, list[Tensor]]:
+        """Return gradients of x, kernels, bias and states, None where there is none, and of the further weights."""
+        saved, *tensors = ctx.saved_tensors
+        count = 7 + len(self.states)
+        call = self._call((*tensors[:count], tensors[count:], *ctx.plain))
+        pulled = iter(backward(saved, *cotangents, *self._flat(call), input_gradient))
+        wanted = (call.x if input_gradient else None, *call.differentiable[1 : 4 + len(self.states)])
+        return [None if tensor is None else next(pulled) for tensor in wanted], list(pulled)
 
 
-@torch.library.custom_op(
-    "fastclstm::convlstm2d",
-    mutates_args=(),
-    schema=f"({_SCHEMA}, bool save) -> (Tensor y, Tensor h, Tensor c, Tensor saved)",
-)
-def convlstm2d(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute the output, the last states and, with `save`, the byte that the way back depends on."""
-    *given, save = arguments
-    call = Arguments(*given)
-    if save:
-        outputs, pullback = _forward(call)
-        byte = _keep(pullback)
-    else:
-        outputs = functional.convlstm2d(*_positional(call), **_options(call))
-        byte = torch.zeros(1, dtype=torch.uint8)
-    y, h, c = map(_tensor, outputs)
-    return y, h, c, byte
+class _Eager(torch.autograd.Function):
+    """What an operator does, for autograd alone."""
+
+    @staticmethod
+    def forward(ctx: Any, operator: Operator, plain: tuple[Any, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        count = 7 + len(operator.states)
+        *outputs, byte = operator._forward(*tensors[:count], tensors[count:], *plain, True)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(byte, *tensors)
+        ctx.operator, ctx.plain = operator, plain
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
+        operator = ctx.operator
+        pull = (
+            operator.backward if torch.is_grad_enabled() else operator._backward
+        )  # which refuses to be differentiated
+        named, further = operator._gradients(pull, ctx, cotangents, ctx.needs_input_grad[2])
+        return None, None, *named, None, None, None, *further
 
 
-@torch.library.custom_op(
-    "fastclstm::convlstm2d_backward",
-    mutates_args=(),
-    schema=f"(Tensor saved, Tensor? dy, Tensor? dh, Tensor? dc, {_SCHEMA}) -> Tensor[]",
-)
-def convlstm2d_backward(saved: Tensor, dy: Tensor | None, dh: Tensor | None, dc: Tensor | None, *arguments: Any) -> Any:
-    """Pull gradients back: of x, both kernels, then of those of bias, h, c and the further weights that there are."""
-    call = Arguments(*arguments)
-    pullback = _saved.get(saved.data_ptr())
-    if pullback is None:
-        _, pullback = _forward(call)
-    gradients = pullback((_array(dy), _array(dh), _array(dc)))
-    pulled = [gradients["x"], gradients["kernel"], gradients["recurrent_kernel"]]
-    pulled += [gradients["bias"]] if call.bias is not None else []
-    given = zip((call.h, call.c), gradients.get("initial_state", ()), strict=False)
-    pulled += [gradient for state, gradient in given if state is not None]
-    pulled += [gradients[mapping][name] for mapping, name in _decode(call.options)[0]]
-    return list(map(_tensor, pulled))
+def _passed_by(x: Tensor) -> bool:
+    """Whether nobody but autograd follows what is done with a tensor: no compiler, no mode, no transformation."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) in (Tensor, torch.nn.Parameter)
+        and x.is_cpu
+        and not torch.jit.is_tracing()
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._are_functorch_transforms_active()
+    )
 
 
-def _forward(call: Arguments) -> tuple[Any, ConvLSTMPullback]:
-    _, recompute, _ = _decode(call.options)
-    return functional.convlstm2d_vjp(*_positional(call), recompute=recompute, **_options(call))
+def _spec(operator: Operator, shapes: tuple[Any, ...], **geometry: Any) -> ConvLSTMSpec | CellSpec:
+    if operator.cell == "lstm":
+        return ConvLSTMSpec.infer(*shapes, activation=None, recurrent_activation=None, output_activation=None,
+                                  **geometry)  # fmt: skip
+    return CellSpec.infer(operator.cell, *shapes, activation=None, op=operator.name, **geometry)
 
 
-def _positional(call: Arguments) -> tuple[Any, ...]:
-    return _array(call.x), _array(call.kernel), _array(call.recurrent_kernel), _array(call.bias)
-
-
-def _options(call: Arguments) -> dict[str, Any]:
-    """Return the options of `functional.convlstm2d` that a call means."""
-    names, _, options = _decode(call.options)
-    mappings: dict[str, dict[str, Any]] = {}
-    for (mapping, name), tensor in zip(names, call.further, strict=True):
-        mappings.setdefault(mapping, {})[name] = _array(tensor)
-    masks = {"x": _array(call.dropout_x), "h": _array(call.dropout_h)}
-    return options | mappings | {
-        "initial_state": (_array(call.h), _array(call.c)),
-        "mask": _array(call.mask),
-        "dropout_masks": {name: mask for name, mask in masks.items() if mask is not None} or None,
-        "go_backwards": call.go_backwards,
-        "return_sequences": call.return_sequences,
-        "return_state": True,
-    }  # fmt: skip
-
-
-def _keep(pullback: ConvLSTMPullback) -> Tensor:
+def _keep(pullback: Callable[..., Any]) -> Tensor:
     """Return a byte as long as whose memory is alive `pullback` is found under its address."""
     memory = np.zeros(1, np.uint8)
     byte = torch.from_numpy(memory)
@@ -169,55 +322,35 @@ def _keep(pullback: ConvLSTMPullback) -> Tensor:
     return byte
 
 
-def _array(tensor: Tensor | None) -> Any:
-    """Return a tensor as NumPy's array of the same memory, in C order; one on a GPU as a tensor without a graph."""
-    if tensor is None:
-        return None
-    plain = tensor.detach().contiguous()
-    return plain.numpy() if plain.device.type == "cpu" else plain
+def _array(tensor: Tensor | np.ndarray | None) -> Any:
+    """Return a tensor as NumPy's array of the same memory; one on a GPU as a tensor without a graph, in C order."""
+    if tensor is None or isinstance(tensor, np.ndarray):
+        return tensor
+    plain = tensor.detach()
+    return plain.numpy() if plain.device.type == "cpu" else plain.contiguous()
+
+
+def contiguous(tensor: Tensor) -> Tensor:
+    """Return a tensor in C order: by NumPy, as PyTorch's threads would spin beside ours for a while."""
+    if tensor.is_contiguous() or not _passed_by(tensor):
+        return tensor.contiguous()
+    copied: Tensor = _Copied.apply(tensor)
+    return copied
+
+
+class _Copied(torch.autograd.Function):
+    @staticmethod
+    def forward(_: Any, tensor: Tensor) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(tensor.numpy()))
+
+    @staticmethod
+    def backward(_: Any, dy: Tensor) -> Tensor:
+        return dy
 
 
 def _tensor(array: Any) -> Tensor:
     return torch.from_numpy(array) if isinstance(array, np.ndarray) else array
 
 
-# What tracing needs to know
-
-
-@convlstm2d.register_fake
-def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    call = Arguments(*arguments[:-1])
-    known = _decode(call.options)[2]
-    names = ("strides", "padding", "padding_mode", "dilation", "recurrent_dilation")
-    spec = ConvLSTMSpec.infer(
-        call.x.shape, call.kernel.shape, call.recurrent_kernel.shape, return_sequences=call.return_sequences,
-        activation=None, recurrent_activation=None, output_activation=None,
-        **{name: known[name] for name in names if name in known},
-    )  # fmt: skip
-    y, h, c = (call.x.new_empty(shape) for shape in (spec.output_shape, spec.state_shape, spec.state_shape))
-    return y, h, c, torch.empty(1, dtype=torch.uint8, device="cpu")
-
-
-@convlstm2d_backward.register_fake
-def _(saved: Tensor, dy: Tensor | None, dh: Tensor | None, dc: Tensor | None, *arguments: Any) -> list[Tensor]:
-    call = Arguments(*arguments)
-    given = (call.x, call.kernel, call.recurrent_kernel, call.bias, call.h, call.c, *call.further)
-    return [tensor.new_empty(tensor.shape) for tensor in given if tensor is not None]
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    call = Arguments(*inputs[:-1])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[-1], *call[:9], *call.further)
-    ctx.plain = call[10:]
-
-
-def _backward(ctx: Any, dy: Tensor | None, dh: Tensor | None, dc: Tensor | None, _: Any) -> tuple[Any, ...]:
-    saved, *tensors = ctx.saved_tensors
-    call = Arguments(*tensors[:9], tensors[9:], *ctx.plain)  # type: ignore[call-arg]
-    pulled = iter(convlstm2d_backward(saved, dy, dh, dc, *call))
-    named = [None if tensor is None else next(pulled) for tensor in call[:6]]
-    return *named, None, None, None, list(pulled), None, None, None, None
-
-
-convlstm2d.register_autograd(_backward, setup_context=_setup_context)
+OPERATORS = {name: Operator(name, cell) for name, cell in
+             {"convlstm2d": "lstm", "convgru2d": "gru", "convrnn2d": "rnn"}.items()}  # fmt: skip

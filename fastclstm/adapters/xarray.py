@@ -109,7 +109,8 @@ def forecast(
         An EncoderForecaster, or any that returns the next frame, of all steps or of the last; then each frame made is
         appended to those before it.
     frames, time, space, channel, missing
-        As of `apply`; of a Dask array the samples may have chunks: time and space are brought into one each.
+        As of `apply`; of a Dask array the samples may have chunks, and space for an EncoderForecaster of one scale, in
+        whole patches; else time and space are brought into one each.
     steps : int
 
     Raises
@@ -134,13 +135,10 @@ def forecast(
     coords = axes.following(frames, steps)
     data, _, seen = _read(op, axes.data(frames), missing, hides=False)
     if _is_lazy(data):
-        from dask.array import map_blocks
+        from fastclstm.adapters.xarray_blocks import over_forecasts
 
-        data = data.rechunk(dict.fromkeys(range(data.ndim - 4, data.ndim), -1))
         dtype = next(iter(network.parameters.values())).dtype
-        chunks = (*data.chunks[:-4], (steps,), *data.chunks[-3:])
-        values = map_blocks(_foretell, data, network=network, steps=steps, dtype=dtype, chunks=chunks,
-                            meta=np.empty((0,) * data.ndim, dtype))  # fmt: skip
+        values = over_forecasts(op, network, data, steps, _foretell, dtype)
     else:
         values = _foretell(data, network=network, steps=steps)
     return axes.made(frames, values if seen is None else _where(seen, values), 4, coords)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -101,7 +102,7 @@ def convlstm2d(
         As in `conv2d`. On the cpu each convolution has an algorithm of its own where that pays by an estimate: where
         x and h differ in kernel size, stride or dilation, so that Winograd's transforms fit only one or each alone, and
         where frames are small and channels many. Then x is convolved ahead of the steps, some of them at once, into up
-        to 8 MB (at least a step of one image, 4·HO·WO·F numbers). Else one sum goes over both. "winograd" takes the
+        to 4 MB (at least a step of one image, 4·HO·WO·F numbers). Else one sum goes over both. "winograd" takes the
         transforms wherever they fit, for h always; "auto" the cheapest. The length of the sequence changes neither
         choice, nor "winograd" the size of the batch.
 
@@ -294,6 +295,40 @@ def _check_options(op: str, options: Mapping[str, Any], *fixed: str) -> None:
         raise TypeError(f"{op}: unknown option {unknown[0]!r}; the options are {', '.join(sorted(known))}")
 
 
+def _spec_of(
+    shapes: dict[str, Any], by_name: dict[str, Any], functions: dict[str, Any], normalization: Any,
+    geometry: dict[str, Any],
+) -> ConvLSTMSpec:  # fmt: skip
+    """Check a call's shapes and options; where these are plain, once for all calls of one form."""
+    how = None if normalization is None else normalizations.get(normalization)
+    found: dict[str, Any] = {name: activations.get(value) for name, value in functions.items()}
+    known = all(activations.TABLE.get(function.name) is function for function in found.values())
+    if not known or not all(map(_is_plain, geometry.values())):
+        return ConvLSTMSpec.infer(**shapes, **by_name, **found, normalization=how, **geometry)
+    names = tuple(function.name for function in found.values())
+    mappings = tuple(None if of is None else tuple(of.items()) for of in by_name.values())
+    arguments = (*shapes, *by_name, *functions, *geometry)
+    return _known_spec(arguments, tuple(shapes.values()), mappings, names, how, tuple(geometry.values()),
+                       repr(geometry))  # fmt: skip
+
+
+@lru_cache(maxsize=256)
+def _known_spec(
+    arguments: tuple[str, ...], shapes: Any, mappings: Any, names: tuple[str, ...], normalization: Any, options: Any,
+    told: str,
+) -> ConvLSTMSpec:  # fmt: skip
+    """Do it for what can be compared; told: the options as a text, in which True is not 1."""
+    by_name = (None if of is None else dict(of) for of in mappings)
+    values = (*shapes, *by_name, *map(activations.get, names), *options)
+    return ConvLSTMSpec.infer(**dict(zip(arguments, values, strict=True)), normalization=normalization)
+
+
+def _is_plain(value: Any) -> bool:
+    """Return whether a text tells all of an option."""
+    return value is None or type(value) in (bool, int, float, str) or (
+        type(value) is tuple and all(map(_is_plain, value)))  # fmt: skip
+
+
 class ConvLSTMCall:
     """One validated call of `convlstm2d`: its engine, geometry and native arrays."""
 
@@ -318,24 +353,13 @@ class ConvLSTMCall:
         normalizers = read_mapping(op, "normalization_weights", normalization_weights, self.read)
         dropouts = read_mapping(op, "dropout_masks", dropout_masks, self.read)
         mask = None if mask is None else self.read("mask", mask)
-        shapes = {name: array.shape for name, array in arrays.items()}
-        self.spec = ConvLSTMSpec.infer(
-            x_shape=shapes["x"],
-            kernel_shape=shapes["kernel"],
-            recurrent_kernel_shape=shapes["recurrent_kernel"],
-            bias_shape=shapes.get("bias"),
-            h_shape=shapes.get("h"),
-            c_shape=shapes.get("c"),
-            peephole_shapes=shapes_of(peepholes),
-            normalization_shapes=shapes_of(normalizers),
-            dropout_shapes=shapes_of(dropouts),
-            normalization=None if normalization is None else normalizations.get(normalization),
-            mask_shape=None if mask is None else mask.shape,
-            activation=activations.get(activation),
-            recurrent_activation=activations.get(recurrent_activation),
-            output_activation=activations.get(activation if output_activation is None else output_activation),
-            **geometry,
-        )
+        shapes = {f"{name}_shape": array.shape for name, array in arrays.items()}
+        shapes |= {} if mask is None else {"mask_shape": mask.shape}
+        by_name = {"peephole_shapes": shapes_of(peepholes), "normalization_shapes": shapes_of(normalizers),
+                   "dropout_shapes": shapes_of(dropouts)}  # fmt: skip
+        functions = {"activation": activation, "recurrent_activation": recurrent_activation,
+                     "output_activation": activation if output_activation is None else output_activation}  # fmt: skip
+        self.spec = _spec_of(shapes, by_name, functions, normalization, geometry)
         mappings = peepholes, normalizers, dropouts
         self.dtype = dispatch.working_dtype(
             *arrays.values(), *(a for named in mappings for a in (named or {}).values())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import itertools
+import os
 import shutil
 import subprocess
 import tempfile
@@ -38,8 +39,13 @@ needs_compiler = pytest.mark.skipif(compiler() is None, reason="no C++ compiler 
 
 
 @cache
-def _folder():
+def _own_folder():
     return tempfile.TemporaryDirectory(prefix="fastclstm-emulator-")
+
+
+def folder():
+    """Folder of compiled kernels: tests/conftest.py puts in its place one that several processes of a run share."""
+    return Path(_own_folder().name)
 
 
 class Memory:
@@ -200,8 +206,14 @@ class EmulatedDevice(Device):
 def _library(source, macros):
     """Compile csrc/`source` for the processor and load it."""
     digest = hashlib.sha256(repr((source, macros)).encode()).hexdigest()[:16]
-    path = Path(_folder().name) / f"{Path(source).stem}-{digest}.so"
-    main = path.with_suffix(".cpp")
+    path = folder() / f"{Path(source).stem}-{digest}.so"
+    if not path.exists():
+        _compile(source, macros, path)
+    return ctypes.CDLL(str(path))
+
+
+def _compile(source, macros, path):
+    main, made = (path.with_suffix(f".{os.getpid()}{suffix}") for suffix in (".cpp", ".so"))
     text = f'#include "{SOURCES / source}"\n'
     for name in _kernel_names(source):
         text += f"EMULATE({name})\n"
@@ -209,10 +221,10 @@ def _library(source, macros):
     command = [compiler(), "-std=c++17", "-O1", "-march=native", "-fPIC", "-shared", "-fno-strict-aliasing",
                "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas", "-DFASTCLSTM_EMULATOR", f"-I{SOURCES}",
                "-include", str(HEADER), *[f"-D{name}={value}" for name, value in macros],
-               str(main), "-o", str(path)]  # fmt: skip
+               str(main), "-o", str(made)]  # fmt: skip
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    return ctypes.CDLL(str(path))
+    made.replace(path)  # another process may have made it meanwhile, or load it
 
 
 def _kernel_names(source):

@@ -13,11 +13,12 @@ from fastclstm.engines.cpu.kernels import gates
 from fastclstm.engines.cpu.kernels.schedule import NOTHING, Slots
 from fastclstm.spec import ConvLSTMSpec
 
-AHEAD_BYTES = 8 << 20
+AHEAD_BYTES = 4 << 20
 """Size of what x gives the pre-activations before the steps, at most; but one step of one image always has it.
 
 Of 1 to 32 MB 4 to 8 were the fastest, or within 2 %, in each of seven cells; 32 MB took 4 to 15 % longer (Emerald
-Rapids, 2 MB of L2), 1 MB up to 7 %.
+Rapids, 2 MB of L2), 1 MB up to 7 %. Of half to 8 MB 4 were the fastest, or within 2 %, in eight of ten: five cells, on
+one and two threads (Zen 4, 1 MB of L2).
 """
 
 

@@ -153,6 +153,7 @@ def is_planar(specs: tuple[ConvSpec, ...], tile: Tile | None, itemsize: int, gat
     return planar_cost(specs, tile, itemsize, gates) <= cost(specs, tile, itemsize, gates)
 
 
+@lru_cache(maxsize=512)
 def plan(
     specs: tuple[ConvSpec, ...], tile: Tile | None, finish: str, groups: int, itemsize: int, threads: int,
     planar: bool | None = None,
@@ -271,7 +272,6 @@ def planar_cost(specs: tuple[ConvSpec, ...], tile: Tile | None, itemsize: int, g
 # ------------------------------------------------------------------------------------------------- direct convolution
 
 
-@lru_cache(maxsize=256)
 def direct_plan(specs: tuple[ConvSpec, ...], finish: str, groups: int, itemsize: int, threads: int) -> Plan:
     """Plan the sum of the convolutions `specs` (same output grid, own inputs) for a number of groups and threads."""
     B, HO, WO = specs[0].B, specs[0].HO, specs[0].WO
@@ -377,7 +377,6 @@ def tile_sources(specs: tuple[ConvSpec, ...], tile: Tile, *, hidden: bool = Fals
     return np.array(sources, SOURCE)
 
 
-@lru_cache(maxsize=256)
 def winograd_plan(
     specs: tuple[ConvSpec, ...], tile: Tile, finish: str, groups: int, itemsize: int, threads: int
 ) -> Plan:
@@ -458,7 +457,6 @@ BLOCK_VECTORS = 16
 """Vectors of tiles of a block, about, at most."""
 
 
-@lru_cache(maxsize=256)
 def planar_plan(specs: tuple[ConvSpec, ...], tile: Tile | None, finish: str, itemsize: int, threads: int) -> Plan:
     """Plan the sum of the convolutions `specs` (same output grid, own inputs), a tile in each lane of a vector."""
     spec, lanes = specs[0], simd.lanes(itemsize)

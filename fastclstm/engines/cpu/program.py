@@ -71,7 +71,9 @@ class Program:
             a if isinstance(a, Table) else table(a[:1] if a.dtype.names and a.ndim == 1 else a[0]) for a in arguments
         ]
         address, _ = kernel.function(variant, tables)
-        jobs = np.tile(np.array(threads.job_of(tables), np.int64), (self.steps, 1))
+        job = threads.job_of(tables)
+        jobs = np.empty((self.steps, len(job)), np.int64)
+        jobs[:] = job
         jobs[:, NESTED] = 1
         at = HEADER
         for argument, one in zip(arguments, tables, strict=True):

@@ -290,7 +290,7 @@ class _Cell:
         masked: h as the gates see it, each step's in the same memory; fresh: at the first step h is zeros. What is
         returned tells afterwards which images (B,) must be done again directly.
         """
-        B, team = self.spec.B, launch.team_size(sum(spec.with_batch(self.spec.B).flops for spec in self.specs))
+        B, team = self.spec.B, min(self.team, max(1, sum(spec.flops for spec in self.specs) // launch.SERIAL_FLOPS))
         if self.joint:
             first = np.zeros(len(ts), np.int64)
             first[0] = fresh

@@ -137,10 +137,15 @@ def _launch(spec: ConvLSTMSpec, saved: Saved, kept: Kept, gradients: _Gradients)
     pixels, frame = spec.B * spec.HO * spec.WO, spec.HO * spec.WO * spec.F
     frame_z, last = dz.size // (spec.B * spec.T), spec.T - 1
     h = kept.h or (kept.c if saved.peephole is None else empty_states(device, spec, spec.F, dtype))
-    tiling = choice.choose(kind, dtype, device, pixels, spec.F)
+    depth = spec.recurrent.KH * spec.recurrent.KW * dz.shape[-1]
+    tiling = choice.choose(kind, dtype, device, pixels, spec.F, depth=depth)
     frames = product.transposed_frames(device, spec.recurrent, dz, tiling.depth, stride=spec.T * frame_z,
                                        channels=dz.shape[-1])  # fmt: skip
     weights = product.pack(device, tiling, (saved.recurrent_kernel,), [frames], spec.F, transposed=True)
+    shares = choice.shares(tiling, dtype, device, pixels, spec.F, frames.blocks)
+    of_step, partial = tiling, None
+    if shares > 1:  # then a step multiplies nothing, and has the more threads the smaller its tiles are
+        of_step, partial = product.tilings(kind, dtype.itemsize)[-1], device.empty((shares, *spec.state_shape), dtype)
     dc_states = [device.empty(spec.state_shape, dtype) for _ in range(min(2, spec.T))]
     carries: Pair = (None, None)
     if saved.mask is not None:
@@ -159,10 +164,15 @@ def _launch(spec: ConvLSTMSpec, saved: Saved, kept: Kept, gradients: _Gradients)
         now: tuple[DeviceArray | None, int] = (dy, frame) if t == last else (None, frame)
         if spec.return_sequences and dy is not None:
             now = offset(dy, t * frame), spec.T * frame
+        dz_after = offset(dz, after * frame_z)
+        dh, dh_shares = (gradients.h, 1) if t == last else (partial, shares)
+        if t < last and partial is not None:
+            product.launch_conv2d(device, tiling, replace(frames, data=dz_after), weights,
+                                  (pixels, spec.HO, spec.WO), spec.F, partial, shares=shares)  # fmt: skip
         product.multiply(
-            device, "convlstm2d_step_backward", tiling, macros, pixels, spec.F,
-            offset(dz, after * frame_z), *(none if t == last else rest), weights, *common, *strided(now),
-            gradients.h if t == last else None, gradients.c if t == last else dc_states[(t + 1) % 2], *carries,
+            device, "convlstm2d_step_backward", of_step, macros, pixels, spec.F,
+            dz_after, *(rest if t < last and partial is None else none), weights, *common, *strided(now),
+            dh, np.int32(dh_shares), gradients.c if t == last else dc_states[(t + 1) % 2], *carries,
             dc_states[t % 2], offset(dz, source * frame_z), kept.c.before(source), c_stride,
             None if t == last or kept.h is not None else h.after(source), h_stride,
             *peepholes, None if saved.mask is None else offset(saved.mask, source), *cell,

@@ -18,28 +18,67 @@ BYTES = 24
 BESIDE = 0.25
 """The share of the shorter of computing and fetching that does not hide behind the longer. A guess, too."""
 
+FEWEST_BLOCKS = 8
+"""Of depth in a share: fewer do not hide that the first ones are waited for."""
+
+MOST_SHARES = 16
+
+LAUNCH = 3000
+"""Clocks that one more launch, which adds shares, takes. A guess, too."""
+
 SUBCORES = 4
 """Of a multiprocessor: so many warps are needed to use all of it."""
 
 
-def choose(kind: int, dtype: np.dtype, device: Device, pixels: int, columns: int) -> Tiling:
+def choose(
+    kind: int, dtype: np.dtype, device: Device, pixels: int, columns: int, *, depth: int | None = None
+) -> Tiling:  # fmt: skip
     """Return the fastest tiling that works, of those that compute least in vain beside the columns.
 
-    Of equals the larger. Those of wgmma are for the architecture that has it.
+    Of equals the larger. Those of wgmma are for the architecture that has it. With `depth`, its number of steps, it may
+    be cut into `shares`.
     """
     candidates = product.tilings(kind, dtype.itemsize)
     most = product.WASTE * min(tiling.padded(columns) for tiling in candidates)
     if device.architecture == product.WARPGROUPS:
         candidates = product.warpgroup_tilings(kind) + candidates
-    fitting = [tiling for tiling in candidates if tiling.padded(columns) <= most]
-    fitting.sort(key=lambda tiling: clocks(tiling, dtype, device.multiprocessors, pixels, columns))
+
+    def time(tiling: Tiling) -> float:
+        if depth is None:
+            return clocks(tiling, dtype, device.multiprocessors, pixels, columns)
+        blocks = -(-depth // tiling.depth)
+        count = shares(tiling, dtype, device, pixels, columns, blocks)
+        return clocks_of_shares(tiling, dtype, device.multiprocessors, pixels, columns, blocks, count)
+
+    fitting = sorted((tiling for tiling in candidates if tiling.padded(columns) <= most), key=time)
     return next(tiling for tiling in fitting if not tiling.on_warpgroups or wgmma.works(device, tiling))
 
 
-def clocks(tiling: Tiling, dtype: np.dtype, multiprocessors: int, pixels: int, columns: int) -> float:
+def shares(tiling: Tiling, dtype: np.dtype, device: Device, pixels: int, columns: int, blocks: int) -> int:
+    """Return into how many shares the `blocks` of depth are best cut: some, where rows and columns make few tiles."""
+
+    def time(count: int) -> float:
+        return clocks_of_shares(tiling, dtype, device.multiprocessors, pixels, columns, blocks, count)
+
+    best = min(range(1, max(1, min(MOST_SHARES, blocks // FEWEST_BLOCKS)) + 1), key=time)
+    return -(-blocks // -(-blocks // best))  # none is empty
+
+
+def clocks_of_shares(
+    tiling: Tiling, dtype: np.dtype, multiprocessors: int, pixels: int, columns: int, blocks: int, count: int
+) -> float:  # fmt: skip
+    """Return about how many clocks a product takes whose depth is cut into shares, with adding them."""
+    multiplying = clocks(tiling, dtype, multiprocessors, pixels, columns, count) * -(-blocks // count) * tiling.depth
+    written = pixels * columns * dtype.itemsize / (multiprocessors * BYTES)
+    return multiplying + (LAUNCH + 2 * count * written if count > 1 else 0)
+
+
+def clocks(
+    tiling: Tiling, dtype: np.dtype, multiprocessors: int, pixels: int, columns: int, shares: int = 1
+) -> float:  # fmt: skip
     """Return about how many clocks a step of depth takes: of the blocks of the multiprocessor that has most of them."""
     down, across = tiling.grid(pixels, columns)
-    blocks = -(-down * across // multiprocessors)
+    blocks = -(-down * across * shares // multiprocessors)
     itemsize = product.operand_type(tiling.kind, dtype).itemsize
     rate = RATES[tiling.kind] * (2 if tiling.on_warpgroups else 1) * (0.5 if dtype == np.float64 else 1)
     idle = max(1, SUBCORES / (tiling.threads // 32 * blocks))

@@ -78,9 +78,14 @@ def input_gradient(
     device, dtype = kernel.device, kernel.dtype
     pixels = spec.B * spec.H * spec.W
     dx = device.empty((spec.B, spec.H, spec.W, spec.C), dtype)
-    tiling = choice.choose(kind, dtype, device, pixels, spec.C)
-    frames = product.transposed_frames(device, spec, dy, tiling.depth, stride=stride,
-                                       channels=product.operand_channels(kind, spec.F))  # fmt: skip
+    channels = product.operand_channels(kind, spec.F)
+    tiling = choice.choose(kind, dtype, device, pixels, spec.C, depth=spec.KH * spec.KW * channels)
+    frames = product.transposed_frames(device, spec, dy, tiling.depth, stride=stride, channels=channels)
     weights = product.pack(device, tiling, (kernel,), [frames], spec.C, transposed=True)
-    product.launch_conv2d(device, tiling, frames, weights, (pixels, spec.H, spec.W), spec.C, dx, residual=residual)
+    shares = choice.shares(tiling, dtype, device, pixels, spec.C, frames.blocks)
+    partial = dx if shares == 1 else device.empty((shares, *dx.shape), dtype)
+    product.launch_conv2d(device, tiling, frames, weights, (pixels, spec.H, spec.W), spec.C, partial,
+                          residual=residual, shares=shares)  # fmt: skip
+    if shares > 1:
+        product.add_shares(device, partial, None, dx)
     return dx

@@ -284,12 +284,14 @@ def convert(device: Device, kind: int, x: DeviceArray, padded: int, to: DeviceAr
 
 
 def multiply(
-    device: Device, name: str, tiling: Tiling, macros: dict[str, int | str], pixels: int, columns: int, *arguments: Any
-) -> None:
-    """Launch a kernel of csrc/gemm.cu over its tiles."""
+    device: Device, name: str, tiling: Tiling, macros: dict[str, int | str], pixels: int, columns: int,
+    *arguments: Any, shares: int = 1,
+) -> None:  # fmt: skip
+    """Launch a kernel of csrc/gemm.cu over its tiles, for each share of the depth."""
     check_pixels(pixels)
     kernel = device.kernel("gemm.cu", name, {**macros, **dict(tiling.macros)})
-    device.launch(kernel, tiling.grid(pixels, columns), (tiling.threads,), tiling.shared_bytes, *arguments)
+    grid = *tiling.grid(pixels, columns), shares
+    device.launch(kernel, grid, (tiling.threads,), tiling.shared_bytes, *arguments)
 
 
 def convolve(
@@ -309,10 +311,22 @@ def convolve(
 def launch_conv2d(
     device: Device, tiling: Tiling, frames: Frames, weights: DeviceArray, grid: tuple[int, int, int],
     filters: int, y: DeviceArray, *, bias: DeviceArray | None = None, residual: DeviceArray | None = None,
+    shares: int = 1,
 ) -> None:  # fmt: skip
-    """Write frames times packed weights, plus `bias` and `residual`, to y; `grid`: its pixels, rows, columns."""
+    """Write frames times packed weights, plus `bias` and `residual`, to y; `grid`: its pixels, rows, columns.
+
+    With `shares`, no more than blocks of depth, y is (shares, …): the sums of each, bias and residual in the first.
+    """
+    share = -(-frames.blocks // shares)
     multiply(device, "conv2d", tiling, {"REAL": real(y.dtype), "STANDARD": 1}, grid[0], filters, *frames.arguments(),
-             weights, *int32(tiling.padded(filters), *grid), bias, residual, y, np.int32(filters))  # fmt: skip
+             weights, *int32(tiling.padded(filters), *grid), bias, residual, y, *int32(filters, share),
+             shares=shares)  # fmt: skip
+
+
+def add_shares(device: Device, partial: DeviceArray, more: DeviceArray | None, to: DeviceArray) -> None:
+    """Write the sum of partial (shares, …), added in this order, plus `more`, to an array."""
+    add = device.kernel("elementwise.cu", "add_products", element_macros(to.dtype))
+    over(device, add, to.size, partial, np.int32(partial.shape[0]), np.int64(to.size), more, to)
 
 
 def check_pixels(count: int) -> None:

@@ -44,8 +44,7 @@ def weight_gradient(
                   np.int32(inner), np.int64(outer_stride), mask, dy,
                   *int32(dy_channels, pixels, spec.HO, spec.WO, rows, spec.C, spec.F, share), partial)  # fmt: skip
     dkernel = device.empty((spec.KH, spec.KW, spec.C, spec.F), dtype)
-    add = device.kernel("elementwise.cu", "add_products", product.element_macros(dtype))
-    over(device, add, dkernel.size, partial, np.int32(shares), np.int64(dkernel.size), more, dkernel)
+    product.add_shares(device, partial, more, dkernel)
     return dkernel
 
 

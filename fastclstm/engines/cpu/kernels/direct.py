@@ -113,9 +113,10 @@ def _run(finish):
 
     @inline
     def run_block(
-        flow, work, sources, groups, panels, passes, segments, weights, bias, cell, mask, scratch, b, t, block, part
-    ):
-        """Compute one block of image b at step t, for a part of the groups."""
+        flow, work, sources, groups, panels, passes, segments, weights, bias, cell, mask, scratch, b, t, block, part,
+        backwards,
+    ):  # fmt: skip
+        """Compute one block of image b at step t, for a part of the groups, the last one first if backwards."""
         like = weights
         group0, group1 = len(groups) * part // flow.parts, len(groups) * (part + 1) // flow.parts
         y0, x0 = block // work.blocks_x * work.block_height, block % work.blocks_x * work.block_width
@@ -163,7 +164,7 @@ def _run(finish):
         while first_pass < len(passes) and passes[first_pass, 0] < skipped:
             first_pass += 1
         for g in range(group0, group1):
-            group = groups[g]
+            group = groups[group0 + group1 - 1 - g if backwards else g]
             vectors = group[1]
             columns = vectors * step
             rows = _rows(vectors)
@@ -200,6 +201,7 @@ def _run(finish):
         scratch = worker_scratch(flow, worker)
         repeat_peepholes(weights, cells[0], groups, simd.at(weights, scratch + works[0].z))
         unit, piece, helped = first_piece()
+        backwards = False
         while True:
             unit, piece, helped = next_piece(flow, job, unit, piece, helped)
             if unit < 0:
@@ -207,7 +209,8 @@ def _run(finish):
             t, block, part = place(flow, piece)
             wait_for_neighbours(flow, job, sources, neighbours, unit, block, t)
             run_block(flow, works[0], sources, groups, panels, passes, segments, weights, bias, cells[0], mask,
-                       scratch, unit, t, block, part)  # fmt: skip
+                       scratch, unit, t, block, part, backwards)  # fmt: skip
+            backwards = not backwards  # what was read last may still be in the core's own cache
             piece_done(flow, job, sources, unit, block)
 
     return run

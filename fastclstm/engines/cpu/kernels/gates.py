@@ -6,13 +6,15 @@ the gates i, f, g, o of up to one vector of filters, each gate `width` lanes wid
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 
 from fastclstm.engines.cpu.compilation import inline
 from fastclstm.engines.cpu.kernels import simd, vmath
 from fastclstm.engines.cpu.kernels.padding import clear_run, copy_run
 from fastclstm.engines.cpu.kernels.schedule import c_after, c_before, gates_at, h_after, h_before, y_at, zx_at
-from fastclstm.nn.activations import TABLE
+from fastclstm.nn.activations import TABLE, Activation
 from fastclstm.spec import PEEPHOLE_GATES, CellSpec, ConvLSTMSpec
 
 CELL = np.dtype([
@@ -35,25 +37,27 @@ MOST_PIXELS = 192
 C, H, PEEPS, PLANES = 4, 5, 6, 9
 """Which lines hold c, h and three peepholes' weights (the first: the four gates), and how many there are."""
 
-_NAMES = {TABLE[name]: code for name, code in vmath.ACTIVATION_CODES.items()}
-
 
 def activation_codes(spec: ConvLSTMSpec | CellSpec) -> tuple[int, int, int] | None:
     """Numbers of the three activations, or None where NumPy must compute one of them."""
-    codes = tuple(map(_NAMES.get, (spec.recurrent_activation, spec.activation, spec.output_activation)))
+    codes = tuple(map(_code, (spec.recurrent_activation, spec.activation, spec.output_activation)))
     return None if None in codes else codes  # type: ignore[return-value]
+
+
+def _code(function: Activation | None) -> int | None:
+    if function is None or TABLE.get(function.name) is not function:
+        return None
+    return vmath.ACTIVATION_CODES.get(function.name)
 
 
 def cell(spec: ConvLSTMSpec, peephole: dict[str, np.ndarray] | None) -> np.ndarray:
     """Describe what the cell does, as one `CELL`; it points into the peephole weights."""
     codes = activation_codes(spec)
     assert codes is not None
-    cells = np.zeros(1, CELL)
-    record = cells[0]
-    record["F"] = spec.F
-    record["recurrent_activation"], record["activation"], record["output_activation"] = codes
-    record["clip"] = np.inf if spec.cell_clip is None else spec.cell_clip
+    cells = _plain_cell(spec.F, codes, np.inf if spec.cell_clip is None else spec.cell_clip)
     if peephole is not None:
+        cells = cells.copy()
+        record = cells[0]
         for gate in PEEPHOLE_GATES:
             record[f"peephole_{gate}"] = peephole[gate].ctypes.data
         record["peephole_pixel"] = spec.F if spec.peephole == "elementwise" else 0
@@ -62,8 +66,15 @@ def cell(spec: ConvLSTMSpec, peephole: dict[str, np.ndarray] | None) -> np.ndarr
 
 def storing(columns: int) -> np.ndarray:
     """Describe what has no gates, whose columns are stored, as one `CELL`."""
+    return _plain_cell(columns, (0, 0, 0), 0.0)
+
+
+@lru_cache(maxsize=256)
+def _plain_cell(F: int, codes: tuple[int, int, int], clip: float) -> np.ndarray:
     cells = np.zeros(1, CELL)
-    cells["F"] = columns
+    record = cells[0]
+    record["F"], record["clip"] = F, clip
+    record["recurrent_activation"], record["activation"], record["output_activation"] = codes
     return cells
 
 
@@ -173,15 +184,15 @@ def _general(cell, peeps, z_i, z_f, z_g, z_o, c):
     """New c and h, and the gates, with any activations, peepholes and clipping."""
     if cell.peephole_i != 0:
         z_i, z_f = z_i + simd.load(peeps[0]) * c, z_f + simd.load(peeps[1]) * c
-    i = vmath.activate(cell.recurrent_activation, z_i)
-    f = vmath.activate(cell.recurrent_activation, z_f)
-    g = vmath.activate(cell.activation, z_g)
+    i = vmath.activate_gate(cell.recurrent_activation, z_i)
+    f = vmath.activate_gate(cell.recurrent_activation, z_f)
+    g = vmath.activate_gate(cell.activation, z_g)
     c = simd.fma(f, c, i * g)
     c = simd.maximum(-cell.clip, simd.minimum(cell.clip, c))
     if cell.peephole_o != 0:
         z_o = z_o + simd.load(peeps[2]) * c
-    o = vmath.activate(cell.recurrent_activation, z_o)
-    return c, o * vmath.activate(cell.output_activation, c), i, f, g, o
+    o = vmath.activate_gate(cell.recurrent_activation, z_o)
+    return c, o * vmath.activate_gate(cell.output_activation, c), i, f, g, o
 
 
 @inline

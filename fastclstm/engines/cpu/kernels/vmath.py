@@ -78,6 +78,7 @@ def _magic(x):
 
 
 LIMIT_SINGLE, LIMIT_DOUBLE = 40.0, 330.0
+WIDE_SINGLE, WIDE_DOUBLE = 125.0, 1000.0
 
 
 @inline
@@ -86,7 +87,20 @@ def exp2_gate(x):
 
     Below -40 (-330) the result may be that of the limit.
     """
-    limit = LIMIT_DOUBLE if simd.is_double(x) else LIMIT_SINGLE
+    return _exp2_below(x, LIMIT_DOUBLE if simd.is_double(x) else LIMIT_SINGLE)
+
+
+@inline
+def exp2_wide(x):
+    """2**x with x limited to 125 (float64: 1000), so that one over such a term and 1 is a normal number.
+
+    Below -125 (-1000) the result may be that of the limit.
+    """
+    return _exp2_below(x, WIDE_DOUBLE if simd.is_double(x) else WIDE_SINGLE)
+
+
+@inline
+def _exp2_below(x, limit):
     x = simd.minimum(limit, x)
     if simd.can_scale(x):
         r = simd.fraction(x)
@@ -272,12 +286,19 @@ def _tail_coefficients(degree: int) -> tuple[float, ...]:
     return tuple(fsum(w * row[i] for w, row in zip(weights, powers, strict=True)) for i in range(n))
 
 
+def _rough_tail_coefficients(degree: int) -> tuple[float, ...]:
+    """Coefficients in s of exp(a²) erfc(a), which is at most 1, so that they err alike everywhere."""
+    value: Any = lambda s: [_scaled_erfc(TAIL * (1 + t) / (1 - t)) for t in s]  # noqa: E731
+    return tuple(map(float, chebyshev.cheb2poly(chebyshev.chebinterpolate(value, degree))))
+
+
 def _logarithm_coefficients(degree: int) -> tuple[float, ...]:
     """Coefficients in u = s² <= 1/9 of atanh(s) / s: Taylor's."""
     return tuple(1 / (2 * power + 1) for power in range(degree + 1))
 
 
 _TAIL = {ir.FloatType(): _tail_coefficients(11), ir.DoubleType(): _tail_coefficients(24)}
+_ROUGH_TAIL = {ir.FloatType(): _rough_tail_coefficients(9)}
 _LOGARITHM = {ir.FloatType(): _logarithm_coefficients(7), ir.DoubleType(): _logarithm_coefficients(15)}
 
 
@@ -287,6 +308,16 @@ def _tail_polynomial(typingctx, s):
 
     def codegen(context, builder, sig, args):
         return _horner(builder, args[0], _TAIL[args[0].type.element])
+
+    return s(s), codegen
+
+
+@intrinsic
+def _rough_tail_polynomial(typingctx, s):
+    """exp(a²) erfc(a) of s = (a - TAIL) / (a + TAIL), float32."""
+
+    def codegen(context, builder, sig, args):
+        return _horner(builder, args[0], _ROUGH_TAIL[ir.FloatType()])
 
     return s(s), codegen
 
@@ -340,3 +371,55 @@ def slope(code, x, y):
     if code == 13:
         return sigmoid(x)
     return derivative(code, y)
+
+
+# ------------------------------------------------------------------------------------------------------ of the gates
+
+
+@inline
+def activate_gate(code, x):
+    """Apply the activation with number `code` to what a gate takes in: in float32 as the standard gates are computed.
+
+    Then errors are those of numbers of order 1 (3e-7, times |x| where that is more), near 0 too.
+    """
+    if simd.is_double(x):
+        return activate(code, x)
+    if code == 0:
+        e = exp2_wide(x * (-2.0 * LOG2E))
+        return simd.quotient(1.0 - e, 1.0 + e)
+    if code == 1:
+        return simd.quotient(simd.broadcast(x, 1.0), 1.0 + exp2_wide(x * -LOG2E))
+    if code == 4:
+        return simd.maximum(0.0, simd.minimum(6.0, x + 3.0)) * (1.0 / 6.0)
+    if code == 7:
+        return _rough_exponential_unit(x, 1.0)
+    if code == 8:
+        return SELU_SCALE * _rough_exponential_unit(x, SELU_ALPHA)
+    if code == 9:
+        x = simd.maximum(-128.0, x)
+        return simd.quotient(x, 1.0 + exp2_wide(x * -LOG2E))
+    if code == 10:
+        x = simd.maximum(-1e30, simd.minimum(1e30, x))
+        return simd.quotient(x, 1.0 + simd.absolute(x))
+    if code == 12:
+        return _rough_gelu(x)
+    if code == 13:
+        e = exp2_wide(simd.absolute(x) * -LOG2E)
+        s = simd.quotient(e, e + 2.0)
+        return simd.maximum(0.0, x) + 2.0 * s * _logarithm_polynomial(s * s)
+    return activate(code, x)
+
+
+@inline
+def _rough_exponential_unit(x, alpha):
+    zero = simd.broadcast(x, 0.0)
+    return simd.select_less(zero, x, x, alpha * (exp2_wide(simd.minimum(0.0, x) * LOG2E) - 1.0))
+
+
+@inline
+def _rough_gelu(x):
+    x = simd.maximum(-40.0, x)
+    near = simd.minimum(40.0, x)
+    a = simd.absolute(near) * 0.7071067811865476
+    tail = 0.5 * exp2_wide(near * near * (-0.5 * LOG2E)) * _rough_tail_polynomial(simd.quotient(a - TAIL, a + TAIL))
+    return x * simd.select_less(x, simd.broadcast(x, 0.0), tail, 1.0 - tail)

@@ -356,9 +356,9 @@ def _run(finish):
     @inline
     def run_block(
         m_y, m_x, k_y, k_x, flow, work, sources, groups, channels, weights, bias, cell, mask, scratch, unit, t, block,
-        part,
+        part, backwards,
     ):  # fmt: skip
-        """Compute one block of tiles of a unit at step t, for a part of the groups."""
+        """Compute one block of tiles of a unit at step t, for a part of the groups, the last one first if backwards."""
         like = weights
         group0, group1 = len(groups) * part // flow.parts, len(groups) * (part + 1) // flow.parts
         total = flow.B * work.tiles
@@ -410,7 +410,7 @@ def _run(finish):
         blocks = len(channels) - skipped_blocks
         counts = simd.shift(simd.pointer(channels), skipped_blocks)
         for g in range(group0, group1):
-            group = groups[g]
+            group = groups[group0 + group1 - 1 - g if backwards else g]
             vectors = group[1]
             tile_size = (vectors * points + 1) * step  # one vector more, against powers of two
             group_bias = simd.shift(simd.pointer(bias), group[5])
@@ -453,6 +453,7 @@ def _run(finish):
         scratch = worker_scratch(flow, worker)
         repeat_peepholes(weights, cells[0], groups, simd.at(weights, scratch + works[0].z))
         unit, piece, helped = first_piece()
+        backwards = False
         while True:
             unit, piece, helped = next_piece(flow, job, unit, piece, helped)
             if unit < 0:
@@ -460,7 +461,8 @@ def _run(finish):
             t, block, part = place(flow, piece)
             wait_for_neighbours(flow, job, sources, neighbours, unit, block, t)
             run_block(m_y, m_x, k_y, k_x, flow, works[0], sources, groups, channels, weights, bias, cells[0], mask,
-                      scratch, unit, t, block, part)  # fmt: skip
+                      scratch, unit, t, block, part, backwards)  # fmt: skip
+            backwards = not backwards  # what was read last may still be in the core's own cache
             piece_done(flow, job, sources, unit, block)
 
     return run

@@ -1,0 +1,171 @@
+"""Cells of modules that nobody has described, by the shapes of their convolutions: all that they may be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import permutations, product
+from typing import Any, NamedTuple
+
+from fastclstm.adapters import torch_ops
+from fastclstm.adapters.torch_cells import Arrangement
+from fastclstm.nn.normalization import Normalization
+from fastclstm.spec import CELL_GATES
+
+import torch  # isort: skip
+
+nn = torch.nn
+_MOST = 8
+"""Convolutions that a cell may have: one of x and one of h for each of four gates."""
+_OPERATIONS = {"lstm": "convlstm2d", "gru": "convgru2d", "rnn": "convrnn2d"}
+_ACTIVATIONS = ("tanh", "relu")
+
+
+class _Convolution(NamedTuple):
+    name: str
+    module: Any
+    norms: list[tuple[str, Any]]
+    """What normalizes its outputs, at most one."""
+
+    @property
+    def outputs(self) -> int:
+        return int(self.module.out_channels)
+
+    @property
+    def inputs(self) -> int:
+        return int(self.module.in_channels)
+
+    @property
+    def geometry(self) -> tuple[Any, ...]:
+        return self.module.kernel_size, self.module.dilation, self.module.padding_mode
+
+
+def decompositions(module: torch.nn.Module) -> Iterator[list[tuple[str, list[Arrangement]]]]:
+    """Yield lists of a module's cells that have all its parameters: of each its place and all that it may be.
+
+    First that of the module as one cell, then that of the cells in it.
+    """
+    if own := arrangements(module, ""):
+        yield [("", own)]
+    inner = _within(module, "", set())
+    if inner:
+        yield inner
+
+
+def _within(module: torch.nn.Module, prefix: str, seen: set[int]) -> list[tuple[str, list[Arrangement]]] | None:
+    """Return the cells that are parts of a module; None where there are other parameters."""
+    if any(parameter is not None for parameter in module._parameters.values()):
+        return None
+    found: list[tuple[str, list[Arrangement]]] = []
+    for name, child in module.named_children():
+        if id(child) in seen or not any(True for _ in child.parameters()):
+            continue
+        seen.add(id(child))
+        place = f"{prefix}.{name}".lstrip(".")
+        own = [] if isinstance(child, nn.ModuleList | nn.ModuleDict) else arrangements(child, place)
+        inner = [(place, own)] if own else _within(child, place, seen)
+        if not inner:
+            return None
+        found += inner
+    return found
+
+
+def arrangements(module: torch.nn.Module, place: str) -> list[Arrangement]:
+    """Return every cell that a module's convolutions may be."""
+    convolutions = _convolutions(module)
+    found: list[Arrangement] = []
+    filters = dict.fromkeys(c.outputs // k for c in convolutions for k in range(1, 5) if c.outputs % k == 0)
+    for cell, F in product(_OPERATIONS, filters):
+        inputs = dict.fromkeys(n for c in convolutions for n in (c.inputs - F, c.inputs) if n > 0)
+        for C in inputs:
+            for joint, of_x, of_h in _roles(convolutions, len(CELL_GATES[cell]), C, F):
+                found += _meant(cell, place, joint, of_x, of_h, C)
+    return list(dict.fromkeys(found))
+
+
+def _convolutions(module: torch.nn.Module) -> list[_Convolution]:
+    """Return a module's convolutions in their order, none where anything else in it has parameters."""
+    found: list[_Convolution] = []
+    for name, part in module.named_modules():
+        parametrized = "parametrizations" in name.split(".")
+        if isinstance(part, nn.Conv2d):
+            if not _keeps_frames(part):
+                return []
+            found.append(_Convolution(name, part, []))
+        elif isinstance(part, nn.GroupNorm | nn.BatchNorm2d):
+            last = found[-1] if found else None
+            channels = part.num_channels if isinstance(part, nn.GroupNorm) else part.num_features
+            if last is None or last.norms or channels != last.outputs or part.weight is None:
+                return []
+            last.norms.append((name, part))
+        elif not parametrized and any(parameter is not None for parameter in part._parameters.values()):
+            return []
+    return found if len(found) <= _MOST else []
+
+
+def _keeps_frames(conv: Any) -> bool:
+    """Whether a convolution makes frames of the same size, as ours of h does."""
+    reached = tuple((k - 1) * d for k, d in zip(conv.kernel_size, conv.dilation, strict=True))
+    same = conv.padding == "same" or tuple(2 * p for p in conv.padding) == reached
+    odd = all(n % 2 == 0 for n in reached)
+    return conv.groups == 1 and conv.stride == (1, 1) and same and odd and conv.padding_mode in ("zeros", "circular")
+
+
+def _roles(convolutions: list[_Convolution], G: int, C: int, F: int) -> Iterator[tuple[Any, Any, Any]]:
+    """Yield which convolutions are of x and h together, of x, and of h, so that each gate has what it needs."""
+    joint = [c for c in convolutions if c.inputs == C + F]
+    rest = [c for c in convolutions if c.inputs != C + F]
+    if any(c.outputs % F for c in convolutions) or any(c.inputs not in (C, F) for c in rest):
+        return
+    if C == F:  # shapes do not tell
+        half = len(rest) // 2
+        halves, turns = (rest[:half], rest[half:]), (rest[::2], rest[1::2])
+        splits = [halves, halves[::-1], turns, turns[::-1]] if rest else [([], [])]
+    else:
+        splits = [([c for c in rest if c.inputs == C], [c for c in rest if c.inputs == F])]
+    for of_x, of_h in splits:
+        widths = [[c.outputs for c in part] for part in (of_x, of_h)]
+        geometries = [{c.geometry for c in (*joint, *part)} for part in (of_x, of_h)]
+        if widths[0] == widths[1] and all(len(one) == 1 for one in geometries) \
+                and sum(c.outputs for c in joint) + sum(widths[0]) == G * F:  # fmt: skip
+            yield joint, of_x, of_h
+
+
+def _meant(cell: str, place: str, joint: Any, of_x: Any, of_h: Any, C: int) -> Iterator[Arrangement]:
+    """Yield the cells of a kind that differ in the order of gates, in signs, and in what their weights do not tell."""
+    x, h = [*joint, *of_x], [*joint, *of_h]
+    G = len(CELL_GATES[cell])
+    biases = tuple(c.name for c in (*x, *of_h) if c.module.bias is not None)
+    normalization, epsilon = None, None
+    norms: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    if any(c.norms for c in (*x, *of_h)):
+        if of_x or not all(c.norms for c in joint):
+            return
+        normalization, epsilon = _normalization([c.norms[0][1] for c in joint], sum(c.outputs for c in joint))
+        if normalization is None and epsilon is None:
+            return
+        names = {"gamma": "weight", "beta": "bias"}
+        names |= {} if epsilon is None else {"moving_mean": "running_mean", "moving_variance": "running_var"}
+        norms = tuple((ours, tuple(f"{c.norms[0][0]}.{theirs}" for c in joint)) for ours, theirs in names.items())
+    further = [f"normalization_weights.{name}" for name, _ in norms] if normalization is not None else []
+    geometry = {"dilation": list(x[0].module.dilation), "recurrent_dilation": list(h[0].module.dilation),
+                "padding_mode": x[0].module.padding_mode}  # fmt: skip
+    resets = {"gru": (True, False) if of_x else (False,)}.get(cell, (None,))
+    signs = (True, False) if cell == "gru" else (False,)
+    for activation, reset, negated, order in product(_ACTIVATIONS, resets, signs, permutations(range(G))):
+        own = {} if reset is None else {"reset_after": reset}
+        yield Arrangement(
+            _OPERATIONS[cell], place, tuple(c.name for c in x), tuple(c.name for c in h), C, order, biases,
+            both=bool(reset), negated=negated, norms=norms, epsilon=epsilon,
+            options=torch_ops.encode(further, normalization, activation=activation, **geometry, **own),
+        )  # fmt: skip
+
+
+def _normalization(norms: list[Any], width: int) -> tuple[Normalization | None, float | None]:
+    """Return the one normalization that several are, or a batch normalization's epsilon; None twice for neither."""
+    if len({(type(norm), norm.eps) for norm in norms}) > 1:
+        return None, None
+    if isinstance(norms[0], nn.BatchNorm2d):
+        return None, norms[0].eps if norms[0].track_running_stats else None
+    sizes = {norm.num_channels // norm.num_groups for norm in norms}
+    groups = width // sizes.pop()
+    return (None, None) if sizes else (Normalization("group", groups=groups, epsilon=norms[0].eps), None)
