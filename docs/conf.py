@@ -9,6 +9,8 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE / "_extensions")]
 os.environ.setdefault("KERAS_BACKEND", "torch")  # for the reference and the gallery
 
+import themes  # noqa: E402
+
 import fastclstm  # noqa: E402
 
 project = "fastclstm"
@@ -54,6 +56,7 @@ sphinx_gallery_conf = {
     "gallery_dirs": "gallery",
     "filename_pattern": r"\.py$",
     "ignore_pattern": "|".join(rf"\b{re.escape(name)}$" for name in UNTITLED),
+    "image_scrapers": (themes.scrape,),
     "abort_on_example_error": False,  # a failure is a warning, and -W makes it an error: of all of them at once
     "backreferences_dir": None,
     "download_all_examples": False,

@@ -18,7 +18,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
-from fastclstm import EncoderForecaster
+from fastclstm import EncoderForecaster, viz
 from fastclstm.adapters.xarray import Windows
 from fastclstm.adapters.xarray_files import open_frames, write_frames
 from fastclstm.baselines import extrapolation, persistence
@@ -28,6 +28,7 @@ from fastclstm.nn.optimizers import Adam
 from fastclstm.nn.transforms import Transform
 from fastclstm.verification import Verification
 
+plt.style.use(viz.theme())
 GIVEN, STEPS, SIZE = 5, 8, 40
 EPOCHS = 6
 with tempfile.TemporaryDirectory() as folder:
@@ -81,11 +82,11 @@ print(table.table(leads, "mm h-1", rows=4))
 
 rows = {"radar": log.inverse(y)[-1]} | {name: film[-1] for name, film in films.items() if name != "last"}
 shown = (0, 2, 4, 7)
-figure, panels = plt.subplots(len(rows), len(shown), figsize=(9, 6.4), layout="constrained")
+figure, panels = plt.subplots(len(rows), len(shown), figsize=(8, 5.7))
 for line, (name, film) in zip(panels, rows.items(), strict=True):
     for panel, step in zip(line, shown, strict=True):
-        image = panel.imshow(film[step, ..., 0], "YlGnBu", vmin=0, vmax=10, origin="lower")
-        panel.set(xticks=[], yticks=[], facecolor="0.8", title=leads[step] if name == "radar" else "")
+        image = panel.imshow(film[step, ..., 0], vmin=0, vmax=10, origin="lower")
+        panel.set(xticks=[], yticks=[], title=leads[step] if name == "radar" else "")
     line[0].set_ylabel(name)
 figure.colorbar(image, ax=panels, label="mm h-1", shrink=0.8, extend="max")
 plt.show()

@@ -99,7 +99,7 @@ class Trainable(Container):
         callbacks : function or sequence of functions, optional
             Called with the `History` after each epoch; where one returns True, the training ends, to be resumed or not.
         quiet : bool, optional
-            True: no progress bar. None: one on a terminal only.
+            True: no progress bar. None: one on a terminal only. False: elsewhere a line every 30 seconds.
 
         Returns
         -------
