@@ -137,21 +137,32 @@ def _is_even(F, lanes):
 
 
 @inline
-def _copy_filters(target, origin, F, is_last):
-    """Copy a pixel's filters and, if it is not the last one, more, in whole vectors or quarters of one.
+def _copy_pixels(gates, count, F, target, target_pixel, target_gate, origin, origin_pixel, origin_gate):
+    """Copy the filters of some gates of `count` pixels, which are so many scalars apart, and so are the gates.
 
-    What is copied too much the next gate or pixel overwrites: it is never more than the next pixel has.
+    Whole vectors or quarters of one are copied. What is too much the next gate or pixel overwrites, as it is never more
+    than the next pixel has; the last pixel is copied as it is.
     """
     lanes = simd.vector_lanes(target)
-    if is_last:
-        copy_run(target, origin, F)
-    elif lanes >= 4 * F:
-        simd.copy_quarters(1, target, origin)
+    if lanes >= 4 * F:
+        for n in range(count - 1):
+            for g in range(gates):
+                to = simd.shift(target, n * target_pixel + g * target_gate)
+                simd.copy_quarters(1, to, simd.shift(origin, n * origin_pixel + g * origin_gate))
     elif lanes >= 2 * F:
-        simd.copy_quarters(2, target, origin)
+        for n in range(count - 1):
+            for g in range(gates):
+                to = simd.shift(target, n * target_pixel + g * target_gate)
+                simd.copy_quarters(2, to, simd.shift(origin, n * origin_pixel + g * origin_gate))
     else:
-        for k in range(0, F, lanes):
-            simd.copy_quarters(4, simd.shift(target, k), simd.shift(origin, k))
+        for n in range(count - 1):
+            for g in range(gates):
+                for k in range(0, F, lanes):
+                    to = simd.shift(target, n * target_pixel + g * target_gate + k)
+                    simd.copy_quarters(4, to, simd.shift(origin, n * origin_pixel + g * origin_gate + k))
+    for g in range(gates):
+        to = simd.shift(target, (count - 1) * target_pixel + g * target_gate)
+        copy_run(to, simd.shift(origin, (count - 1) * origin_pixel + g * origin_gate), F)
 
 
 @inline
@@ -237,21 +248,14 @@ def _run(output, derive):
         else:
             z, o_before = simd.shift(lines, Z * pitch), simd.shift(lines, BEFORE * pitch)
             dh_line = dh if step.dh_pitch == F else simd.shift(lines, DH * pitch)
-            for n in range(stop - first):
-                is_last = n == stop - first - 1
-                for gate in range(4):
-                    line = simd.shift(z, gate * pitch + n * F)
-                    _copy_filters(line, simd.shift(gates, (4 * n + gate) * F), F, is_last)
-                if step.before != 0:
-                    _copy_filters(simd.shift(o_before, n * F), simd.shift(before, 4 * n * F), F, is_last)
-                if step.dh_pitch != F:
-                    _copy_filters(simd.shift(dh_line, n * F), simd.shift(dh, n * step.dh_pitch), F, is_last)
+            _copy_pixels(4, stop - first, F, z, F, pitch, gates, 4 * F, F)
+            if step.before != 0:
+                _copy_pixels(1, stop - first, F, o_before, F, 0, before, 4 * F, 0)
+            if step.dh_pitch != F:
+                _copy_pixels(1, stop - first, F, dh_line, F, 0, dh, step.dh_pitch, 0)
             pull_back_cells(like, step, cell, b, first * F, (stop - first) * F, z, o_before, z, pitch, dh_line,
                             weights, weights_gap, target, target_gap)  # fmt: skip
-            for n in range(stop - first):
-                is_last = n == stop - first - 1
-                for gate in range(4):
-                    _copy_filters(simd.shift(dz, (4 * n + gate) * F), simd.shift(z, gate * pitch + n * F), F, is_last)
+            _copy_pixels(4, stop - first, F, dz, 4 * F, F, z, F, pitch)
         _sum_rows(dz, stop - first, 4 * F, 4 * F, sums)
         if step.weights != 0 and not step.elementwise:
             for peephole in range(3):
