@@ -713,6 +713,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", choices=FAMILIES, default=list(FAMILIES), metavar="FAMILY",
                         help=f"of {', '.join(FAMILIES)}")  # fmt: skip
     parser.add_argument("--peers", nargs="+", choices=forms, default=forms)
+    parser.add_argument("--avx2", action="store_true", help="ours and PyTorch with AVX2 and nothing newer; ncnn "
+                        "and ONNX Runtime use what they find")  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="just see whether it runs; no figure means anything")
     parser.add_argument("--out", type=Path, help="the JSON file to write; runs that are in it stay, or are replaced")
     parser.add_argument("--missing", action="store_true", help="leave out what the file has, undisturbed")
@@ -723,13 +725,18 @@ def main(arguments: list[str] | None = None) -> None:
         configurations = list({one.training: one for one in reversed(configurations)}.values())
         options.threads, options.rounds = [1], 1
         options.peers = [name for name in options.peers if name in ("torch", "ncnn")]
+    limits = peers.AVX2 | peers.PYTORCH_AVX2
+    if options.avx2:
+        os.environ.update(limits)  # of the processes to come
     report: dict[str, Any] = {
+        "environment": {name: os.environ[name] for name in limits if name in os.environ},
         "processor": processor_name(), "cpus": os.cpu_count(), "system": platform.platform(),
         "versions": peers.versions(),
     }  # fmt: skip
     earlier = json.loads(options.out.read_text()) if options.out and options.out.exists() else report | {"runs": []}
+    earlier.setdefault("environment", {})
     if {name: earlier[name] for name in report} != report:
-        raise SystemExit(f"{options.out} was measured on another machine or with other versions; write another")
+        raise SystemExit(f"{options.out} was measured on another machine or otherwise; write another")
     known = (
         {ratios.key(run) for run in earlier["runs"] if run.get("disturbed", 1) <= OTHERS} if options.missing else set()
     )

@@ -210,11 +210,14 @@ def _keras(case: ConvLSTMCase, threads: int) -> Prepared:
     return Prepared(lambda: jax.block_until_ready(function(x)))
 
 
-_AVX2 = {
+AVX2 = {
     "NUMBA_CPU_NAME": "haswell",
     "NUMBA_CPU_FEATURES": "+sse2,+sse3,+ssse3,+sse4.1,+sse4.2,+popcnt,+avx,+avx2,+fma,+f16c,+bmi,+bmi2,+lzcnt,+movbe",
 }
 """The environment in which Numba compiles for a processor with AVX2 and nothing newer."""
+
+PYTORCH_AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
+"""The environment in which PyTorch and its libraries use nothing newer either; ncnn and ONNX Runtime know no such."""
 
 
 def _fastclstm_avx2(case: Case, threads: int) -> Prepared:
@@ -231,7 +234,7 @@ IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {
         "fastclstm-direct": Implementation(
             ("fastclstm.engines.cpu",), partial(_fastclstm, engine="cpu", algorithm="direct")
         ),
-        "fastclstm-avx2": Implementation(("fastclstm.engines.cpu",), _fastclstm_avx2, _AVX2, own_process=True),
+        "fastclstm-avx2": Implementation(("fastclstm.engines.cpu",), _fastclstm_avx2, AVX2, own_process=True),
         "numpy": Implementation((), partial(_fastclstm, engine="reference")),
         "torch": Implementation(("torch",), partial(_torch, channels_last=False)),
         "torch-channels-last": Implementation(("torch",), partial(_torch, channels_last=True)),

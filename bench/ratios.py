@@ -60,8 +60,9 @@ def load(paths: list[Path]) -> dict[str, Any]:
     """Read landscapes as one report; of a configuration and number of threads the last file counts."""
     first, *others = (json.loads(path.read_text()) for path in paths)
     for other in others:
-        if other["processor"] != first["processor"]:
-            raise ValueError(f"measured on different machines: {first['processor']} and {other['processor']}")
+        machines = [(one["processor"], one.get("environment", {})) for one in (first, other)]
+        if machines[0] != machines[1]:
+            raise ValueError(f"measured on different machines or in different environments: {machines}")
         first = joined(first, other["runs"])
     return first
 
@@ -92,7 +93,9 @@ def markdown(report: dict[str, Any], picture: str | None = None) -> str:
               "configurations, in brackets the worst, then how many. "
               f"Below 1×: {lost or 'none'}."
               + (f" **Failed or disagreed: {failed}.**" if failed else "")
-              + f" {report['processor']}, {report['cpus']} CPUs; {versions}."]  # fmt: skip
+              + f" {report['processor']}, {report['cpus']} CPUs; {versions}."
+              + (f" Environment: {', '.join(f'{name}={value}' for name, value in environment.items())}."
+                 if (environment := report.get("environment")) else "")]  # fmt: skip
     return "\n".join(lines)
 
 

@@ -370,6 +370,11 @@ def test_a_landscape_is_rendered(tmp_path):
     assert all(picture.with_stem(stem).read_bytes()[:4] == b"\x89PNG" for stem in ("dots", "dots-dark"))
     failing = report | {"runs": [*runs, {**_measured(1.0), "title": "the odd one", "failure": "broken"}]}
     assert "Failed or disagreed: the odd one." in ratios.markdown(failing)
+    elsewhere = report | {"environment": {"NUMBA_CPU_NAME": "haswell"}}
+    assert "Environment: NUMBA_CPU_NAME=haswell." in ratios.markdown(elsewhere)
+    second.write_text(json.dumps(elsewhere))
+    with pytest.raises(ValueError, match="different environments"):
+        ratios.load([first, second])
 
 
 def test_a_landscape_is_measured_and_a_failure_of_ours_is_loud(tmp_path, monkeypatch, capsys):
@@ -416,6 +421,9 @@ def test_a_landscape_is_measured_and_a_failure_of_ours_is_loud(tmp_path, monkeyp
         False,
     ]  # failed ones again
     assert len(json.loads(out.read_text())["runs"]) == len(report["runs"])
+    monkeypatch.setattr(landscape.os, "environ", dict(landscape.os.environ))
+    with pytest.raises(SystemExit, match="otherwise; write another"):
+        landscape.main([*command, "--avx2"])
 
 
 # --- On more cores ---

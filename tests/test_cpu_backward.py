@@ -1,5 +1,7 @@
 """Training on the cpu engine: what the forward pass keeps, and how the way back is cut."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -24,7 +26,7 @@ def train(arguments, cotangents, **options):
     """Outputs and gradients, flat."""
     outputs, pullback = functional.convlstm2d_vjp(**arguments, return_state=True, **options)
     gradients = pullback(cotangents)
-    gradients |= dict(zip(("h", "c"), gradients.pop("initial_state"), strict=True))
+    gradients |= dict(zip(("h", "c"), gradients.pop("initial_state", ()), strict=False))
     return outputs, gradients
 
 
@@ -98,9 +100,32 @@ def test_steps_taken_again_give_the_same_gradients(monkeypatch, options, algorit
         assert_close(train(arguments, cotangents, **options, recompute=True), expected, 3e-6)
 
 
+@pytest.mark.parametrize("options", [{}, {"go_backwards": True}, {"peephole": OPTIONS[-1]["peephole"]}],
+                         ids=lambda options: " ".join(options) or "standard")  # fmt: skip
+@pytest.mark.parametrize("algorithm", ["direct", "winograd"])
+@pytest.mark.parametrize("given", [True, False])
+def test_gradients_of_h_and_x_together_are_those_apart(monkeypatch, options, algorithm, given):
+    """In pieces and at once; where vectors of filters are full, and where pixels share them."""
+    options = options | {"algorithm": algorithm}
+    for F in (6,) if "peephole" in options else (1, 6, 16):
+        arguments, cotangents = problem(F=F)
+        if not given:
+            arguments["initial_state"] = (None, None)
+        ways = []
+        for joint in (False, True):
+            monkeypatch.setattr(
+                backward, "join", lambda h, x, *_, joint=joint: replace(h, C=h.C + x.C) if joint else None
+            )
+            ways.append(train(arguments, cotangents, **options))
+        assert_close(ways[1], ways[0], 3e-6)
+        monkeypatch.setattr(backward, "STEP_BYTES", 2 * 10 * 9 * 4 * F * 4)
+        assert_close(train(arguments, cotangents, **options, recompute=True), ways[0], 3e-6)
+
+
 @pytest.mark.parametrize("algorithm", ["direct", "winograd"])
 def test_the_way_back_is_cut_into_pieces_with_the_same_bits(monkeypatch, algorithm):
     """Between pieces a Ctrl-C is heard: each step of x's gradient, each gathered block of the kernels' is one."""
+    monkeypatch.setattr(backward, "join", lambda *_: None)
     arguments, cotangents = problem(B=2, T=7, H=24, W=23, C=9)  # as many channels as are worth a convolution of dz
     _, expected = train(arguments, cotangents, algorithm=algorithm)
     launched, run = [], threads.run

@@ -78,7 +78,7 @@ def test_fit_computes_that_of_no_first_layer(monkeypatch):
     x = frames("")
     before = {key: value.copy() for key, value in model.parameters.items()}
     model.fit(x, np.zeros((*x.shape[:-1], 3), np.float32), epochs=1, batch_size=2, quiet=True)
-    assert sorted(made) == [3, 4, 4]  # of both recurrences, and of the second layer's input
+    assert sorted(made) == [4, 4, 4 + 3]  # of the first layer's h; of the second one's x at its first step, and of both
     assert model.input_gradient
     assert all((model.parameters[key] != before[key]).any() for key in before if "kernel" in key)
 

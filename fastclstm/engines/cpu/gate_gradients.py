@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 
 from fastclstm.engines.cpu import threads
-from fastclstm.engines.cpu.kernels import simd
 from fastclstm.engines.cpu.kernels.gates_backward import CHUNK_PIXELS, PULL_BACK, STEP, row_length
 from fastclstm.engines.cpu.kernels.schedule import Slots
 
@@ -18,7 +17,7 @@ class GateGradients:
         F = int(cell[0]["F"])
         self._kernel, self._cell, self._peephole = PULL_BACK[kind], cell, peephole
         self._sums = np.zeros((-(-pixels // CHUNK_PIXELS), 7 * F), dtype)
-        self._row = row_length(F, dtype.itemsize)
+        self._rows = np.empty((0, 0), dtype)
         self._elementwise = peephole is not None and peephole.ndim == 4
         self._dpeephole = np.zeros_like(peephole) if self._elementwise else None
         self._step = np.zeros(1, STEP)
@@ -28,18 +27,19 @@ class GateGradients:
                             "sums": self._sums.ctypes.data}.items():  # fmt: skip
             self._step[name] = value
 
-    def pull_back(self, B: int, team: int, **arrays: Slots) -> None:
+    def pull_back(self, B: int, team: int, dh_pitch: int = 0, /, **arrays: Slots) -> None:
         """Write dz and h of B images, and dc over dc, of the step at which the slots begin.
 
         They are: gates, before (the gates that left h; without them h is not written), h and c before the step, dy
-        (may be missing), dh, dc and dz.
+        (may be missing), dh, dc and dz. With dx, which may be missing too, the C scalars that follow those of each
+        pixel in dh go there; `dh_pitch` is F + C then.
         """
-        self._step["B"] = B
+        self._step["B"], self._step["dh_pitch"] = B, dh_pitch or self._step["F"]
         for name, slot in arrays.items():
             self._step[name], self._step[f"{name}_image"] = slot.address, slot.image
-        rows = np.empty((team, self._row), self._sums.dtype)
-        addresses = np.empty((team, 2 * simd.lanes(rows.itemsize)), np.int64)
-        threads.run(self._kernel, team, (), self._sums.reshape(-1)[:0], self._step, self._cell, rows, addresses)
+        if len(self._rows) < team:
+            self._rows = np.empty((team, row_length(int(self._step[0]["F"]), self._sums.itemsize)), self._sums.dtype)
+        threads.run(self._kernel, team, (), self._sums.reshape(-1)[:0], self._step, self._cell, self._rows)
 
     def result(self) -> tuple[np.ndarray, np.ndarray | None]:
         """Return the gradients of the bias (4F,) and of the peepholes (3, …, F)."""

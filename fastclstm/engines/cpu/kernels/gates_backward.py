@@ -8,7 +8,6 @@ from fastclstm.engines.cpu.compilation import inline
 from fastclstm.engines.cpu.kernels import simd, vmath
 from fastclstm.engines.cpu.kernels.entry import kernel
 from fastclstm.engines.cpu.kernels.gates import put, take
-from fastclstm.engines.cpu.kernels.lanes import gather, scatter
 from fastclstm.engines.cpu.kernels.padding import clear_run, copy_run
 from fastclstm.engines.cpu.kernels.team import grain, next_item
 
@@ -18,17 +17,16 @@ CHUNK_PIXELS = 64
 LINE = 1024
 """Scalars (pixels × filters) that are taken back together, at most, but for one pixel of more filters."""
 
-PEEPS, LINES = 3, 6
-"""Which lines hold peepholes of channels (the first three: products of dz and c for them), and how many there are."""
-
-WEIGHTS, PRODUCTS, Z, BEFORE, C, DH, DY, DC, H, PLANES = 0, 3, 6, 10, 11, 12, 13, 14, 15, 16
-"""Which planes, times F, hold weights of peepholes and products for them, gates (then dz), the output gate before, c,
-dh, dy, dc and h, and how many there are."""
+PEEPS, Z, BEFORE, DH, LINES = 3, 6, 10, 11, 12
+"""Which lines hold peepholes of channels (the first three: products of dz and c for them), gates (then dz), the output
+gate before and dh, and how many there are."""
 
 STEP = np.dtype([
     ("B", np.int64), ("pixels", np.int64), ("F", np.int64),
     *((f"{name}{field}", kind) for name in ("gates", "before", "h", "c", "dy", "dh", "dc", "dz")
       for field, kind in (("", np.uint64), ("_image", np.int64))),  # addresses at this step, bytes to the next image
+    ("dh_pitch", np.int64),  # scalars from pixel to pixel of dh: F, or more where a gradient of x follows each pixel's
+    ("dx", np.uint64), ("dx_image", np.int64),  # where that goes, 0: nowhere
     ("weights", np.uint64), ("dweights", np.uint64),  # addresses of peepholes i, f, o and of their gradients, 0: none
     ("elementwise", np.int64),  # whether each pixel has its own peepholes
     ("sums", np.uint64),  # address of the sums of each chunk: bias (4F), peepholes of channels (3F)
@@ -40,11 +38,6 @@ STEP = np.dtype([
 def place_at(like, base, image, b, index):
     """Pointer to a scalar of an image's array."""
     return simd.shift(simd.at(like, np.uint64(np.int64(base) + b * image)), index)
-
-
-@inline
-def _offset(base, image, b, bytes_on):
-    return np.int64(base) + b * image + bytes_on
 
 
 @inline
@@ -139,8 +132,37 @@ def _deriving(output, gate_slope, slope, output_slope):
 
 @inline
 def _is_even(F, lanes):
-    """Whether vectors of a pixel's filters are full, or nearly all of many are; else pixels are the lanes."""
+    """Whether vectors of a pixel's filters are full, or nearly all of many are; else pixels share them, in lines."""
     return F % lanes == 0 or 4 * lanes < F
+
+
+@inline
+def _copy_pixels(gates, count, F, target, target_pixel, target_gate, origin, origin_pixel, origin_gate):
+    """Copy the filters of some gates of `count` pixels, which are so many scalars apart, and so are the gates.
+
+    Whole vectors or quarters of one are copied. What is too much the next gate or pixel overwrites, as it is never more
+    than the next pixel has; the last pixel is copied as it is.
+    """
+    lanes = simd.vector_lanes(target)
+    if lanes >= 4 * F:
+        for n in range(count - 1):
+            for g in range(gates):
+                to = simd.shift(target, n * target_pixel + g * target_gate)
+                simd.copy_quarters(1, to, simd.shift(origin, n * origin_pixel + g * origin_gate))
+    elif lanes >= 2 * F:
+        for n in range(count - 1):
+            for g in range(gates):
+                to = simd.shift(target, n * target_pixel + g * target_gate)
+                simd.copy_quarters(2, to, simd.shift(origin, n * origin_pixel + g * origin_gate))
+    else:
+        for n in range(count - 1):
+            for g in range(gates):
+                for k in range(0, F, lanes):
+                    to = simd.shift(target, n * target_pixel + g * target_gate + k)
+                    simd.copy_quarters(4, to, simd.shift(origin, n * origin_pixel + g * origin_gate + k))
+    for g in range(gates):
+        to = simd.shift(target, (count - 1) * target_pixel + g * target_gate)
+        copy_run(to, simd.shift(origin, (count - 1) * origin_pixel + g * origin_gate), F)
 
 
 @inline
@@ -166,135 +188,94 @@ def _run(output, derive):
     """Return the kernel for cells with such outputs and derivatives."""
 
     @inline
-    def by_filters(like, step, cell, b, first, stop, lines, pitch):
-        """Compute dz, the new dc and the h they began with: of each pixel vectors of filters."""
-        F, lanes = step.F, simd.vector_lanes(lines)
-        gates = place_at(like, step.gates, step.gates_image, b, 0)
-        before = place_at(like, step.before, step.before_image, b, 0)
-        dz_place = place_at(like, step.dz, step.dz_image, b, 0)
-        for pixel in range(first, stop):
-            for k in range(0, F, lanes):
-                count = min(lanes, F - k)
-                index, at = pixel * F + k, (pixel - first) * F + k
-                z = simd.shift(gates, 4 * pixel * F + k)
-                i, f = take(z, count), take(simd.shift(z, F), count)
-                g, o = take(simd.shift(z, 2 * F), count), take(simd.shift(z, 3 * F), count)
-                c = take(place_at(like, step.c, step.c_image, b, index), count)
-                dh = take(place_at(like, step.dh, step.dh_image, b, index), count)
-                if step.dy != 0:
-                    dh = dh + take(place_at(like, step.dy, step.dy_image, b, index), count)
-                dc_place = place_at(like, step.dc, step.dc_image, b, index)
-                if step.before != 0:
-                    o_before = take(simd.shift(before, 4 * pixel * F + 3 * F + k), count)
-                    put(place_at(like, step.h, step.h_image, b, index), o_before * output(cell, c), count)
-                weights, gap = simd.shift(lines, PEEPS * pitch + at), pitch
-                target, apart = simd.shift(lines, at), pitch
-                if step.elementwise:
-                    weights, gap = simd.shift(simd.at(like, step.weights), index), step.pixels * F
-                    target, apart = simd.shift(simd.at(like, step.dweights), index), gap
-                dz_i, dz_f, dz_g, dz_o, dc = derive(step, cell, weights, gap, target, apart, count, i, f, g, o, c, dh,
-                                                    take(dc_place, count))  # fmt: skip
-                put(dc_place, dc, count)
-                z = simd.shift(dz_place, 4 * pixel * F + k)
-                put(z, dz_i, count)
-                put(simd.shift(z, F), dz_f, count)
-                put(simd.shift(z, 2 * F), dz_g, count)
-                put(simd.shift(z, 3 * F), dz_o, count)
+    def pull_back_cells(
+        like, step, cell, b, index, size, z, before, dz, z_gap, dh, weights, weights_gap, target, target_gap
+    ):
+        """Compute dz, the new dc and the h they began with, of `size` cells that are neighbours in memory.
 
-    @inline
-    def by_pixels(like, step, cell, b, first, stop, lines, pitch, planes, addresses):
-        """The same: of each filter vectors of pixels, brought to planes."""
-        F, lanes = step.F, simd.vector_lanes(lines)
-        itemsize = simd.VECTOR_BYTES // lanes
-        plane, wide = F * lanes, simd.shift(addresses, lanes)
-        for pixel in range(first, stop, lanes):
-            for lane in range(lanes):  # behind the last pixel once more that one, whose results are the same
-                addresses[lane] = min(lane, stop - 1 - pixel) * F * itemsize
-                wide[lane] = 4 * addresses[lane]
-            cells = pixel * F * itemsize
-            elementwise = step.weights != 0 and step.elementwise
-            if elementwise:
-                for n in range(3):
-                    offset = n * step.pixels * F * itemsize + cells
-                    gather(addresses, np.int64(step.weights) + offset, F, simd.shift(planes, (WEIGHTS + n) * plane))
-                for n in range(3):
-                    offset = n * step.pixels * F * itemsize + cells
-                    gather(addresses, np.int64(step.dweights) + offset, F, simd.shift(planes, (PRODUCTS + n) * plane))
-            gather(wide, _offset(step.gates, step.gates_image, b, 4 * cells), 4 * F, simd.shift(planes, Z * plane))
-            if step.before != 0:
-                offset = _offset(step.before, step.before_image, b, 4 * cells) + 3 * F * itemsize
-                gather(wide, offset, F, simd.shift(planes, BEFORE * plane))
-            gather(addresses, _offset(step.c, step.c_image, b, cells), F, simd.shift(planes, C * plane))
-            gather(addresses, _offset(step.dh, step.dh_image, b, cells), F, simd.shift(planes, DH * plane))
+        z, dz, weights and target: of the first gate or peephole, then of the next ones, so many scalars on; before: of
+        the output gate alone. Of the other arrays `index` is the first cell.
+        """
+        lanes = simd.vector_lanes(z)
+        for k in range(0, size, lanes):
+            count, at = min(lanes, size - k), index + k
+            z_k, dz_k = simd.shift(z, k), simd.shift(dz, k)
+            weights_k, target_k = simd.shift(weights, k), simd.shift(target, k)
+            i, f = take(z_k, count), take(simd.shift(z_k, z_gap), count)
+            g, o = take(simd.shift(z_k, 2 * z_gap), count), take(simd.shift(z_k, 3 * z_gap), count)
+            c = take(place_at(like, step.c, step.c_image, b, at), count)
+            dh_k = take(simd.shift(dh, k), count)
             if step.dy != 0:
-                gather(addresses, _offset(step.dy, step.dy_image, b, cells), F, simd.shift(planes, DY * plane))
-            gather(addresses, _offset(step.dc, step.dc_image, b, cells), F, simd.shift(planes, DC * plane))
-            for n in range(F):
-                own = simd.shift(planes, n * lanes)
-                z, dc_place = simd.shift(own, Z * plane), simd.shift(own, DC * plane)
-                i, f = simd.load(z), simd.load(simd.shift(z, plane))
-                g, o = simd.load(simd.shift(z, 2 * plane)), simd.load(simd.shift(z, 3 * plane))
-                c, dh = simd.load(simd.shift(own, C * plane)), simd.load(simd.shift(own, DH * plane))
-                if step.dy != 0:
-                    dh = dh + simd.load(simd.shift(own, DY * plane))
-                if step.before != 0:
-                    simd.store(simd.shift(own, H * plane), simd.load(simd.shift(own, BEFORE * plane)) * output(cell, c))
-                dz_i, dz_f, dz_g, dz_o, dc = derive(
-                    step, cell, simd.shift(own, WEIGHTS * plane), plane, simd.shift(own, PRODUCTS * plane), plane,
-                    lanes, i, f, g, o, c, dh, simd.load(dc_place),
-                )  # fmt: skip
-                simd.store(dc_place, dc)
-                simd.store(z, dz_i)
-                simd.store(simd.shift(z, plane), dz_f)
-                simd.store(simd.shift(z, 2 * plane), dz_g)
-                simd.store(simd.shift(z, 3 * plane), dz_o)
-            scatter(wide, _offset(step.dz, step.dz_image, b, 4 * cells), 4 * F, simd.shift(planes, Z * plane))
-            scatter(addresses, _offset(step.dc, step.dc_image, b, cells), F, simd.shift(planes, DC * plane))
+                dh_k = dh_k + take(place_at(like, step.dy, step.dy_image, b, at), count)
+            dc_place = place_at(like, step.dc, step.dc_image, b, at)
             if step.before != 0:
-                scatter(addresses, _offset(step.h, step.h_image, b, cells), F, simd.shift(planes, H * plane))
-            if step.weights != 0:
-                for n in range(3):
-                    offset = simd.address(simd.shift(lines, n * pitch + (pixel - first) * F))
-                    if elementwise:
-                        offset = np.int64(step.dweights) + n * step.pixels * F * itemsize + cells
-                    scatter(addresses, offset, F, simd.shift(planes, (PRODUCTS + n) * plane))
+                h = take(simd.shift(before, k), count) * output(cell, c)
+                put(place_at(like, step.h, step.h_image, b, at), h, count)
+            dz_i, dz_f, dz_g, dz_o, dc = derive(step, cell, weights_k, weights_gap, target_k, target_gap, count, i, f,
+                                                g, o, c, dh_k, take(dc_place, count))  # fmt: skip
+            put(dc_place, dc, count)
+            put(dz_k, dz_i, count)
+            put(simd.shift(dz_k, z_gap), dz_f, count)
+            put(simd.shift(dz_k, 2 * z_gap), dz_g, count)
+            put(simd.shift(dz_k, 3 * z_gap), dz_o, count)
 
     @inline
-    def pull_back(like, step, cell, b, first, stop, sums, lines, pitch, planes, addresses):
+    def pull_back(like, step, cell, b, first, stop, sums, lines, pitch):
         """Pull back some pixels, and add to the sums of their chunk."""
-        F = step.F
-        if _is_even(F, simd.vector_lanes(lines)):
-            by_filters(like, step, cell, b, first, stop, lines, pitch)
-        else:
-            by_pixels(like, step, cell, b, first, stop, lines, pitch, planes, addresses)
+        F, lanes = step.F, simd.vector_lanes(lines)
+        gates = place_at(like, step.gates, step.gates_image, b, 4 * first * F)
+        before = gates if step.before == 0 else place_at(like, step.before, step.before_image, b, (4 * first + 3) * F)
         dz = place_at(like, step.dz, step.dz_image, b, 4 * first * F)
+        dh = place_at(like, step.dh, step.dh_image, b, first * step.dh_pitch)
+        if step.dx != 0:
+            C = step.dh_pitch - F
+            dx = place_at(like, step.dx, step.dx_image, b, first * C)
+            for n in range(stop - first):
+                copy_run(simd.shift(dx, n * C), simd.shift(dh, n * step.dh_pitch + F), C)
+        weights, target, weights_gap, target_gap = simd.shift(lines, PEEPS * pitch), lines, pitch, pitch
+        if step.elementwise:
+            weights = simd.shift(simd.at(like, step.weights), first * F)
+            target = simd.shift(simd.at(like, step.dweights), first * F)
+            weights_gap = target_gap = step.pixels * F
+        if _is_even(F, lanes):
+            for n in range(stop - first):
+                at = n * F
+                pull_back_cells(
+                    like, step, cell, b, first * F + at, F, simd.shift(gates, 4 * at), simd.shift(before, 4 * at),
+                    simd.shift(dz, 4 * at), F, simd.shift(dh, n * step.dh_pitch), simd.shift(weights, at), weights_gap,
+                    simd.shift(target, at), target_gap,
+                )  # fmt: skip
+        else:
+            z, o_before = simd.shift(lines, Z * pitch), simd.shift(lines, BEFORE * pitch)
+            dh_line = dh if step.dh_pitch == F else simd.shift(lines, DH * pitch)
+            _copy_pixels(4, stop - first, F, z, F, pitch, gates, 4 * F, F)
+            if step.before != 0:
+                _copy_pixels(1, stop - first, F, o_before, F, 0, before, 4 * F, 0)
+            if step.dh_pitch != F:
+                _copy_pixels(1, stop - first, F, dh_line, F, 0, dh, step.dh_pitch, 0)
+            pull_back_cells(like, step, cell, b, first * F, (stop - first) * F, z, o_before, z, pitch, dh_line,
+                            weights, weights_gap, target, target_gap)  # fmt: skip
+            _copy_pixels(4, stop - first, F, dz, 4 * F, F, z, F, pitch)
         _sum_rows(dz, stop - first, 4 * F, 4 * F, sums)
         if step.weights != 0 and not step.elementwise:
             for peephole in range(3):
                 products = simd.shift(lines, peephole * pitch)
                 _sum_rows(products, stop - first, F, F, simd.shift(sums, (4 + peephole) * F))
 
-    def run(job, worker, like, steps, cells, rows, tables):
+    def run(job, worker, like, steps, cells, rows):
         step = steps[0]
         F, pixels = step.F, step.pixels
         chunks = (pixels + CHUNK_PIXELS - 1) // CHUNK_PIXELS
         local = simd.shift(simd.pointer(rows), worker * rows.shape[1])
-        addresses = simd.shift(simd.pointer(tables), worker * tables.shape[1])
         lanes = simd.vector_lanes(local)
         pitch = max(LINE, F) + lanes
         lines = simd.shift(local, 7 * F + lanes)
-        planes = simd.shift(lines, LINES * pitch)
-        at_once = max(1, LINE // F if _is_even(F, lanes) else LINE // F // lanes * lanes)
+        at_once = max(1, LINE // F)
         if step.weights != 0 and not step.elementwise:
             for peephole in range(3):
                 weights = simd.shift(simd.at(like, step.weights), peephole * F)
-                if _is_even(F, lanes):
-                    for n in range(at_once):
-                        copy_run(simd.shift(lines, (PEEPS + peephole) * pitch + n * F), weights, F)
-                else:
-                    for n in range(F):
-                        own = simd.shift(planes, ((WEIGHTS + peephole) * F + n) * lanes)
-                        simd.store(own, simd.broadcast(simd.zeros(own), weights[n]))
+                for n in range(at_once):
+                    copy_run(simd.shift(lines, (PEEPS + peephole) * pitch + n * F), weights, F)
         size = grain(job, chunks)
         chunk = next_item(job, -1, size)
         while chunk < chunks:
@@ -303,8 +284,8 @@ def _run(output, derive):
             for b in range(step.B):
                 clear_run(local, 7 * F)
                 for first in range(chunk * CHUNK_PIXELS, last, at_once):
-                    pull_back(like, step, cells[0], b, first, min(first + at_once, last), local, lines, pitch,
-                              planes, addresses)  # fmt: skip
+                    pull_back(like, step, cells[0], b, first, min(first + at_once, last), local, lines,
+                              pitch)  # fmt: skip
                 for k in range(0, 7 * F, lanes):
                     count = min(lanes, 7 * F - k)
                     add_to(simd.shift(sums, k), take(simd.shift(local, k), count), count)
@@ -326,7 +307,6 @@ PULL_BACK = {
 
 
 def row_length(F: int, itemsize: int) -> int:
-    """Scalars that each worker needs: for the sums of a chunk, for the lines and for the planes."""
+    """Scalars that each worker needs: for the sums of a chunk and for the lines."""
     lanes = simd.lanes(itemsize)
-    planes = 0 if _is_even.py_func(F, lanes) else (PLANES * F + lanes) * lanes
-    return 7 * F + lanes + LINES * (max(LINE, F) + lanes) + planes
+    return 7 * F + lanes + LINES * (max(LINE, F) + lanes)
