@@ -147,8 +147,6 @@ def test_a_command_of_a_page_is_there(command):
             assert name in commands.COMMANDS
             expect_options(words, help_of("fastclstm", name))
         elif module.startswith("bench"):
-            if importlib.util.find_spec("matplotlib") is None:
-                pytest.skip("bench needs matplotlib")
             expect_options(words, help_of(module))
         else:
             assert module == "sphinx"
