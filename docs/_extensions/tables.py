@@ -45,6 +45,13 @@ def _normalization(row: Any) -> str:
     return row.normalization.kind + (", if stored" if row.norms_optional else "")
 
 
+def refused() -> Rows:
+    """Return what is recognized, and refused."""
+    from fastclstm.convert.torch import DIALECTS
+
+    return ["dialect", "why"], [[CODE(f'"{name}"'), row.refusal] for name, row in DIALECTS.items() if row.refusal]
+
+
 def gru_dialects() -> Rows:
     """Return the ConvGRUs of PyTorch."""
     from fastclstm.convert.torch import GRU_DIALECTS
@@ -105,7 +112,7 @@ def nn() -> Rows:
     ]
 
 
-REGISTRIES = {function.__name__: function for function in (dialects, gru_dialects, keras, onnx, nn)}
+REGISTRIES = {function.__name__: function for function in (dialects, refused, gru_dialects, keras, onnx, nn)}
 
 
 class Registry(SphinxDirective):
