@@ -386,12 +386,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.crowd", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--parts", nargs="+", choices=PARTS, help="only these; the file's others stay")
     parser.add_argument("--quick", action="store_true", help="just see whether it runs; no figure means anything")
-    parser.add_argument("--out", type=Path, required=True, help="the JSON file to write, or with --readme to read")
-    parser.add_argument("--readme", type=Path, help="measure nothing: put the tables of the results into this file")
+    parser.add_argument("--out", type=Path, required=True, help="the JSON file to write, or with --page to read")
+    parser.add_argument("--page", type=Path, help="measure nothing: put the tables of the results into this file")
     options = parser.parse_args(arguments)
-    if options.readme:
+    if options.page:
         block = markdown(json.loads(options.out.read_text()))
-        options.readme.write_text(render.insert(options.readme.read_text(), block, "crowd"))
+        options.page.write_text(render.insert(options.page.read_text(), block, "crowd"))
         return
     effort = QUICK if options.quick else Effort()
     report: dict[str, Any] = {

@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Print the table, or write it between a file's markers."""
     parser = argparse.ArgumentParser(prog="python -m bench.errors", description=__doc__)
     parser.add_argument("--cases", nargs="+", choices=CASE_NAMES, default=CASE_NAMES)
-    parser.add_argument("--readme", type=Path, help="the file with the markers; without it the table is printed")
+    parser.add_argument("--page", type=Path, help="the file with the markers; without it the table is printed")
     parser.add_argument("--tiles", action="store_true", help="of one convolution by each of Winograd's tiles instead")
     options = parser.parse_args(arguments)
     if options.tiles:
@@ -73,8 +73,8 @@ def main(arguments: list[str] | None = None) -> None:
         body = [*map(row, options.cases)]
     rows = [head, ["---", *["---:"] * (len(head) - 1)], *body]
     table = "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
-    if options.readme:
-        options.readme.write_text(insert(options.readme.read_text(), table, "errors"))
+    if options.page:
+        options.page.write_text(insert(options.page.read_text(), table, "errors"))
     else:
         print(table)
 

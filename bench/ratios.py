@@ -1,4 +1,4 @@
-"""What a landscape shows: the ratios' summary, the table for the README, and the picture, a dot a configuration."""
+"""What a landscape shows: the ratios' summary, the table for its page, and the picture, a dot a configuration."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
-"""Render saved comparisons: the README's table between its markers, and a bar plot; or a landscape, and its dots."""
+"""Render saved comparisons: a page's table between its markers, and a bar plot; or a landscape, and its dots."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 from pathlib import Path
 from typing import Any
@@ -150,7 +151,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Render saved comparisons into a Markdown file and a picture."""
     parser = argparse.ArgumentParser(prog="python -m bench.render", description=__doc__)
     parser.add_argument("results", type=Path, nargs="+", help="JSON written by bench.compare")
-    parser.add_argument("--readme", type=Path, help="the file with the markers; without it the table is printed")
+    parser.add_argument("--page", type=Path, help="the file with the markers; without it the table is printed")
     parser.add_argument("--plot", type=Path, help="the PNG to draw")
     parser.add_argument("--landscape", action="store_true", help="the results are those of bench.landscape")
     options = parser.parse_args(arguments)
@@ -158,12 +159,12 @@ def main(arguments: list[str] | None = None) -> None:
     picture = None
     if options.plot:
         (ratios.dots if options.landscape else plot)(report, options.plot)
-        if options.readme:
-            picture = options.plot.absolute().relative_to(options.readme.absolute().parent).as_posix()
+        if options.page:
+            picture = Path(os.path.relpath(options.plot, options.page.parent)).as_posix()
     block = ratios.markdown(report, picture) if options.landscape else markdown(report, picture)
-    if options.readme:
+    if options.page:
         name = "landscape" if options.landscape else "bench"
-        options.readme.write_text(insert(options.readme.read_text(), block, name))
+        options.page.write_text(insert(options.page.read_text(), block, name))
     else:
         print(block)
 

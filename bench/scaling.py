@@ -103,7 +103,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Print the table, or write it between a file's markers."""
     parser = argparse.ArgumentParser(prog="python -m bench.scaling", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("results", type=Path, nargs="+", help="JSON written by bench.compare, on 1 and 2 threads")
-    parser.add_argument("--readme", type=Path, help="the file with the markers; without it the table is printed")
+    parser.add_argument("--page", type=Path, help="the file with the markers; without it the table is printed")
     options = parser.parse_args(arguments)
     runs = load(options.results)["runs"]
     seconds: dict[str, dict[int, float]] = {}
@@ -115,8 +115,8 @@ def main(arguments: list[str] | None = None) -> None:
     head = ["case", "measured, 2", *(f"predicted, {threads}" for threads in THREADS)]
     rows = [head, ["---", *["---:"] * (len(head) - 1)], *(row(case, seconds[case.name]) for case in cases)]
     table = "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
-    if options.readme:
-        options.readme.write_text(insert(options.readme.read_text(), table, "scaling"))
+    if options.page:
+        options.page.write_text(insert(options.page.read_text(), table, "scaling"))
     else:
         print(table)
 

@@ -239,12 +239,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", nargs="+", type=int, default=sorted({1, os.cpu_count() or 1}))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--peers", nargs="+", choices=IMPLEMENTATIONS, default=list(IMPLEMENTATIONS))
-    parser.add_argument("--out", type=Path, required=True, help="the JSON file to write, or with --readme to read")
-    parser.add_argument("--readme", type=Path, help="run nothing: put the table of the results into this file")
+    parser.add_argument("--out", type=Path, required=True, help="the JSON file to write, or with --page to read")
+    parser.add_argument("--page", type=Path, help="run nothing: put the table of the results into this file")
     options = parser.parse_args(arguments)
-    if options.readme:
+    if options.page:
         block = markdown(render.load([options.out]))
-        options.readme.write_text(render.insert(options.readme.read_text(), block, "training"))
+        options.page.write_text(render.insert(options.page.read_text(), block, "training"))
         return
     runs = []
     for name in options.cases:

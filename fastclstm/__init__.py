@@ -108,12 +108,14 @@ _HOME = {
     "to_torch": "fastclstm.convert.torch",
 }
 _HOME |= submodules(
-    __name__, "adapters", "convert", "datasets", "functional", "io", "layers", "models", "nn", "training"
-)
+    __name__, "adapters", "baselines", "convert", "datasets", "functional", "io", "layers", "models", "nn", "training",
+    "verification",
+)  # fmt: skip
 __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:  # what follows is all that type checkers know, so that they find a name that is not there
     from fastclstm import adapters as adapters
+    from fastclstm import baselines as baselines
     from fastclstm import convert as convert
     from fastclstm import datasets as datasets
     from fastclstm import functional as functional
@@ -122,6 +124,7 @@ if TYPE_CHECKING:  # what follows is all that type checkers know, so that they f
     from fastclstm import models as models
     from fastclstm import nn as nn
     from fastclstm import training as training
+    from fastclstm import verification as verification
     from fastclstm.convert.flax import from_flax as from_flax
     from fastclstm.convert.flax import to_flax as to_flax
     from fastclstm.convert.keras import from_keras as from_keras

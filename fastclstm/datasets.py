@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
 
-from fastclstm.spec import choice
+from fastclstm.spec import choice, integers
+
+if TYPE_CHECKING:
+    import xarray
 
 _DIGIT = 8  # pixels a side of scikit-learn's digits
 _BOX = _DIGIT + 2  # the digit and the margin that its smooth enlargement takes up
@@ -90,3 +95,123 @@ def _spline_weights(corner: np.ndarray, box: float, size: int) -> np.ndarray:
     inner = 0.75 - distance**2
     outer = 0.5 * np.maximum(1.5 - distance, 0) ** 2
     return np.where(distance < 0.5, inner, outer)
+
+
+_LIFE = (8, 30)  # steps that a cell of rain lives
+_DRIZZLE = 0.1  # mm/h, less than which a radar does not see
+_WARM_UP = 36  # steps before the first
+
+
+def synthetic_radar(
+    steps: int, size: int | tuple[int, int] = 64, *, minutes: float = 5, pixel: float = 1000, cells: float = 0.6,
+    speed: float = 0.5, noise: float = 0.1, missing: bool = True, start: str = "2026-07-01T00:00",
+    seed: int | None = None,
+) -> xarray.DataArray:  # fmt: skip
+    """Make rain as a weather radar would see it: cells that drift with a slowly turning wind, grow and decay.
+
+    It is a stand-in for an archive that nobody has at hand, with what makes such an archive hard: rain that moves by
+    less than a pixel between scans, that is born and dies, speckle, and a sector that the radar does not see.
+
+    Parameters
+    ----------
+    steps : int
+        Scans.
+    size : int or (int, int)
+        Rows and columns.
+    minutes, pixel : float
+        Between two scans; side of a pixel in metres.
+    cells : float
+        How many cells are born a scan, of a frame of 64×64 pixels; larger ones have more in proportion.
+    speed : float
+        Of the wind, in pixels a scan. It turns and changes by up to a half in the course of hours.
+    noise : float
+        Standard deviation of the speckle, of the logarithm of the rates.
+    missing : bool
+        Whether a sector of the circle around the radar is missing: NaN.
+    start : str
+        Date and time of the first scan.
+    seed : int, optional
+        The same seed gives the same rain.
+
+    Returns
+    -------
+    xarray.DataArray (time, y, x) of float32
+        "rain", in mm h-1, with the attributes of the CF conventions; y and x in metres from the radar.
+
+    Raises
+    ------
+    ValueError
+        A count, a size or a rate that is too small.
+    ImportError
+        xarray is not installed.
+    """
+    op = "synthetic_radar"
+    (steps,) = integers(op, "steps", steps, 1, 1)
+    H, W = integers(op, "size", size, 2, 8)
+    for name, value, least in (("minutes", minutes, 0), ("pixel", pixel, 0), ("cells", cells, 0)):
+        if not value > least:
+            raise ValueError(f"{op}: {name} must be more than {least}, got {value!r}")
+    for name, value in (("speed", speed), ("noise", noise)):
+        if not value >= 0:
+            raise ValueError(f"{op}: {name} must not be negative, got {value!r}")
+    try:
+        import xarray
+    except ImportError as error:
+        raise ImportError(f"{op} needs xarray ({error}); pip install 'fastclstm[xarray]'") from error
+    rng = np.random.default_rng(seed)
+    rain = _rain(rng, steps, (H, W), cells, speed)
+    if noise:
+        rain *= np.exp(noise * rng.standard_normal(rain.shape, np.float32))
+    rain[rain < _DRIZZLE] = 0
+    y, x = (pixel * (np.arange(n) - (n - 1) / 2) for n in (H, W))
+    if missing:
+        bearing = np.arctan2(x, y[:, None])  # clockwise from north
+        rain[:, np.abs(bearing - 0.9) < 0.15] = np.nan
+    nanoseconds = np.arange(steps) * np.timedelta64(round(minutes * 60e9), "ns")
+    far = {"units": "m", "axis": "Y", "standard_name": "projection_y_coordinate", "long_name": "north of the radar"}
+    coords: dict[str, Any] = {
+        "time": ("time", np.datetime64(start, "ns") + nanoseconds, {"standard_name": "time", "axis": "T"}),
+        "y": ("y", y, far),
+        "x": ("x", x, far | {"axis": "X", "standard_name": "projection_x_coordinate",
+                             "long_name": "east of the radar"}),
+    }  # fmt: skip
+    attrs = {"units": "mm h-1", "standard_name": "rainfall_rate", "long_name": "synthetic rain rate"}
+    return xarray.DataArray(rain, coords, ("time", "y", "x"), "rain", attrs)
+
+
+def _rain(rng: np.random.Generator, steps: int, size: tuple[int, int], cells: float, speed: float) -> np.ndarray:
+    """Return rates (steps, H, W) of cells that drift over the frame and what is around it."""
+    margin = 16 + int(speed * _LIFE[1])
+    H, W = size
+    area = (H + 2 * margin) * (W + 2 * margin)
+    hours = np.arange(-_WARM_UP, steps) / 12
+    phases = rng.uniform(0, 2 * np.pi, 3)
+    heading = phases[0] + 0.8 * np.sin(hours / 2.3 + phases[1]) + 0.05 * hours
+    pace = speed * (1 + 0.5 * np.sin(hours / 3.1 + phases[2]))
+    wind = np.stack([pace * np.sin(heading), pace * np.cos(heading)], 1)
+    activity = 1 + 0.6 * np.sin(hours / 4.7 + phases[1])
+    rows, columns = np.arange(H, dtype=np.float32)[:, None], np.arange(W, dtype=np.float32)
+    rain = np.zeros((steps, H, W), np.float32)
+    for born, share in enumerate(activity):
+        for _ in range(rng.poisson(cells * share * area / 64**2)):
+            place = rng.uniform((-margin, -margin), (H + margin, W + margin))
+            life = int(rng.integers(*_LIFE))
+            own, radius, most = 0.1 * speed * rng.standard_normal(2), rng.uniform(2, 5.5), 12 * rng.lognormal(-0.5, 0.8)
+            long, turned = rng.uniform(1, 1.8), rng.uniform(0, np.pi)
+            for age in range(min(life, steps + _WARM_UP - born)):
+                place = place + wind[born + age] + own
+                t = born + age - _WARM_UP
+                if t < 0:
+                    continue
+                grown = np.sin(np.pi * (age + 1) / (life + 1))
+                wide = radius * (0.6 + 0.4 * grown)
+                reach = int(3.5 * wide * long) + 1
+                (top, left), (bottom, right) = (np.clip((place + d).astype(int), 0, size) for d in (-reach, reach + 1))
+                if top >= bottom or left >= right:
+                    continue
+                dy, dx = rows[top:bottom] - place[0], columns[left:right] - place[1]
+                along, across = dx * np.cos(turned) + dy * np.sin(turned), dy * np.cos(turned) - dx * np.sin(turned)
+                rain[t, top:bottom, left:right] += (
+                    most * grown**2 * np.exp(-((along / long) ** 2 + across**2) / wide**2)
+                )
+    return rain

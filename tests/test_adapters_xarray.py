@@ -337,6 +337,25 @@ def test_windows():
         Windows(x, 10, 4)
 
 
+def test_windows_of_other_sizes_weights_and_times():
+    """Frames get to multiples by missing pixels; weights are made of what is to be foretold; gaps are not bridged."""
+    x = frames(9, 5, 6).clip(0)
+    x[4, 1] = np.nan
+    x = x.isel(time=[0, 1, 2, 3, 4, 6, 7, 8])
+    windows = Windows(x, 2, 1, batch_size=9, missing=-1.0, multiple=(4, 2), weigh=lambda y: 1 + y[..., 0] ** 2)
+    ((given, wanted, weights),) = windows
+    assert (given.shape, wanted.shape, weights.shape) == ((4, 2, 8, 6, 1), (4, 1, 8, 6, 1), (4, 1, 8, 6))
+    assert (given[:, :, 5:] == -1).all()
+    truth = x.values[[2, 3, 4, 7], None]
+    there = np.pad(np.isfinite(truth), ((0, 0), (0, 0), (0, 3), (0, 0)))
+    np.testing.assert_array_equal(weights == 0, ~there)
+    np.testing.assert_allclose(weights[there], 1 + truth[np.isfinite(truth)] ** 2, rtol=1e-6)
+    with pytest.raises(ValueError, match="no so many of the 8 times follow on"):
+        Windows(x, 5, 1)
+    with pytest.raises(ValueError, match="weigh and multiple ask for weights"):
+        Windows(x, 2, 1, multiple=4)
+
+
 def test_training_from_lazy_frames_with_missing_pixels():
     x = frames(14, 6, 6)
     x[5, 2:4] = np.nan

@@ -17,7 +17,8 @@ import fastclstm
 
 ROOT = Path(fastclstm.__file__).parent
 FLOORS = {"lazy": 0, "spec": 0, "nn": 1, "engines": 2, "dispatch": 3, "functional": 4, "io": 5, "layers": 6,
-          "training": 7, "models": 8, "datasets": 8, "convert": 9, "adapters": 9}  # fmt: skip
+          "training": 7, "models": 8, "datasets": 8, "baselines": 8, "verification": 8, "convert": 9,
+          "adapters": 9}  # fmt: skip
 """Every other room is on top: the command line."""
 TOP = 10
 SHARED = {"cells", "disk_cache", "forks", "recurrence", "remembered"}

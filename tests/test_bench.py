@@ -153,11 +153,11 @@ def test_the_tables_of_a_crowd(tmp_path):
         "busy": [run("alone", "readme", 0.55), run("alone", "fit", 0.6), run("1 busy", "readme", 1.0)],
         "prefork": [run("4 processes", "readme", 1.1)],
     }  # fmt: skip
-    out, readme = tmp_path / "crowd.json", tmp_path / "README.md"
+    out, page = tmp_path / "crowd.json", tmp_path / "page.md"
     out.write_text(json.dumps(report))
-    readme.write_text("before\n<!-- crowd:start -->\nlast year's\n<!-- crowd:end -->\nafter\n")
-    crowd.main(["--out", str(out), "--readme", str(readme)])
-    text = readme.read_text()
+    page.write_text("before\n<!-- crowd:start -->\nlast year's\n<!-- crowd:end -->\nafter\n")
+    crowd.main(["--out", str(out), "--page", str(page)])
+    text = page.read_text()
     assert [line for line in text.splitlines() if line.startswith("| ")] == [
         "| the first | cold, wall | cold, CPU | from disk, wall | from disk, CPU |",
         "| --- | ---: | ---: | ---: | ---: |",
@@ -348,13 +348,13 @@ def test_a_landscape_is_rendered(tmp_path):
     pytest.importorskip("matplotlib")
     runs = [_measured(0.5), _measured(2.0), _measured(3.0, threads=1), _measured(1.5, training=True, family="dropout")]
     report = {"processor": "a processor", "cpus": 2, "versions": {"numpy": "2.0"}, "runs": runs[:1]}
-    first, second, readme = tmp_path / "a.json", tmp_path / "b.json", tmp_path / "README.md"
+    first, second, page = tmp_path / "a.json", tmp_path / "b.json", tmp_path / "page.md"
     first.write_text(json.dumps(report))
     second.write_text(json.dumps(report | {"runs": [runs[0] | {"ratio": 0.8}, *runs[1:]]}))
-    readme.write_text("before\n<!-- landscape:start -->\nold\n<!-- landscape:end -->\nafter\n")
+    page.write_text("before\n<!-- landscape:start -->\nold\n<!-- landscape:end -->\nafter\n")
     picture = tmp_path / "dots.png"
-    render.main(["--landscape", str(first), str(second), "--readme", str(readme), "--plot", str(picture)])
-    text = readme.read_text()
+    render.main(["--landscape", str(first), str(second), "--page", str(page), "--plot", str(picture)])
+    text = page.read_text()
     assert [line for line in text.splitlines() if line.startswith("|")] == [
         "| family | inference, 1 thread | inference, 2 threads | training, 2 threads |",
         "| --- | ---: | ---: | ---: |",

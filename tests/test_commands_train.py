@@ -240,18 +240,18 @@ def test_an_encoder_and_a_forecaster(job, scales, patch, strides):
 # --- its parts ---
 
 
-def test_advection_foretells_what_glides():
-    x = np.zeros((3, 6, 14, 15, 2), np.float32)
-    spot = np.random.default_rng(0).random((3, 4, 2))
-    for film, (start, move) in enumerate([((5, 5), (1, -1)), ((1, 8), (2, 0)), ((6, 1), (-1, 2))]):
-        for t in range(6):
-            row, column = start[0] + t * move[0], start[1] + t * move[1]
-            x[film, t, row : row + 3, column : column + 4] = spot
-    np.testing.assert_array_equal(train.advect(x[:, :2], 4), x[:, 2:])
-    away = train.advect(x[:, :2], 30)[:, -1]
-    assert away.shape == (3, 14, 15, 2)
-    assert not away.any()
-    np.testing.assert_array_equal(train.repeat_last(x[:, :2], 3), np.stack([x[:, 1]] * 3, 1))
+def test_the_baselines_are_persistence_and_optical_flow():
+    """On slow motion the latter is the better one."""
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:24, :24]
+    films = np.stack([
+        [np.exp(-((y - 12 - 0.3 * t) ** 2 + (x - place + 0.3 * t) ** 2) / 18) for t in range(6)]
+        for place in rng.uniform(9, 15, 3)
+    ])[..., None]  # fmt: skip
+    scores = train.compare(films, 3, {})
+    assert list(scores) == ["last frame", "flow"]
+    assert scores["flow"]["all mse"] < 0.1 * scores["last frame"]["all mse"]
+    assert scores["last frame"]["next mse"] == pytest.approx(np.square(films[:, 3] - films[:, 2]).mean())
 
 
 SCALED = {

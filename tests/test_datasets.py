@@ -1,4 +1,4 @@
-"""The moving digits."""
+"""The moving digits, and the synthetic radar."""
 
 import sys
 
@@ -6,9 +6,13 @@ import numpy as np
 import pytest
 
 from fastclstm import datasets
-from fastclstm.datasets import moving_digits
+from fastclstm.datasets import moving_digits, synthetic_radar
 
-pytest.importorskip("sklearn")
+
+@pytest.fixture(autouse=True)
+def digits():
+    """The digits, which are scikit-learn's."""
+    pytest.importorskip("sklearn")
 
 
 def test_shape_and_range():
@@ -78,3 +82,53 @@ def test_without_scikit_learn(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(ImportError, match=r"pip install 'fastclstm\[demo\]'"):
         moving_digits(1, 1)
+
+
+# The synthetic radar
+
+
+def test_rain_with_units_coordinates_and_a_sector_that_is_missing():
+    pytest.importorskip("xarray")
+    rain = synthetic_radar(30, (20, 26), minutes=10, pixel=500, start="2026-01-01T12:00", seed=0)
+    assert dict(rain.sizes) == {"time": 30, "y": 20, "x": 26}
+    assert (rain.dtype, rain.name, rain.units, rain.y.units) == (np.float32, "rain", "mm h-1", "m")
+    assert np.unique(np.diff(rain.x)).tolist() == [500]
+    assert np.unique(np.diff(rain.time)) == np.timedelta64(10, "m")
+    assert str(rain.time.values[0])[:16] == "2026-01-01T12:00"
+    missing = np.isnan(rain.values)
+    assert (missing == missing[0]).all()
+    assert 0.02 < missing.mean() < 0.15
+    values = rain.values[~missing]
+    assert 0.1 < (values > 0).mean() < 0.9
+    assert ((values == 0) | (values >= 0.1)).all()
+    np.testing.assert_array_equal(synthetic_radar(30, (20, 26), seed=0).values, rain.values)
+    assert not np.isnan(synthetic_radar(3, 16, missing=False, seed=0)).any()
+    assert not np.array_equal(synthetic_radar(3, 16, seed=0), synthetic_radar(3, 16, seed=1), equal_nan=True)
+
+
+def test_rain_moves_by_parts_of_pixels_and_grows_and_decays():
+    pytest.importorskip("xarray")
+    from fastclstm.baselines import motion
+
+    speed = [np.hypot(*np.median(motion(np.log1p(synthetic_radar(4, 64, speed=v, noise=0, missing=False, seed=3))),
+                                 (1, 2))) for v in (0.0, 1.2)]  # fmt: skip
+    assert speed[0] < 0.2  # growth looks like some motion
+    assert 0.4 < speed[1] < 2
+    still = synthetic_radar(20, 32, speed=0, noise=0, missing=False, seed=0).values
+    change = np.diff(still.max((1, 2)))
+    assert (change > 0).any()
+    assert (change < 0).any()
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"steps": 0}, {"size": 7}, {"minutes": 0}, {"cells": 0}, {"speed": -1}, {"noise": -1}]
+)
+def test_radar_options_that_cannot_be(wrong):
+    with pytest.raises(ValueError, match=f"synthetic_radar: {next(iter(wrong))}"):
+        synthetic_radar(**{"steps": 1, **wrong})
+
+
+def test_radar_without_xarray(monkeypatch):
+    monkeypatch.setitem(sys.modules, "xarray", None)
+    with pytest.raises(ImportError, match=r"pip install 'fastclstm\[xarray\]'"):
+        synthetic_radar(1)

@@ -2,7 +2,6 @@ import doctest
 import importlib
 import os
 import pkgutil
-from pathlib import Path
 
 import pytest
 
@@ -31,9 +30,3 @@ def test_examples_of_docstrings(name):
     outcome = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
     assert outcome.failed == 0
     assert outcome.attempted > 0 or name not in WITH_EXAMPLES
-
-
-def test_examples_of_the_readme():
-    outcome = doctest.testfile(str(Path(__file__).parents[1] / "README.md"), module_relative=False)
-    assert outcome.failed == 0
-    assert outcome.attempted > 5

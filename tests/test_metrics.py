@@ -131,6 +131,23 @@ def test_counts_of_batches_make_the_score_of_all(metric, thresholds):
         assert np.isnan(quotient((0 * summed).tolist())).all()
 
 
+def test_fractions_of_batches_make_the_score_of_all():
+    p, t = normal(7, 6, 5, 1), normal(7, 6, 5, 1)
+    t[1, 0] = math.nan
+    seen = RNG.random((7, 6, 5)) < 0.8
+    sums, quotient = metrics.counted(partial(metrics.fss, thresholds=[0.0, 9.0], scale=3))
+    summed = sum(sums(p[b : b + 2], t[b : b + 2], valid=seen[b : b + 2]) for b in range(0, 7, 2))
+    score = quotient(summed.tolist())
+    assert 0 < score[0] < 1
+    assert np.isnan(score[1])
+    assert score[0] == pytest.approx(metrics.fss(p, t, 0.0, 3, valid=seen), rel=1e-12)
+    filled = np.where(seen[..., None] & ~np.isnan(t), t, -9), np.where(seen[..., None] & ~np.isnan(t), p, -9)
+    assert score[0] == pytest.approx(metrics.fss(*filled[::-1], 0.0, 3), rel=1e-12)
+    for wrong, words in (((p[0, 0], t[0, 0]), "must be frames"), ((p, t, 0.5, 0), "scale must be the side")):
+        with pytest.raises(ValueError, match=words):
+            metrics.fss(*wrong)
+
+
 def test_metrics_that_are_means():
     class Own:
         __hash__ = None

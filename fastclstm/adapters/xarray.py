@@ -13,7 +13,7 @@ outside of a radar's range.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -151,6 +151,7 @@ class Windows:
 
     It is a function of the epoch, which decides in which order they come, and an iterable of the same in their order.
     With `missing` a batch has weights too: pixels to be foretold that are NaN weigh nothing, in loss and metrics.
+    Windows that would bridge a gap in the times are left out.
 
     Parameters
     ----------
@@ -165,11 +166,16 @@ class Windows:
         Of the order, another one in every epoch. None: as they are.
     time, space, channel, missing
         As of `apply`.
+    multiple : int or (int, int)
+        Frames whose rows and columns are none of these numbers get as many more, at the end, that are missing.
+    weigh : function, optional
+        From frames to be foretold (B, steps, H, W, C), without NaN, to factors of the pixels' weights (B, steps, H, W):
+        such that loss looks at what is rare too. It asks for `missing`.
 
     Raises
     ------
     TypeError, ValueError
-        As of `apply`; fewer frames than a window has.
+        As of `apply`; fewer frames, or fewer without a gap, than a window has.
 
     Examples
     --------
@@ -185,17 +191,28 @@ class Windows:
     def __init__(
         self, frames: xarray.DataArray, length: int, steps: int, *, every: int = 1, batch_size: int = 8,
         seed: int | None = None, time: Any = None, space: Any = None, channel: Any = None, missing: float | None = None,
+        multiple: Any = 1, weigh: Callable[[np.ndarray], Any] | None = None,
     ):  # fmt: skip
         op = "Windows"
         self._axes = Axes.of(op, frames, time, space, channel)
         for name, value in (("length", length), ("steps", steps), ("every", every), ("batch_size", batch_size)):
             integers(op, name, value, 1, 1)
         self._data, self.length, self.steps, self.every = self._axes.data(frames), length, steps, every
-        self.batch_size, self.seed, self.missing = batch_size, seed, missing
+        self.batch_size, self.seed, self.missing, self.weigh = batch_size, seed, missing, weigh
+        self.multiple = integers(op, "multiple", multiple, 2, 1)
+        if missing is None and (weigh is not None or self.multiple != (1, 1)):
+            raise ValueError(f"{op}: weigh and multiple ask for weights, which there are with missing=VALUE; give that")
         T = self._data.shape[-4]
-        starts = range(0, T - length - steps + 1, every)
+        starts: Sequence[int] = range(0, T - length - steps + 1, every)
         if not starts:
             raise ValueError(f"{op}: a window has {length} + {steps} frames, but frames has {T} times")
+        broken = np.zeros(T + 1, int)  # how many gaps there are up to each time
+        broken[self._axes.breaks(frames)] = 1
+        broken = broken.cumsum()
+        starts = [start for start in starts if broken[start] == broken[start + length + steps - 1]]
+        if not starts:
+            raise ValueError(f"{op}: a window has {length} + {steps} frames, but no so many of the {T} times follow on "
+                             f"one another without a gap; give shorter windows")  # fmt: skip
         self._places = [(*index, start) for index in np.ndindex(*self._data.shape[:-4]) for start in starts]
 
     def __len__(self) -> int:
@@ -218,14 +235,26 @@ class Windows:
                 import dask
 
                 cut = dask.compute(*cut)
-            films = np.stack([np.asarray(film) for film in cut])
+            films = padded(np.stack([np.asarray(film) for film in cut]), self.multiple)
             x, y = films[:, : self.length], films[:, self.length :]
             if self.missing is None:
                 _refuse_nan("Windows", films)
                 yield x, y
             else:
-                there = np.isfinite(y).all(-1)
-                yield _filled(x, self.missing), _filled(y, self.missing), there.astype(y.dtype)
+                weights = np.isfinite(y).all(-1).astype(y.dtype)
+                y = _filled(y, self.missing)
+                if self.weigh is not None:
+                    weights = (weights * self.weigh(y)).astype(y.dtype)
+                yield _filled(x, self.missing), y, weights
+
+
+def padded(films: np.ndarray, multiple: Sequence[int]) -> np.ndarray:
+    """Return films (…, H, W, C) whose H and W are multiples of two numbers: what is new is NaN, at the end."""
+    more = [-n % m for n, m in zip(films.shape[-3:-1], multiple, strict=True)]
+    if not any(more):
+        return films
+    kind = films if films.dtype.kind == "f" else films.astype(np.float32)
+    return np.pad(kind, [*[(0, 0)] * (films.ndim - 3), *((0, n) for n in more), (0, 0)], constant_values=np.nan)
 
 
 def _check(op: str, network: Any) -> None:

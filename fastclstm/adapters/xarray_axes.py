@@ -60,7 +60,7 @@ class Axes:
             if dim is not None and dim not in frames.dims:
                 raise ValueError(f"{op}: {name}={dim!r} is no dim of frames, which has {_names(frames.dims)}")
         known: dict[str, Any] = {name: dim for name, dim in told.items() if dim is not None}
-        for name, find in (("time", _time), ("y", _rows), ("x", _columns), ("channel", _channel)):
+        for name, find in (("time", time_dim), ("y", _rows), ("x", _columns), ("channel", _channel)):
             if name not in known:
                 known[name] = find(frames, [dim for dim in frames.dims if dim not in known.values()])
         missing = [name for name in ("time", "y", "x") if known[name] is None]
@@ -101,6 +101,18 @@ class Axes:
         }  # fmt: skip
         return xarray.DataArray(values, fit | new, dims, frames.name, frames.attrs)
 
+    def breaks(self, frames: xarray.DataArray, usual: float | None = None) -> np.ndarray:
+        """Return where a time does not follow on the one before, as positions: after a gap, or out of order.
+
+        A step may differ from the usual one (None: the median) by up to a half: scans are late, months differ.
+        """
+        times = frames.sizes[self.time]
+        if self.time not in frames.coords or times < 2:
+            return np.empty(0, np.intp)
+        steps = seconds(frames[self.time].values)
+        usual = float(np.median(steps)) if usual is None else usual
+        return np.flatnonzero(~(np.abs(steps - usual) <= abs(usual) / 2)) + 1
+
     def following(self, frames: xarray.DataArray, steps: int) -> dict[Hashable, xarray.DataArray]:
         """Return the coordinate of the `steps` times that follow, in the units and calendar of those before.
 
@@ -132,7 +144,16 @@ class Axes:
         return {self.time: made}
 
 
-def _time(frames: xarray.DataArray, dims: Sequence[Hashable]) -> Hashable | None:
+def seconds(times: np.ndarray) -> np.ndarray:
+    """Return the steps between times in seconds; of times that are not dates but numbers, in their units."""
+    steps = np.diff(times)
+    if steps.dtype.kind == "m":
+        return steps / np.timedelta64(1, "s")
+    return np.array([step.total_seconds() if hasattr(step, "total_seconds") else step for step in steps], float)
+
+
+def time_dim(frames: xarray.DataArray, dims: Sequence[Hashable]) -> Hashable | None:
+    """Return which of `dims` is time, by its coordinate or by its name, if one is."""
     dated = [dim for dim in dims if dim in frames.coords and _is_dated(frames[dim])]
     return _one(dated) if dated else _named(dims, TIMES)
 

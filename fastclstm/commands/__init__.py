@@ -24,6 +24,8 @@ COMMANDS = {
     "run": "Run a saved layer or network over a file of sequences or samples.",
     "forecast": "Make the frames that follow, by a saved network.",
     "train": "Train a network to foretell the next frame of films.",
+    "verify": "Score the forecasts of a saved network against observations.",
+    "radar": "Write a synthetic radar archive, to try the others on.",
     "warmup": "Compile the kernels of the cpu engine for all later processes.",
     "bench": "Run the benchmark suite and print its table.",
 }

@@ -8,7 +8,9 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from fastclstm.commands.inputs import check_distinct, open_sequences, takes_sequences
+from fastclstm.commands import nowcast
+from fastclstm.commands.inputs import check_distinct, is_array_file, open_sequences, takes_sequences
+from fastclstm.commands.nowcast import Missing, Variable
 from fastclstm.commands.options import SETTINGS, Engine, Quiet, Threads, Weights, set_threads, use_engine
 from fastclstm.io.files import replacing
 from fastclstm.io.progress import progress_bar
@@ -16,15 +18,30 @@ from fastclstm.layers import ConvLSTM2D
 from fastclstm.models import load
 from fastclstm.models.roll_out import roll_out
 
+STEPS = 10
+
 app = typer.Typer(**SETTINGS)
 
 
 @app.command("forecast")
 def command(
-    source: Annotated[Path, typer.Argument(metavar="INPUT.npy", help="(T, H, W[, C]) or (B, T, H, W, C).")],
+    sources: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="INPUT",
+            help="NetCDF or Zarr: files, a folder, a pattern. Or .npy: (T, H, W[, C]) or (B, T, H, W, C).",
+        ),
+    ],
     weights: Weights,
-    out: Annotated[Path, typer.Option(metavar="OUT.npy", help="Where the frames go.")],
-    steps: Annotated[int, typer.Option(min=1, help="Frames to make.")] = 10,
+    out: Annotated[Path, typer.Option(metavar="OUT", help="Where the frames go: .nc or .zarr, or .npy.")],
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Frames to make.  [default: 10; of NetCDF as many as in training]")
+    ] = None,
+    variable: Variable = None,
+    missing: Missing = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Of NetCDF: draw the frames: .png or .gif.", show_default=False)
+    ] = None,
     scale: Annotated[
         tuple[float, float] | None,
         typer.Option(metavar="LOW HIGH", help="Values that are 0 and 1 to the network; see train.", show_default=False),
@@ -39,9 +56,24 @@ def command(
     The network is what train wrote, an EncoderForecaster or MultiscaleForecaster, or any other that returns the next
     frame, of all steps or of the last: then a frame made is appended to those before it, and the last T of them give
     the next.
+
+    Of NetCDF and Zarr the last frames go in, and what follows them comes out with units, coordinates and attributes;
+    the weights know, from train, variable, transform and step of time.
     """
     set_threads(threads)
-    shape = forecast_file(source, weights, out, steps=steps, scale=scale, batch=batch, engine=engine, quiet=quiet)
+    if len(sources) > 1 or not is_array_file(sources[0]):
+        if scale is not None:
+            raise ValueError("forecast: --scale is for .npy; the weights know the scale of NetCDF")
+        told = nowcast.forecast(sources, weights, out, steps=steps, variable=variable, missing=missing, engine=engine,
+                                plot=plot)  # fmt: skip
+        if not quiet:
+            print(told)
+        return
+    if wrong := [name for name, given in (("variable", variable), ("missing", missing), ("plot", plot)) if given]:
+        raise ValueError(f"forecast: --{wrong[0]} is for NetCDF and Zarr, but {sources[0]} is an array; leave it out")
+    shape = forecast_file(
+        sources[0], weights, out, steps=steps or STEPS, scale=scale, batch=batch, engine=engine, quiet=quiet
+    )
     if not quiet:
         print(f"{out}: {shape}")
 

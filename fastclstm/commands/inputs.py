@@ -36,6 +36,11 @@ def check_distinct(op: str, inputs: tuple[Path | None, ...], outputs: tuple[Path
             taken.add(path.resolve())
 
 
+def is_array_file(path: Path) -> bool:
+    """Whether a file is NumPy's by its name; xarray reads the others."""
+    return path.suffix.lower() in (".npy", ".npz")
+
+
 def open_array(op: str, path: Path) -> np.ndarray:
     """Memory-map the array of a ``.npy`` file."""
     try:

@@ -14,7 +14,9 @@ import numpy as np
 import typer
 
 from fastclstm import dispatch
-from fastclstm.commands.inputs import what_is
+from fastclstm.baselines import extrapolation, persistence
+from fastclstm.commands import nowcast
+from fastclstm.commands.inputs import is_array_file, what_is
 from fastclstm.commands.options import SETTINGS, Engine, Threads, set_threads
 from fastclstm.datasets import moving_digits
 from fastclstm.io import numpy_files
@@ -32,7 +34,7 @@ from fastclstm.training.history import History
 from fastclstm.training.trainable import Trainable
 
 SIZE, WINDOW = 24, 11
-EPOCHS = 10
+EPOCHS, STEPS, FILTERS = 10, 10, 16
 FILMS, VALIDATION_FILMS, TEST_FILMS = 800, 60, 100
 KERNEL = 5
 LEARNING_RATE, WARMUP_STEPS, CLIP_NORM = 0.005, 20, 1.0
@@ -73,25 +75,51 @@ app = typer.Typer(**SETTINGS)
 
 @app.command("train")
 def command(
+    more: Annotated[list[Path] | None, typer.Argument(metavar="", hidden=True)] = None,
     data: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="Films (N, T, H, W[, C]): .npy, or .npz with x, or x and y.", show_default=False
+            metavar="FILES",
+            show_default=False,
+            help="NetCDF or Zarr: files, a folder, a pattern. Or films (N, T, H, W[, C]): .npy, or .npz with x, or x "
+            "and y.",
         ),
     ] = None,
+    variable: nowcast.Variable = None,
+    time: nowcast.Time = None,
+    space: nowcast.Space = None,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the results.")] = Path("fastclstm-train"),
-    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the films.  [default: 10]")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Passes over the films.  [default: 10; of NetCDF 8]")
+    ] = None,
     minutes: Annotated[float | None, typer.Option(min=0.01, help="Train so long instead.", show_default=False)] = None,
-    steps_in: Annotated[int, typer.Option(min=2, help="Frames that the network is given.")] = 10,
-    steps_out: Annotated[int, typer.Option(min=1, help="Frames to forecast in the end, one from the other.")] = 10,
-    filters: Annotated[int, typer.Option(min=1, help="Hidden channels.")] = 16,
+    steps_in: Annotated[
+        int | None, typer.Option(min=2, help="Frames that the network is given.  [default: 10; of NetCDF 6]")
+    ] = None,
+    steps_out: Annotated[
+        int | None, typer.Option(min=1, help="Frames to forecast in the end.  [default: 10; of NetCDF 12]")
+    ] = None,
+    filters: Annotated[int | None, typer.Option(min=1, help="Hidden channels.  [default: 16; of NetCDF 24]")] = None,
     scales: Annotated[
         int | None,
         typer.Option(
             min=1, help="Foretell all frames at once, by an encoder and a forecaster of so many.", show_default=False
         ),
     ] = None,
-    patch: Annotated[int, typer.Option(min=1, help="Side of the patches that it cuts frames into.")] = 1,
+    patch: Annotated[
+        int | None, typer.Option(min=1, help="Side of the patches that it cuts frames into.  [default: 1; of NetCDF 2]")
+    ] = None,
+    transform: Annotated[
+        str, typer.Option(help="Of NetCDF: log (of rain rates), linear, none; auto tells by the units.")
+    ] = "auto",
+    offset: Annotated[
+        float | None, typer.Option(help="Of log(1 + value / offset).  [default: 0.1 mm/h]", show_default=False)
+    ] = None,
+    missing: nowcast.Missing = None,
+    every: Annotated[int, typer.Option(min=1, help="Of NetCDF: steps from one sample to the next.")] = nowcast.EVERY,
+    threshold: nowcast.Thresholds = None,
+    window: nowcast.Window = 9,
+    flow: nowcast.Flow = None,
     batch: Annotated[int, typer.Option(min=1, help="Films a step.")] = 8,
     seed: Annotated[int, typer.Option(min=0, help="Of films, weights and order.")] = 0,
     restart: Annotated[bool, typer.Option("--restart", help="Forget the training that DIR holds.")] = False,
@@ -103,16 +131,33 @@ def command(
 
     With --scales or --patch it foretells all frames that follow.
 
-    Of moving digits, or of your own; and compare it with what needs no training: to repeat the last frame, or to shift
-    it by what lies between the last two. Interrupted, the same command goes on where it was.
+    Of moving digits, or of your own; and compare it with what needs no training: to repeat the last frame
+    (persistence), or to carry it on by optical flow. Interrupted, the same command goes on where it was.
+
+    Of NetCDF or Zarr it foretells all frames at once, is verified on the last tenth of the time, and what it writes
+    knows units, transform and step of time: see forecast and verify.
     """
     if epochs is not None and minutes is not None:
         raise typer.BadParameter("give --epochs or --minutes, not both")
     set_threads(threads)
+    sources = [*([] if data is None else [data]), *(more or ())]
+    if data is None and (more or variable is not None):
+        raise typer.BadParameter("give the files by --data FILES")
+    if data is not None and (len(sources) > 1 or not is_array_file(data)):
+        nowcast.train(sources, out, nowcast.Options(
+            variable, missing, time, space, transform, offset, threshold, window, flow,
+            epochs or nowcast.EPOCHS, minutes,
+            steps_in or nowcast.STEPS_IN, steps_out or nowcast.STEPS_OUT, filters or nowcast.FILTERS,
+            scales or nowcast.SCALES, patch or nowcast.PATCH, batch, every, seed, restart, engine, quiet,
+        ))  # fmt: skip
+        return
+    if variable is not None:
+        raise ValueError(f"train: {data} is an array, without variables; leave --variable out")
+    patch = patch or 1
     run(
-        data, out, epochs=epochs or EPOCHS, minutes=minutes, steps_in=steps_in, steps_out=steps_out,
-        filters=filters, scales=1 if scales is None and patch > 1 else scales, patch=patch, batch=batch, seed=seed,
-        restart=restart, engine=engine, quiet=quiet,
+        data, out, epochs=epochs or EPOCHS, minutes=minutes, steps_in=steps_in or STEPS, steps_out=steps_out or STEPS,
+        filters=filters or FILTERS, scales=1 if scales is None and patch > 1 else scales, patch=patch, batch=batch,
+        seed=seed, restart=restart, engine=engine, quiet=quiet,
     )  # fmt: skip
 
 
@@ -203,8 +248,9 @@ def network(channels: int, filters: int, brightness: float, seed: int, engine: s
 
 
 def forecaster(
-    frame: tuple[int, ...], filters: int, scales: int, patch: int, seed: int, engine: str | None
-) -> EncoderForecaster:
+    frame: tuple[int, ...], filters: int, scales: int, patch: int, seed: int, engine: str | None,
+    kernel_size: int = KERNEL, head_activation: str = "sigmoid",
+) -> EncoderForecaster:  # fmt: skip
     """Return a network that makes all frames (H, W, C) that follow: layers of one size, or each of half the size.
 
     Raises ValueError where frames do not fit.
@@ -215,53 +261,18 @@ def forecaster(
         raise ValueError(f"train: frames of {H}×{W} pixels cannot be cut into patches of {patch} and halved "
                          f"{scales - 1} times; give other --patch or fewer --scales")  # fmt: skip
     layers, strides = (2, None) if scales == 1 else (scales, (1, *[2] * (scales - 1)))
-    return EncoderForecaster(C, (filters,) * layers, KERNEL, patch_size=patch, strides=strides, inputs="nothing",
-                             seed=seed, engine=engine)  # fmt: skip
-
-
-def repeat_last(frames: np.ndarray, steps: int) -> np.ndarray:
-    """Return the last of `frames` (B, T, H, W, C), `steps` times."""
-    return frames[:, -1:].repeat(steps, axis=1)
-
-
-def advect(frames: np.ndarray, steps: int) -> np.ndarray:
-    """Return the last of `frames` (B, T, H, W, C), shifted on and on by what lies between the last two.
-
-    The whole frame has one displacement, in whole pixels: the peak of the two frames' cross-correlation, which is
-    linear, not circular, and is taken of the mean over the channels. What comes in from outside is 0.
-
-    Examples
-    --------
-    >>> frames = np.zeros((1, 2, 3, 5, 1))
-    >>> frames[0, [0, 1], 1, [0, 1]] = 1
-    >>> advect(frames, 2)[0, :, 1, :, 0]
-    array([[0., 0., 1., 0., 0.],
-           [0., 0., 0., 1., 0.]])
-    """
-    H, W = frames.shape[2:4]
-    before, last = (np.fft.rfft2(frames[:, t].mean(-1), (2 * H, 2 * W)) for t in (-2, -1))
-    correlation = np.fft.irfft2(last * before.conj(), (2 * H, 2 * W)).reshape(len(frames), -1)
-    made = np.zeros((len(frames), steps, *frames.shape[2:]), frames.dtype)
-    for film, peak in enumerate(correlation.argmax(1)):
-        dy, dx = (
-            (int(d) + n) % (2 * n) - n for d, n in zip(np.unravel_index(peak, (2 * H, 2 * W)), (H, W), strict=True)
-        )
-        for step in range(steps):
-            (to_rows, rows), (to_columns, columns) = _overlap(dy * (step + 1), H), _overlap(dx * (step + 1), W)
-            made[film, step, to_rows, to_columns] = frames[film, -1, rows, columns]
-    return made
-
-
-def _overlap(shift: int, size: int) -> tuple[slice, slice]:
-    """Return where what stays on an axis goes, and where it is."""
-    shift = max(-size, min(size, shift))
-    return slice(max(shift, 0), size + min(shift, 0)), slice(max(-shift, 0), size + min(-shift, 0))
+    return EncoderForecaster(C, (filters,) * layers, kernel_size, patch_size=patch, strides=strides, inputs="nothing",
+                             head_activation=head_activation, seed=seed, engine=engine)  # fmt: skip
 
 
 def compare(films: np.ndarray, steps_in: int, forecasts: dict[str, np.ndarray]) -> Scores:
     """Return the figures of the forecasts, and of the two that need no training, for films (B, T, H, W, C)."""
     given, truth = films[:, :steps_in], films[:, steps_in:]
-    simple = {"last frame": repeat_last(given, truth.shape[1]), "advection": advect(given, truth.shape[1])}
+    steps = truth.shape[1]
+    simple = {
+        "last frame": persistence(given, steps),
+        "flow": extrapolation(given, steps, outside=0, engine="own"),
+    }
     scores = {}
     for name, made in (simple | forecasts).items():
         scores[name] = {

@@ -303,18 +303,26 @@ class Layer(Described):
         torch_weights.load(self, source, prefix, key=key, flattened=flattened)
         return self
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], about: Mapping[str, Any] | None = None) -> None:
         """Write options and parameters to a safetensors file, whole or not at all.
 
         Options given as functions (activations, initializers) cannot be written; `load` asks for those that matter. A
         seed that is a Generator is not written either.
+
+        Parameters
+        ----------
+        path : path
+        about : mapping, optional
+            What else is to be known of it, such as the data that it was trained on: anything that JSON can hold. It is
+            found in ``fastclstm.io.weights.load(path)[1]["about"]``.
 
         Raises
         ------
         OSError
             The file cannot be written.
         """
-        weights.save(path, self.parameters, describe(self) | {"frozen": self._frozen()})
+        told: dict[str, Any] = describe(self) | {"frozen": self._frozen()}
+        weights.save(path, self.parameters, told if about is None else told | {"about": dict(about)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], **options: Any) -> Self:

@@ -16,7 +16,7 @@ from fastclstm.spec import Shape, integers
 
 @dataclass(eq=False, repr=False)
 class Reshape(ArrayLayer):
-    """The values of each sample in other axes, in C order: (B, …) to (B, *target_shape), a view of x where possible.
+    """The values of each sample in other axes, in C order: (B, …) to ``(B, *target_shape)``; a view if possible.
 
     Parameters
     ----------
@@ -45,7 +45,7 @@ class Reshape(ArrayLayer):
             raise ValueError(f"Reshape: target_shape must hold sizes >= 1 and at most one -1, got {self.target_shape}")
 
     def output_shape(self, input_shape: Sequence[int]) -> Shape:
-        """Return (B, *target_shape) for an x of `input_shape` (B, …); raise ValueError where that does not fit."""
+        """Return ``(B, *target_shape)`` for an x of `input_shape` (B, …); raise ValueError where that does not fit."""
         if not input_shape:
             raise ValueError("Reshape: x must have a batch axis, got a number")
         values, known = math.prod(input_shape[1:]), math.prod(n for n in self.target_shape if n != -1)

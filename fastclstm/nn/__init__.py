@@ -16,7 +16,7 @@ T = TypeVar("T")
 if not TYPE_CHECKING:
     __getattr__, __dir__ = on_first_use(__name__, submodules(
         __name__, "activations", "constraints", "initializers", "losses", "metrics", "normalization", "optimizers",
-        "regularizers", "schedules",
+        "regularizers", "schedules", "transforms",
     ))  # fmt: skip
 
 

@@ -145,19 +145,57 @@ def far(prediction: Any, target: Any, thresholds: Any = 0.5, *, valid: Any = Non
     return _far(_contingencies("far", prediction, target, thresholds, valid=valid))
 
 
+def fss(prediction: Any, target: Any, thresholds: Any = 0.5, scale: int = 9, *, valid: Any = None) -> Any:
+    """Return the fractions skill score: how far the shares of events in windows of pixels agree, from 0 to 1.
+
+    A forecast that has the event a few pixels away is not as wrong as one that has none.
+
+    Parameters
+    ----------
+    prediction, target : array (…, H, W, C)
+        Frames of one shape; see `csi` for events. What is missing or not valid is no event in either.
+    thresholds : float or sequence of float
+    scale : int
+        Side of the windows in pixels, around every pixel; outside of the frame there is no event.
+
+    Returns
+    -------
+    float or array of float64
+        Over all frames together: one less the quotient of two sums. NaN where there is no event, seen or foretold.
+
+    Raises
+    ------
+    ValueError
+        No frames, other shapes, a scale that is no number of pixels.
+
+    Notes
+    -----
+    Roberts & Lean, "Scale-selective verification of rainfall accumulations from high-resolution forecasts of convective
+    events", Mon. Weather Rev. 136 (2008), eq. 5 to 7.
+
+    Examples
+    --------
+    >>> a, b = np.zeros((2, 5, 5, 1))
+    >>> a[2, 1], b[2, 2] = 1, 1
+    >>> fss(a, b, scale=1), round(fss(a, b, scale=3), 6)
+    (0.0, 0.666667)
+    """
+    return _fss(_fractions("fss", prediction, target, thresholds, scale, valid=valid))
+
+
 def counted(metric: Metric) -> tuple[Metric, Callable[[Any], Any]] | None:
     """Return what makes a metric of counts, which several batches share, or None for one that is a mean.
 
     Parameters
     ----------
     metric : function
-        Those of counts are `csi`, `pod` and `far`, also in a `functools.partial` that gives their thresholds by name.
+        Those of counts are `csi`, `pod`, `far` and `fss`, also in a `functools.partial` with their options by name.
 
     Returns
     -------
     tuple of two functions, or None
-        The first returns of (prediction, target) an array of int64, to be summed over the batches; the second makes of
-        the sum what the metric returns for all batches together.
+        The first returns of (prediction, target) an array to be summed over the batches; the second makes of the sum
+        what the metric returns for all batches together.
 
     Examples
     --------
@@ -169,7 +207,7 @@ def counted(metric: Metric) -> tuple[Metric, Callable[[Any], Any]] | None:
     for function, quotient in ((csi, _csi), (pod, _pod), (far, _far)):
         if known is function:
             return partial(_contingencies, function.__name__, **options), quotient
-    return None
+    return (partial(_fractions, "fss", **options), _fss) if known is fss else None
 
 
 def knows_valid(metric: Metric) -> bool:
@@ -219,6 +257,42 @@ def _contingencies(op: str, prediction: Any, target: Any, thresholds: Any = 0.5,
     return counts.reshape(3, *levels.shape)
 
 
+def _fractions(
+    op: str, prediction: Any, target: Any, thresholds: Any = 0.5, scale: int = 9, *, valid: Any = None
+) -> np.ndarray:
+    """Return the sums of squared differences, and of squares, of the shares of events: (2, *the thresholds' shape)."""
+    p, t = _pair(op, prediction, target)
+    if p.ndim < 3:
+        raise ValueError(f"{op}: prediction must be frames (…, H, W, C), got shape {p.shape}")
+    if isinstance(scale, bool) or not isinstance(scale, int | np.integer) or scale < 1:
+        raise ValueError(f"{op}: scale must be the side of a window in pixels, an integer >= 1, got {scale!r}")
+    levels = np.asarray(thresholds, float)
+    seen = _seen(op, valid, t.shape) & ~np.isnan(t)
+    sums = np.empty((2, levels.size))
+    for pair, level in zip(sums.T, levels.ravel().tolist(), strict=True):
+        foretold, happened = (_shares((frames >= level) & seen, int(scale)) for frames in (p, t))
+        pair[0] = np.square(foretold - happened).sum()
+        pair[1] = np.square(foretold).sum() + np.square(happened).sum()
+    return sums.reshape(2, *levels.shape)
+
+
+def _shares(events: np.ndarray, scale: int) -> np.ndarray:
+    """Return the share of events (…, H, W, C) in the window around each pixel; outside of a frame there is none."""
+    counts = events.astype(np.int64)
+    for axis in (-3, -2):
+        before = np.zeros_like(counts.take([0], axis))
+        sums = np.moveaxis(np.concatenate([before, counts.cumsum(axis)], axis), axis, 0)
+        n = len(sums) - 1
+        first = np.arange(n) - scale // 2
+        counts = np.moveaxis(sums[np.clip(first + scale, 0, n)] - sums[np.clip(first, 0, n)], 0, axis)
+    return counts / scale**2
+
+
+def _fss(sums: Any) -> Any:
+    differences, whole = np.asarray(sums)
+    return 1 - _quotient(differences, whole)
+
+
 def _csi(counts: Any) -> Any:
     hits, misses, false_alarms = np.asarray(counts)
     return _quotient(hits, hits + misses + false_alarms)
@@ -253,6 +327,7 @@ TABLE: dict[str, Metric] = {
     "csi": csi,
     "pod": pod,
     "far": far,
+    "fss": fss,
 }
 """The metrics by name."""
 

@@ -50,7 +50,7 @@ class L1L2(Options, Regularizer):
         return _l1_l2(array, self.l1, self.l2)
 
     def gradient(self, array: np.ndarray) -> np.ndarray:
-        """Return its gradient; at zero, where |x| has none, that is 0."""
+        """Return its gradient; at zero, where ``|x|`` has none, that is 0."""
         return _l1_l2_gradient(array, self.l1, self.l2)
 
 
@@ -69,7 +69,7 @@ class L1(Options, Regularizer):
         return _l1_l2(array, self.l1, 0)
 
     def gradient(self, array: np.ndarray) -> np.ndarray:
-        """Return its gradient; at zero, where |x| has none, that is 0."""
+        """Return its gradient; at zero, where ``|x|`` has none, that is 0."""
         return _l1_l2_gradient(array, self.l1, 0)
 
 
@@ -94,7 +94,7 @@ class L2(Options, Regularizer):
 
 @dataclass(frozen=True)
 class OrthogonalRegularizer(Options, Regularizer):
-    """`factor` times the mean over all pairs of rows, or of columns, of the |cosine| of the angle between them.
+    """`factor` times the mean over all pairs of rows, or of columns, of the absolute cosine of the angle between them.
 
     An array of more than two axes, such as a kernel (KH, KW, C, F), is taken as the matrix (KH·KW·C, F): mode
     "columns" then makes filters differ from one another. A single row or column has no pairs, and no penalty.
@@ -119,7 +119,7 @@ class OrthogonalRegularizer(Options, Regularizer):
         return float(factor * np.abs(cosines).sum())
 
     def gradient(self, array: np.ndarray) -> np.ndarray:
-        """Return its gradient; where two vectors are orthogonal, and |cosine| has none, that is 0."""
+        """Return its gradient; where two vectors are orthogonal, and its absolute cosine has none, that is 0."""
         lengths, units, cosines, factor = self._cosines(array)
         dunits = 2 * factor * np.sign(cosines) @ units
         along = np.where(lengths > _TINY, (dunits * units).sum(1, keepdims=True), 0)
