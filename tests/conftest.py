@@ -1,5 +1,6 @@
 """Settings of the test run: the same Hypothesis examples every time, no deadline; what is slow; Keras; the GPU."""
 
+import gc
 import os
 
 os.environ.setdefault("NUMBA_NUM_THREADS", "8")  # before Numba comes: teams larger than the machine are tested too
@@ -13,6 +14,9 @@ from fastclstm.engines.cuda.product import WARPGROUPS
 
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
+
+# Compiling makes many objects that stay; to look for garbage among them again and again took a twelfth of the time.
+gc.set_threshold(100_000)
 
 COLD = ("test_cpu_compilation.py", "test_cpu_warmup.py")
 """Tests that compile kernels anew, in processes of their own."""

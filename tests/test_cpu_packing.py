@@ -7,6 +7,8 @@ from fastclstm.engines.cpu import launch, packing, threads, tiles, transforms
 from fastclstm.engines.cpu.kernels import simd, winograd
 from fastclstm.engines.cpu.tiles import Tile
 
+pytestmark = pytest.mark.vectors
+
 
 def unpack(columns, P, K, gates, F, paired):
     """Matrices (P, K, gates, F) and bias (gates, F) back from packed ones, read as the kernels read them."""

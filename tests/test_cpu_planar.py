@@ -23,6 +23,7 @@ def there_and_back(job, worker, places, counts, planes):
     lanes.scatter(simd.shift(table_of, places.shape[0] // 2), np.int64(counts[1]), count - 1, simd.pointer(planes))
 
 
+@pytest.mark.vectors
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_runs_are_transposed_and_nothing_else_is_written(dtype):
     width = simd.lanes(np.dtype(dtype).itemsize)
@@ -92,7 +93,11 @@ def assert_same(results, expected):
         np.testing.assert_array_equal(result, value)
 
 
-@pytest.mark.parametrize("name", CASES)
+NARROW_TOO = ("direct", "small frames", "strides", "Winograd")
+"""Cases that are repeated with narrower vectors."""
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.vectors if n in NARROW_TOO else ()) for n in CASES])
 def test_same_bits_as_with_filters_in_the_lanes(name, monkeypatch):
     ways, sizes, options = CASES[name]
     arguments = problem(*sizes, np.float32, **options)
@@ -154,6 +159,7 @@ def is_planar(C, F, k, size=64, gates=True):
     return plans.is_planar(specs, tile, 4, gates)
 
 
+@pytest.mark.vectors
 def test_tiles_are_the_lanes_where_filters_are_few():
     few = [F for F in (1, 2, 4, 8) if simd.lanes(4) > F]
     assert all(is_planar(C, F, k) for C in (1, 3, 8) for F in few for k in (1, 3, 5))

@@ -16,6 +16,7 @@ import pytest
 
 from fastclstm.engines.cpu.kernels import simd
 
+pytestmark = pytest.mark.vectors
 DTYPES = [np.float32, np.float64]
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 SPECIAL = [0.0, -0.0, 1.0, -1.5, np.inf, -np.inf, np.nan, 3e-39]

@@ -7,6 +7,7 @@ import pytest
 from fastclstm.engines.cpu.kernels import simd, vmath
 from fastclstm.nn import activations
 
+pytestmark = pytest.mark.vectors
 every_dtype = pytest.mark.parametrize("dtype", [np.float32, np.float64])
 WIDER = {np.float32: np.float64, np.float64: np.longdouble}
 LIMITS = [0.0, -0.0, np.inf, -np.inf, np.nan]

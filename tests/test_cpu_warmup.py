@@ -1,7 +1,12 @@
 """After the warm-up no call compiles anything."""
 
 import importlib
+import os
 import pkgutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -35,8 +40,16 @@ def two_threads():
     fastclstm.set_num_threads(None)
 
 
-def calls(dtype):
+def calls(dtype, gradients=True):
     """Calls of all kinds: small and large ones, arrays that may not be written, every option that reaches a kernel."""
+
+    def train(operation, *arguments, **options):
+        if gradients:
+            y, pullback = getattr(functional, f"{operation}_vjp")(*arguments, **options)
+            pullback(draw(*y.shape, writeable=writeable))
+        else:
+            getattr(functional, operation)(*arguments, **options)
+
     rng = np.random.default_rng(0)
 
     def draw(*shape, writeable=True):
@@ -51,24 +64,17 @@ def calls(dtype):
         for size in (4, 32):
             frames = draw(2, 1, size, size, 8, writeable=writeable)
             for algorithm in ("direct", "winograd"):
-                _, pullback = functional.conv2d_vjp(
-                    frames[:, 0], draw(3, 3, 8, 32, writeable=writeable), algorithm=algorithm
-                )
-                pullback(draw(2, size, size, 32, writeable=writeable))
+                train("conv2d", frames[:, 0], draw(3, 3, 8, 32, writeable=writeable), algorithm=algorithm)
             for option in options:
                 kernels = draw(3, 3, 8, 64, writeable=writeable), draw(3, 3, 16, 64), draw(64, writeable=writeable)
                 functional.convlstm2d(frames, *kernels, **option)
-                y, pullback = functional.convlstm2d_vjp(frames, *kernels, **option)
-                pullback(draw(*y.shape, writeable=writeable))
-            for gates, run in ((3, functional.convgru2d_vjp), (1, functional.convrnn2d_vjp)):
-                kernels = draw(3, 3, 8, 16 * gates, writeable=writeable), draw(3, 3, 16, 16 * gates)
-                y, pullback = run(frames, *kernels)
-                pullback(draw(*y.shape, writeable=writeable))
+                train("convlstm2d", frames, *kernels, **option)
+            for gates, operation in ((3, "convgru2d"), (1, "convrnn2d")):
+                train(operation, frames, draw(3, 3, 8, 16 * gates, writeable=writeable), draw(3, 3, 16, 16 * gates))
         for channels in (1, 64):
             volume = draw(2, 8, 32, 32, channels, writeable=writeable)
             functional.max_pool3d(volume)
-            y, pullback = functional.max_pool3d_vjp(volume)
-            pullback(draw(*y.shape, writeable=writeable))
+            train("max_pool3d", volume)
 
 
 @pytest.mark.parametrize("dtype", warmup.DTYPES)
@@ -83,11 +89,26 @@ def test_calls_compile_nothing_more(dtype, two_threads):
     assert compiled() == before
 
 
-def test_for_inference_less_is_compiled_and_calls_without_gradients_compile_nothing_more(two_threads):
-    """In a process of its own, as this one has compiled whatever other tests needed."""
+def test_for_inference_less_is_compiled():
     names = [name for name, _ in warmup.steps("float32", forward_only=True)]
     assert set(names) < {name for name, _ in warmup.steps("float32")}
     assert not any("gradient" in name or "training" in name for name in names)
+
+
+def test_after_the_warm_up_for_inference_calls_without_gradients_compile_nothing_more():
+    """In a process of its own, as this one has compiled whatever other tests needed."""
+    code = """
+        import fastclstm, test_cpu_warmup as tests
+        from fastclstm.engines.cpu import warmup
+        fastclstm.set_num_threads(2)
+        for _, compile_kernel in warmup.steps("float32", forward_only=True):
+            compile_kernel()
+        before = tests.compiled()
+        tests.calls("float32", gradients=False)
+        assert tests.compiled() == before
+    """
+    folders = os.pathsep.join(map(str, (Path(__file__).parent, Path(__file__).parents[1])))
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env=os.environ | {"PYTHONPATH": folders}, check=True)
 
 
 def test_processes_side_by_side_do_every_step(tmp_path, monkeypatch):

@@ -32,7 +32,9 @@ ROUNDINGS = {"auto": 16, "direct": 16, "winograd": 160, "simt": 16, "float32": 1
 """How many roundings of the largest value it may err besides."""
 
 every_case = pytest.mark.parametrize(
-    ("engine", "dtype", "algorithm"), CASES, ids=[f"{engine}-{np.dtype(dtype)}-{name}" for engine, dtype, name in CASES]
+    ("engine", "dtype", "algorithm"),
+    [pytest.param(*case, marks=pytest.mark.vectors if case == ("cpu", np.float32, "direct") else ()) for case in CASES],
+    ids=[f"{engine}-{np.dtype(dtype)}-{name}" for engine, dtype, name in CASES],
 )
 every_engine = pytest.mark.parametrize("engine", ALGORITHMS)
 every_algorithm = pytest.mark.parametrize(
@@ -101,31 +103,33 @@ def agree(op, arguments, cotangents, engine, dtype, algorithm, **saving):
 
 
 sizes = st.sampled_from([1, 2, 3, 5, 8, 13])
-taps = st.integers(1, 5)
-TILED = [(3, 3), (5, 5), (2, 2), (7, 7), (9, 9), (3, 5), (1, 3), (8, 3), (1, 1)]
-"""Of Winograd, few: each has kernels of its own to compile. All of its tiles: tests/test_cpu_winograd.py."""
+any_kernel = st.tuples(st.integers(1, 5), st.integers(1, 5))
+TILED = {np.float32: [(3, 3), (5, 5), (9, 9), (3, 5)], np.float64: [(3, 3), (9, 9)]}
+"""Where Winograd may be taken, few sizes of kernels: each has machine code of its own, which takes seconds to compile.
+All of its tiles: tests/test_cpu_winograd.py."""
 
 
-def tiled(dtype, algorithm):
-    """Sizes of kernels that Winograd's tiles are drawn for; of double precision fewer. None: any, for the others."""
-    if algorithm != "winograd":
-        return None
-    return st.sampled_from(TILED if dtype == np.float32 else [(3, 3), (5, 3), (9, 2)])
+def kernels_for(engine, dtype, algorithm):
+    """Sizes of kernels to draw."""
+    return any_kernel if engine != "cpu" or algorithm == "direct" else st.sampled_from(TILED[dtype])
 
 
 @st.composite
-def convolutions(draw, tiled):
-    """Sizes, kernel and options of a convolution: (B, H, W, C), (KH, KW), options."""
+def convolutions(draw, kernels, fits):
+    """Sizes, kernel and options of a convolution: (B, H, W, C), (KH, KW), options.
+
+    fits: one that Winograd's transforms fit.
+    """
     frame = draw(st.integers(0, 3)), draw(sizes), draw(sizes), draw(st.sampled_from([1, 2, 3, 8, 20]))
-    kernel = draw(tiled) if tiled is not None else (draw(taps), draw(taps))
+    kernel = draw(kernels)
     options = {"padding_mode": draw(st.sampled_from(["zeros", "circular"]))}
-    if name := draw(st.sampled_from([None, None, "dilation"] if tiled is not None else [None, "strides", "dilation"])):
+    if name := draw(st.sampled_from([None, None, "dilation"] if fits else [None, "strides", "dilation"])):
         options[name] = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     window = [(k - 1) * d + 1 for k, d in zip(kernel, options.get("dilation", (1, 1)), strict=True)]
-    fits = all(n >= k for n, k in zip(frame[1:3], window, strict=True))
+    whole = all(n >= k for n, k in zip(frame[1:3], window, strict=True))
     least = [max(0, k - n) for n, k in zip(frame[1:3], window, strict=True)]  # what "before" needs for a window to fit
     pads = st.tuples(*[st.tuples(st.integers(low, low + 2), st.integers(0, 2)) for low in least])
-    options["padding"] = draw(st.sampled_from(["same", "valid"] if fits else ["same"]) | pads)
+    options["padding"] = draw(st.sampled_from(["same", "valid"] if whole else ["same"]) | pads)
     return frame, kernel, options
 
 
@@ -135,8 +139,8 @@ def randoms(seed):
 
 
 @st.composite
-def conv2d_cases(draw, tiled):
-    (B, H, W, C), kernel, options = draw(convolutions(tiled))
+def conv2d_cases(draw, kernels, fits):
+    (B, H, W, C), kernel, options = draw(convolutions(kernels, fits))
     F = draw(st.sampled_from([1, 2, 4, 7, 16, 20]))
     normal = randoms(draw(st.integers(0, 999)))
     arguments = {"x": normal(B, H, W, C), "kernel": normal(*kernel, C, F), **options}
@@ -146,8 +150,8 @@ def conv2d_cases(draw, tiled):
 
 
 @st.composite
-def conv2d_transpose_cases(draw, tiled):
-    (B, H, W, C), kernel, options = draw(convolutions(tiled))
+def conv2d_transpose_cases(draw, kernels, fits):
+    (B, H, W, C), kernel, options = draw(convolutions(kernels, fits))
     del options["padding_mode"]
     F = draw(st.sampled_from([1, 2, 4, 7, 16, 20]))
     strides = options.get("strides", (1, 1))
@@ -172,18 +176,15 @@ ACTIVATIONS = [*SMOOTH, "hard_sigmoid", "hard_sigmoid_keras2"]
 
 
 @st.composite
-def convlstm2d_cases(draw, tiled, coarse=False):
+def convlstm2d_cases(draw, kernels, fits, coarse=False):
     """A ConvLSTM; where operands are coarse only with functions whose derivative does not jump.
 
     A value that rounding takes past the jump has another derivative: no bound holds there.
     """
-    alike = tiled is not None and draw(st.booleans())  # the transforms fit both convolutions, else only that of h
-    (B, H, W, C), kernel, options = draw(convolutions(tiled if alike else None))
+    alike = fits and draw(st.booleans())  # the transforms fit both convolutions, else perhaps only that of h
+    (B, H, W, C), kernel, options = draw(convolutions(kernels, alike))
     T, F = draw(st.integers(1, 3)), draw(st.integers(1, 24) | st.sampled_from([31, 32, 33, 40]))
-    if alike or (tiled is None and draw(st.booleans())):
-        recurrent = kernel
-    else:
-        recurrent = draw(tiled) if tiled is not None else (draw(taps), draw(taps))
+    recurrent = kernel if alike or (not fits and draw(st.booleans())) else draw(kernels)
     normal = randoms(draw(st.integers(0, 999)))
     small = lambda *shape: normal(*shape) / np.float32(np.sqrt(np.prod(shape[:-1])))  # noqa: E731
     x = normal(B, T, H, W, C)
@@ -249,7 +250,7 @@ def max_pool3d_cases(draw):
 @every_case
 def test_conv2d(engine, dtype, algorithm):
     @examples(engine, 50, algorithm)
-    @given(conv2d_cases(tiled(dtype, algorithm)))
+    @given(conv2d_cases(kernels_for(engine, dtype, algorithm), algorithm == "winograd"))
     def check(case):
         agree("conv2d", *case, engine, dtype, algorithm)
 
@@ -259,7 +260,7 @@ def test_conv2d(engine, dtype, algorithm):
 @every_case
 def test_conv2d_transpose(engine, dtype, algorithm):
     @examples(engine, 50, algorithm)
-    @given(conv2d_transpose_cases(tiled(dtype, algorithm)))
+    @given(conv2d_transpose_cases(kernels_for(engine, dtype, algorithm), algorithm == "winograd"))
     def check(case):
         agree("conv2d_transpose", *case, engine, dtype, algorithm)
 
@@ -277,7 +278,8 @@ def test_sums_over_many_pixels_keep_their_digits(engine):
 @every_case
 def test_convlstm2d(engine, dtype, algorithm):
     @examples(engine, 80, algorithm)
-    @given(convlstm2d_cases(tiled(dtype, algorithm), coarse=algorithm in COARSER), st.booleans())
+    @given(convlstm2d_cases(kernels_for(engine, dtype, algorithm), algorithm == "winograd", algorithm in COARSER),
+           st.booleans())  # fmt: skip
     def check(case, recompute):
         agree("convlstm2d", *case, engine, dtype, algorithm, recompute=recompute)
 
@@ -285,14 +287,13 @@ def test_convlstm2d(engine, dtype, algorithm):
 
 
 @st.composite
-def cell_cases(draw, winograd):
-    usual = st.sampled_from([(3, 3), (5, 5)])
-    (B, H, W, C), kernel, options = draw(convolutions(usual if winograd else None))
+def cell_cases(draw, kernels, fits):
+    (B, H, W, C), kernel, options = draw(convolutions(kernels, fits))
     operation, G, further = draw(st.sampled_from([
         ("convgru2d", 3, {}), ("convgru2d", 3, {"reset_after": False}), ("convrnn2d", 1, {})
     ]))  # fmt: skip
     T, F, normal = draw(st.integers(1, 4)), draw(st.sampled_from([1, 3, 8, 20])), randoms(draw(st.integers(0, 999)))
-    recurrent = draw(usual) if winograd else (draw(taps), draw(taps))
+    recurrent = draw(kernels)
     arguments = {"x": normal(B, T, H, W, C), "kernel": normal(*kernel, C, G * F) / 4, **options, **further,
                  "recurrent_kernel": normal(*recurrent, F, G * F) / 4, "return_state": True}  # fmt: skip
     for name in ("go_backwards", "return_sequences"):
@@ -314,7 +315,7 @@ def cell_cases(draw, winograd):
 @every_case
 def test_cells(engine, dtype, algorithm):
     @examples(engine, 20, algorithm)
-    @given(cell_cases(algorithm == "winograd"))
+    @given(cell_cases(kernels_for(engine, dtype, algorithm), algorithm == "winograd"))
     def check(case):
         operation, arguments, cotangents = case
         agree(operation, arguments, cotangents, engine, dtype, algorithm)

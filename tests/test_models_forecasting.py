@@ -363,10 +363,16 @@ ERRORS = {
         lambda: scales().fit(normal(1, 2, 4, 6, 1), normal(1, 2, 4, 6, 1), teacher_forcing=True)
     ),
     r"states must be what encode returned": lambda: scales().forecast(normal(1, 2, 4, 6, 1), 1, [(1, 2)]),
-    r"frames of 4 × 7 pixels do not come back .* pad them to multiples": lambda: EncoderForecaster(
-        1, (2, 3), 3, strides=(1, 2)
-    ).forecast(normal(1, 2, 4, 7, 1), 1),
-    r"blocks of 2 × 2 pixels do not fill": lambda: tied().forecast(normal(1, 2, 5, 6, 1), 1),
+    r"frames of 4 × 7 pixels do not fit: .*; pad them to 4 × 8$": (
+        lambda: EncoderForecaster(1, (2, 3), 3, strides=(1, 2)).forecast(normal(1, 2, 4, 7, 1), 1)
+    ),
+    r"frames of 7 × 9 pixels do not fit: .* pad them to 8 × 12$": (
+        lambda: EncoderForecaster(1, 2, 3, strides=2, patch_size=(1, 2)).output_shape((1, 2, 7, 9, 1))
+    ),
+    r"MultiscaleForecaster: frames of 5 × 4 pixels do not fit: .*; pad them to 6 × 4$": (
+        lambda: scales().forecast(normal(1, 2, 5, 4, 1), 1)
+    ),
+    r"blocks of 2 × 2 pixels do not fill .*; pad them to 6 × 6$": lambda: tied().forecast(normal(1, 2, 5, 6, 1), 1),
 }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, fields
 from typing import Any
@@ -15,12 +14,11 @@ from fastclstm.layers.convgru2d import ConvGRU2D
 from fastclstm.layers.convlstm2d import ConvLSTM2D
 from fastclstm.layers.convolution import Conv2D
 from fastclstm.layers.convrnn2d import ConvRNN2D
-from fastclstm.layers.layout import Layout
 from fastclstm.layers.recurrent_cell import own_generator
 from fastclstm.layers.transposed import Conv2DTranspose
 from fastclstm.models.forecasting import Forecasting
 from fastclstm.models.stages import INPUTS, Stages, start_layers
-from fastclstm.spec import DATA_FORMATS, Pair, Shape, choice, flag, integers
+from fastclstm.spec import DATA_FORMATS, Pair, choice, flag, integers
 
 CELLS: dict[str, Any] = {"ConvLSTM2D": ConvLSTM2D, "ConvGRU2D": ConvGRU2D, "ConvRNN2D": ConvRNN2D}
 """The recurrent layers that there are, by name."""
@@ -125,6 +123,7 @@ bias_initializer, activation, recurrent_activation, output_activation, padding_m
     """
 
     _op = "EncoderForecaster"
+    _comes_back = True
 
     in_channels: int
     hidden_channels: Any = (128, 64, 64)
@@ -204,16 +203,6 @@ bias_initializer, activation, recurrent_activation, output_activation, padding_m
         """The constructor's arguments, by name; as files of before had them, where the later ones are not given."""
         later = {field.name: field.default for field in fields(self) if field.name in _LATER}
         return {name: value for name, value in super().options.items() if name not in later or value != later[name]}
-
-    def _checked_layout(self, shape: Shape, name: str, batched: bool | None = None) -> Layout:
-        layout = super()._checked_layout(shape, name, batched)
-        smaller = math.prod(self.strides or (1,))
-        rows, columns = (n * smaller for n in self._patch)
-        H, W = shape[-3:-1] if self.data_format == "channels_last" else shape[-2:]
-        if smaller > 1 and (H % rows or W % columns):
-            raise ValueError(f"{self._op}: {name} of {H} × {W} pixels do not come back to their size from scales down "
-                             f"to 1 of {rows} × {columns}; pad them to multiples of these")  # fmt: skip
-        return layout
 
     def _pairs(self, name: str, size: Any, count: int) -> list[Pair]:
         """Return the kernel size (KH, KW) of each layer."""

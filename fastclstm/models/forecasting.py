@@ -47,6 +47,9 @@ from fastclstm.training.trainable import Trainable
 ENCODED_STEPS = 16
 """Time steps read at once where nothing is kept for backward."""
 
+_LARGEST_MULTIPLE = 64
+"""Of pixels that frames are tried to be padded to, where a message tells which sizes would do."""
+
 States = list[tuple[Any, ...]]
 """One tuple of arrays a cell, (h, c) of a ConvLSTM."""
 
@@ -58,6 +61,8 @@ class Forecasting(Trainable):
     """A network of an encoder and a forecaster; a subclass calls `_assemble` with their layers."""
 
     _op: ClassVar[str]
+    _comes_back: ClassVar[bool]
+    """Whether the frames made must be as large as those read."""
 
     in_channels: int
     data_format: str
@@ -71,6 +76,7 @@ class Forecasting(Trainable):
         self._sublayers = dict(named)
         self._patch = tuple(patch)
         self._cut, self._join = SpaceToDepth(self._patch), DepthToSpace(self._patch)
+        self._taken: set[tuple[int, int]] = set()
         self._forced: Share = False
         self._moment = (0, 0, 0)
 
@@ -308,8 +314,19 @@ class Forecasting(Trainable):
 
     def _shapes(self, layout: Layout, shape: Shape, steps: int) -> tuple[dict[int, Shape], Shape]:
         """Return the shape of what each layer returns, by its id, and of the frames made, channels-last, in patches."""
-        stages, frames = self._stages, self._cut.output_shape(layout.read_shape("frames", shape, sequence=True))
         made: dict[int, Shape] = {}
+        return made, self._frames_made(layout.read_shape("frames", shape, sequence=True), steps, made)
+
+    def _frames_made(self, frames: Shape, steps: int, made: dict[int, Shape]) -> Shape:
+        """Return the shape of the frames made, in patches; write what each layer returns to `made`.
+
+        Raises
+        ------
+        ValueError
+            Frames (B, T, H, W, C) that a layer does not take, whose states are not of the size that the forecaster
+            makes of them, or that do not come back to their size where they must.
+        """
+        stages, frames = self._stages, self._cut.output_shape(frames)
         states = _shapes_of(stages.encoder, [frames], made)
         if self._reading == "frames":
             start = (frames[0], steps, *frames[2:])
@@ -317,7 +334,26 @@ class Forecasting(Trainable):
             size = stages.by_cell(states)[-1][0][1:3] if stages.mirrored else frames[2:4]
             start = (frames[0], steps, *size, stages.inputs[-1] or 0)
         first, *_ = _shapes_of(stages.forecaster, [start, *stages.to_forecaster(states)], made)
-        return made, first
+        if self._comes_back and first[2:4] != frames[2:4]:
+            back = self._join.output_shape(first)
+            raise ValueError(f"those made of them would have {back[2]} × {back[3]}")
+        return first
+
+    def _expect_size(self, name: str, H: int, W: int) -> None:
+        """Raise ValueError unless all layers take frames of H × W; it says which they take."""
+        if (H, W) in self._taken:
+            return
+
+        def problem(H: int, W: int) -> str | None:
+            try:
+                self._frames_made((1, 1, H, W, self.in_channels), 1, {})
+            except ValueError as error:
+                return str(error)
+            return None
+
+        if told := problem(H, W):
+            raise ValueError(f"{self._op}: {name} of {H} × {W} pixels do not fit: {told}{_remedy(problem, H, W)}")
+        self._taken.add((H, W))
 
     def _check_batch(self, op: str, batch: Batch) -> None:
         if extra := [name for name in ("mask", "lengths") if name in batch]:
@@ -519,6 +555,7 @@ class Forecasting(Trainable):
                 f"{op}: {name} must have {self.in_channels} channels, as in_channels says, and at least one time step, "
                 f"got shape {shape}"
             )
+        self._expect_size(name, *layout.read_shape(name, shape, sequence=True)[2:4])
         return layout
 
 
@@ -545,6 +582,20 @@ def _pull(graph: Model, calls: Calls, dy: Sequence[Any], sums: dict[tuple[int, s
         place = id(owner), key
         sums[place] = sums[place] + gradient if place in sums else gradient
     return [pulled.get(slot) for slot in graph._graph.inputs]
+
+
+def _remedy(problem: Callable[[int, int], str | None], H: int, W: int) -> str:
+    """Return what to do about frames of H × W for which there is a problem: the next multiples that have none."""
+
+    def padded(rows: int, columns: int) -> tuple[int, int]:
+        return -(-max(H, 1) // rows) * rows, -(-max(W, 1) // columns) * columns
+
+    for n in range(2, _LARGEST_MULTIPLE + 1):
+        if problem(*padded(n, n)) is None:
+            rows = next(m for m in range(1, n + 1) if problem(*padded(m, n)) is None)
+            columns = next(m for m in range(1, n + 1) if problem(*padded(rows, m)) is None)
+            return "; pad them to {} × {}".format(*padded(rows, columns))
+    return ""
 
 
 def _shapes_of(graph: Model, given: Sequence[Shape], made: dict[int, Shape]) -> list[Shape]:

@@ -85,6 +85,7 @@ class MultiscaleForecaster(Forecasting):
     """
 
     _op = "MultiscaleForecaster"
+    _comes_back = False
 
     encoder: Any
     forecaster: Any = None
