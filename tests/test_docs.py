@@ -132,7 +132,7 @@ def help_of(*command):
 def expect_options(words, told):
     for word in words:
         option = word.partition("=")[0]
-        if option.startswith("-") and len(option) > 1:
+        if re.match("--?[a-zA-Z]", option):
             assert re.search(rf"(?<![\w-]){re.escape(option)}(?![\w-])", told), f"there is no {option}"
 
 
@@ -198,10 +198,9 @@ def told_by(tree):
     assigned = {ast.unparse(node.targets[0]): node.value for node in tree.body if isinstance(node, ast.Assign)}
     if "__all__" in assigned:
         return ast.literal_eval(assigned["__all__"])
-    if "__getattr__" in assigned:
-        return [
-            key.value for node in ast.walk(assigned["__getattr__"]) if isinstance(node, ast.Dict) for key in node.keys
-        ]
+    if "__getattr__" in assigned:  # the last argument of `moved`: names, and the modules that they are in
+        strings = [node.value for node in ast.walk(assigned["__getattr__"].args[-1]) if isinstance(node, ast.Constant)]
+        return [string for string in strings if "." not in string]
     names = [node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
     return [name for name in names if not name.startswith("_")]
 
