@@ -11,7 +11,7 @@ import typer
 from fastclstm.commands import nowcast
 from fastclstm.commands.inputs import check_distinct, is_array_file, open_sequences, takes_sequences
 from fastclstm.commands.nowcast import Missing, Variable
-from fastclstm.commands.options import SETTINGS, Engine, Quiet, Threads, Weights, set_threads, use_engine
+from fastclstm.commands.options import SETTINGS, Engine, Quiet, Theme, Threads, Weights, set_threads, use_engine
 from fastclstm.io.files import replacing
 from fastclstm.io.progress import progress_bar
 from fastclstm.layers import ConvLSTM2D
@@ -49,6 +49,7 @@ def command(
     batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 8,
     engine: Engine = None,
     threads: Threads = None,
+    theme: Theme = "dark",
     quiet: Quiet = False,
 ) -> None:
     """Make the frames that follow, by a saved network.
@@ -65,7 +66,7 @@ def command(
         if scale is not None:
             raise ValueError("forecast: --scale is for .npy; the weights know the scale of NetCDF")
         told = nowcast.forecast(sources, weights, out, steps=steps, variable=variable, missing=missing, engine=engine,
-                                plot=plot)  # fmt: skip
+                                plot=plot, theme=theme)  # fmt: skip
         if not quiet:
             print(told)
         return

@@ -14,7 +14,7 @@ import typer
 
 from fastclstm import __version__, baselines, dispatch
 from fastclstm.commands.networks import forecaster
-from fastclstm.commands.options import use_engine
+from fastclstm.commands.options import check_theme, use_engine
 from fastclstm.io.files import replacing
 from fastclstm.io.progress import progress_bar, say
 from fastclstm.nn.losses import WeightedSum
@@ -73,6 +73,7 @@ class Options:
     seed: int
     restart: bool
     engine: str | None
+    theme: str
     quiet: bool
 
 
@@ -101,6 +102,7 @@ def train(sources: Sequence[Path], out: Path, options: Options) -> None:
 
     op = "train"
     dispatch.check_engine(options.engine)
+    check_theme(op, options.theme)
     _check_flow(options.flow)
     if out.exists() and not out.is_dir():
         raise ValueError(f"train: {out} is a file; --out names a folder")
@@ -165,15 +167,15 @@ def train(sources: Sequence[Path], out: Path, options: Options) -> None:
     nowcast.save(out / "weights.safetensors")
     history.save(out / "history.csv")
     history.save(out / "history.json")
-    _verify(nowcast, parts["test"], out, options.thresholds, options.window, options.flow, options.batch, options.quiet,
-            pictures, None)  # fmt: skip
+    _verify(nowcast, parts["test"], out, options.thresholds, options.window, options.flow, options.batch, options.theme,
+            options.quiet, pictures, None)  # fmt: skip
     print(f"to go on: python -m fastclstm forecast NEWEST.nc --steps {steps} --weights {out / 'weights.safetensors'} "
           f"--out FORECAST.nc")  # fmt: skip
 
 
 def forecast(
     sources: Sequence[Path], weights: Path, target: Path, *, steps: int | None, variable: str | None,
-    missing: float | None, engine: str | None, plot: Path | None,
+    missing: float | None, engine: str | None, plot: Path | None, theme: str = "dark",
 ) -> str:  # fmt: skip
     """Write to a file the frames that follow those of files, and return what was written, for people.
 
@@ -191,6 +193,7 @@ def forecast(
     check_distinct(op, (*sources, weights), (target, plot))
     check_target(op, target)
     _check_plot(op, plot)
+    check_theme(op, theme)
     nowcast = Nowcast.load(weights)
     use_engine(nowcast.network, engine)
     info = nowcast.info
@@ -198,9 +201,13 @@ def forecast(
     made = nowcast.forecast(frames, steps)
     write_frames(target, made, f"fastclstm {__version__}: forecast with {weights.name}", attrs)
     if plot is not None:
+        import matplotlib
+
+        from fastclstm import viz
         from fastclstm.commands.nowcast_drawing import draw_forecast
 
-        draw_forecast(plot, nowcast, frames, made)
+        with matplotlib.rc_context(viz.theme(theme)):
+            draw_forecast(plot, nowcast, frames, made)
     sizes = ", ".join(f"{dim} {n}" for dim, n in made.sizes.items())
     return f"{target}: {made.name} ({sizes})" + (f"; {plot}: drawn" if plot is not None else "")
 
@@ -208,7 +215,7 @@ def forecast(
 def verify(
     sources: Sequence[Path], weights: Path, out: Path, *, steps: int | None, variable: str | None,
     missing: float | None, thresholds: Sequence[float] | None, window: int, flow: str | None, batch: int,
-    engine: str | None, quiet: bool,
+    engine: str | None, theme: str, quiet: bool,
 ) -> None:  # fmt: skip
     """Print the scores of forecasts from frames of files, and write them to the folder `out`.
 
@@ -222,6 +229,7 @@ def verify(
     from fastclstm.adapters.xarray_files import open_frames
     from fastclstm.adapters.xarray_nowcast import Nowcast
 
+    check_theme(op, theme)
     _check_flow(flow)
     if out.exists() and not out.is_dir():
         raise ValueError(f"verify: {out} is a file; --out names a folder")
@@ -231,12 +239,12 @@ def verify(
     frames, _ = open_frames(op, sources, variable or info.variable, missing=missing, usual=info.dims)
     nowcast.check(frames)
     pictures = importlib.util.find_spec("matplotlib") is not None
-    _verify(nowcast, frames, out, thresholds, window, flow, batch, quiet, pictures, steps)
+    _verify(nowcast, frames, out, thresholds, window, flow, batch, theme, quiet, pictures, steps)
 
 
 def _verify(
     nowcast: Any, frames: Any, out: Path, thresholds: Sequence[float] | None, window: int, flow: str | None, batch: int,
-    quiet: bool, pictures: bool, steps: int | None,
+    theme: str, quiet: bool, pictures: bool, steps: int | None,
 ) -> None:  # fmt: skip
     """Print the scores by lead time, and write and draw them."""
     started = time.perf_counter()
@@ -259,9 +267,12 @@ def _verify(
     out.mkdir(parents=True, exist_ok=True)
     table.save(out / "scores.csv", leads)
     if pictures:
+        import matplotlib
+
+        from fastclstm import viz
         from fastclstm.commands.nowcast_drawing import draw_verification
 
-        with replacing(out / "verification.png") as new:
+        with replacing(out / "verification.png") as new, matplotlib.rc_context(viz.theme(theme)):
             draw_verification(new, table, leads, nowcast, frames, shown)
     print(f"\nwritten to {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
 

@@ -149,7 +149,8 @@ def command(
             variable, missing, time, space, transform, offset, threshold, window, flow,
             epochs or nowcast.EPOCHS, minutes,
             steps_in or nowcast.STEPS_IN, steps_out or nowcast.STEPS_OUT, filters or nowcast.FILTERS,
-            scales or nowcast.SCALES, patch or nowcast.PATCH, batch, every, seed, restart, engine, quiet,
+            scales or nowcast.SCALES, patch or nowcast.PATCH, batch, every, seed, restart, engine, theme,
+            quiet,
         ))  # fmt: skip
         return
     if variable is not None:

@@ -9,7 +9,7 @@ import typer
 
 from fastclstm.commands import nowcast
 from fastclstm.commands.nowcast import Flow, Missing, Thresholds, Variable, Window
-from fastclstm.commands.options import SETTINGS, Engine, Quiet, Threads, Weights, set_threads
+from fastclstm.commands.options import SETTINGS, Engine, Quiet, Theme, Threads, Weights, set_threads
 
 app = typer.Typer(**SETTINGS)
 
@@ -30,6 +30,7 @@ def command(
     batch: Annotated[int, typer.Option(min=1, help="Forecasts at once.")] = 8,
     engine: Engine = None,
     threads: Threads = None,
+    theme: Theme = "dark",
     quiet: Quiet = False,
 ) -> None:
     """Score the forecasts of a saved network against observations.
@@ -40,5 +41,5 @@ def command(
     set_threads(threads)
     nowcast.verify(
         sources, weights, out, steps=steps, variable=variable, missing=missing, thresholds=threshold, window=window,
-        flow=flow, batch=batch, engine=engine, quiet=quiet,
+        flow=flow, batch=batch, engine=engine, theme=theme, quiet=quiet,
     )  # fmt: skip
