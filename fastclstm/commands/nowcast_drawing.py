@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import matplotlib
 import numpy as np
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
@@ -111,7 +112,7 @@ class _Look:
         """Show a frame."""
         axis.set_xticks([])
         axis.set_yticks([])
-        axis.spines[:].set_visible(False)
+        axis.spines[:].set(visible=True, color=matplotlib.rcParams["grid.color"])
         axis.set_title(title, fontsize=9)
         return axis.imshow(self.info.transform(frame), viz.colours("amounts"), norm=self.norm, origin=self.origin)
 
