@@ -8,7 +8,7 @@ time. Is the forecast as good? The same encoder–forecaster learns the same fil
 """
 
 # %%
-# Films of a soft blob that drifts on a torus: where it leaves the frame it comes in again.
+# Films of two soft blobs that drift on a torus, each its own way, and shine through each other.
 
 import statistics
 import time
@@ -27,12 +27,12 @@ EPOCHS = 12
 def films(count, seed):
     """Draw films (count, GIVEN + STEPS, SIZE, SIZE, 1)."""
     rng = np.random.default_rng(seed)
-    start, speed = rng.uniform(0, SIZE, (count, 1, 2)), rng.uniform(-2, 2, (count, 1, 2))
-    middle = start + speed * np.arange(GIVEN + STEPS)[:, None]
+    start, speed = rng.uniform(0, SIZE, (count, 1, 2, 2)), rng.uniform(-2, 2, (count, 1, 2, 2))
+    middle = start + speed * np.arange(GIVEN + STEPS)[:, None, None]
     away = np.arange(SIZE) - middle[..., None]
     away = np.minimum(away % SIZE, -away % SIZE)
-    lines = np.exp(-(away**2) / 12)  # (count, T, axis, pixel)
-    return (lines[:, :, 0, :, None] * lines[:, :, 1, None])[..., None].astype(np.float32)
+    lines = np.exp(-(away**2) / 12)  # (count, T, blob, axis, pixel)
+    return (1 - (1 - lines[:, :, :, 0, :, None] * lines[:, :, :, 1, None]).prod(2))[..., None].astype(np.float32)
 
 
 train, test = films(160, seed=0), films(64, seed=1)

@@ -53,12 +53,12 @@ keras.utils.set_random_seed(0)
 model = keras.Sequential([
     keras.Input((None, 24, 24, 1)),
     layers.ConvLSTM2D(8, 3, padding="same", return_sequences=True),
-    layers.BatchNormalization(),
+    layers.BatchNormalization(momentum=0.8),
     layers.ConvLSTM2D(8, 3, padding="same", return_sequences=True),
     layers.TimeDistributed(layers.Conv2D(1, 3, padding="same", activation="sigmoid")),
 ])
-model.compile(keras.optimizers.Adam(2e-2), "binary_crossentropy")
-model.fit(films[:, :-1], films[:, 1:], batch_size=8, epochs=5, verbose=0)
+model.compile(keras.optimizers.Adam(1e-2), "binary_crossentropy")
+model.fit(films[:, :-1], films[:, 1:], batch_size=8, epochs=8, verbose=0)
 model.save(f"{folder}/model.keras")
 times = []
 for _ in range(6):
