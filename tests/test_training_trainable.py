@@ -203,12 +203,14 @@ def test_a_time_limit_cuts_the_epoch_short(monkeypatch):
     assert history["seconds"] == [4, 3]
 
 
-def test_progress_goes_to_the_terminal_when_asked(capsys):
+def test_progress_goes_to_the_terminal_when_asked(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     fit(dense(), epochs=2, quiet=False)
     shown = capsys.readouterr().err
     assert "epoch 2/2: 100%" in shown
     assert "6/6" in shown
     assert "loss=" in shown
+    monkeypatch.undo()
     fit(dense(), epochs=2, quiet=None)
     assert capsys.readouterr().err == ""
 

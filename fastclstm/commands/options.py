@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import fastclstm
-from fastclstm.spec import choice
 
 if TYPE_CHECKING:
     from fastclstm.layers import Layer
@@ -27,6 +26,8 @@ Weights = Annotated[Path, typer.Option(metavar="W.safetensors", help="What save 
 
 def check_theme(op: str, theme: str) -> None:
     """Raise ValueError where no pictures have that theme; without importing what draws them."""
+    from fastclstm.spec import choice
+
     choice(op, "--theme", theme, ("light", "dark"))
 
 
