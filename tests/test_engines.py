@@ -17,10 +17,8 @@ from fastclstm.nn.normalization import Normalization
 from fastclstm.spec import NORMALIZED_PARTS
 
 ALGORITHMS = {name: dispatch.get_engine(name).ALGORITHMS for name in ("reference", "cpu", "cuda")}
-CASES = [("reference", np.float32, "auto"), ("cpu", np.float32, "auto"), ("cpu", np.float32, "direct"),
-         ("cpu", np.float64, "auto")]  # fmt: skip
-if "winograd" in ALGORITHMS["cpu"]:
-    CASES += [("cpu", np.float32, "winograd"), ("cpu", np.float64, "winograd")]
+CASES = [("reference", np.float32, "auto"), ("cpu", np.float32, "auto")]
+CASES += [("cpu", dtype, name) for dtype in (np.float32, np.float64) for name in ALGORITHMS["cpu"]]
 CASES += [("cuda", np.float64, "auto")]
 CASES += [("cuda", np.float32, name) for name in ("auto", *ALGORITHMS["cuda"]) if name != "float32"]  # that is "auto"
 
