@@ -103,6 +103,19 @@ add_products(const real* partial, int shares, long long count, const real* more,
     add_shares(partial, shares, count, more, to);
 }
 
+// Shares [shares][count] of the depth of a product, then `residual`: to the bit as convlstm2d_step_backward adds them.
+KERNEL(256)
+add_depth(const real* partial, int shares, long long count, const real* residual, real* to)
+{
+    resolve(partial, residual, to);
+    long long n = thread_number();
+    if (n >= count) return;
+    real sum = 0;
+#pragma unroll 1
+    for (int share = 0; share < shares; share++) sum += partial[share * count + n];
+    to[n] = residual ? sum + residual[n] : sum;
+}
+
 // States before each step, `count` elements of them: a masked step leaves what it found. Steps are `step` elements
 // apart, those of the mask [image][T] `mask_step`; both pointers are at the first step of the first image.
 KERNEL(256)

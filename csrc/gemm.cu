@@ -9,7 +9,7 @@
 #include "product.cuh"
 
 // y [pixels][filters] of frames x, plus what `residual` holds. The depth is cut into shares, of `share` blocks: each, a
-// layer of the grid, writes a y of its own, the first one with bias and residual.
+// layer of the grid, writes a y of its own, the first one with bias; what is cut has no residual.
 KERNEL(THREADS, MIN_BLOCKS)
 conv2d(FRAMES(x), const operand* weights, int columns, int pixels, int height, int width, const real* bias,
        const real* residual, real* y, int filters, int share)
@@ -26,7 +26,7 @@ conv2d(FRAMES(x), const operand* weights, int columns, int pixels, int height, i
     Tile tile;
     multiply(tile, grid, x, none, weights, columns, first_row, first_quad);
     resolve(bias, residual, y);
-    if (blockIdx.z) bias = residual = nullptr;
+    if (blockIdx.z) bias = nullptr;
     y += (long long)blockIdx.z * pixels * filters;
     int f = own_column(first_quad);
     real added = f < filters ? read(bias, f) : real(0);

@@ -198,7 +198,8 @@ def _launch(spec: ConvLSTMSpec, saved: Saved, kept: Kept, gradients: _Gradients)
     }  # fmt: skip
     if saved.peephole is not None:
         gradients.weights["peephole"] = _peephole_sums(spec, dtype, kind, kept, so_far.get("peephole"))
-    return input_gradient(spec.input.with_batch(spec.B * spec.T), kind, saved.kernel, dz).reshape(*_x_shape(spec))
+    images = spec.input.with_batch(spec.B * spec.T)  # never cut: pieces of the sequence give the bits of the whole
+    return input_gradient(images, kind, saved.kernel, dz, cut=False).reshape(*_x_shape(spec))
 
 
 def _fill_masked(spec: ConvLSTMSpec, h: States, mask: DeviceArray) -> None:

@@ -72,20 +72,24 @@ def conv2d_backward(
 
 def input_gradient(
     spec: ConvSpec, kind: int, kernel: DeviceArray, dy: DeviceArray, *, stride: int | None = None,
-    residual: DeviceArray | None = None,
+    residual: DeviceArray | None = None, cut: bool = True,
 ) -> DeviceArray:  # fmt: skip
-    """Return dx (B, H, W, C) of dy (B, HO, WO, F), operands `stride` elements from image to image, plus `residual`."""
+    """Return dx (B, H, W, C) of dy (B, HO, WO, F), operands `stride` elements from image to image, plus `residual`.
+
+    cut: the depth may be cut into shares, by the number of pixels: then other bits for another batch.
+    """
     device, dtype = kernel.device, kernel.dtype
     pixels = spec.B * spec.H * spec.W
     dx = device.empty((spec.B, spec.H, spec.W, spec.C), dtype)
     channels = product.operand_channels(kind, spec.F)
-    tiling = choice.choose(kind, dtype, device, pixels, spec.C, depth=spec.KH * spec.KW * channels)
+    depth = spec.KH * spec.KW * channels if cut else None
+    tiling = choice.choose(kind, dtype, device, pixels, spec.C, depth=depth)
     frames = product.transposed_frames(device, spec, dy, tiling.depth, stride=stride, channels=channels)
     weights = product.pack(device, tiling, (kernel,), [frames], spec.C, transposed=True)
-    shares = choice.shares(tiling, dtype, device, pixels, spec.C, frames.blocks)
+    shares = choice.shares(tiling, dtype, device, pixels, spec.C, frames.blocks) if cut else 1
     partial = dx if shares == 1 else device.empty((shares, *dx.shape), dtype)
     product.launch_conv2d(device, tiling, frames, weights, (pixels, spec.H, spec.W), spec.C, partial,
-                          residual=residual, shares=shares)  # fmt: skip
+                          residual=residual if shares == 1 else None, shares=shares)  # fmt: skip
     if shares > 1:
-        product.add_shares(device, partial, None, dx)
+        product.add_depth(device, partial, residual, dx)
     return dx

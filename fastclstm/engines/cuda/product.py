@@ -315,7 +315,7 @@ def launch_conv2d(
 ) -> None:  # fmt: skip
     """Write frames times packed weights, plus `bias` and `residual`, to y; `grid`: its pixels, rows, columns.
 
-    With `shares`, no more than blocks of depth, y is (shares, …): the sums of each, bias and residual in the first.
+    With `shares`, no more than blocks of depth, y is (shares, …): the sums of each, `bias` in the first, and no `residual`.
     """
     share = -(-frames.blocks // shares)
     multiply(device, "conv2d", tiling, {"REAL": real(y.dtype), "STANDARD": 1}, grid[0], filters, *frames.arguments(),
@@ -327,6 +327,12 @@ def add_shares(device: Device, partial: DeviceArray, more: DeviceArray | None, t
     """Write the sum of partial (shares, …), added in this order, plus `more`, to an array."""
     add = device.kernel("elementwise.cu", "add_products", element_macros(to.dtype))
     over(device, add, to.size, partial, np.int32(partial.shape[0]), np.int64(to.size), more, to)
+
+
+def add_depth(device: Device, partial: DeviceArray, residual: DeviceArray | None, to: DeviceArray) -> None:
+    """Write the sum of shares of a product's depth (shares, …), and of `residual`, as a step of the way back adds."""
+    add = device.kernel("elementwise.cu", "add_depth", element_macros(to.dtype))
+    over(device, add, to.size, partial, np.int32(partial.shape[0]), np.int64(to.size), residual, to)
 
 
 def check_pixels(count: int) -> None:
