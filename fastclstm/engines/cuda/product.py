@@ -315,7 +315,8 @@ def launch_conv2d(
 ) -> None:  # fmt: skip
     """Write frames times packed weights, plus `bias` and `residual`, to y; `grid`: its pixels, rows, columns.
 
-    With `shares`, no more than blocks of depth, y is (shares, …), the sums of each, `bias` in the first; no `residual` then.
+    With `shares`, no more than blocks of depth, y is (shares, …): the sums of each, `bias` in the first. There is no
+    `residual` then.
     """
     share = -(-frames.blocks // shares)
     multiply(device, "conv2d", tiling, {"REAL": real(y.dtype), "STANDARD": 1}, grid[0], filters, *frames.arguments(),
