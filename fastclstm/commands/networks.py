@@ -1,10 +1,30 @@
-"""The networks that foretell several frames at once, which train makes for arrays and for files."""
+"""What train does alike for arrays and for files: networks that foretell several frames at once, and going on."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 from fastclstm.models import EncoderForecaster
 
 KERNEL = 5
+
+
+@contextmanager
+def going_on(checkpoint: Path, restart: bool) -> Iterator[None]:
+    """Say of a training in this block from where it goes on; if it is interrupted, that it can; or why it cannot."""
+    if not restart and checkpoint.exists():
+        print(f"going on from {checkpoint}; --restart starts anew")
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"interrupted; the same command goes on from {checkpoint}")
+        raise
+    except ValueError as error:
+        if "another training" in str(error):
+            raise ValueError(f"{error}; that is, add --restart or choose another --out") from error
+        raise
 
 
 def forecaster(

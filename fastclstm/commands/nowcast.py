@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from fastclstm import __version__, baselines, dispatch
-from fastclstm.commands.networks import forecaster
+from fastclstm.commands.networks import forecaster, going_on
 from fastclstm.commands.options import check_theme, use_engine
 from fastclstm.io.files import replacing
 from fastclstm.io.progress import progress_bar, say
@@ -137,8 +137,6 @@ def train(sources: Sequence[Path], out: Path, options: Options) -> None:
     print(f"EncoderForecaster of {options.scales} scale(s), {options.filters} filters, patches of {options.patch}: "
           f"{model.num_parameters:,} parameters; {T} frames in, {steps} out")  # fmt: skip
     checkpoint = out / "checkpoint.safetensors"
-    if not options.restart and checkpoint.exists():
-        print(f"going on from {checkpoint}; --restart starts anew")
     rate: Any = LEARNING_RATE / 2
     if options.minutes is None:
         decay = max(1, options.epochs * len(training) - WARMUP_STEPS)
@@ -149,7 +147,7 @@ def train(sources: Sequence[Path], out: Path, options: Options) -> None:
         say(f"epoch {history.epochs:<4} {sum(history['seconds']):>7.0f} s   loss {last['loss']:.5f}   of the "
             f"validation {last['val_loss']:.5f}")  # fmt: skip
 
-    try:
+    with going_on(checkpoint, options.restart):
         history = model.fit(
             training, loss=LOSS, optimizer=Adam(rate, clip_norm=CLIP_NORM),
             epochs=options.epochs if options.minutes is None else 10**9,
@@ -157,13 +155,6 @@ def train(sources: Sequence[Path], out: Path, options: Options) -> None:
             validation_data=validation, seed=options.seed, checkpoint=checkpoint, checkpoint_every=CHECKPOINT_STEPS,
             resume=not options.restart, callbacks=tell, quiet=True if options.quiet else None,
         )  # fmt: skip
-    except KeyboardInterrupt:
-        print(f"interrupted; the same command goes on from {checkpoint}")
-        raise
-    except ValueError as error:
-        if "another training" in str(error):
-            raise ValueError(f"{error}; that is, add --restart or choose another --out") from error
-        raise
     nowcast.save(out / "weights.safetensors")
     history.save(out / "history.csv")
     history.save(out / "history.json")

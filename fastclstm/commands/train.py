@@ -17,7 +17,7 @@ from fastclstm import dispatch
 from fastclstm.baselines import extrapolation, persistence
 from fastclstm.commands import nowcast
 from fastclstm.commands.inputs import is_array_file, what_is
-from fastclstm.commands.networks import KERNEL, forecaster
+from fastclstm.commands.networks import KERNEL, forecaster, going_on
 from fastclstm.commands.options import SETTINGS, Engine, Theme, Threads, check_theme, set_threads, tell
 from fastclstm.datasets import moving_digits
 from fastclstm.io import numpy_files
@@ -359,12 +359,10 @@ def _fit(
     if minutes is None:
         decay_steps = max(1, epochs * math.ceil(len(films) / batch) - WARMUP_STEPS)
         rate = CosineDecay(LEARNING_RATE, decay_steps, warmup_steps=WARMUP_STEPS)
-    if not restart and checkpoint.exists():
-        print(f"going on from {checkpoint}; --restart starts anew")
-    print(_row("", "seconds", "loss", "next mse", "next ssim"))
-    for name, scores in baselines.items():
-        print(_row(name, "", "", f"{scores['next mse']:.4f}", f"{scores['next ssim']:.3f}"))
-    try:
+    with going_on(checkpoint, restart):
+        print(_row("", "seconds", "loss", "next mse", "next ssim"))
+        for name, scores in baselines.items():
+            print(_row(name, "", "", f"{scores['next mse']:.4f}", f"{scores['next ssim']:.3f}"))
         history = model.fit(
             films[:, task.given], films[:, task.wanted], loss=LOSS, optimizer=Adam(rate, clip_norm=CLIP_NORM),
             epochs=epochs if minutes is None else 10**9, time_limit=None if minutes is None else 60 * minutes,
@@ -372,13 +370,6 @@ def _fit(
             metrics=task.metrics, seed=seed, checkpoint=checkpoint, checkpoint_every=CHECKPOINT_STEPS,
             resume=not restart, callbacks=_print_epoch, quiet=quiet,
         )  # fmt: skip
-    except KeyboardInterrupt:
-        print(f"interrupted; the same command goes on from {checkpoint}")
-        raise
-    except ValueError as error:
-        if "another training" in str(error):
-            raise ValueError(f"{error}; that is, add --restart or choose another --out") from error
-        raise
     return history, _seconds_to_beat(history, baselines)
 
 
