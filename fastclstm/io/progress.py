@@ -9,9 +9,9 @@ from typing import Any
 LOG_SECONDS = 30.0
 """Between two lines of a log, and before the first one: what takes no longer leaves none."""
 
-_BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
-_LINE = "{desc}: {percentage:.0f}%, {n_fmt} of {total_fmt}{unit}s, {elapsed} gone, {remaining} to go"
-_ENDLESS_LINE = "{desc}: {n_fmt}{unit}s, {elapsed} gone"
+_BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]"
+_LINE = "{desc}: {percentage:.0f}%, {n_fmt} of {total_fmt}{unit}s, {elapsed} gone, {remaining} to go{postfix}"
+_ENDLESS_LINE = "{desc}: {n_fmt}{unit}s, {elapsed} gone{postfix}"
 
 
 def progress_bar(*args: Any, quiet: bool | None = None, **options: Any) -> Any:
