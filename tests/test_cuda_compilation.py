@@ -182,6 +182,9 @@ def use_everything():
                 pullback(y)
         y, pullback = functional.max_pool3d_vjp(x, engine="cuda")
         pullback(y)
+        deep = np.ones((1, 2, 2, 64), dtype), np.ones((5, 5, 64, 64), dtype)  # so deep that it is cut into shares
+        y, pullback = functional.conv2d_vjp(*deep, engine="cuda")
+        pullback(y)
         view = View.of(devices.current().put(x))
         np.where(view != 0, view[:, ::-1], view.activate_backward("tanh", view.activate("relu")))
     for dtype in (np.int64, np.bool_):

@@ -177,7 +177,7 @@ def stacks(draw):
     return options, draw(st.booleans()), draw(st.sampled_from([None, "mask", "lengths"])), draw(st.booleans())
 
 
-@settings(max_examples=30)
+@settings(max_examples=16)
 @given(drawn=stacks())
 def test_stacks_of_any_options(drawn):
     options, batched, masking, with_state = drawn
