@@ -96,7 +96,6 @@ else:
         TimeDistributed(Conv2D(8, 1, 3, activation="sigmoid", seed=2)),
     ])  # fmt: skip
 temporary.cleanup()
-assert "keras" not in sys.modules
 print(model.summary(test[:, :-1].shape))
 
 # %%

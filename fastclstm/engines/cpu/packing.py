@@ -49,11 +49,13 @@ class _Loan:
             "shape": (count,), "typestr": dtype.str, "data": (address + -address % 64, False), "version": 3,
         }  # fmt: skip
 
-    def __del__(self, spare: deque[np.ndarray] = _spare, most: int = LENT_BYTES[1]) -> None:  # at the end of Python too
+    def __del__(self, spare: deque[np.ndarray] = _spare, most: int = LENT_BYTES[1]) -> None:
         spare.append(self._memory)
-        with suppress(IndexError, RuntimeError):  # another thread may be at it
+        try:  # at the end of Python too, when this module's names are gone
             while sum(memory.nbytes for memory in spare) > most:
                 spare.popleft()
+        except (IndexError, RuntimeError):  # another thread may be at it
+            pass
 
 
 def lend(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
