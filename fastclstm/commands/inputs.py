@@ -36,6 +36,12 @@ def check_distinct(op: str, inputs: tuple[Path | None, ...], outputs: tuple[Path
             taken.add(path.resolve())
 
 
+def check_folder(op: str, out: Path) -> None:
+    """Raise ValueError where --out, a folder that is made if need be, is something else."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{op}: {out} is a file; --out names a folder")
+
+
 def is_array_file(path: Path) -> bool:
     """Whether a file is NumPy's by its name; xarray reads the others."""
     return path.suffix.lower() in (".npy", ".npz")

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from fastclstm import __version__, baselines, dispatch
+from fastclstm.commands.inputs import check_distinct, check_folder
 from fastclstm.commands.networks import forecaster, going_on
 from fastclstm.commands.options import check_theme, use_engine
 from fastclstm.io.files import replacing
@@ -104,8 +105,7 @@ def train(sources: Sequence[Path], out: Path, options: Options) -> None:
     dispatch.check_engine(options.engine)
     check_theme(op, options.theme)
     _check_flow(options.flow)
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"train: {out} is a file; --out names a folder")
+    check_folder(op, out)
     frames, _ = open_frames(op, sources, options.variable, missing=options.missing, time=options.time,
                             space=options.space)  # fmt: skip
     axes = Axes.of(op, frames, options.time, options.space)
@@ -129,8 +129,7 @@ def train(sources: Sequence[Path], out: Path, options: Options) -> None:
     nowcast = nowcasts.Nowcast(model, info)
     nowcast.check(parts["test"])
 
-    pictures = importlib.util.find_spec("matplotlib") is not None
-    if not pictures:
+    if not _can_draw():
         print("no pictures: matplotlib is missing; pip install 'fastclstm[viz]'")
     out.mkdir(parents=True, exist_ok=True)
     _tell_frames(frames, axes, info, parts)
@@ -159,7 +158,7 @@ def train(sources: Sequence[Path], out: Path, options: Options) -> None:
     history.save(out / "history.csv")
     history.save(out / "history.json")
     _verify(nowcast, parts["test"], out, options.thresholds, options.window, options.flow, options.batch, options.theme,
-            options.quiet, pictures, None)  # fmt: skip
+            options.quiet, None)  # fmt: skip
     print(f"to go on: python -m fastclstm forecast NEWEST.nc --steps {steps} --weights {out / 'weights.safetensors'} "
           f"--out FORECAST.nc")  # fmt: skip
 
@@ -179,7 +178,6 @@ def forecast(
     _need_xarray(op, sources)
     from fastclstm.adapters.xarray_files import check_target, open_frames, write_frames
     from fastclstm.adapters.xarray_nowcast import Nowcast
-    from fastclstm.commands.inputs import check_distinct
 
     check_distinct(op, (*sources, weights), (target, plot))
     check_target(op, target)
@@ -222,20 +220,18 @@ def verify(
 
     check_theme(op, theme)
     _check_flow(flow)
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"verify: {out} is a file; --out names a folder")
+    check_folder(op, out)
     nowcast = Nowcast.load(weights)
     use_engine(nowcast.network, engine)
     info = nowcast.info
     frames, _ = open_frames(op, sources, variable or info.variable, missing=missing, usual=info.dims)
     nowcast.check(frames)
-    pictures = importlib.util.find_spec("matplotlib") is not None
-    _verify(nowcast, frames, out, thresholds, window, flow, batch, theme, quiet, pictures, steps)
+    _verify(nowcast, frames, out, thresholds, window, flow, batch, theme, quiet, steps)
 
 
 def _verify(
     nowcast: Any, frames: Any, out: Path, thresholds: Sequence[float] | None, window: int, flow: str | None, batch: int,
-    theme: str, quiet: bool, pictures: bool, steps: int | None,
+    theme: str, quiet: bool, steps: int | None,
 ) -> None:  # fmt: skip
     """Print the scores by lead time, and write and draw them."""
     started = time.perf_counter()
@@ -257,7 +253,7 @@ def _verify(
     print(table.table(leads, units))
     out.mkdir(parents=True, exist_ok=True)
     table.save(out / "scores.csv", leads)
-    if pictures:
+    if _can_draw():
         import matplotlib
 
         from fastclstm import viz
@@ -292,6 +288,10 @@ def _ends(frames: Any, axes: Any) -> str:
 
 def _told_time(value: Any) -> str:
     return str(value)[:16] if getattr(value, "dtype", None) is not None and value.dtype.kind == "M" else str(value)
+
+
+def _can_draw() -> bool:
+    return importlib.util.find_spec("matplotlib") is not None
 
 
 def _check_flow(flow: str | None) -> None:

@@ -16,7 +16,7 @@ import typer
 from fastclstm import dispatch
 from fastclstm.baselines import extrapolation, persistence
 from fastclstm.commands import nowcast
-from fastclstm.commands.inputs import is_array_file, what_is
+from fastclstm.commands.inputs import check_folder, is_array_file, what_is
 from fastclstm.commands.networks import KERNEL, forecaster, going_on
 from fastclstm.commands.options import SETTINGS, Engine, Theme, Threads, check_theme, set_threads, tell
 from fastclstm.datasets import moving_digits
@@ -197,8 +197,7 @@ def run(
     """
     dispatch.check_engine(engine)
     check_theme("train", theme)
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"train: {out} is a file; --out names a folder")
+    check_folder("train", out)
     films = _digits(steps_in, steps_out, seed) if data is None else read_films(data, steps_in, steps_out)
     T, C = films.steps_in, films.train.shape[-1]
     model: Trainable
