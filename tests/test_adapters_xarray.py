@@ -415,6 +415,10 @@ def test_windows_of_other_sizes_weights_and_times():
     there = np.pad(np.isfinite(truth), ((0, 0), (0, 0), (0, 3), (0, 0)))
     np.testing.assert_array_equal(weights == 0, ~there)
     np.testing.assert_allclose(weights[there], 1 + truth[np.isfinite(truth)] ** 2, rtol=1e-6)
+    ((*_, weights),) = Windows(
+        x.fillna(0).astype(int), 2, 1, batch_size=9, missing=0, weigh=lambda y: 0.5 + 0 * y[..., 0]
+    )
+    assert (weights == 0.5).all()  # of integers too
     with pytest.raises(ValueError, match="no so many of the 8 times follow on"):
         Windows(x, 5, 1)
     with pytest.raises(ValueError, match="weigh and multiple ask for weights"):

@@ -195,6 +195,56 @@ def test_other_variables_and_packed_values(tmp_path):
     assert (out.sst[:, 3:, 3:] > 100).all()
 
 
+def packed_file(path, values, attrs, dtype="i2"):
+    """Write values, as they stand in the file, of a variable "rain" with attributes."""
+    netCDF4 = importlib.import_module("netCDF4")
+    with netCDF4.Dataset(path, "w") as file:
+        for name, size in zip(("time", "y", "x"), (len(values), 1, 2), strict=True):
+            file.createDimension(name, size)
+        rain = file.createVariable("rain", dtype, ("time", "y", "x"))
+        rain.set_auto_maskandscale(False)
+        rain[:] = np.array(values).astype(dtype)[:, None, None]
+        rain.setncatts(attrs)
+    return path
+
+
+INVALID = {
+    "packed bounds": ([-1, 0, 1000, 1001], {"scale_factor": 0.01, "valid_range": np.array([0, 1000], "i2")}, None,
+                      [np.nan, 0, 10, np.nan]),
+    "bounds of what is unpacked": ([-1, 0, 1000, 1001], {"scale_factor": 0.01, "valid_min": np.float32(0),
+                                                         "valid_max": np.float64(10)}, None, [np.nan, 0, 10, np.nan]),
+    "unsigned": ([0, 40000, 65531], {"scale_factor": 0.5, "_Unsigned": "true", "valid_range": np.array([0, -6], "i2")},
+                 None, [0, 20000, np.nan]),
+    "a value that is none of the dtype": ([0, 7], {}, -9999.0, [0, 7]),
+    "a value between": ([0, 7], {}, 7.5, [0, 7]),
+    "a packed value, rounded": ([0, 3, 4], {"scale_factor": 0.1}, 0.3, [0, np.nan, 0.4]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", INVALID)
+def test_values_that_are_none(tmp_path, monkeypatch, case):
+    values, attrs, missing, expected = INVALID[case]
+    path = packed_file(tmp_path / "a.nc", values, attrs)
+    for limit in (1 << 30, 0):
+        monkeypatch.setattr(xarray_files, "IN_MEMORY", limit)
+        made, _ = xarray_files.open_frames("train", path, missing=missing)
+        assert hasattr(made.data, "dask") == (limit == 0)  # what is larger than memory stays in its file
+        np.testing.assert_allclose(made[:, 0, 0], expected, rtol=1e-6)
+
+
+def test_bounds_and_times_that_are_none(tmp_path, archive):
+    for name, bound in (("valid_range", "0, 5"), ("valid_max", "five")):
+        path = packed_file(tmp_path / "a.nc", [1, 2], {name: bound})
+        with pytest.raises(ValueError, match=rf"a\.nc, {name} of rain is '{bound}' but must be .* mend or remove"):
+            xarray_files.open_frames("train", path)
+    given = frames(archive).isel(time=slice(0, 3))
+    times = given.time.values.copy()
+    times[1] = np.datetime64("NaT")
+    given.assign_coords(time=times).to_netcdf(tmp_path / "b.nc")
+    with pytest.raises(ValueError, match="1 of 3 times of rain are missing; give the files without"):
+        xarray_files.open_frames("train", tmp_path / "b.nc")
+
+
 @pytest.mark.usefixtures("undrawn")
 def test_windows_leave_out_gaps(archive, tmp_path):
     given = frames(archive)

@@ -239,10 +239,10 @@ class Windows:
                 _refuse_nan("Windows", films)
                 yield x, y
             else:
-                weights = np.isfinite(y).all(-1).astype(y.dtype)
+                weights = np.isfinite(y).all(-1).astype(y.dtype if y.dtype.kind == "f" else np.float32)
                 y = _filled(y, self.missing)
                 if self.weigh is not None:
-                    weights = (weights * self.weigh(y)).astype(y.dtype)
+                    weights = (weights * self.weigh(y)).astype(weights.dtype)
                 yield _filled(x, self.missing), y, weights
 
 

@@ -3,7 +3,7 @@
 Names may be of files, of stores, of folders that hold them, or patterns (``2026-07-*.nc``). Frames of several files
 are one sequence, in the order of their times. Up to `IN_MEMORY` they are read at once; more stays in the files, in
 Dask arrays of a few frames a chunk. Missing is what xarray makes NaN (``_FillValue``, ``missing_value``), and what lies
-outside of ``valid_range``, ``valid_min`` or ``valid_max``.
+outside of ``valid_range``, ``valid_min`` or ``valid_max``, be these packed or not.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ IN_MEMORY = 1 << 30
 """Bytes of frames, as float32, that are read at once."""
 CHUNK = 8 << 20
 """Bytes of a chunk of frames that stay in files."""
+ROUNDING = 1e-6
+"""Share by which a value that stands for missing ones may differ from what is told."""
 
 Names = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
@@ -85,18 +87,22 @@ def open_frames(
         What reads such files is not installed.
     """
     paths = find(op, names)
-    opened = [_opened(op, path, variable, missing, time, space, usual) for path in paths]
+    opened = [_opened(op, path, variable, time, space, usual) for path in paths]
     parts, attrs = [part for part, _, _ in opened], opened[0][1]
     first, dim = parts[0], opened[0][2].time
     for path, part in zip(paths[1:], parts[1:], strict=True):
         _check_alike(op, dim, paths[0], first, path, part)
     in_memory = sum(part.size for part in parts) * 4 <= IN_MEMORY
-    parts = [(part.load() if in_memory else _chunked(part, dim)).astype(np.float32) for part in parts]
+    parts = [part.load() if in_memory else _chunked(part, dim) for part in parts]  # before anything is computed
+    parts = [_without_invalid(op, *both, missing).astype(np.float32) for both in zip(paths, parts, strict=True)]
     frames = parts[0]
     if len(parts) > 1:
         frames = xarray.concat(parts, dim, coords="minimal", compat="override", join="override",
                                combine_attrs="override")  # fmt: skip
     if dim in frames.coords:
+        if (undated := int(frames[dim].isnull().sum())) > 0:
+            raise ValueError(f"{op}: {undated} of {frames.sizes[dim]} times of {first.name} are missing; give the "
+                             f"files without these frames, or with their times")  # fmt: skip
         frames = _in_order(frames, dim)
     frames.encoding = {key: value for key, value in first.encoding.items() if key == "grid_mapping"}
     return frames, attrs
@@ -181,8 +187,7 @@ def _need(op: str, package: str, path: Any) -> None:
 
 
 def _opened(
-    op: str, path: str, variable: str | None, missing: float | None, time: str | None, space: Sequence[str] | None,
-    usual: Sequence[str],
+    op: str, path: str, variable: str | None, time: str | None, space: Sequence[str] | None, usual: Sequence[str]
 ) -> tuple[xarray.DataArray, dict[str, Any], Axes]:  # fmt: skip
     """Return a variable of one file, lazily, with a dim of time; the file's attributes, and the dims."""
     store = _is_zarr(Path(path)) or path.rstrip("/").endswith(".zarr")
@@ -209,7 +214,7 @@ def _opened(
         axes = Axes.of(op, frames, time, space)
     except ValueError as error:
         raise ValueError(f"{error}; on the command line: --time NAME and --space ROWS COLUMNS; in {path}") from error
-    return _without_invalid(frames, missing), dict(dataset.attrs), axes
+    return frames, dict(dataset.attrs), axes
 
 
 def _chosen(op: str, path: str, dataset: xarray.Dataset, variable: str | None) -> Any:
@@ -239,22 +244,50 @@ def _with_time(op: str, path: str, frames: xarray.DataArray, time: str | None) -
                      f"tells it; add one: frames.expand_dims(time=[…])")  # fmt: skip
 
 
-def _without_invalid(frames: xarray.DataArray, missing: float | None) -> xarray.DataArray:
+def _without_invalid(op: str, path: str, frames: xarray.DataArray, missing: float | None) -> xarray.DataArray:
     """Return frames with NaN where the file's attributes, or the user, say that values are none."""
     attrs = frames.attrs
-    low, high = attrs.pop("valid_range", (attrs.pop("valid_min", None), attrs.pop("valid_max", None)))
-    scale, offset = frames.encoding.get("scale_factor", 1.0), frames.encoding.get("add_offset", 0.0)
-    for bound, name, beyond in ((low, "valid_min", np.less), (high, "valid_max", np.greater)):
-        if bound is not None:  # of packed values, as the conventions have it
-            edge = float(bound) * scale + offset
-            frames = _masked(frames, beyond, edge)
+    bounds = [attrs.pop(name, None) for name in ("valid_min", "valid_max")]
+    if (both := attrs.pop("valid_range", None)) is not None:
+        if np.shape(both) != (2,):
+            raise ValueError(f"{op}: in {path}, valid_range of {frames.name} is {both!r} but must be two numbers, the "
+                             f"least and the largest; mend or remove the attribute")  # fmt: skip
+        bounds = list(both)
+    for bound, name, beyond in zip(bounds, ("valid_min", "valid_max"), (np.less, np.greater), strict=True):
+        if bound is not None:
+            try:
+                edge = _unpacked(frames, bound)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{op}: in {path}, {name} of {frames.name} is {bound!r} but must be a number; mend or "
+                                 f"remove the attribute") from error  # fmt: skip
+            frames = _masked(frames, beyond(frames, edge))
             frames.attrs[name] = np.float32(edge)
-    return frames if missing is None else _masked(frames, np.equal, missing)
+    if missing is None:
+        return frames
+    near = abs(frames - float(missing)) <= ROUNDING * abs(missing)  # as packed values are rounded
+    return _masked(frames, near | (frames == float(missing)))
 
 
-def _masked(frames: xarray.DataArray, test: Any, value: float) -> xarray.DataArray:
+def _unpacked(frames: xarray.DataArray, bound: Any) -> Any:
+    """Return a bound of valid values in the units of the frames.
+
+    It is one of the packed values, as the CF conventions have it, with the sign that ``_Unsigned`` gives these; but
+    that of integers is among what is unpacked where it is no integer itself (NetCDF Users Guide, appendix A).
+    """
+    told, edge = frames.encoding, np.asarray(bound)
+    held, counts = np.dtype(told.get("dtype", frames.dtype)), edge.dtype.kind in "iu"
+    if held.kind in "iu" and counts and (signs := told.get("_Unsigned")) is not None:
+        edge = edge.astype(f"{'u' if str(signs).lower() == 'true' else 'i'}{held.itemsize}")
+    edge = edge.astype(frames.dtype if frames.dtype.kind == "f" else np.float64).reshape(1)
+    if counts or held.kind == "f":
+        edge *= told.get("scale_factor", 1.0)  # in an array, as xarray does it: to the same rounding
+        edge += told.get("add_offset", 0.0)
+    return edge[0]
+
+
+def _masked(frames: xarray.DataArray, absent: Any) -> xarray.DataArray:
     encoding = frames.encoding
-    made = frames.where(~test(frames, frames.dtype.type(value)))
+    made = frames.where(~absent)
     made.attrs, made.encoding = frames.attrs, encoding
     return made
 
