@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fastclstm.spec import choice, integers
+from fastclstm.spec import choice, integers, refuse_masked
 
 ENGINES = ("own", "pysteps")
 
@@ -32,18 +32,21 @@ STEEPNESS = 1e-3
 
 
 def persistence(frames: np.ndarray, steps: int) -> np.ndarray:
-    """Return the last of `frames` (…, T, H, W, C), `steps` times.
+    """Return the last of `frames` (…, T, H, W, C), `steps` times; raise ValueError for other shapes.
 
     Examples
     --------
     >>> persistence(np.arange(3.0).reshape(1, 3, 1, 1, 1), 2).ravel()
     array([2., 2.])
     """
-    return np.asarray(frames)[..., -1:, :, :, :].repeat(steps, axis=-4)
+    films, (steps,) = _frames("persistence", frames), integers("persistence", "steps", steps, 1, 1)
+    if films.ndim < 4 or films.shape[-4] < 1:
+        raise ValueError(f"persistence: frames must be (…, T, H, W, C) with T >= 1, got shape {films.shape}")
+    return films[..., -1:, :, :, :].repeat(steps, axis=-4)
 
 
 def extrapolation(frames: np.ndarray, steps: int, *, outside: float = np.nan, engine: str | None = None) -> np.ndarray:
-    """Return the last of `frames`, carried on by the optical flow of all of them.
+    """Return the last of `frames`, carried on by their optical flow: that of the last four of them.
 
     Parameters
     ----------
@@ -77,7 +80,7 @@ def extrapolation(frames: np.ndarray, steps: int, *, outside: float = np.nan, en
     >>> bool(np.abs(made - film[:, 3:]).max() < 0.25 * np.abs(persistence(film[:, :3], 3) - film[:, 3:]).max())
     True
     """
-    films = np.asarray(frames)
+    films = _frames("extrapolation", frames)
     if films.ndim != 5 or films.shape[1] < 2:
         raise ValueError(f"extrapolation: frames must be (B, T, H, W, C) with T >= 2, got shape {films.shape}")
     (steps,) = integers("extrapolation", "steps", steps, 1, 1)
@@ -132,7 +135,7 @@ def motion(frames: np.ndarray) -> np.ndarray:
     >>> motion(frames)[:, 16, 16].round(1) + 0.0
     array([-0.2,  0.3])
     """
-    array = np.asarray(frames, np.float64)
+    array = _frames("motion", frames).astype(np.float64)
     if array.ndim != 3 or len(array) < 2:
         raise ValueError(f"motion: frames must be (T, H, W) with T >= 2, got shape {array.shape}")
     there = np.isfinite(array)
@@ -193,6 +196,11 @@ def advect(frame: np.ndarray, field: np.ndarray, steps: int, *, outside: float =
             carried = np.where(weight >= 0.5, _sampled_last(values, place) / weight, np.nan)
         made.append(np.where(inside.reshape(inside.shape + (1,) * (frame.ndim - 2)), carried, outside))
     return np.array(made)
+
+
+def _frames(op: str, frames: Any) -> np.ndarray:
+    refuse_masked(op, "frames", frames, "np.nan")
+    return np.asarray(frames)
 
 
 def _own(film: np.ndarray, steps: int, outside: float) -> np.ndarray:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from fastclstm.engines import forks
+from fastclstm.spec import refuse_masked
 
 ENGINES = {
     "cpu": "fastclstm.engines.cpu",
@@ -220,8 +221,7 @@ def as_numpy(op: str, name: str, value: Any) -> np.ndarray:
 
     Raises TypeError for anything that is not a real numeric array in the processor's memory.
     """
-    if isinstance(value, np.ma.MaskedArray):
-        raise TypeError(f"{op}: {name} is a masked array, whose mask would be lost; pass {name}.filled(value)")
+    refuse_masked(op, name, value)
     if getattr(value, "__dask_graph__", lambda: None)() is not None:
         raise TypeError(f"{op}: {name} is held by Dask and would be computed whole; pass {name}.compute(), or keep it "
                         "lazy with fastclstm.adapters.xarray.apply")  # fmt: skip

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,6 @@ PADDING_MODES = ("zeros", "circular")
 DATA_FORMATS = ("channels_last", "channels_first")
 PEEPHOLE_GATES = ("i", "f", "o")
 _PEEPHOLE_KINDS = {1: "channel", 3: "elementwise", 4: "conv"}
-_AXES = {2: ("height", "width"), 3: ("time", "height", "width")}
 
 
 LARGEST = 2**31 - 1
@@ -92,11 +92,27 @@ def expect_shape(op: str, name: str, shape: Shape, expected: Shape, why: str) ->
         raise ValueError(f"{op}: {name} has shape {tuple(shape)} but must be {tuple(expected)} ({why})")
 
 
+def _axes(count: int, first: str = "time") -> tuple[str, ...]:
+    """Return the names of the last two axes of frames, or with `first` of three axes."""
+    return (first, "height", "width")[-count:]
+
+
+def refuse_masked(op: str, name: str, value: Any, missing: str = "value") -> None:
+    """Raise TypeError for a masked array, whose mask would be lost; missing: what to fill it with."""
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{op}: {name} is a masked array, whose mask would be lost; pass {name}.filled({missing})")
+
+
 def window_padding(
-    op: str, padding: Any, size: Shape, window: Shape, strides: Shape, *, maximum: Shape | None = None
-) -> tuple[Pair, ...]:
-    """Return the padding (before, after) of each axis; `window` is the dilated extent of the kernel."""
+    op: str, padding: Any, size: Shape, window: Shape, strides: Shape, *, maximum: Shape | None = None,
+    first: str = "time",
+) -> tuple[Pair, ...]:  # fmt: skip
+    """Return the padding (before, after) of each axis; `window` is the dilated extent of the kernel.
+
+    first: what errors call the first of three axes.
+    """
     count = len(size)
+    axes = _axes(count, first)
     if isinstance(padding, str):
         choice(op, "padding", padding, ("same", "valid"))
         if padding == "valid":
@@ -109,8 +125,8 @@ def window_padding(
     items = list(padding) if np.iterable(padding) else [padding] * count
     if len(items) == count:
         pairs = tuple(integers(op, f"padding of the {axis}", item, 2, 0)
-                      for axis, item in zip(_AXES[count], items, strict=True))  # fmt: skip
-        for axis, (before, after), limit in zip(_AXES[count], pairs, maximum or (None,) * count, strict=True):
+                      for axis, item in zip(axes, items, strict=True))  # fmt: skip
+        for axis, (before, after), limit in zip(axes, pairs, maximum or (None,) * count, strict=True):
             if limit is not None and max(before, after) >= limit:
                 raise ValueError(
                     f"{op}: padding ({before}, {after}) of the {axis} must be smaller than the window ({limit}), "
@@ -123,10 +139,13 @@ def window_padding(
     )
 
 
-def _outputs(op: str, size: Shape, window: Shape, strides: Shape, pads: tuple[Pair, ...], ceil: bool = False) -> Shape:
+def _outputs(
+    op: str, size: Shape, window: Shape, strides: Shape, pads: tuple[Pair, ...], *, ceil: bool = False,
+    first: str = "time",
+) -> Shape:  # fmt: skip
     """Return the output size of each axis, or raise ValueError where a window does not fit the padded input."""
     result = []
-    for axis, n, k, s, (before, after) in zip(_AXES[len(size)], size, window, strides, pads, strict=True):
+    for axis, n, k, s, (before, after) in zip(_axes(len(size), first), size, window, strides, pads, strict=True):
         room = n + before + after - k
         count = room // s + 1
         if ceil and room % s and count * s < n + before:  # the last, partial window starts inside the input
@@ -260,17 +279,21 @@ class Conv3DSpec:
         dilation: Any = 1,
         no_input: bool = False,
         op: str = "conv3d",
+        first: str = "time",
     ) -> Conv3DSpec:
         """Check shapes and options and return the geometry; raise ValueError or TypeError naming what is wrong.
 
-        With `no_input` there may be no channels, of which nothing comes.
+        With `no_input` there may be no channels, of which nothing comes. first: what errors call the first axis.
         """
         if len(x_shape) != 5:
             raise ValueError(
-                f"{op}: x must be (batch, time, height, width, channels), got {len(x_shape)}D {tuple(x_shape)}"
+                f"{op}: x must be (batch, {first}, height, width, channels), got {len(x_shape)}D {tuple(x_shape)}"
             )
         if len(kernel_shape) != 5:
-            raise ValueError(f"{op}: kernel must be (KT, KH, KW, channels, filters), got shape {tuple(kernel_shape)}")
+            raise ValueError(
+                f"{op}: kernel must be (K{first[0].upper()}, KH, KW, channels, filters), got shape "
+                f"{tuple(kernel_shape)}"
+            )
         B, T, H, W, C = x_shape
         KT, KH, KW, kernel_channels, F = kernel_shape
         if kernel_channels != C:
@@ -282,10 +305,10 @@ class Conv3DSpec:
         if max(s) > 1 and max(d) > 1:
             raise ValueError(f"{op}: strides {s} and dilation {d} cannot both exceed 1; choose one of them")
         window = ((KT - 1) * d[0] + 1, (KH - 1) * d[1] + 1, (KW - 1) * d[2] + 1)
-        pads = window_padding(op, padding, (T, H, W), window, s)
-        TO, _, _ = _outputs(op, (T, H, W), window, s, pads)
+        pads = window_padding(op, padding, (T, H, W), window, s, first=first)
+        TO, _, _ = _outputs(op, (T, H, W), window, s, pads, first=first)
         if TO > T + KT + LARGEST_PADDED:
-            raise ValueError(f"{op}: {T} time steps padded by {pads[0]} would make {TO} of them; give less padding")
+            raise ValueError(f"{op}: the {first} of {T} padded by {pads[0]} would become {TO}; give less padding")
         frame = ConvSpec.infer((1, H, W, KT * C), (KH, KW, KT * C, F), bias_shape, strides=s[1:], padding=pads[1:],
                                padding_mode=padding_mode, dilation=d[1:], no_input=no_input, op=op)  # fmt: skip
         return cls(B, T, KT, TO, s[0], d[0], pads[0][0], frame)
@@ -315,6 +338,11 @@ class Conv3DSpec:
         return b, [(tap, t) for tap, t in steps if 0 <= t < self.T]
 
 
+def of_rank(rank: int) -> Callable[..., Any]:
+    """Return what infers the geometry of a convolution over frames of 2 axes, or of 3: depth, height and width."""
+    return ConvSpec.infer if rank == 2 else partial(Conv3DSpec.infer, first="depth")
+
+
 def transposed(
     op: str,
     x_shape: Shape,
@@ -334,7 +362,7 @@ def transposed(
     naming what is wrong.
     """
     count = len(kernel_shape) - 2
-    names = _AXES[count]
+    names = _axes(count)
     if len(x_shape) != count + 2:
         axes = ", ".join(names)
         raise ValueError(f"{op}: x must be (batch, {axes}, channels), got {len(x_shape)}D {tuple(x_shape)}")
@@ -647,9 +675,9 @@ class CellSpec:
         B, T, *space, C = x_shape
         if T < 1:
             raise ValueError(f"{op}: x has no time steps {tuple(x_shape)}; at least one is needed")
-        kind: Any = ConvSpec if rank == 2 else Conv3DSpec
-        conv = kind.infer((B, *space, C), kernel_shape, None, strides=strides, padding=padding,
-                          padding_mode=padding_mode, dilation=dilation, no_input=True, op=op)  # fmt: skip
+        infer = of_rank(rank)
+        conv = infer((B, *space, C), kernel_shape, None, strides=strides, padding=padding,
+                     padding_mode=padding_mode, dilation=dilation, no_input=True, op=op)  # fmt: skip
         if kernel_shape[-1] % G:
             raise ValueError(f"{op}: kernel {tuple(kernel_shape)} must end in {G} × filters, one block for each gate "
                              f"{letters}; {kernel_shape[-1]} is not divisible by {G}")  # fmt: skip
@@ -660,8 +688,8 @@ class CellSpec:
             raise ValueError(f"{op}: recurrent_kernel has shape {tuple(recurrent_kernel_shape)} but must be "
                              f"({', '.join('K' + axis[0].upper() for axis in axes)}, {F}, {G * F}) to go with kernel "
                              f"{tuple(kernel_shape)}")  # fmt: skip
-        recurrent = kind.infer(state, recurrent_kernel_shape, padding="same", padding_mode=padding_mode,
-                               dilation=recurrent_dilation, op=f"{op}: recurrent convolution")  # fmt: skip
+        recurrent = infer(state, recurrent_kernel_shape, padding="same", padding_mode=padding_mode,
+                          dilation=recurrent_dilation, op=f"{op}: recurrent convolution")  # fmt: skip
         both = cell == "gru" and reset_after
         if bias_shape is not None:
             why = "of the input and of the hidden state" if both else "one value for each column of the kernel"
@@ -769,7 +797,7 @@ class PoolSpec:
         pool = integers(op, "pool_size", pool_size, 3, 1)
         step = pool if strides is None else integers(op, "strides", strides, 3, 1)
         pads = window_padding(op, padding, (T, H, W), pool, step, maximum=pool)
-        TO, HO, WO = _outputs(op, (T, H, W), pool, step, pads, ceil_mode)
+        TO, HO, WO = _outputs(op, (T, H, W), pool, step, pads, ceil=ceil_mode)
         return cls(B, T, H, W, C, TO, HO, WO, (pool[0], pool[1], pool[2]), (step[0], step[1], step[2]),
                    (pads[0], pads[1], pads[2]))  # fmt: skip
 

@@ -20,7 +20,7 @@ import numpy as np
 from fastclstm.io.files import replacing
 from fastclstm.nn import is_number, metrics
 from fastclstm.nn.losses import SSIMLoss
-from fastclstm.spec import integers
+from fastclstm.spec import integers, refuse_masked
 
 EVENTS = ("CSI", "POD", "FAR", "FSS")
 """Scores that there are one of for each threshold."""
@@ -93,6 +93,8 @@ class Verification:
         ValueError
             Other shapes, no frames; other methods or another number of steps than before.
         """
+        for name, array in (("truth", truth), *forecasts.items()):
+            refuse_masked("Verification", name, array, "np.nan")
         observed = np.asarray(truth)
         if observed.ndim != 5:
             raise ValueError(f"Verification: truth must be (B, steps, H, W, C), got shape {observed.shape}")
@@ -154,7 +156,13 @@ class Verification:
             Of the thresholds.
         rows : int
             As many lead times at most are shown, from the first to the last.
+
+        Raises
+        ------
+        ValueError
+            Other leads than forecasts have steps; no forecasts yet.
         """
+        self._check(leads)
         shown = sorted({round(n) for n in np.linspace(0, len(leads) - 1, min(rows, len(leads)))})
         levels = [f">= {level:g} {units}".strip() for level in self.thresholds]
         blocks: list[tuple[str, list[str], list[tuple[str, int | None]]]] = [
@@ -180,13 +188,24 @@ class Verification:
         ------
         OSError
             The file cannot be written.
+        ValueError
+            As `table`.
         """
+        self._check(leads)
         with replacing(path) as new, new.open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["method", "lead_time", "threshold", *SCORES])
             for method, (n, lead), (k, level) in product(self.methods, enumerate(leads), enumerate(self.thresholds)):
                 events = [self.scores(method, name)[n, k] for name in EVENTS]
                 writer.writerow([method, lead, level, *events, *(self.scores(method, name)[n] for name in ERRORS)])
+
+    def _check(self, leads: Sequence[str]) -> None:
+        """Raise ValueError unless each step of the forecasts has a name."""
+        if not self._sums:
+            raise ValueError("Verification: there are no forecasts yet; add some")
+        steps = len(next(iter(self._sums.values())))
+        if len(leads) != steps:
+            raise ValueError(f"Verification: leads must be the names of {steps} lead times, got {len(leads)}")
 
     def _at(self, method: str, score: str, level: int | None) -> np.ndarray:
         """Return a score by lead time, at the threshold number `level` where it has one for each."""
@@ -202,6 +221,7 @@ class Verification:
             if min(made.shape[-3:-1]) < SSIMLoss().window:
                 return 0.0, 0.0
             similar = self.similar or (lambda values: values)
+            count = int(metrics.whole_windows(valid).sum())
             value = metrics.ssim(similar(made), similar(truth), valid=valid)
         else:
             value = metrics.mse(made, truth, valid=valid) if score == "MSE" else metrics.mae(made, truth, valid=valid)

@@ -109,6 +109,13 @@ def test_whole_numbers_and_channels():
         baselines.extrapolation(film[:, :1], 2)
     with pytest.raises(ValueError, match="engine must be one of 'own', 'pysteps', got 'opencv'"):
         baselines.extrapolation(film, 2, engine="opencv")
+    with pytest.raises(ValueError, match="persistence: steps must be an integer >= 1"):
+        baselines.persistence(film, -1)
+    with pytest.raises(ValueError, match=r"persistence: frames must be \(…, T, H, W, C\)"):
+        baselines.persistence(film[0, 0], 1)
+    for foretell in (baselines.persistence, baselines.extrapolation):
+        with pytest.raises(TypeError, match=r"frames is a masked array, .*filled\(np.nan\)"):
+            foretell(np.ma.array(film), 2)
 
 
 def test_pysteps_where_it_is(monkeypatch):

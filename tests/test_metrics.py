@@ -168,6 +168,11 @@ def test_what_is_not_valid_is_left_out():
     error = np.where(valid[..., None], p - t, 0)
     assert metrics.mse(p, holes, valid=valid) == pytest.approx(np.square(error[valid]).mean())
     assert metrics.mae(p, holes, valid=valid) == pytest.approx(np.abs(error[valid]).mean())
+    lost = np.where(valid[..., None], p, math.nan)
+    for name in ("mse", "mae", "psnr", "csi"):
+        assert metrics.get(name)(lost, holes, valid=valid) == metrics.get(name)(p, holes, valid=valid)
+    with pytest.raises(TypeError, match=r"prediction is a masked array, .*filled\(np.nan\)"):
+        metrics.mse(np.ma.masked_invalid(lost), t)
     for name in ("csi", "pod", "far"):
         assert metrics.get(name)(p, holes, valid=valid) == metrics.get(name)(p[valid], t[valid])
         assert metrics.get(name)(p, t, valid=valid) == metrics.get(name)(p[valid], t[valid])
@@ -191,7 +196,9 @@ def test_ssim_leaves_out_windows_that_see_what_is_not_valid():
     valid = np.ones((1, 14, 16), bool)
     valid[0, :, 15] = False  # the last column: all windows but the rightmost are left
     holes = np.where(valid[..., None], t, math.nan)
-    assert metrics.ssim(p, holes, valid=valid) == pytest.approx(metrics.ssim(p[:, :, :15], t[:, :, :15]))
+    expected = pytest.approx(metrics.ssim(p[:, :, :15], t[:, :, :15]))
+    for made in (p, np.where(valid[..., None], p, math.nan)):
+        assert metrics.ssim(made, holes, valid=valid) == expected
     with pytest.raises(ValueError, match="SSIMLoss: prediction must be"):
         metrics.ssim(p[:, :4], t[:, :4], valid=valid[:, :4])
 

@@ -269,7 +269,7 @@ def test_conv_padding_of_a_reasonable_size(shape, kernel, options):
 def test_conv3d_padding_of_time():
     """Steps of padding are not computed with, so that a dilation costs nothing; what they make is."""
     assert Conv3DSpec.infer((1, 4, 8, 8, 1), (3, 3, 3, 1, 1), dilation=(10**9, 1, 1)).TO == 4
-    with raises("conv3d: 4 time steps padded by (1000000000, 1000000000) would make 2000000002 of them; give less "
+    with raises("conv3d: the time of 4 padded by (1000000000, 1000000000) would become 2000000002; give less "
                 "padding"):  # fmt: skip
         Conv3DSpec.infer((1, 4, 8, 8, 1), (3, 3, 3, 1, 1), padding=(10**9, 1, 1))
     with pytest.raises(ValueError, match=r"^conv3d: frames of 8 × 8 pixels would be padded to 2000000008 × 10 pixels"):

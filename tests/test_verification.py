@@ -61,6 +61,7 @@ def test_parts_make_the_whole():
     rng = np.random.default_rng(0)
     truth, net, last = rng.random((3, 5, 4, 18, 15, 1)) * 10
     truth[:, :, 15:17] = NAN
+    truth[0, :, :9] = NAN  # so parts have other numbers of windows of SSIM
     whole, parts = (Verification([1, 5], 3, Transform("linear", 0, 10)) for _ in range(2))
     whole.add(truth, {"net": net, "last": last})
     for part in (slice(0, 2), slice(2, 5)):
@@ -118,6 +119,15 @@ def test_errors():
         table.add(np.zeros((1, 2, 4, 4, 1)), {"other": np.zeros((1, 2, 4, 4, 1))})
     with pytest.raises(ValueError, match="had 2 steps before, and now 3"):
         table.add(np.zeros((1, 3, 4, 4, 1)), {"net": np.zeros((1, 3, 4, 4, 1))})
+    for write in (table.table, lambda leads: table.save("no folder/scores.csv", leads)):
+        with pytest.raises(ValueError, match="leads must be the names of 2 lead times, got 1"):
+            write(["+5 min"])
+    with pytest.raises(ValueError, match="no forecasts yet"):
+        Verification([1]).table([])
+    held = np.ma.masked_equal(np.zeros((1, 2, 4, 4, 1)), 0)
+    for arrays in ((held, {"net": held.data}), (held.data, {"net": held})):
+        with pytest.raises(TypeError, match=r"is a masked array, .*filled\(np.nan\)"):
+            table.add(*arrays)
     for thresholds in ([], [np.nan]):
         with pytest.raises(ValueError, match="thresholds must be one or more finite numbers"):
             Verification(thresholds)

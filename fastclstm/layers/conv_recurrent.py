@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any, ClassVar
 
@@ -116,13 +117,27 @@ class ConvRecurrent(CellLayer):
             options |= {"in_channels": C, "out_channels": F, "kernel_size": size, "seed": rng,
                         "recurrent_kernel_size": recurrent_size}  # fmt: skip
             told = self._cell_options(options)
-            cells = [self._cell_class(**told) for _ in range(2 if self.bidirectional else 1)]
+            with self._own_errors():
+                cells = [self._cell_class(**told) for _ in range(2 if self.bidirectional else 1)]
             if (frame := told.get("frame_size")) is not None:
                 grid = cells[0]._state_shape((1, *frame, C), type(self).__name__)[1:-1]
                 options["frame_size"] = grid[-self._rank :]
             layers.append(Directions(cells, self.merge_mode))
             C = layers[-1].channels
         return Stack(layers, self.leaky_relu_slope)
+
+    @contextmanager
+    def _own_errors(self) -> Iterator[None]:
+        """Have errors name this layer, whose options they are of, and not its cell."""
+        op, cell = type(self).__name__, self._cell_class.__name__
+        try:
+            yield
+        except (TypeError, ValueError) as error:
+            told = str(error)
+            for name in (op, cell, cell.removesuffix("Cell")):
+                told = told.removeprefix(f"{name}: ")
+            error.args = (f"{op}: {told}",)
+            raise
 
     def _cell_options(self, options: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return a cell's options of the layer's."""

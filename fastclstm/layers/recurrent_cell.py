@@ -15,7 +15,7 @@ from fastclstm.layers.layout import Layout
 from fastclstm.layers.place import HOST, Place
 from fastclstm.layers.states import State, read_state
 from fastclstm.nn import activations, initializers
-from fastclstm.spec import CELL_GATES, UNKNOWN, CellSpec, Conv3DSpec, ConvSpec, Shape, choice, integers
+from fastclstm.spec import CELL_GATES, UNKNOWN, CellSpec, Shape, choice, integers, of_rank
 
 Outputs = tuple[np.ndarray, ...]
 """Of a run the output, and the last states."""
@@ -88,9 +88,10 @@ class RecurrentCell(CellLayer):
 
     def _geometry(self, frames: Shape, op: str) -> Any:
         """Return the geometry of the input convolution of frames (B, *space, C)."""
-        kind: Any = ConvSpec if self._rank == 2 else Conv3DSpec
-        return kind.infer(frames, self._parameters["kernel"].shape, strides=self.stride, padding=self.padding,
-                          padding_mode=self.padding_mode, dilation=self.dilation, no_input=True, op=op)  # fmt: skip
+        return of_rank(self._rank)(
+            frames, self._parameters["kernel"].shape, strides=self.stride, padding=self.padding,
+            padding_mode=self.padding_mode, dilation=self.dilation, no_input=True, op=op,
+        )  # fmt: skip
 
     def _state_shape(self, frames: Shape, op: str | None = None) -> Shape:
         """Return the shape (B, *grid, F) of the states for frames (B, *space, C)."""

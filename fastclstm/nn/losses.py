@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from fastclstm.nn import Options, activations, is_number, look_up
-from fastclstm.spec import choice, expect_shape
+from fastclstm.spec import choice, expect_shape, refuse_masked
 
 Pullback = Callable[[np.ndarray], np.ndarray]
 
@@ -366,6 +366,7 @@ class _Functions(Loss):
 
 def real_array(op: str, name: str, value: Any) -> np.ndarray:
     """Return `value` as a native array: float64 as it is, other real numbers as float32."""
+    refuse_masked(op, name, value, "np.nan")
     array = np.asarray(value)
     if array.dtype.kind not in "fiub":
         raise TypeError(f"{op}: {name} must be an array of real numbers, got dtype {array.dtype}")

@@ -1,7 +1,7 @@
 """Metrics: how good a prediction is, as numbers for people, by name.
 
-All take `valid`, an array of bool whose axes are the first ones of the target: where it is False, the target is not
-looked at, and nothing is counted. Where nothing is left, a mean is NaN.
+All take `valid`, an array of bool whose axes are the first ones of the target: where it is False, neither target nor
+prediction is looked at, and nothing is counted. Where nothing is left, a mean is NaN.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from fastclstm.nn import look_up
-from fastclstm.nn.losses import Loss, MeanAbsoluteError, MeanSquaredError, SSIMLoss, real_array
+from fastclstm.nn.losses import Loss, MeanAbsoluteError, MeanSquaredError, SSIMLoss, real_array, without
 from fastclstm.spec import expect_shape
 
 Metric = Callable[[Any, Any], Any]
@@ -39,8 +39,14 @@ def ssim(prediction: Any, target: Any, max_value: float = 1, *, valid: Any = Non
         return 1 - loss(prediction, target)
     p, t = _pair("ssim", prediction, target)
     seen = _seen("ssim", valid, t.shape)
-    windows = np.lib.stride_tricks.sliding_window_view(seen, (loss.window, loss.window), (-3, -2)).all((-2, -1))
-    return 1 - _of_loss(loss, p, np.where(seen, t, t.dtype.type(0)), windows)
+    p, t = (np.where(seen, array, array.dtype.type(0)) for array in (p, t))
+    return 1 - _of_loss(loss, p, t, whole_windows(seen))
+
+
+def whole_windows(valid: np.ndarray) -> np.ndarray:
+    """Return which windows of `ssim` see valid pixels (…, H, W, C) alone."""
+    window = SSIMLoss().window
+    return np.all(np.lib.stride_tricks.sliding_window_view(valid, (window, window), (-3, -2)), axis=(-2, -1))
 
 
 def psnr(prediction: Any, target: Any, max_value: float = 1, *, valid: Any = None) -> float:
@@ -220,8 +226,8 @@ def _of_loss(loss: Loss, prediction: Any, target: Any, valid: Any) -> float:
     """Return the mean of a loss's values where they are valid; its own mean divides by the number of all."""
     if valid is None:
         return loss(prediction, target)
-    weights = np.asarray(valid, bool)
-    return loss(prediction, target, weights) / weights.mean() if weights.any() else float("nan")
+    weights, made = np.asarray(valid, bool), real_array(type(loss).__name__, "prediction", prediction)
+    return loss(without(made, weights), target, weights) / weights.mean() if weights.any() else float("nan")
 
 
 def _seen(op: str, valid: Any, shape: tuple[int, ...]) -> np.ndarray:
