@@ -7,7 +7,7 @@ import re
 
 import numpy as np
 import pytest
-from test_commands import assert_user_error, fastclstm_cli
+from test_commands import ROOT, assert_user_error, fastclstm_cli, process
 
 xarray = pytest.importorskip("xarray")
 pytest.importorskip("dask")
@@ -105,6 +105,13 @@ def test_the_log_is_undone_and_what_is_made_is_added_to_the_last_frame(archive):
 
 
 @pytest.mark.usefixtures("undrawn")
+def test_an_encoding_without_our_signs_ends_no_work(tmp_path):
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)}
+    told = process("radar", tmp_path / "rain", "--days", 0.1, "--size", 8, 9, env=environment)
+    out, err = told.communicate()
+    assert (told.returncode, out[-40:]) == (0, f"{tmp_path / 'rain'}: 1 file, 29 frames of 8?9 pixels\n"[-40:]), err
+
+
 def test_names_of_files(archive, tmp_path, monkeypatch):
     """A folder, files in any order, a pattern in quotes; a time that comes twice counts once."""
     paths = sorted(map(str, (archive / "rain").iterdir()))

@@ -97,7 +97,12 @@ def _common(
 
 
 def main() -> None:
-    """Run the command line. An end from outside (SIGTERM) cleans up like Ctrl-C."""
+    """Run the command line. An end from outside (SIGTERM) cleans up like Ctrl-C.
+
+    What the encoding of the output has no sign for is a question mark there, not the end of the work.
+    """
     notice.in_logs = True
+    with suppress(AttributeError, ValueError):  # stdout is missing, closed, or somebody's own
+        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     app(prog_name="fastclstm")

@@ -18,11 +18,12 @@ SILENT_SECONDS = 2.0
 """Compiling for longer than that, a process says so."""
 
 
-def _is_terminal(stream: Any) -> bool:
+def is_terminal(stream: Any) -> bool | None:
+    """Return whether a stream is a terminal, or None for one that is missing, closed, or has little more than write."""
     try:
         return bool(stream.isatty())
-    except (AttributeError, OSError, ValueError):  # none, somebody's own with little more than write, or closed
-        return False
+    except (AttributeError, OSError, ValueError):
+        return None
 
 
 class Notice:
@@ -44,7 +45,7 @@ class Notice:
         timer = threading.Timer(max(0.0, SILENT_SECONDS - self._seconds), self._say)
         timer.daemon = True
         start = time.perf_counter()
-        if not self._said and (self.in_logs or _is_terminal(sys.stderr)):
+        if not self._said and (self.in_logs or is_terminal(sys.stderr)):
             timer.start()
         try:
             yield

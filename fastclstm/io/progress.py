@@ -6,6 +6,8 @@ import sys
 from functools import partial
 from typing import Any
 
+from fastclstm.engines.notices import is_terminal
+
 LOG_SECONDS = 30.0
 """Between two lines of a log, and before the first one: what takes no longer leaves none."""
 
@@ -22,9 +24,10 @@ def progress_bar(*args: Any, quiet: bool | None = None, **options: Any) -> Any:
     """
     from tqdm import tqdm
 
-    there = not quiet and _is_open(sys.stderr)
+    terminal = is_terminal(sys.stderr)
+    there = not quiet and terminal is not None
     endless = options.get("total") is None
-    if there and sys.stderr.isatty():
+    if there and terminal:
         return tqdm(*args, dynamic_ncols=True, bar_format=None if endless else _BAR, **options)
     if not there or quiet is None:
         return tqdm(*args, disable=True, **options)
@@ -46,15 +49,6 @@ class _Lines:
 
     def flush(self) -> None:
         self._stream.flush()
-
-
-def _is_open(stream: Any) -> bool:
-    """Whether a stream can be asked whether it is a terminal: somebody's own may have little more than `write`."""
-    try:
-        stream.isatty()
-    except (AttributeError, OSError, ValueError):
-        return False
-    return True
 
 
 def say(text: str) -> None:
