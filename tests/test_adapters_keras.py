@@ -10,6 +10,7 @@ import zipfile
 import numpy as np
 import pytest
 
+import fastclstm
 from fastclstm import dispatch
 
 B, T, H, W, C, F = 2, 3, 6, 5, 2, 3
@@ -296,6 +297,7 @@ def test_a_file_of_ours_is_one_of_keras(keras, ours, tmp_path, suffix, request):
     again = keras.models.load_model(path)
     assert {type(layer) for layer in layers_in(again)} == {ours}
     np.testing.assert_array_equal(again.predict(frames({}), verbose=0), expected)
+    np.testing.assert_allclose(fastclstm.from_keras(path).predict(frames({})), expected, atol=1e-5)
     request.getfixturevalue("without_ours")
     plain = keras.models.load_model(path)
     assert {type(layer) for layer in layers_in(plain)} == {keras.layers.ConvLSTM2D}

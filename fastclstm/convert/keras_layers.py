@@ -130,7 +130,8 @@ def _leaky(slope: float) -> Any:
 def leaf(spec: Config, arrays: Arrays, rank: int | None, common: Common) -> Layer:
     """Return the layer of the table that a config and its arrays describe, for an input of `rank` axes."""
     class_name, config = spec["class_name"], spec["config"]
-    if class_name not in ROWS or spec.get("registered_name"):
+    own = spec.get("registered_name") in (None, "", class_name if spec.get("module") == "keras.layers" else None)
+    if class_name not in ROWS or not own:  # Keras tells of its own layers so where adapters.keras stands for them
         raise ValueError(f"not supported; supported are TimeDistributed, {next(iter(ROWS))} and what else "
                          f"help(from_keras) names; or give custom={{{class_name!r}: factory}}, called with its config "
                          f"for a layer")  # fmt: skip
