@@ -154,6 +154,30 @@ def test_neighbours_are_all_that_a_block_reads(planar, m, options, B, H, W, k):
             assert neighbours[other][0] <= block < neighbours[other][1]  # who is read is not overwritten too soon
 
 
+@pytest.mark.parametrize(
+    ("B", "size", "C", "F", "m"), [(8, 8, 223, 80, 4), (2, 8, 32, 80, 4), (8, 8, 32, 32, 4), (1, 8, 32, 116, 2),
+                                   (4, 8, 128, 256, 4), (3, 10, 256, 131, 4), (1, 16, 64, 64, 4), (6, 4, 16, 48, 2)]
+)  # fmt: skip
+def test_few_tiles_are_shared_evenly(B, size, C, F, m):
+    """Of two workers none has much more than half of a step's columns times tiles."""
+    specs = tuple(ConvSpec.infer((B, size, size, channels), (3, 3, channels, 4 * F)) for channels in (F, C))
+    groups = -(-F // 16)
+    plan = plans.plan(specs, Tile(m, m, 3, 3), "update", groups, 4, 2, False)
+    work, total = plan.work[0], B * plan.work["tiles"][0]
+    workers = [0.0, 0.0]
+    for unit in range(plan.units):
+        tiles_of_unit = min(work["unit_tiles"], total - unit * work["unit_tiles"])
+        pieces = [
+            min(work["block_tiles"], tiles_of_unit - block * work["block_tiles"])
+            * (groups * (part + 1) // plan.parts - groups * part // plan.parts)
+            for block in range(plan.blocks)
+            for part in range(plan.parts)
+        ]
+        for piece in [sum(pieces)] if plan.units > 1 else pieces:
+            workers[workers.index(min(workers))] += piece
+    assert max(workers) <= 0.56 * total * groups
+
+
 def test_slots_of_arrays_with_and_without_time():
     a = np.zeros((2, 5, 3, 4, 7), np.float32)
     assert schedule.slots(a) == (a.ctypes.data, a.strides[0], a.strides[1], 5)

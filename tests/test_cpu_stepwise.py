@@ -123,14 +123,15 @@ def test_masked_frames_are_not_read():
         np.testing.assert_array_equal(value, expected[key], key)
 
 
-def test_means_far_from_zero_keep_their_digits():
+@pytest.mark.parametrize("F", [5, 20])
+def test_means_far_from_zero_keep_their_digits(F):
     """Pre-activations around 1000 with a deviation of 1: what is left is what float32 leaves of them."""
-    arguments, _ = problem(H=40, W=40)
+    arguments, _ = problem(F, H=40, W=40)
     arguments["kernel"][...] = 0
     arguments["kernel"][1, 1] = 1
     arguments["recurrent_kernel"][...] = 0
     arguments["x"] = arguments["x"] + np.float32(500)
-    rest = options("layer")
+    rest = options("layer", F)
     y = functional.convlstm2d(**arguments, **rest)
     double = {key: value.astype(np.float64) for key, value in arguments.items()}
     expected = functional.convlstm2d(**double, **rest, engine="reference")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -86,15 +86,17 @@ That counts, shared among the steps `AHEAD`, where kernels are packed for one ca
 and 19 MB, 31 with F(2, 3), 54 directly.
 """
 
-CALLS = 40_000
+CALLS = 80_000
 """Starting another kernel takes as long as so many multiply-adds of vectors, shared among the steps `AHEAD`.
 
-The two were fitted to 160 cells of 8 steps, timed both ways on one thread of an Emerald Rapids: frames of 8² to 64², 1
-to 8 images, 1 to 256 channels, 4 to 128 filters, kernels 1, 3 and 5, strides, dilations. The choice loses 1.1 % against
-the better way in the geometric mean, at most 13 % (64→16, k5, 8²). Where the geometries agree together is faster by 5 %
-(256→64) to 45 % (4→16) on frames of 32² and more, apart by 7 % to 33 % at 8² with one image and much to convolve
-(64→64: 0.93, 256→64: 0.77; k5 0.81, 0.73). Where they do not, apart takes 0.30 to 0.99 of direct convolution; of small
-cells with strides (16²: 1→16, 64→16) 1.2 to 1.3, and is not taken.
+The two were fitted (40 000 then) to 160 cells of 8 steps, timed both ways on one thread of an Emerald Rapids: frames
+of 8² to 64², 1 to 8 images, 1 to 256 channels, 4 to 128 filters, kernels 1, 3 and 5, strides, dilations. The choice
+loses 1.1 % against the better way in the geometric mean, at most 13 % (64→16, k5, 8²). Where the geometries agree
+together is faster by 5 % (256→64) to 45 % (4→16) on frames of 32² and more, apart by 7 % to 33 % at 8² with one image
+and much to convolve (64→64: 0.93, 256→64: 0.77; k5 0.81, 0.73). Where they do not, apart takes 0.30 to 0.99 of direct
+convolution; of small cells with strides (16²: 1→16, 64→16) 1.2 to 1.3, and is not taken. Twice as
+much is a guess, not fitted again: on two threads of a Zen 4 1×12×8², 32→116 took 2.9 ms apart and 2.5 together, the
+fastest of 40 calls, where 40 000 said that apart is 4 % faster.
 """
 
 
@@ -180,8 +182,20 @@ FAR_BYTES, FAR_ROWS = 32 << 20, 20
 DIRECT_VECTORS = 0, 2, 3, 3.8
 """Vectors of four at a time that take as long as a group of fewer, of which the loads are the work."""
 
-CACHE_BYTES = 2 << 20
-"""Size of a core's own cache, about: larger weights come from farther away in each step."""
+INPUTS = 12, 40
+"""Transforming a vector of channels of a tile, of each point, where all points fit `POINTS_BYTES`, and where not."""
+
+NEAR_ROWS = 5
+"""Multiply-adds with a weight of a cache that cores share in whose time the next one comes, if no neighbour is there.
+
+Measured on Zen 4: 110 of 116 GFLOP/s a core with 4, from 4 MB a thread; with others at work on that cache less.
+"""
+
+VISIT = 1.5
+"""What each further visit of a weight takes, in multiply-adds."""
+
+WAIT = 2000
+"""What waiting for each other in a step takes, in multiply-adds of vectors."""
 
 
 def direct_cost(specs: tuple[ConvSpec, ...], images: int, itemsize: int) -> float:
@@ -385,22 +399,23 @@ def winograd_plan(
     lanes = simd.lanes(itemsize)
     tiles_y, tiles_x = grid(specs[0], tile)
     count = tiles_y * tiles_x
-    images = min(B, -(-winograd.BLOCK_TILES // count))  # of one unit
-    units = -(-B // images)
-    by_unit = units % threads == 0 or units >= 8 * threads
-    if not by_unit:
-        images, units = B, 1
-    unit_tiles = images * count
-    blocks = max(1, round(unit_tiles / winograd.BLOCK_TILES))
-    if B * count <= 2 * winograd.BLOCK_TILES * threads and weight_bytes(specs, tile, itemsize) > CACHE_BYTES:
-        # All tiles share the weights of their group: each thread reads a part of them, and each of them once.
-        images, units, unit_tiles, blocks = B, 1, B * count, -(-B * count // (2 * winograd.BLOCK_TILES))
-    elif not by_unit and blocks < 4 * threads:
-        blocks = -(-blocks // threads) * threads
+    if B * count <= 2 * winograd.BLOCK_TILES * threads:
+        images, blocks, parts = _cut_of_few(specs, tile, groups, itemsize, threads)
+        units, unit_tiles = -(-B // images), images * count
+    else:
+        images = min(B, -(-winograd.BLOCK_TILES // count))
+        units = -(-B // images)
+        by_unit = units % threads == 0 or units >= 8 * threads
+        if not by_unit:
+            images, units = B, 1
+        unit_tiles = images * count
+        blocks = max(1, round(unit_tiles / winograd.BLOCK_TILES))
+        if not by_unit and blocks < 4 * threads:
+            blocks = -(-blocks // threads) * threads
+        parts = min(groups, -(-threads // (units * blocks)))
     block_tiles = -(-unit_tiles // blocks)
     blocks = -(-unit_tiles // block_tiles)
-    parts = min(groups, -(-threads // (units * blocks)))
-    chunk = min(winograd.CHUNKS, key=lambda rows: -(-block_tiles // rows) * (rows + 0.75))
+    chunk = min(winograd.CHUNKS, key=partial(_rows, block_tiles))
 
     sources = tile_sources(specs, tile, hidden=finish != "store" or len(specs) > 1)
     channels = [min(lanes, C - c) for C in sources["C"].tolist() for c in range(0, C, lanes)]
@@ -415,6 +430,44 @@ def winograd_plan(
     tables = table(work, sources, neighbours, np.array(channels, np.int64))
     return Plan(winograd.RUN[finish], tuple(tile), work, tables, int(places[5]), units, len(neighbours),
                 parts)  # fmt: skip
+
+
+def _rows(count: int, chunk: int) -> float:
+    """What tiles, so many in registers at a time, take with a weight, in multiply-adds."""
+    return -(-count // chunk) * (chunk + 0.75)
+
+
+def _cut_of_few(
+    specs: tuple[ConvSpec, ...], tile: Tile, groups: int, itemsize: int, threads: int
+) -> tuple[int, int, int]:
+    """Images of a unit, blocks of a unit, and parts of the columns, where tiles are few for the threads.
+
+    Threads that share the tiles of a step read all weights each. Those that share the columns transform all tiles each,
+    and groups may not divide among them.
+    """
+    spec, lanes = specs[0], simd.lanes(itemsize)
+    B, count = spec.B, math.prod(grid(spec, tile))
+    pieces, vectors = len(tiles.pieces(spec.KH, spec.KW, tile)), -(-spec.F // lanes)
+    channels, runs = pieces * sum(s.C for s in specs), pieces * sum(-(-s.C // lanes) for s in specs)
+    least = NEAR_ROWS if weight_bytes(specs, tile, itemsize) < FAR_BYTES else FAR_ROWS
+
+    def load(cut: tuple[int, int, int]) -> float:
+        """Estimate the work of whoever has most, in multiply-adds of vectors."""
+        images, blocks, parts = cut
+        some, own = -(-images * count // blocks), min(vectors, 4 * -(-groups // parts))
+        rows = max(least, VISIT + min(_rows(some, chunk) for chunk in winograd.CHUNKS))
+        inputs = INPUTS[some * tile.points * channels * itemsize > POINTS_BYTES] * runs
+        piece = tile.points * (some * (inputs + 5 * own) + rows * channels * own / 0.8)
+        whole, rest = divmod(-(-B // images), threads)  # whose units are left over is shared
+        return (whole * blocks * parts + -(-rest * blocks * parts // threads)) * piece + (rest > 0) * WAIT
+
+    cuts = []
+    for images in sorted({-(-B // units) for units in range(1, B + 1)}, reverse=True):
+        fewest = -(-images * count // (2 * winograd.BLOCK_TILES))
+        for blocks in range(fewest, min(images * count, fewest + threads - 1) + 1):
+            shared = -(-threads // (-(-B // images) * blocks))
+            cuts += [(images, blocks, parts) for parts in sorted({1, min(groups, shared)})]
+    return min(cuts, key=load)
 
 
 def _neighbours_of_tiles(

@@ -218,6 +218,18 @@ def store(like, flow, cell, group, lines, z, pixels, count, b, t):
 
 
 @inline
+def prefetch_zx(like, flow, cell, group, pixels, first, count, side, tiles, t):
+    """Ask for what x gives the columns of a group at `count` tiles, of all images' from the `first` on."""
+    for n in range(count):
+        frame = simd.at(like, zx_at(flow, (first + n) // tiles, t))
+        for r in range(n * side, (n + 1) * side):
+            if pixels[r] >= 0:
+                origin = simd.shift(frame, 4 * pixels[r] * cell.F + group[3])
+                for gate in range(4):
+                    simd.prefetch(simd.shift(origin, gate * cell.F))
+
+
+@inline
 def _run_length(pixels, r, count, whole):
     """Count of the pixels from the r-th on whose filters follow each other in memory; `whole`: a group has all."""
     length = 1

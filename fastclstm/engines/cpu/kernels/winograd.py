@@ -20,7 +20,7 @@ from numba.extending import intrinsic
 from fastclstm.engines.cpu.compilation import inline
 from fastclstm.engines.cpu.kernels import simd
 from fastclstm.engines.cpu.kernels.entry import kernel
-from fastclstm.engines.cpu.kernels.gates import FINISHES, line_pixels, repeat_peepholes, skip_step, z_after
+from fastclstm.engines.cpu.kernels.gates import FINISHES, line_pixels, prefetch_zx, repeat_peepholes, skip_step, z_after
 from fastclstm.engines.cpu.kernels.padding import copy_run
 from fastclstm.engines.cpu.kernels.schedule import (
     first_piece,
@@ -415,6 +415,8 @@ def _run(finish):
             tile_size = (vectors * points + 1) * step  # one vector more, against powers of two
             group_bias = simd.shift(simd.pointer(bias), group[5])
             panel_weights = simd.shift(simd.pointer(weights), group[0])
+            if flow.zx != 0:
+                prefetch_zx(like, flow, cell, group, pixels, first, count, side, work.tiles, t)
             for p in range(points):
                 for v in range(0, vectors, 2):
                     lanes = min(2, vectors - v) * step
