@@ -650,7 +650,7 @@ class Accelerated:
             return None
         if (self.training and not plan.training) or (torch.is_grad_enabled() and not plan.gradients):
             return None
-        if plan.parts != _parts(self):  # type: ignore[arg-type]
+        if plan.parts != _parts(self):
             return None
         return x, found
 

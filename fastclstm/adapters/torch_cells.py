@@ -120,7 +120,7 @@ class Arrangement(NamedTuple):
 
         halves: dict[str, tuple[Tensor, ...]] = {}  # each joint weight once: its gradient is one copy
 
-        def part(name: str, which: int, alone: int) -> Tensor:
+        def half(name: str, which: int, alone: int) -> Tensor:
             if name not in halves:
                 weight = tensor(f"{name}.weight")
                 if weight.shape[1] == alone:
@@ -129,7 +129,7 @@ class Arrangement(NamedTuple):
             return halves[name][which]
 
         def kernel(names: tuple[str, ...], which: int, alone: int) -> Tensor:
-            parts = [part(name, which, alone) for name in names]
+            parts = [half(name, which, alone) for name in names]
             return self._ordered(parts[0] if len(parts) == 1 else torch.cat(parts), signed).permute(2, 3, 1, 0)
 
         def bias(names: tuple[str, ...], but: tuple[str, ...] = ()) -> Tensor:
