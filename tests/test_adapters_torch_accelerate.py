@@ -443,6 +443,80 @@ def test_what_is_not_known_to_agree_is_left(make, told, capsys):
     assert not isinstance(model, torch_accelerate.Accelerated)
 
 
+class WithoutShapes(torch.nn.Module):
+    """A cell whose convolution learns its number of channels from the first call."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.LazyConv2d(16, 3, padding=1)
+
+    def forward(self, x, h, c):
+        i, f, o, g = self.conv(torch.cat([x, h], 1)).chunk(4, 1)
+        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+        return torch.sigmoid(o) * torch.tanh(c), c
+
+
+def test_what_cannot_be_looked_at_is_left_and_the_rest_swapped():
+    model = torch.nn.ModuleDict({"lazy": WithoutShapes(), "made": Published(joint(C, 4))})
+    _, report = accelerate(model, return_report=True)
+    assert [*report.swapped] == ["made"]
+    assert "have no shapes yet" in report.left["lazy.conv"]
+    frame, state = torch.randn(2, C, *FRAME), torch.randn(2, 4, *FRAME)
+    model["lazy"](frame, state, state)
+    assert "lazy" in accelerate(model, return_report=True)[1].swapped
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_programs_of_torch_jit():
+    cell = WithoutShapes()
+    frame, state = torch.randn(2, C, *FRAME), torch.randn(2, 4, *FRAME)
+    before = cell(frame, state, state)
+    program = torch.jit.trace(cell, (frame, state, state))
+    _, report = accelerate(torch.nn.ModuleDict({"a": program, "b": torch.jit.trace(torch.nn.ReLU(), frame)}),
+                           return_report=True)  # fmt: skip
+    assert [*report.left] == ["a"]
+    assert "accelerate what it was made of" in report.left["a"]
+    traced = torch.jit.trace(accelerate(cell), (frame, state, state))  # of the module's own operations
+    assert "fastclstm" not in str(traced.inlined_graph)
+    torch.testing.assert_close(traced(frame, state, state), before)
+
+
+def doubled(conv):
+    conv.register_forward_hook(lambda *call: 2 * call[2])
+    return conv
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        doubled,
+        lambda conv: torch.nn.utils.parametrizations.weight_norm(conv),
+        lambda conv: torch.nn.Sequential(conv, torch.nn.ReLU()),
+        lambda conv: torch.nn.Conv2d(conv.in_channels, conv.out_channels, 3, padding=1, bias=False),
+        lambda conv: torch.nn.Conv2d(conv.in_channels, conv.out_channels, 3, padding=2, dilation=2),
+    ],
+)
+def test_what_is_changed_after_the_swap_is_computed_as_it_is_now(changed):
+    cell = accelerate(ByPair())
+    cell.cell.conv = changed(cell.cell.conv)
+    own, frame = copy.deepcopy(cell), torch.randn(2, 3, C, *FRAME)
+    own.__class__ = ByPair
+    torch.testing.assert_close(cell(frame), own(frame), rtol=0, atol=0)
+    accelerate(cell)  # compares anew: swapped or left, the values are these
+    torch.testing.assert_close(cell(frame), own(frame), rtol=1e-4, atol=1e-5)
+
+
+def test_another_call_tells_nothing_where_the_right_one_has_told_why():
+    class Shifted(WithoutShapes):
+        def forward(self, x, h, c):
+            return super().forward(x, h, c + 1)
+
+    cell = Shifted()
+    cell(*(torch.randn(2, n, *FRAME) for n in (C, 4, 4)))
+    report = accelerate(cell, return_report=True)[1]
+    assert "not what a ConvLSTM with these weights returns" in report.left[""]
+
+
 def test_several_in_a_model_and_a_second_time():
     model = torch.nn.ModuleDict({"a": Published(joint(C, 4)), "b": CellByCell(), "c": torch.nn.Conv2d(1, 1, 1)})
     names = ["a", "b.cell_list.0", "b.cell_list.1"]

@@ -483,10 +483,28 @@ def test_accelerated_models_are_measured_beside_our_own_layer():
 
     case = ConvLSTMCase("small", B=1, T=2, H=5, W=5, C=2, F=3, K=3)
     for model in accelerate.MODELS:
-        runs = accelerate.calls(model, case, False)
-        found, own = (run()[0].numpy() if model == "conv-convlstm-conv" else np.asarray(run()[0])
-                      for run in (runs["accelerated"], runs["own"]))  # fmt: skip
-        np.testing.assert_allclose(found, own, rtol=0, atol=1e-6)
+        found = {side: accelerate.call(side, model, case, side != "own")[1] for side in accelerate.SIDES}
+        np.testing.assert_allclose(found["own"][0], found["torch"][0], rtol=0, atol=1e-6)
+        assert len(found["torch"]) == len(found["accelerated"]) > 1  # the gradients too
+        for ours, theirs in zip(found["accelerated"], found["torch"], strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
     sizes = accelerate.drawn(3, 2, True)
     assert sizes == accelerate.drawn(3, 2, True)
     assert all(one.K % 2 and one.H == one.W for one in sizes)
+
+
+def test_the_page_on_accelerate_names_what_is_slower_and_what_is_above(tmp_path):
+    pytest.importorskip("torch")
+    from bench import accelerate
+
+    def row(case, over, factor):
+        return {"model": "ndrplz", "case": case, "title": case, "train": False, "threads": 2, "over": over,
+                "medians": {"own": 1e-2}, "factor": factor, "within": over < 6e-4}  # fmt: skip
+
+    out = tmp_path / "rows.json"
+    out.write_text(json.dumps(accelerate.joined(out, [row("fast", 0.0, 9.0), row("slow", 1e-4, 0.9)], 5)))
+    report = accelerate.joined(out, [row("fast", 1e-3, 4.0)], 5)  # measured again
+    assert [one["case"] for one in report["rows"]] == ["slow", "fast"]
+    table = accelerate.markdown(report)
+    assert "| ndrplz | inference | 2 | 1.90× | 0.90× | +5.5% | 1 of 2 |" in table
+    assert "Slower than plain PyTorch: ndrplz slow inference (0.90×). Above 5 % and 60 µs: ndrplz fast" in table

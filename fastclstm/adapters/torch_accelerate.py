@@ -53,6 +53,8 @@ class Plan(NamedTuple):
     """Whether gradients are the module's own; else, where they are asked for, it computes itself."""
     training: bool = False
     """The same of a module in training mode."""
+    parts: tuple[Any, ...] = ()
+    """What was in the module when it was compared, as of `_parts`; where that has changed it computes itself."""
 
 
 def accelerate(model: torch.nn.Module, *, dialects: Sequence[Dialect] = (), return_report: bool = False) -> Any:
@@ -71,7 +73,8 @@ def accelerate(model: torch.nn.Module, *, dialects: Sequence[Dialect] = (), retu
     "seyongk" cuts them off). Hooks on a swapped module are called, those within it not: such a module is left, and so
     is one that remembers earlier calls. Results are contiguous; under autocast they are computed and returned in
     float32. What decides how a module is called and what it returns, such as its attribute batch_first, must be set
-    before.
+    before. Where parts of a swapped module are replaced, wrapped, parametrized or given hooks later, it computes
+    itself (``accelerate`` again compares anew); so it does for `torch.jit.trace` and the exporters of ONNX.
 
     Parameters
     ----------
@@ -109,19 +112,27 @@ def accelerate(model: torch.nn.Module, *, dialects: Sequence[Dialect] = (), retu
 def _visit(module: torch.nn.Module, name: str, rows: list[Dialect], report: Report) -> None:
     """Swap a module, or else what is in it."""
     if isinstance(module, Accelerated):
-        report.swapped[name] = f"{module.fastclstm_plan.dialect}: it was before"
-        return
+        if module.fastclstm_plan.parts == _parts(module):
+            report.swapped[name] = f"{module.fastclstm_plan.dialect}: it was before"
+            return
+        module.__class__ = type(module).__mro__[2]
+        del module.fastclstm_plan
     kind: Any = type(module)
-    for candidate in _candidates(module, rows):
+    reason = _unreadable(module)
+    if reason:
+        report.left[name] = reason
+        return
+    for candidate in _candidates(module, rows) if reason is None else ():
         plan = _refusal(module) or _plan(module, candidate)
         if isinstance(plan, Plan):
-            module.fastclstm_plan = plan
+            module.fastclstm_plan = plan._replace(parts=_parts(module))
             module.__class__ = accelerated(kind)
             report.swapped[name] = _told(plan)
             report.left.pop(name, None)
             return
-        if candidate.named or plan == _REMEMBERS or _RECURRENT.search(kind.__name__):
-            report.left.setdefault(name, f"{candidate.name}: {plan}")
+        worth = candidate.named or plan == _REMEMBERS or _RECURRENT.search(kind.__name__)
+        if worth and _FAILED in report.left.get(name, _FAILED):  # any other reason tells more than that
+            report.left[name] = f"{candidate.name}: {plan}"
     for key, child in module.named_children():
         _visit(child, f"{name}.{key}".lstrip("."), rows, report)
 
@@ -217,9 +228,36 @@ def _fits(found: Recognized) -> bool:
     return True
 
 
+def _unreadable(module: torch.nn.Module) -> str | None:
+    """Say why a module cannot be looked at; "" where that is so of a part of it, None where it can."""
+    if isinstance(module, torch.jit.ScriptModule):
+        convolved = any(parameter.dim() == 4 for parameter in module.parameters())
+        return "left, for it is a program of torch.jit's; accelerate what it was made of" if convolved else ""
+    if any(map(torch.nn.parameter.is_lazy, module.parameters(recurse=False))):
+        return "left, for its parameters have no shapes yet; call the model once, then accelerate it"
+    return "" if any(map(torch.nn.parameter.is_lazy, module.parameters())) else None
+
+
+_GEOMETRY = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode", "num_groups", "eps")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def _parts(module: torch.nn.Module) -> tuple[Any, ...]:
+    """Return what must stay as it is in a module beside parameters' values: its parts, and whether they have hooks."""
+    found: list[Any] = []
+    for name, child in module._modules.items():
+        if child is not None:
+            known = child.__dict__
+            found += [name, type(child), getattr(child, "bias", None) is None, *map(known.get, _GEOMETRY)]
+            found += [bool(known.get(hooks)) for hooks in _HOOKS]
+            if child._modules:
+                found += [_parts(child)]
+    return tuple(found)
+
+
 def _refusal(module: torch.nn.Module) -> str | None:
     """Say why a module is not even tried."""
-    if "forward" in module.__dict__ or isinstance(module, torch.jit.ScriptModule):
+    if "forward" in module.__dict__:
         return "left, for its forward is not that of its class"
     for name, child in module.named_modules():
         if name and any(hooks for attribute, hooks in vars(child).items() if attribute.endswith("_hooks")
@@ -238,6 +276,7 @@ def _arguments(forward: Callable[..., Any]) -> list[str]:
 
 
 _LEFT = "left, for what it returns is not what {} with these weights returns, in a structure that is known"
+_FAILED = "left, for a call with a drawn input failed"
 _REMEMBERS = "left, for it returns something else when it is called again"
 
 
@@ -250,7 +289,7 @@ def _plan(module: torch.nn.Module, candidate: Candidate) -> Plan | str:
                 return _Comparison(copy.deepcopy(module).eval().to(dtype), candidate, dtype).plan()
         except Exception as error:  # whatever a user's module raises for an input that it does not expect
             lines = str(error).strip().splitlines() or [""]
-            told = f"left, for a call with a drawn input failed: {type(error).__name__}: {lines[0][:120]}"
+            told = f"{_FAILED}: {type(error).__name__}: {lines[0][:120]}"
     return told
 
 
@@ -604,10 +643,14 @@ class Accelerated:
             return None
         if not isinstance(x, Tensor) or x.dim() != (4 if plan.steps else 5):
             return None
+        if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():  # for where our operators are not known
+            return None
         B = x.shape[0] if plan.steps else x.shape[plan.layout[0]]
         if any(state.shape[0] != B for state in found):  # states that are spread
             return None
         if (self.training and not plan.training) or (torch.is_grad_enabled() and not plan.gradients):
+            return None
+        if plan.parts != _parts(self):
             return None
         return x, found
 

@@ -118,9 +118,18 @@ class Arrangement(NamedTuple):
         def tensor(name: str) -> Tensor:
             return self._tensor(module, name).to(dtype)
 
-        def kernel(names: tuple[str, ...], inputs: slice, alone: int) -> Tensor:
-            weights = [tensor(f"{name}.weight") for name in names]
-            parts = [weight if weight.shape[1] == alone else weight[:, inputs] for weight in weights]
+        halves: dict[str, tuple[Tensor, ...]] = {}  # each joint weight once: its gradient is one copy
+
+        def half(name: str, which: int, alone: int) -> Tensor:
+            if name not in halves:
+                weight = tensor(f"{name}.weight")
+                if weight.shape[1] == alone:
+                    return weight
+                halves[name] = weight.split((C, weight.shape[1] - C), 1)
+            return halves[name][which]
+
+        def kernel(names: tuple[str, ...], which: int, alone: int) -> Tensor:
+            parts = [half(name, which, alone) for name in names]
             return self._ordered(parts[0] if len(parts) == 1 else torch.cat(parts), signed).permute(2, 3, 1, 0)
 
         def bias(names: tuple[str, ...], but: tuple[str, ...] = ()) -> Tensor:
@@ -131,9 +140,9 @@ class Arrangement(NamedTuple):
 
         signed, device = not self.norms, self.example(module).device
         C = self.channels
-        ours = {"kernel": kernel(self.x, slice(None, C), C)}
+        ours = {"kernel": kernel(self.x, 0, C)}
         F = ours["kernel"].shape[-1] // self.G
-        ours["recurrent_kernel"] = kernel(self.h, slice(C, None), F)
+        ours["recurrent_kernel"] = kernel(self.h, 1, F)
         if self.both and self.biases:
             ours["bias"] = torch.stack([bias(self.x), bias(self.h, self.x)])
         elif self.biases:
