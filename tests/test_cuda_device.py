@@ -690,6 +690,17 @@ def test_the_benchmark_says_what_is_missing(driver):
         bench_gpu.main([])
 
 
+def test_the_benchmark_keeps_all_memory_of_a_graph(card, log):
+    arrays, keep = recurrent(card), []
+    log.clear()
+    with bench_gpu._held(card, keep):
+        functional.convlstm2d(*arrays)
+    taken = [entry[0] for entry in log].count("allocate")
+    assert 4 < taken == len([owner for _, owner in keep if owner is not None])
+    functional.convlstm2d(*arrays)
+    assert [entry[0] for entry in log].count("allocate") > taken == len([owner for _, owner in keep if owner])
+
+
 # --- The fake is true to the library ---
 
 
