@@ -87,6 +87,14 @@ def kernels_of_all_workers(tmp_path_factory):
     cuda_emulator.folder = own
 
 
+@pytest.fixture
+def only_young_garbage():
+    """What was there before is nothing to the test's gc.collect(): compilers keep so much that each took seconds."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="session")
 def real_gpu(request):
     """The GPU of this machine, or None; with --engine=cuda it must be there."""

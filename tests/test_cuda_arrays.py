@@ -21,6 +21,8 @@ from fastclstm.engines.cuda.dlpack import CUDA
 from fastclstm.engines.cuda.views import View
 from fastclstm.functional import volumes
 
+pytestmark = pytest.mark.usefixtures("only_young_garbage")
+
 
 class Host(Device):
     """A device in the processor's memory that writes down in which order streams get their work."""

@@ -661,6 +661,7 @@ def test_weights_of_numpy_are_brought_and_packed_once(card, log):
     assert names(log).count("instantiate") == 0
 
 
+@pytest.mark.usefixtures("only_young_garbage")
 def test_plans_that_are_let_go_give_their_memory_back(card, monkeypatch):
     monkeypatch.setattr(recorded, "_plans", {})
     monkeypatch.setattr(recorded, "MOST_PLANS", 2)

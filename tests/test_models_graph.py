@@ -181,6 +181,7 @@ def test_masks_are_inputs_or_go_to_every_layer():
         lstm(2, 2)(frames, mask=Input((3,)))
 
 
+@pytest.mark.usefixtures("only_young_garbage")
 def test_what_nobody_reads_any_more_is_let_go():
     seen, alive = [], []
 
