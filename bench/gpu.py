@@ -90,17 +90,17 @@ def ours(inputs: list[Any], weights: dict[str, Any], precision: str) -> Implemen
 @contextlib.contextmanager
 def _held(gpu: Any, keep: list[Any]) -> Iterator[None]:
     """Keep all memory that is taken inside, so that the graph can be sent again without writing over others'."""
-    take = gpu.empty
+    take = gpu._allocate
 
-    def empty(*arguments: Any) -> Any:
-        keep.append(take(*arguments))
+    def allocate(size: int) -> Any:
+        keep.append(take(size))
         return keep[-1]
 
-    gpu.empty = empty
+    gpu._allocate = allocate
     try:
         yield
     finally:
-        del gpu.empty
+        del gpu._allocate
 
 
 def torch_eager(case: cases.ConvLSTMCase, inputs: list[Any], precision: str, split: bool) -> Implementation:

@@ -8,9 +8,9 @@
 // 4 bfloat16, 5 float16.
 #pragma once
 #include "frames.cuh"
-#include "tensor_cores.cuh"
-
 #define DEPTH (64 / int(sizeof(operand)))
+#include "pixels.cuh"
+
 #define THREADS (WARPS_M * WARPS_N * 32)
 #define MIN_BLOCKS (512 / THREADS)
 #define WEIGHT_PARTS 1
@@ -25,48 +25,6 @@ static_assert(TILE_ROWS * 4 % THREADS == 0, "all threads fetch as much");
 struct Tile {
     float sum[ROW_TILES][4][4];
 };
-
-// Start the copies of a block of depth: pixels of the frames and columns of the weights, a row of 64 bytes each.
-DEVICE void fetch_pixels(unsigned char* stage, const Frames& frames, Place (&places)[PIXELS_A_THREAD], int block)
-{
-    const int each = 16 / int(sizeof(operand)), APART = THREADS / 4 * PITCH;
-    bool whole = sizeof(operand) == 2 || frames.whole;
-    int piece = threadIdx.x % 4;
-    const int4* taps = frames.taps + block * DEPTH + piece * each;
-    unsigned char* to = stage + threadIdx.x / 4 * PITCH + piece * 16;
-    if (whole && frames.plain()) {
-        int4 tap = __ldg(taps);
-        int down = tap.w < 0 ? NOWHERE : tap.x, elements = distance(frames, tap);
-#pragma unroll
-        for (int i = 0; i < PIXELS_A_THREAD; i++)
-            cp_async<16>(to + i * APART, places[i].from + elements,
-                         inside(frames, places[i].row + down, places[i].column + tap.y));
-        return;
-    }
-#pragma unroll 1
-    for (int i = 0; i < PIXELS_A_THREAD; i++) {
-        Place place = pushed_out(places, places[0]);
-        if (!whole && frames.late) {  // cp.async of 4 bytes goes through the first-level cache, of 16 past it
-            unsigned words[each];
-#pragma unroll
-            for (int j = 0; j < each; j++) {
-                const operand* from = find(frames, place, __ldg(taps + j));
-                words[j] = from ? load_late((const unsigned*)from) : 0;
-            }
-#pragma unroll
-            for (int j = 0; j < each; j++) ((unsigned*)(to + i * APART))[j] = words[j];
-            continue;
-        }
-#pragma unroll 1
-        for (int j = 0; j < (whole ? 1 : each); j++) {
-            const operand* from = find(frames, place, __ldg(taps + j));
-            if (whole)
-                cp_async<16>(to + i * APART, from ? from : frames.data, from);
-            else
-                cp_async<4>(to + i * APART + j * 4, from ? from : frames.data, from);
-        }
-    }
-}
 
 DEVICE void fetch_weights(unsigned char* stage, const operand* weights, int columns, int block)
 {
@@ -134,7 +92,9 @@ DEVICE void multiply_add(Tile& tile, const Grid& grid, const Frames& a, const Fr
 #pragma unroll 1
                 for (int i = 0; i < PIXELS_A_THREAD; i++)
                     pushed_out(places, place_of(frames, grid, first_row + threadIdx.x / 4 + i * (THREADS / 4)));
-            fetch_pixels(stage, frames, places, first ? block : block - a.blocks);
+            int row = threadIdx.x / 4, piece = threadIdx.x % 4;
+            fetch_pixels<THREADS / 4 * PITCH>(stage + row * PITCH + piece * 16, piece, frames, places,
+                                              first ? block : block - a.blocks);
             fetch_weights(stage, weights, columns, block);
         }
         cp_async_commit();  // an empty group too, so that the count of groups stays that of blocks

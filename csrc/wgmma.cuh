@@ -13,9 +13,10 @@
 // Macros: WARPGROUPS, COLUMNS (64, 128 or 256), STAGES; KIND as in mma.cuh.
 #pragma once
 #include "frames.cuh"
+#define DEPTH (128 / int(sizeof(operand)))
+#include "pixels.cuh"
 #include "warpgroup.cuh"
 
-#define DEPTH (128 / int(sizeof(operand)))
 #define THREADS (WARPGROUPS * 128)
 #define TILE_ROWS (WARPGROUPS * 64)
 #define TILE_COLUMNS COLUMNS
@@ -44,38 +45,6 @@ DEVICE unsigned char* aligned_stages()
 
 // Where 16 bytes of a row stand.
 DEVICE int swizzled(int row, int piece) { return row * 128 + (piece ^ row % 8) * 16; }
-
-// Start the copies of a block of depth: pixels of the frames and columns of the weights, a row of 128 bytes each. A
-// thread's rows are THREADS / 8 apart, and so alike modulo 8.
-DEVICE void fetch_pixels(unsigned char* stage, const Frames& frames, Place (&places)[PIXELS_A_THREAD], int block)
-{
-    const int each = 16 / int(sizeof(operand)), APART = THREADS / 8 * 128;
-    bool whole = sizeof(operand) == 2 || frames.whole;
-    int piece = threadIdx.x % 8;
-    const int4* taps = frames.taps + block * DEPTH + piece * each;
-    unsigned char* to = stage + swizzled(threadIdx.x / 8, piece);
-    if (whole && frames.plain()) {
-        int4 tap = __ldg(taps);
-        int down = tap.w < 0 ? NOWHERE : tap.x, elements = distance(frames, tap);
-#pragma unroll
-        for (int i = 0; i < PIXELS_A_THREAD; i++)
-            cp_async<16>(to + i * APART, places[i].from + elements,
-                         inside(frames, places[i].row + down, places[i].column + tap.y));
-        return;
-    }
-#pragma unroll 1
-    for (int i = 0; i < PIXELS_A_THREAD; i++) {
-        Place place = pushed_out(places, places[0]);
-#pragma unroll 1
-        for (int j = 0; j < (whole ? 1 : each); j++) {
-            const operand* from = find(frames, place, __ldg(taps + j));
-            if (whole)
-                cp_async<16>(to + i * APART, from ? from : frames.data, from);
-            else
-                cp_async<4>(to + i * APART + j * 4, from ? from : frames.data, from);
-        }
-    }
-}
 
 DEVICE void fetch_weights(unsigned char* stage, const operand* weights, int columns, int block)
 {
@@ -171,7 +140,9 @@ DEVICE void multiply_add(Tile& tile, const Grid& grid, const Frames& a, const Fr
 #pragma unroll 1
                 for (int i = 0; i < PIXELS_A_THREAD; i++)
                     pushed_out(places, place_of(frames, grid, first_row + threadIdx.x / 8 + i * (THREADS / 8)));
-            fetch_pixels(stage, frames, places, first ? block : block - a.blocks);
+            int row = threadIdx.x / 8, piece = threadIdx.x % 8;  // rows THREADS / 8 apart are alike modulo 8
+            fetch_pixels<THREADS / 8 * 128>(stage + swizzled(row, piece), piece, frames, places,
+                                            first ? block : block - a.blocks);
             fetch_weights(stage, weights, columns, block);
         }
         cp_async_commit();  // an empty group too, so that the count of groups stays that of blocks

@@ -271,7 +271,7 @@ def native(array: Any, dtype: np.dtype) -> Any:
 
     An array on a GPU must be of it already.
     """
-    if on_gpu(array):
+    if not isinstance(array, np.ndarray):  # of what has been read: on a GPU
         if array.dtype != dtype:
             raise TypeError(f"arrays of {array.dtype} and {dtype} on a GPU are not brought together; pass one dtype")
         return contiguous(array)

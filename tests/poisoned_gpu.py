@@ -38,6 +38,15 @@ class PoisonedGPU(gpu.GPU):
         super().launch(kernel, grid, block, shared_bytes, *arguments, cooperative=cooperative)
         self._note(kernel, grid, block)
 
+    def prepared(self, launch):
+        start = super().prepared(launch)
+
+        def noted(numbers):
+            start(numbers)
+            self._note(launch.kernel, launch.grid, launch.block)
+
+        return noted
+
     def graph(self, launches):
         made = super().graph(launches)
         self.graphs.append(len(launches))

@@ -3,13 +3,14 @@ import itertools
 import json
 import math
 import signal
+import sys
 import time
 
 import numpy as np
 import pytest
 
 import fastclstm
-from bench import cells, crowd, gpu, landscape, peers, ratios, render, scaling, training
+from bench import cells, crowd, first_contact, gpu, landscape, peers, ratios, render, scaling, training
 from bench.cases import CASES, ConvLSTMCase, PoolCase
 from fastclstm import functional
 
@@ -508,3 +509,34 @@ def test_the_page_on_accelerate_names_what_is_slower_and_what_is_above(tmp_path)
     table = accelerate.markdown(report)
     assert "| ndrplz | inference | 2 | 1.90× | 0.90× | +5.5% | 1 of 2 |" in table
     assert "Slower than plain PyTorch: ndrplz slow inference (0.90×). Above 5 % and 60 µs: ndrplz fast" in table
+
+
+def test_first_contact_goes_on_after_a_step_that_fails_or_hangs(tmp_path):
+    python = [sys.executable, "-c"]
+    steps = [
+        first_contact.Step("there is none", ["no-such-command"], 5),
+        first_contact.Step("hangs", [*python, "import time; print('here', flush=True); time.sleep(60)"], 1),
+        first_contact.Step("fails", [*python, "raise SystemExit(3)"], 5),
+        first_contact.Step("knows a variable", [*python, "import os; assert os.environ['A'] == 'b'"], 5, {"A": "b"}),
+    ]
+    assert first_contact.run_part("part", steps, tmp_path) == 3
+    found = [one["status"] for one in json.loads((tmp_path / "part.json").read_text())]
+    assert found[0].startswith("not started")
+    assert found[1:] == ["not done after 1 s", "failed with 3", "passed"]
+    assert "here" in (tmp_path / "part.log").read_text()
+    assert first_contact.run_part("late", steps[-1:], tmp_path, seconds=0) == 1
+
+
+def test_first_contact_has_commands_that_are_there(tmp_path, monkeypatch):
+    """Files of tests exist, and every command of ours takes its options."""
+    monkeypatch.setattr(first_contact, "check", lambda options: 0)
+    monkeypatch.setattr(gpu.devices, "missing", lambda: "no GPU")
+    for step in (step for steps in first_contact.parts(tmp_path).values() for step in steps):
+        files = [word for word in step.command if word.startswith("tests/")]
+        assert all((first_contact.ROOT / name).exists() for name in files)
+        for module in (first_contact, gpu):
+            if module.__name__ in step.command:
+                options = step.command[step.command.index(module.__name__) + 1 :]
+                with pytest.raises(SystemExit) as end:
+                    module.main(options)
+                assert end.value.code == (0 if module is first_contact else "bench.gpu: no GPU")

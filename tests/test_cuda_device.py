@@ -544,9 +544,22 @@ def test_a_launch_that_fails_leaves_no_capture_behind(card, log):
     assert names(log) == ["closed", "instantiate", "graph"]
 
 
+def test_a_prepared_launch_takes_more_numbers(card, log):
+    x = card.empty((3,), "f4")
+    start = card.prepared(Launch(card.kernel("a.cu", "a", {}), (4,), (32,), 8, (x, np.int32(5))))
+    log.clear()
+    for stream, numbers in ((None, [7, 1 << 40]), (42, [8, 9])):
+        with card.on(stream):
+            start(numbers)
+    assert [(stream, arguments) for _, stream, *_, arguments in log] == [
+        (1000, (x.pointer, 5, 7, 1 << 40)),
+        (42, (x.pointer, 5, 8, 9)),
+    ]
+
+
 def test_scratch_is_one_piece_of_memory(card, log):
-    addresses, owner = card.scratch([100, 256, 4])
-    assert [address - owner.pointer for address in addresses] == [0, 256, 512]
+    addresses, _ = card.scratch([100, 256, 4])
+    assert [address - addresses[0] for address in addresses] == [0, 256, 512]
     assert log == [("allocate", 768, 1000)]
     assert card.scratch([])[0] == []
 
@@ -676,6 +689,17 @@ def test_the_benchmark_says_what_is_missing(driver):
     driver.status = NO_DEVICE
     with pytest.raises(SystemExit, match=r"^bench.gpu: engine 'cuda' finds an NVIDIA driver but no GPU"):
         bench_gpu.main([])
+
+
+def test_the_benchmark_keeps_all_memory_of_a_graph(card, log):
+    arrays, keep = recurrent(card), []
+    log.clear()
+    with bench_gpu._held(card, keep):
+        functional.convlstm2d(*arrays)
+    taken = [entry[0] for entry in log].count("allocate")
+    assert 4 < taken == len([owner for _, owner in keep if owner is not None])
+    functional.convlstm2d(*arrays)
+    assert [entry[0] for entry in log].count("allocate") > taken == len([owner for _, owner in keep if owner])
 
 
 # --- The fake is true to the library ---

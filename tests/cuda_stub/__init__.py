@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,8 @@ class Checked:
 
     def __init__(self):
         self.launches, self.wrong = Counter(), []
-        self._kernel, self._start, self._names = gpu.GPU.kernel, gpu.GPU._start, {}
+        self._kernel, self._start, self._prepared = gpu.GPU.kernel, gpu.GPU._start, gpu.GPU.prepared
+        self._names = {}
         self._driver = ctypes.CDLL(LIBRARY)
         self._driver.stub_faults.restype = ctypes.c_char_p
         checked = self
@@ -51,7 +53,17 @@ class Checked:
             checked._compare(launch)
             return checked._start(device, launch, stream)
 
-        gpu.GPU.kernel, gpu.GPU._start = kernel, start
+        def prepared(device, launch):
+            start = checked._prepared(device, launch)
+
+            def compared(numbers):
+                assert all(type(number) is int for number in numbers)
+                checked._compare(replace(launch, arguments=(*launch.arguments, *np.array(numbers, np.int64))))
+                start(numbers)
+
+            return compared
+
+        gpu.GPU.kernel, gpu.GPU._start, gpu.GPU.prepared = kernel, start, prepared
 
     def _compare(self, launch):
         expected = [parameter.size for parameter in launch.kernel.arguments_info]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -132,6 +132,11 @@ class Device(Protocol):
 
         The blocks of a cooperative launch, no more than `resident_blocks`, all run at once.
         """
+
+    def prepared(self, launch: Launch) -> Callable[[Sequence[int]], None]:
+        """Return what starts a launch with more arguments: numbers of 64 bits."""
+        return lambda numbers: self.launch(launch.kernel, launch.grid, launch.block, launch.shared_bytes,
+                                           *launch.arguments, *np.array(numbers, np.int64))  # fmt: skip
 
     def scratch(self, sizes: Sequence[int]) -> tuple[list[int], Any]:
         """Addresses of memory for each number of bytes, and what keeps it alive."""

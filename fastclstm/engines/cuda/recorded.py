@@ -193,7 +193,8 @@ class _Plan:
         self.nbytes = sum(array.nbytes for array in (*self._table, *constants))
         self._most = next(most for most in MOST_ARRAYS if count <= most)
         kernel = device.kernel("memory.cu", "write_table", {"ARRAYS": self._most})
-        self._write = kernel, (-(-len(parts) // 256),), (256,), 8 * self._most, *self._table, np.int32(len(parts))
+        blocks_of_table, arguments = -(-len(parts) // 256), (*self._table, np.int32(len(parts)))
+        self._write = device.prepared(Launch(kernel, (blocks_of_table,), (256,), 8 * self._most, arguments))
         self._lock = Lock()
         self.used = 0
         """When, on the plans' clock."""
@@ -207,7 +208,7 @@ class _Plan:
         addresses = [a.pointer - a.pointer % ALIGNMENT for a in given] + [a.pointer for a in results] + scratch
         unused = [0] * (self._most - len(addresses))
         with self._lock:
-            device.launch(*self._write, *np.array(addresses + unused, np.int64))
+            self._write(addresses + unused)
             device.send(self.graph)
         del owner  # not before: what is let go may be handed out again
         every = given + results
