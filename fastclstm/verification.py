@@ -221,7 +221,7 @@ class Verification:
             if min(made.shape[-3:-1]) < SSIMLoss().window:
                 return 0.0, 0.0
             similar = self.similar or (lambda values: values)
-            count = int(metrics.whole_windows(valid).sum())
+            count = int(SSIMLoss().whole_windows(valid).sum())
             value = metrics.ssim(similar(made), similar(truth), valid=valid)
         else:
             value = metrics.mse(made, truth, valid=valid) if score == "MSE" else metrics.mae(made, truth, valid=valid)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, NamedTuple, Self
+
+import numpy as np
 
 from fastclstm.adapters import torch_ops
 from fastclstm.convert.torch_dialects import GATES, Dialect, convolves
@@ -11,6 +14,18 @@ from fastclstm.spec import CELL_GATES
 
 import torch  # isort: skip
 from torch import Tensor  # isort: skip
+
+
+class _Place(NamedTuple):
+    """Where a block of a cell's values stands among its tensors, and where among ours."""
+
+    tensor: int
+    """Which of the tensors."""
+    block: tuple[slice, ...]
+    ours: str
+    our_block: tuple[Any, ...]
+    """Its axes are those of `block` turned around, the channels of a kernel behind its taps."""
+    negated: bool
 
 
 class Arrangement(NamedTuple):
@@ -86,8 +101,7 @@ class Arrangement(NamedTuple):
 
     def _names(self) -> list[str]:
         """Return the names of all its tensors."""
-        names = [f"{name}.weight" for name in dict.fromkeys((*self.x, *self.h))]
-        names += [f"{name}.bias" for name in self.biases]
+        names = self._core()
         for _, name, _, _, _, bias in self.peepholes:
             names += [name, *([name.removesuffix("weight") + "bias"] if bias else [])]
         return list(dict.fromkeys(names + [name for _, theirs in self.norms for name in theirs]))
@@ -118,40 +132,9 @@ class Arrangement(NamedTuple):
         def tensor(name: str) -> Tensor:
             return self._tensor(module, name).to(dtype)
 
-        halves: dict[str, tuple[Tensor, ...]] = {}  # each joint weight once: its gradient is one copy
-
-        def half(name: str, which: int, alone: int) -> Tensor:
-            if name not in halves:
-                weight = tensor(f"{name}.weight")
-                if weight.shape[1] == alone:
-                    return weight
-                halves[name] = weight.split((C, weight.shape[1] - C), 1)
-            return halves[name][which]
-
-        def kernel(names: tuple[str, ...], which: int, alone: int) -> Tensor:
-            parts = [half(name, which, alone) for name in names]
-            return self._ordered(parts[0] if len(parts) == 1 else torch.cat(parts), signed).permute(2, 3, 1, 0)
-
-        def bias(names: tuple[str, ...], but: tuple[str, ...] = ()) -> Tensor:
-            parts = [tensor(f"{name}.bias") if name in self.biases and name not in but
-                     else torch.zeros(len(self._tensor(module, f"{name}.weight")), dtype=dtype, device=device)
-                     for name in names]  # fmt: skip
-            return self._ordered(parts[0] if len(parts) == 1 else torch.cat(parts), signed)
-
-        signed, device = not self.norms, self.example(module).device
-        C = self.channels
-        ours = {"kernel": kernel(self.x, 0, C)}
-        F = ours["kernel"].shape[-1] // self.G
-        ours["recurrent_kernel"] = kernel(self.h, 1, F)
-        if self.both and self.biases:
-            ours["bias"] = torch.stack([bias(self.x), bias(self.h, self.x)])
-        elif self.biases:
-            own = [bias(self.x)] if any(name in self.biases for name in self.x) else []
-            if any(name in self.biases for name in self.h if name not in self.x):
-                own.append(bias(self.h, self.x))
-            ours["bias"] = own[0] if len(own) == 1 else own[0] + own[1]
+        ours = self._kernels({name: tensor(name) for name in self._core()})
         if self.forget_bias:
-            added = torch.zeros(4, F, dtype=dtype, device=device)
+            added = torch.zeros(4, self.filters(module), dtype=dtype, device=self.example(module).device)
             added[GATES.index("f")] = self.forget_bias
             ours["bias"] = ours.get("bias", 0) + added.flatten()
         for gate, name, part, parts, convolved, biased in self.peepholes:
@@ -162,6 +145,45 @@ class Arrangement(NamedTuple):
                  .movedim(0, -1) for name, theirs in self.norms}  # fmt: skip
         return ours | norms if self.epsilon is None else _folded(ours, norms, self.epsilon)
 
+    def _core(self) -> list[str]:
+        """Return the names of the tensors that kernels and bias are made of."""
+        return [f"{name}.weight" for name in dict.fromkeys((*self.x, *self.h))] + [
+            f"{name}.bias" for name in self.biases
+        ]
+
+    def _kernels(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return our kernels, and the bias if there is one."""
+        if all(map(torch_ops.passed_by, tensors.values())):
+            shapes = tuple((name, tuple(tensor.shape)) for name, tensor in tensors.items())
+            made = _Arranged.apply(*_places(self, shapes), *tensors.values())
+            return dict(zip(("kernel", "recurrent_kernel", "bias"), made, strict=False))
+        C, signed = self.channels, not self.norms
+
+        def kernel(names: tuple[str, ...], which: int, alone: int) -> Tensor:
+            parts = [tensors[f"{name}.weight"] for name in names]
+            parts = [part if part.shape[1] == alone else part.split((C, part.shape[1] - C), 1)[which] for part in parts]
+            return self._ordered(torch.cat(parts), signed).permute(2, 3, 1, 0)
+
+        def bias(names: tuple[str, ...], but: tuple[str, ...] = ()) -> Tensor:
+            parts = [
+                tensors[f"{name}.bias"]
+                if name in self.biases and name not in but
+                else torch.zeros_like(tensors[f"{name}.weight"][:, 0, 0, 0])
+                for name in names
+            ]
+            return self._ordered(torch.cat(parts), signed)
+
+        ours = {"kernel": kernel(self.x, 0, C)}
+        ours["recurrent_kernel"] = kernel(self.h, 1, ours["kernel"].shape[-1] // self.G)
+        if self.both and self.biases:
+            ours["bias"] = torch.stack([bias(self.x), bias(self.h, self.x)])
+        elif self.biases:
+            own = [bias(self.x)] if any(name in self.biases for name in self.x) else []
+            if any(name in self.biases for name in self.h if name not in self.x):
+                own.append(bias(self.h, self.x))
+            ours["bias"] = own[0] if len(own) == 1 else own[0] + own[1]
+        return ours
+
     def _ordered(self, tensor: Tensor, signed: bool) -> Tensor:
         """Bring the gates on the first axis into our order and, if `signed`, with our sign."""
         negated = signed and self.negated
@@ -170,6 +192,80 @@ class Arrangement(NamedTuple):
         blocks = tensor.chunk(self.G)
         ordered = [blocks[index] for index in self.order]
         return torch.cat([-ordered[0], *ordered[1:]] if negated else ordered)
+
+
+class _Arranged(torch.autograd.Function):
+    """What `Arrangement._kernels` does, and its gradient, each value copied once.
+
+    PyTorch's own operations copy what was cut, turned and joined several times, across memory: 20 % of a step of small
+    frames.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, places: tuple[_Place, ...], shapes: dict[str, tuple[int, ...]], *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.places, ctx.shapes, ctx.own = places, shapes, [tensor.shape for tensor in tensors]
+        theirs = [tensor.detach().numpy() for tensor in tensors]
+        made = {name: (np.zeros if name == "bias" else np.empty)(shape, theirs[0].dtype)
+                for name, shape in shapes.items()}  # fmt: skip
+        for place in places:
+            block, ours = theirs[place.tensor][place.block], made[place.ours][place.our_block]
+            if place.ours == "bias":  # x's and h's may be summed
+                ours += -block if place.negated else block
+            else:
+                _copy(ours, block.transpose(2, 3, 1, 0), place.negated)
+        return tuple(map(torch.from_numpy, made.values()))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
+        ours = {name: cotangent.detach().numpy() for name, cotangent in zip(ctx.shapes, cotangents, strict=True)}
+        pulled = [np.empty(shape, ours["kernel"].dtype) for shape in ctx.own]
+        for place in ctx.places:
+            block, theirs = ours[place.ours][place.our_block], pulled[place.tensor][place.block]
+            _copy(theirs, block if place.ours == "bias" else block.transpose(3, 2, 0, 1), place.negated)
+        return None, None, *map(torch.from_numpy, pulled)
+
+
+def _copy(to: np.ndarray, block: np.ndarray, negated: bool) -> None:
+    if negated:
+        np.negative(block, out=to)
+    else:
+        to[...] = block
+
+
+@lru_cache(256)
+def _places(
+    arrangement: Arrangement, shapes: tuple[tuple[str, tuple[int, ...]], ...]
+) -> tuple[tuple[_Place, ...], dict[str, tuple[int, ...]]]:
+    """Return where a cell's values go, of tensors with these names and shapes, and the shapes of what is ours."""
+    sizes, numbers = dict(shapes), {name: number for number, (name, _) in enumerate(shapes)}
+    G, C = arrangement.G, arrangement.channels
+    F = sum(sizes[f"{name}.weight"][0] for name in arrangement.x) // G
+    taps = {half: sizes[f"{names[0]}.weight"][2:] for half, names in (("x", arrangement.x), ("h", arrangement.h))}
+    ours = {"kernel": (*taps["x"], C, G * F), "recurrent_kernel": (*taps["h"], F, G * F)}
+    if arrangement.biases:
+        ours["bias"] = (2, G * F) if arrangement.both else (G * F,)
+    found: list[_Place] = []
+    for half, names, alone in (("x", arrangement.x, C), ("h", arrangement.h, F)):
+        start = 0
+        for name in names:
+            rows, channels = sizes[f"{name}.weight"][:2]
+            joint = channels != alone
+            inputs = slice(None) if not joint else slice(C) if half == "x" else slice(C, None)
+            for gate, theirs in enumerate(arrangement.order):
+                block, own = slice(theirs * F - start, (theirs + 1) * F - start), slice(gate * F, (gate + 1) * F)
+                if not 0 <= block.start < rows:
+                    continue
+                negated = gate == 0 and arrangement.negated and not arrangement.norms
+                kernel = "kernel" if half == "x" else "recurrent_kernel"
+                found.append(_Place(numbers[f"{name}.weight"], (block, inputs), kernel, (..., own), negated))
+                if name in arrangement.biases and not (half == "h" and name in arrangement.x):
+                    line = (int(half == "h"), own) if arrangement.both else (own,)
+                    found.append(_Place(numbers[f"{name}.bias"], (block,), "bias", line, negated))
+            start += rows
+    return tuple(found), ours
 
 
 def _peephole(tensor: Tensor, convolved: bool, part: int, parts: int) -> Tensor:

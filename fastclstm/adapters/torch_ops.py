@@ -155,9 +155,9 @@ class Operator:
         save = torch.is_grad_enabled() and any(
             tensor is not None and tensor.requires_grad for tensor in (x, *states, *weights.tensors)
         )
-        passed_by = _passed_by(x)
+        passing = passed_by(x)
         more = tuple(states), mask, *dropout
-        if passed_by and not save:
+        if passing and not save:
             arrays: dict[str, Any] = dict(weights.arrays(x.dtype))
             own = [arrays.pop(name, None) for name in ("kernel", "recurrent_kernel", "bias")]
             call = Arguments._make((x, *own, *more, [*arrays.values()], options, go_backwards, return_sequences))
@@ -165,7 +165,7 @@ class Operator:
         tensors = weights.make(x.dtype)
         kernels = [tensors.pop(name, None) for name in ("kernel", "recurrent_kernel", "bias")]
         call = Arguments._make((x, *kernels, *more, [*tensors.values()], options, go_backwards, return_sequences))
-        if passed_by:
+        if passing:
             made: tuple[Tensor, ...] = _Eager.apply(self, call[9:], *self._flat(call)[: 7 + len(self.states)],
                                                     *call.further)  # fmt: skip
             return made
@@ -293,7 +293,7 @@ class _Eager(torch.autograd.Function):
         return None, None, *named, None, None, None, *further
 
 
-def _passed_by(x: Tensor) -> bool:
+def passed_by(x: Tensor) -> bool:
     """Whether nobody but autograd follows what is done with a tensor: no compiler, no mode, no transformation."""
     return (
         not torch.compiler.is_compiling()
@@ -332,7 +332,7 @@ def _array(tensor: Tensor | np.ndarray | None) -> Any:
 
 def contiguous(tensor: Tensor) -> Tensor:
     """Return a tensor in C order: by NumPy, as PyTorch's threads would spin beside ours for a while."""
-    if tensor.is_contiguous() or not _passed_by(tensor):
+    if tensor.is_contiguous() or not passed_by(tensor):
         return tensor.contiguous()
     copied: Tensor = _Copied.apply(tensor)
     return copied

@@ -276,6 +276,11 @@ class SSIMLoss(Options, Loss):
             self._check_number(name, 0, inclusive=False)
         self._check_integer("window", 1)
 
+    def whole_windows(self, valid: np.ndarray) -> np.ndarray:
+        """Return which windows see valid pixels alone, of an array of bool (…, H, W, C)."""
+        windows = np.lib.stride_tricks.sliding_window_view(valid, (self.window, self.window), (-3, -2))
+        return np.all(windows, axis=(-2, -1))
+
     def _evaluate(self, prediction: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, Pullback]:
         if prediction.ndim < 3 or min(prediction.shape[-3:-1]) < self.window:
             raise ValueError(

@@ -40,13 +40,7 @@ def ssim(prediction: Any, target: Any, max_value: float = 1, *, valid: Any = Non
     p, t = _pair("ssim", prediction, target)
     seen = _seen("ssim", valid, t.shape)
     p, t = (np.where(seen, array, array.dtype.type(0)) for array in (p, t))
-    return 1 - _of_loss(loss, p, t, whole_windows(seen))
-
-
-def whole_windows(valid: np.ndarray) -> np.ndarray:
-    """Return which windows of `ssim` see valid pixels (…, H, W, C) alone."""
-    window = SSIMLoss().window
-    return np.all(np.lib.stride_tricks.sliding_window_view(valid, (window, window), (-3, -2)), axis=(-2, -1))
+    return 1 - _of_loss(loss, p, t, loss.whole_windows(seen))
 
 
 def psnr(prediction: Any, target: Any, max_value: float = 1, *, valid: Any = None) -> float:
