@@ -2,6 +2,7 @@
 
 import gc
 import os
+from functools import cache
 
 os.environ.setdefault("NUMBA_NUM_THREADS", "8")  # before Numba comes: teams larger than the machine are tested too
 
@@ -55,10 +56,17 @@ def pytest_collection_modifyitems(config, items):
 
 
 def asks_for_packages(item):
-    """Whether a test, or a fixture of it, is skipped where a package is missing."""
+    """Whether a test, a fixture of it, or its whole file is skipped where a package is missing."""
+    if file_asks_for_packages(item.path):
+        return True
     fixtures = (fixture for named in item._fixtureinfo.name2fixturedefs.values() for fixture in named)
     functions = [item.function, *(fixture.func for fixture in fixtures)]
     return any("importorskip" in f.__code__.co_names for f in functions if hasattr(f, "__code__"))
+
+
+@cache
+def file_asks_for_packages(path):
+    return "importorskip" in compile(path.read_text(encoding="utf-8"), path, "exec").co_names
 
 
 def is_emulated(item):

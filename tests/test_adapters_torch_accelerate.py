@@ -224,7 +224,7 @@ MODELS = {
         "automan000",
         "seq",
     ),
-    "a user's cell": (ByPair, "ndrplz", "step by step"),
+    "a user's cell": (ByPair, "a ConvLSTM", "sequences"),
     "grus, time first": (lambda: Rolled([GRUCell(C, 4, "gates"), GRUCell(4, 3, "gates")], 0), "a ConvGRU", "sequences"),
     "gru of three convolutions": (lambda: Rolled([GRUCell(C, 4, "each", bias=False)], 1, "steps"), "a ConvGRU", "seq"),
     "gru, x and h apart": (lambda: Rolled([GRUCell(C, C, "apart")], 2, "both"), "a ConvGRU", "sequences"),

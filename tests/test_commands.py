@@ -622,7 +622,7 @@ def test_demo_names_what_is_missing(monkeypatch, tmp_path):
 @pytest.mark.slow
 def test_warmup():
     for options in (["--forward-only", "--processes", "2"], ["--processes", "1"]):
-        result = fastclstm_cli("warmup", *options)
+        result = fastclstm_cli("warmup", "--dtype", "float32", *options)
         assert result.exit_code == 0, result.output
         folder = re.escape(str(compilation.cache_folder()))
         assert re.fullmatch(rf"\d+ kernels in [\d.]+ s, kept in {folder}\n", result.stdout)

@@ -77,8 +77,9 @@ def calls(dtype, gradients=True):
             train("max_pool3d", volume)
 
 
-@pytest.mark.parametrize("dtype", warmup.DTYPES)
-def test_calls_compile_nothing_more(dtype, two_threads):
+def test_calls_compile_nothing_more(two_threads):
+    """Of one type; the other takes the same steps, and a minute of compiling."""
+    dtype = "float32"
     steps = list(warmup.steps(dtype))
     assert len({name for name, _ in steps}) == len(steps)
     for _, compile_kernel in steps:

@@ -23,8 +23,7 @@ from fastclstm.io import bounds, weights
 from fastclstm.layers import ConvLSTM2D, Dense, LayerNormalization, TimeDistributed
 from fastclstm.models import EncoderForecaster, Sequential
 
-pytest.importorskip("resource", reason="limits of POSIX")
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name != "posix", reason="limits of POSIX")]
 
 ROOT = Path(__file__).parents[1]
 MB = 1 << 20
