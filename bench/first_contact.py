@@ -249,7 +249,6 @@ def _double(*arrays: np.ndarray) -> list[np.ndarray]:
 @contextlib.contextmanager
 def _chosen(tiling: product.Tiling, of_gradient: product.Tiling) -> Iterator[None]:
     """Let products of the tiling's kind be computed by it inside, others by the smallest."""
-    before: Any = choice.choose, weight_gradient.gradient_tiling
 
     def chosen(kind: int, dtype: np.dtype, *_: Any, **__: Any) -> product.Tiling:
         return tiling if kind == tiling.kind else product.tilings(kind, dtype.itemsize)[-1]
@@ -259,12 +258,11 @@ def _chosen(tiling: product.Tiling, of_gradient: product.Tiling) -> Iterator[Non
         remembered._remembered.clear()
 
     forget()
-    functions: Any = choice, weight_gradient
-    functions[0].choose, functions[1].gradient_tiling = chosen, lambda *_: of_gradient
+    of_kernel = mock.patch.object(weight_gradient, "gradient_tiling", return_value=of_gradient)
     try:
-        yield
+        with mock.patch.object(choice, "choose", chosen), of_kernel:
+            yield
     finally:
-        functions[0].choose, functions[1].gradient_tiling = before
         forget()
 
 

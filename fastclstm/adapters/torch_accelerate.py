@@ -242,14 +242,17 @@ _GEOMETRY = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
+def _is_hooked(module: torch.nn.Module) -> bool:
+    return any(map(module.__dict__.get, _HOOKS))
+
+
 def _parts(module: torch.nn.Module) -> tuple[Any, ...]:
     """Return what must stay as it is in a module beside parameters' values: its parts, and whether they have hooks."""
     found: list[Any] = []
     for name, child in module._modules.items():
         if child is not None:
-            known = child.__dict__
-            found += [name, type(child), getattr(child, "bias", None) is None, *map(known.get, _GEOMETRY)]
-            found += [bool(known.get(hooks)) for hooks in _HOOKS]
+            found += [name, type(child), getattr(child, "bias", None) is None, _is_hooked(child)]
+            found += map(child.__dict__.get, _GEOMETRY)
             if child._modules:
                 found += [_parts(child)]
     return tuple(found)
@@ -260,8 +263,7 @@ def _refusal(module: torch.nn.Module) -> str | None:
     if "forward" in module.__dict__:
         return "left, for its forward is not that of its class"
     for name, child in module.named_modules():
-        if name and any(hooks for attribute, hooks in vars(child).items() if attribute.endswith("_hooks")
-                        and attribute.startswith(("_forward", "_backward"))):  # fmt: skip
+        if name and _is_hooked(child):
             return f"left, for {name} in it has hooks, which would not be called"
     return None
 

@@ -147,9 +147,8 @@ class Arrangement(NamedTuple):
 
     def _core(self) -> list[str]:
         """Return the names of the tensors that kernels and bias are made of."""
-        return [f"{name}.weight" for name in dict.fromkeys((*self.x, *self.h))] + [
-            f"{name}.bias" for name in self.biases
-        ]
+        weights = [f"{name}.weight" for name in dict.fromkeys((*self.x, *self.h))]
+        return weights + [f"{name}.bias" for name in self.biases]
 
     def _kernels(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return our kernels, and the bias if there is one."""
@@ -221,11 +220,16 @@ class _Arranged(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
         ours = {name: cotangent.detach().numpy() for name, cotangent in zip(ctx.shapes, cotangents, strict=True)}
-        pulled = [np.empty(shape, ours["kernel"].dtype) for shape in ctx.own]
+        wanted = ctx.needs_input_grad[2:]
+        pulled = [np.empty(shape, ours["kernel"].dtype) if wants else None
+                  for shape, wants in zip(ctx.own, wanted, strict=True)]  # fmt: skip
         for place in ctx.places:
-            block, theirs = ours[place.ours][place.our_block], pulled[place.tensor][place.block]
-            _copy(theirs, block if place.ours == "bias" else block.transpose(3, 2, 0, 1), place.negated)
-        return None, None, *map(torch.from_numpy, pulled)
+            theirs = pulled[place.tensor]
+            if theirs is not None:
+                block = ours[place.ours][place.our_block]
+                block = block if place.ours == "bias" else block.transpose(3, 2, 0, 1)
+                _copy(theirs[place.block], block, place.negated)
+        return None, None, *(None if array is None else torch.from_numpy(array) for array in pulled)
 
 
 def _copy(to: np.ndarray, block: np.ndarray, negated: bool) -> None:
