@@ -86,7 +86,7 @@ def test_pieces_have_each_tap_once_and_none_beyond_the_kernel(size):
             cuts = tiles.cuts(size, k)
             assert [tap for cut in cuts for tap in range(cut.first + cut.skipped, cut.first + k)] == list(range(size))
             assert all(0 <= cut.first <= size - k and 0 <= cut.skipped < k for cut in cuts)
-    for tile in tiles.choices(size, 3):
+    for tile in tiles.choices((size, 3)):
         assert tile.m_y in tiles.OUTPUTS[tile.k_y]
         assert tile.k_y <= size
 

@@ -29,7 +29,7 @@ def conv2d(
     if spoilt.all():
         m = None
     team = team_size(spec.flops)
-    columns = launch.pack((kernel,), bias, np.ones(1), m)
+    columns = launch.pack((kernel,), bias, np.ones(1), m, strides=(spec.strides,))
     plan = plans.plan((spec,), m, "store", len(columns.groups), x.itemsize, team)
     spoilt |= launch.run(plan, columns, storing(spec.F), spec.B, 1, team, x=slots(x), h=slots(y))
     if m and spoilt.any():
@@ -52,7 +52,7 @@ def conv2d_backward(
         if dx is not None:
             dx.fill(0)
         return dx, dkernel, np.zeros(spec.F, dtype) if "bias" in wanted else None
-    direct = algorithm == "direct" or not plans.fits((spec,))
+    direct = algorithm == "direct" or not plans.alike((spec,))
     looked_at = (dy, x) if of_kernel else (dy,)
     spoilt_images = np.zeros(spec.B, np.bool_) if direct else np.any([outliers.find(a) for a in looked_at], 0)
     runs = outliers.runs(spoilt_images)

@@ -44,13 +44,13 @@ class Steps:
         def pack() -> _Packed:
             if gates.is_standard(spec):
                 with np.errstate(over="ignore"):
-                    packed = _pack(ways, kernels, bias, gates.SCALES)
+                    packed = self._pack(kernels, bias, gates.SCALES)
                 if all(np.isfinite(columns.weights).all() for columns in packed if columns is not None):
                     return _Packed(True, *packed)
             # Weights above 1.2e38 (float64: 6e307) cannot carry the scales.
-            return _Packed(False, *_pack(ways, kernels, bias, np.ones(4)))
+            return _Packed(False, *self._pack(kernels, bias, np.ones(4)))
 
-        key = ways, gates.is_standard(spec)
+        key = ways, spec.input.strides, gates.is_standard(spec)
         keep = remembered.remember if remember else remembered.passing
         self._packed: _Packed = keep((*kernels, bias), key, pack)
 
@@ -108,16 +108,17 @@ class Steps:
         plan = plans.plan((spec,), self._ways.x, "store", len(columns.groups), self._dtype.itemsize, team)
         launch.run(plan, columns, gates.storing(spec.F), B, steps, team, x=x, h=zx, step_flops=spec.flops)
 
-
-def _pack(
-    ways: plans.Ways, kernels: tuple[np.ndarray, np.ndarray], bias: np.ndarray | None, scales: np.ndarray
-) -> tuple[packing.Columns, packing.Columns | None]:
-    """Pack the recurrent and the input kernel, each gate times its scale: together or, if x goes before, apart."""
-    if not ways.before:
-        return launch.pack(kernels, bias, scales, ways.h, remember=False), None
-    recurrent, kernel = kernels
-    line = np.repeat(scales, kernel.shape[3] // 4)  # what is stored has no gates
-    kernel = (kernel * line).astype(kernel.dtype)
-    bias = None if bias is None else (bias * line).astype(bias.dtype)
-    return (launch.pack((recurrent,), None, scales, ways.h, remember=False),
-            launch.pack((kernel,), bias, np.ones(1), ways.x, remember=False))  # fmt: skip
+    def _pack(
+        self, kernels: tuple[np.ndarray, np.ndarray], bias: np.ndarray | None, scales: np.ndarray
+    ) -> tuple[packing.Columns, packing.Columns | None]:
+        """Pack the recurrent and the input kernel, each gate times its scale: together or, if x goes before, apart."""
+        ways, strides = self._ways, (self._spec.recurrent.strides, self._spec.input.strides)
+        pack = partial(launch.pack, remember=False)
+        if not ways.before:
+            return pack(kernels, bias, scales, ways.h, strides=strides), None
+        recurrent, kernel = kernels
+        line = np.repeat(scales, kernel.shape[3] // 4)  # what is stored has no gates
+        kernel = (kernel * line).astype(kernel.dtype)
+        bias = None if bias is None else (bias * line).astype(bias.dtype)
+        return (pack((recurrent,), None, scales, ways.h, strides=strides[:1]),
+                pack((kernel,), bias, np.ones(1), ways.x, strides=strides[1:]))  # fmt: skip

@@ -38,7 +38,7 @@ class InputGradient:
             return
         self._source = table(np.array([source(spec)], SOURCE))
         self._inner, self._m, self._folds, _ = _way_back(
-            spec, algorithm, kernel.itemsize, tiles.choices(spec.KH, spec.KW)
+            spec, algorithm, kernel.itemsize, tiles.choices((spec.KH, spec.KW))
         )
         self._cell = storing(self._inner.F)
         flat = kernel.reshape(1, 1, -1, spec.F) if self._folds else kernel
@@ -120,7 +120,7 @@ def join(recurrent: ConvSpec, inputs: ConvSpec, algorithm: str, itemsize: int, T
     if not inputs.C or replace(inputs, C=joint.C) != joint:
         return None
     costs = [
-        _way_back(spec, algorithm, itemsize, tiles.choices(spec.KH, spec.KW))[3] / steps
+        _way_back(spec, algorithm, itemsize, tiles.choices((spec.KH, spec.KW)))[3] / steps
         for spec, steps in ((joint, 1), (recurrent, 1), (inputs.with_batch(inputs.B * T), T))
     ]
     return joint if costs[0] <= costs[1] + costs[2] else None
@@ -138,7 +138,7 @@ def _way_back(
     inner, folded = _transposed(spec), _fold_cost(spec, taps, itemsize)
     if inner is None:
         return taps, None, True, folded
-    m = plans.choose("conv2d", (inner,), algorithm if plans.fits((inner,)) else "auto", itemsize, remember=False)
+    m = plans.choose("conv2d", (inner,), algorithm, itemsize, remember=False)
     cost = plans.cost((inner,), m, itemsize)
     if algorithm != "winograd" and folded < cost:
         return taps, None, True, folded

@@ -10,10 +10,11 @@ from collections.abc import Callable
 import numpy as np
 
 from fastclstm.engines import remembered
-from fastclstm.engines.cpu import packing, threads, transforms
+from fastclstm.engines.cpu import packing, threads, tiles, transforms
 from fastclstm.engines.cpu.kernels.entry import table
 from fastclstm.engines.cpu.kernels.schedule import FLOW, LINE, NOTHING, Plan, Slots
 from fastclstm.engines.cpu.tiles import Tile
+from fastclstm.spec import Pair
 
 NO_MASK = table(np.ones((0, 0), np.bool_))
 
@@ -67,12 +68,13 @@ def team_size(flops: int) -> int:
 
 def pack(
     kernels: tuple[np.ndarray, ...], bias: np.ndarray | None, scales: np.ndarray, m: Tile | None, *,
-    transposed: bool = False, remember: bool = True,
+    strides: tuple[Pair, ...] = (), transposed: bool = False, remember: bool = True,
 ) -> packing.Columns:  # fmt: skip
     """Pack the kernels of a sum of convolutions: the gates of the last axis times `scales`, rounded once.
 
-    transposed: the kernels are those that pull gradients back, (KH, KW, F, C): flipped and transposed. remember: the
-    same kernels will come again, so that packing them once is worth the memory.
+    strides: of each convolution; for tiles its kernel is cut into lattices. transposed: the kernels are those that pull
+    gradients back, (KH, KW, F, C): flipped and transposed. remember: the same kernels will come again, so that packing
+    them once is worth the memory.
     """
     dtype, gates = kernels[0].dtype, len(scales)
 
@@ -82,12 +84,15 @@ def pack(
         F = taps[0].shape[3] // gates
         if not m and sum(k.size for k in taps) < SMALL_KERNEL:
             return packing.pack(np.concatenate([k.reshape(-1, gates, F) for k in taps]), scales, line)
+        if m and strides:
+            pairs = zip(taps, strides, strict=True)
+            taps = [k[lattice] for k, pair in pairs for lattice in tiles.lattices(k.shape[0], k.shape[1], pair)]
         tile = m or transforms.AS_IT_IS
         columns = packing.lay_out(tile.points, transforms.rows(taps, tile), gates, F, line, dtype, paired=bool(m))
         transforms.transform(taps, scales, m, columns)
         return columns
 
-    return remembered.remember((*kernels, bias), (m, transposed, *scales), make) if remember else make()
+    return remembered.remember((*kernels, bias), (m, strides, transposed, *scales), make) if remember else make()
 
 
 def run(

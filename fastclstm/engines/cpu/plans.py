@@ -21,14 +21,14 @@ from fastclstm.spec import ConvSpec
 
 
 def fits(specs: tuple[ConvSpec, ...]) -> bool:
-    """Whether tiles can compute the convolutions together: kernels of one size, stride 1 and one dilation."""
+    """Whether tiles can compute the convolutions together: of any kernels and strides, with one dilation."""
+    return tiles.interleaved(specs) is not None
+
+
+def alike(specs: tuple[ConvSpec, ...]) -> bool:
+    """Whether the convolutions have kernels of one size, stride 1 and one dilation."""
     first = specs[0]
-    return all(
-        (spec.KH, spec.KW) == (first.KH, first.KW)
-        and max(spec.strides) == 1
-        and tiles.dilation(spec) == tiles.dilation(first)
-        for spec in specs
-    )
+    return fits(specs) and all((s.KH, s.KW, *s.strides) == (first.KH, first.KW, 1, 1) for s in specs)
 
 
 def choose(
@@ -45,13 +45,14 @@ def choose(
         return None
     if not fits(specs):
         raise ValueError(
-            f"{op}: algorithm='winograd' needs stride 1, and one kernel size and dilation for all convolutions, "
-            f"got {[(s.KH, s.KW, s.strides, s.dilation) for s in specs]}; use 'auto' or 'direct'"
+            f"{op}: algorithm='winograd' needs one dilation for all convolutions, "
+            f"got {[spec.dilation for spec in specs]}; use 'auto' or 'direct'"
         )
-    choices = tiles.choices(specs[0].KH, specs[0].KW)
+    sizes = {(spec.KH, spec.KW): None for spec in tiles.dense(specs)}
+    choices = tiles.choices(*sizes)
     if algorithm == "winograd":
         return _cheapest(tuple(spec.with_batch(1) for spec in specs), choices, itemsize, gates)
-    return None if specs[0].KH == specs[0].KW == 1 else _cheapest(specs, (None, *choices), itemsize, gates, remember)
+    return None if {*sizes} == {(1, 1)} else _cheapest(specs, (None, *choices), itemsize, gates, remember)
 
 
 class Ways(NamedTuple):
@@ -212,14 +213,13 @@ def direct_cost(specs: tuple[ConvSpec, ...], images: int, itemsize: int) -> floa
 
 def winograd_cost(specs: tuple[ConvSpec, ...], tile: Tile, images: int, itemsize: int) -> float:
     """Estimate the work of one step in multiply-adds of vectors, from measurements (see `direct_cost`)."""
-    lanes, spec = simd.lanes(itemsize), specs[0]
-    count = images * math.prod(grid(spec, tile))
-    pieces = len(tiles.pieces(spec.KH, spec.KW, tile))
-    vectors = -(-spec.F // lanes)
+    lanes = simd.lanes(itemsize)
+    count = images * math.prod(grid(specs, tile))
+    vectors = -(-specs[0].F // lanes)
     streaming = STREAMING_ROWS if weight_bytes(specs, tile, itemsize) < FAR_BYTES else FAR_ROWS
     rows = max(-(-count // winograd.CHUNKS[-1]) * winograd.CHUNKS[-1], streaming)
-    products = rows * tile.points * pieces * sum(s.C for s in specs) * vectors / 0.8
-    inputs = 30 * count * tile.points * pieces * sum(-(-s.C // lanes) for s in specs)
+    products = rows * tile.points * channels_of(specs, tile) * vectors / 0.8
+    inputs = 30 * count * tile.points * channels_of(specs, tile, lanes)
     outputs = 5 * count * tile.points * vectors
     return products + inputs + outputs
 
@@ -263,12 +263,12 @@ def planar_cost(specs: tuple[ConvSpec, ...], tile: Tile | None, itemsize: int, g
         return math.inf
     columns = -(-spec.F // planar_kernels.QUAD) * planar_kernels.QUAD
     m = tile or _direct_tile(specs)
-    tiles_y, tiles_x = _tiles_of(spec, m, bool(tile))
-    images, band = _cut(spec.B, tiles_y, tiles_x, tiles.dilation(spec)[0] if tile else 1, lanes, 1)
+    tiles_y, tiles_x = _tiles_of(specs, m, bool(tile))
+    images, band = _cut(spec.B, tiles_y, tiles_x, interleaved(specs)[0] if tile else 1, lanes, 1)
     vectors = -(-spec.B // images) * -(-tiles_y // band) * -(-images * band * tiles_x // lanes)
     work: float = vectors * m.outputs * (60 + PLANAR_FINISH[not gates] * filters)
-    pieces = len(tiles.pieces(spec.KH, spec.KW, tile)) if tile else 1
-    for s in specs:
+    for s in tiles.dense(specs) if tile else specs:
+        pieces = len(tiles.pieces(s.KH, s.KW, tile)) if tile else 1
         reads_y, reads_x = (
             m_ + k - 1 if tile else (m_ - 1) * stride + (k - 1) * dilation + 1
             for m_, k, stride, dilation in zip(
@@ -366,28 +366,40 @@ def _weight_order(specs: Sequence[ConvSpec], block_width: int) -> tuple[np.ndarr
 # ----------------------------------------------------------------------------------------------------------- Winograd
 
 
-def grid(spec: ConvSpec, tile: Tile) -> tuple[int, int]:
+def interleaved(specs: tuple[ConvSpec, ...]) -> tuple[int, int]:
+    """Outputs from one to the next of a tile, of convolutions that `fits`."""
+    apart = tiles.interleaved(specs)
+    assert apart is not None
+    return apart
+
+
+def grid(specs: tuple[ConvSpec, ...], tile: Tile) -> tuple[int, int]:
     """Rows and columns of the tiles of an image."""
-    d_y, d_x = tiles.dilation(spec)
-    return tiles.along(spec.HO, tile.m_y, d_y), tiles.along(spec.WO, tile.m_x, d_x)
+    d_y, d_x = interleaved(specs)
+    return tiles.along(specs[0].HO, tile.m_y, d_y), tiles.along(specs[0].WO, tile.m_x, d_x)
+
+
+def channels_of(specs: tuple[ConvSpec, ...], tile: Tile, lanes: int = 1) -> int:
+    """Channels, or vectors of so many lanes, of the pieces of all kernels."""
+    return sum(-(-s.C // lanes) * len(tiles.pieces(s.KH, s.KW, tile)) for s in tiles.dense(specs))
 
 
 def weight_bytes(specs: tuple[ConvSpec, ...], tile: Tile, itemsize: int) -> int:
     """Size of the transformed kernels."""
-    channels = sum(spec.C * len(tiles.pieces(spec.KH, spec.KW, tile)) for spec in specs)
-    return tile.points * channels * specs[0].F * itemsize
+    return tile.points * channels_of(specs, tile) * specs[0].F * itemsize
 
 
 def tile_sources(specs: tuple[ConvSpec, ...], tile: Tile, *, hidden: bool = False) -> np.ndarray:
     """What the tiles read: of each convolution, piece by piece, a `SOURCE`; hidden: the first one reads h."""
     sources = []
     for n, spec in enumerate(specs):
-        d_y, d_x = tiles.dilation(spec)
-        (_, after_y), (_, after_x) = spec.padding
-        for y, x in tiles.pieces(spec.KH, spec.KW, tile):
-            pads = ((spec.padding[0][0] - y.first * d_y, after_y), (spec.padding[1][0] - x.first * d_x, after_x))
-            piece = replace(spec, padding=pads, dilation=(d_y, d_x))
-            sources.append(source(piece, hidden and n == 0))
+        d_y, d_x = (apart * stride for apart, stride in zip(interleaved(specs), spec.strides, strict=True))
+        for lattice in tiles.dense((spec,)):
+            (top, bottom), (left, right) = lattice.padding
+            for y, x in tiles.pieces(lattice.KH, lattice.KW, tile):
+                pads = (top - y.first * d_y, bottom), (left - x.first * d_x, right)
+                piece = replace(lattice, padding=pads, dilation=(d_y, d_x))
+                sources.append(source(piece, hidden and n == 0))
     return np.array(sources, SOURCE)
 
 
@@ -397,7 +409,7 @@ def winograd_plan(
     """Plan the sum of the convolutions `specs` (same output grid, own inputs) in Winograd's tiles."""
     B, HO, WO = specs[0].B, specs[0].HO, specs[0].WO
     lanes = simd.lanes(itemsize)
-    tiles_y, tiles_x = grid(specs[0], tile)
+    tiles_y, tiles_x = grid(specs, tile)
     count = tiles_y * tiles_x
     if B * count <= 2 * winograd.BLOCK_TILES * threads:
         images, blocks, parts = _cut_of_few(specs, tile, groups, itemsize, threads)
@@ -426,7 +438,8 @@ def winograd_plan(
     places = np.concatenate([[0], np.cumsum([-(-size // 64) * 64 + 64 for size in sizes])])
     work = np.zeros(1, winograd.WORK)
     work[0] = (HO, WO, tiles_x, count, unit_tiles, block_tiles, chunk, *places[:5])
-    neighbours = _neighbours_of_tiles(specs[0], tile, tiles_x, count, unit_tiles, block_tiles)
+    reach = _reach_of_tiles(sources, tile, tiles_y)
+    neighbours = _neighbours_of_tiles(reach, interleaved(specs)[0], tiles_x, count, unit_tiles, block_tiles)
     tables = table(work, sources, neighbours, np.array(channels, np.int64))
     return Plan(winograd.RUN[finish], tuple(tile), work, tables, int(places[5]), units, len(neighbours),
                 parts)  # fmt: skip
@@ -446,9 +459,8 @@ def _cut_of_few(
     and groups may not divide among them.
     """
     spec, lanes = specs[0], simd.lanes(itemsize)
-    B, count = spec.B, math.prod(grid(spec, tile))
-    pieces, vectors = len(tiles.pieces(spec.KH, spec.KW, tile)), -(-spec.F // lanes)
-    channels, runs = pieces * sum(s.C for s in specs), pieces * sum(-(-s.C // lanes) for s in specs)
+    B, count, vectors = spec.B, math.prod(grid(specs, tile)), -(-spec.F // lanes)
+    channels, runs = channels_of(specs, tile), channels_of(specs, tile, lanes)
     least = NEAR_ROWS if weight_bytes(specs, tile, itemsize) < FAR_BYTES else FAR_ROWS
 
     def load(cut: tuple[int, int, int]) -> float:
@@ -470,22 +482,31 @@ def _cut_of_few(
     return min(cuts, key=load)
 
 
+def _reach_of_tiles(sources: np.ndarray, tile: Tile, rows: int) -> int:
+    """How many rows of tiles away from its own a tile reads h, at most; sources: as of `tile_sources`."""
+    hidden = sources[sources["hidden"] == 1]
+    if not len(hidden):
+        return 0
+    if hidden["circular"].any():
+        return rows
+    down = (tile.k_y - 1) * hidden["dilation_y"] - hidden["top"]
+    return int(np.max(-(-np.maximum(hidden["top"], down) // (tile.m_y * hidden["dilation_y"]))))
+
+
 def _neighbours_of_tiles(
-    spec: ConvSpec, tile: Tile, tiles_x: int, count: int, unit_tiles: int, block_tiles: int
+    reach: int, interleaved: int, tiles_x: int, count: int, unit_tiles: int, block_tiles: int
 ) -> np.ndarray:
     """Of each block of tiles (image by image, row by row) the blocks with tiles that its convolution reaches."""
     first = np.arange(0, unit_tiles, block_tiles)
     last = np.minimum(first + block_tiles, unit_tiles) - 1
-    interleaved = tiles.dilation(spec)[0]
     rows = count // tiles_x
-    bands = rows if spec.padding_mode == "circular" else -(-_reach(spec)[0] // (tile.m_y * interleaved))
 
     def row(index: np.ndarray, step: int) -> np.ndarray:
         """First row of tiles of the band, `interleaved` rows, that many steps away."""
         return np.clip((index % count // tiles_x // interleaved + step) * interleaved, 0, rows)
 
-    start = first // count * count + row(first, -bands) * tiles_x
-    stop = np.minimum(last // count * count + row(last, bands + 1) * tiles_x, unit_tiles)
+    start = first // count * count + row(first, -reach) * tiles_x
+    stop = np.minimum(last // count * count + row(last, reach + 1) * tiles_x, unit_tiles)
     return np.stack([start // block_tiles, -(-stop // block_tiles)], 1)
 
 
@@ -518,13 +539,13 @@ def planar_plan(specs: tuple[ConvSpec, ...], tile: Tile | None, finish: str, ite
     F = spec.F // 4 if has_gates else spec.F
     hidden = has_gates or len(specs) > 1
     if tile:
-        m, sources, (d_y, d_x) = tile, tile_sources(specs, tile, hidden=hidden), tiles.dilation(spec)
+        m, sources, (d_y, d_x) = tile, tile_sources(specs, tile, hidden=hidden), interleaved(specs)
         sources["KH"], sources["KW"] = tile.k_y, tile.k_x
     else:
         sources = np.array([source(s, hidden and n == 0) for n, s in enumerate(specs)], SOURCE)
         m, d_y, d_x = _direct_tile(specs), 1, 1
     side, points = m.outputs, m.points
-    tiles_y, tiles_x = _tiles_of(spec, m, bool(tile))
+    tiles_y, tiles_x = _tiles_of(specs, m, bool(tile))
     images, band = _cut(B, tiles_y, tiles_x, d_y, lanes, threads)
     units, blocks = -(-B // images), -(-tiles_y // band)
     reads = _planar_reads(sources, m, ((band, d_y), (tiles_x, d_x)), bool(tile))
@@ -559,7 +580,10 @@ def planar_plan(specs: tuple[ConvSpec, ...], tile: Tile | None, finish: str, ite
         at += _aligned(int(count) * lanes * itemsize)
     work = np.zeros(1, planar_kernels.WORK)
     work[0] = (HO, WO, m.m_y, m.m_x, d_y, d_x, tiles_x, tiles_y, images, band, rows, at_once, *places.values())
-    reach = tiles_y if spec.padding_mode == "circular" else -(-_reach(spec)[0] // (band * m.m_y))
+    if tile:
+        reach = -(-_reach_of_tiles(sources, tile, tiles_y) // band)
+    else:
+        reach = tiles_y if spec.padding_mode == "circular" else -(-_reach(spec)[0] // (band * m.m_y))
     order = np.arange(blocks)
     neighbours = np.stack([np.maximum(order - reach, 0), np.minimum(order + reach + 1, blocks)], 1)
     tables = table(work, sources, reads, neighbours, segments)
@@ -599,9 +623,9 @@ def _direct_tile(specs: tuple[ConvSpec, ...]) -> Tile:
     return Tile(next((m for m in lines if read(m) * simd.VECTOR_BYTES <= READ_BYTES), 1), planar_kernels.M_X, 1, 1)
 
 
-def _tiles_of(spec: ConvSpec, tile: Tile, interleaved: bool) -> tuple[int, int]:
+def _tiles_of(specs: tuple[ConvSpec, ...], tile: Tile, interleaved: bool) -> tuple[int, int]:
     """Rows and columns of the tiles of an image; `interleaved` where the convolution is dilated."""
-    return grid(spec, tile) if interleaved else (-(-spec.HO // tile.m_y), -(-spec.WO // tile.m_x))
+    return grid(specs, tile) if interleaved else (-(-specs[0].HO // tile.m_y), -(-specs[0].WO // tile.m_x))
 
 
 def _cut(B: int, tiles_y: int, tiles_x: int, dilation: int, lanes: int, threads: int) -> tuple[int, int]:

@@ -64,10 +64,9 @@ class PlannedConvolution:
 
     def __init__(self, spec: ConvSpec, kernel: np.ndarray, bias: np.ndarray | None, algorithm: str):
         self._spec, self._kernel, self._dtype = spec, kernel, kernel.dtype
-        self._looks = algorithm != "direct" and plans.fits((spec,))
-        way = algorithm if self._looks or algorithm == "direct" else "auto"
-        self._tile = plans.choose("conv2d", (spec,), way, kernel.itemsize)
-        self._packed = cache(lambda tile: launch.pack((kernel,), bias, np.ones(1), tile))
+        self._looks = algorithm != "direct"
+        self._tile = plans.choose("conv2d", (spec,), algorithm, kernel.itemsize)
+        self._packed = cache(lambda tile: launch.pack((kernel,), bias, np.ones(1), tile, strides=(spec.strides,)))
         self._cell = storing(spec.F)
         self._direct = np.zeros(spec.B, np.bool_)
         self._back = cache(lambda direct: InputGradient(spec, kernel, "direct" if direct else algorithm))

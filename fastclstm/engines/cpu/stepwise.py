@@ -109,7 +109,10 @@ class _Convolution:
         self._specs, self._kernels = specs, kernels
         way = algorithm if plans.fits(specs) or algorithm == "direct" else "auto"
         self._tile = plans.choose("convlstm2d", specs, way, kernels[0].itemsize, remember=remember)
-        self._packed = cache(lambda tile: launch.pack(kernels, bias, np.ones(1), tile, remember=remember))
+        strides = tuple(spec.strides for spec in specs)
+        self._packed = cache(
+            lambda tile: launch.pack(kernels, bias, np.ones(1), tile, strides=strides, remember=remember)
+        )
         self._cell = gates.storing(specs[0].F)
 
     def run(self, target: Slots, B: int, T: int, direct: np.ndarray, x: Slots) -> None:
@@ -213,7 +216,7 @@ class _Cell:
             self.specs = replace(spec.recurrent, F=spec.F), replace(spec.input, F=spec.F)
             self.kernels = list(zip(*map(_split, inputs.kernels), strict=True))
             biases = [None] * len(GATES) if bias is None else [*_split(bias)]
-        self.joint = plans.fits(self.specs) and not self.separate and not self.planar
+        self.joint = plans.alike(self.specs) and not self.separate and not self.planar
         """Whether the convolutions of x and h are summed by one kernel."""
         one = partial(_Convolution, algorithm=inputs.algorithm, remember=remember and not self.planar)
         if self.joint:

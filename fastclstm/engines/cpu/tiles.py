@@ -3,7 +3,9 @@
 F(m, k) computes m outputs of k taps from α = m + k − 1 inputs with α multiplications; a tile of F(m_y×m_x, k_y×k_x)
 with α_y·α_x. An axis of one tap is not transformed: α = m. Kernels of more than 7 taps on an axis, or of fewer where
 that is cheaper, are a sum of pieces of k taps, each a convolution with its own origin. Dilated convolutions are
-interleaved dense ones: the pixels of a tile are a dilation apart.
+interleaved dense ones: the pixels of a tile are a dilation apart. A strided convolution is the sum of those of its
+lattices: every stride-th tap, on every stride-th pixel. So tiles of one size do kernels of any: what has fewer taps
+than the tile is filled up with zeros.
 
 Largest and root-mean-square error of an output in float32, relative to the root mean square of the outputs, where
 normal inputs of 64 channels meet weights uniform in ±1/sqrt(k²·64) (400 tiles, matrix products summed channel by
@@ -29,10 +31,11 @@ What errs 3e-5 at most is taken: not the last two, whose gain is small.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
 
-from fastclstm.spec import ConvSpec
+from fastclstm.spec import ConvSpec, Pair
 
 OUTPUTS = {1: (1, 4), 2: (3, 5), 3: (2, 4), 4: (3, 5), 5: (2, 4), 6: (3,), 7: (2,)}
 """Outputs m of a tile on an axis, by the taps k."""
@@ -71,7 +74,7 @@ class Cut(NamedTuple):
 
 
 def cuts(size: int, k: int) -> list[Cut]:
-    """Cut `size` taps into pieces of k."""
+    """Cut `size` taps into pieces of k; of fewer taps make one piece that begins with zeros."""
     return [Cut(min(n, size - k), max(0, n + k - size)) for n in range(0, size, k)]
 
 
@@ -86,14 +89,62 @@ def along(size: int, m: int, dilation: int) -> int:
     return whole * dilation + min(rest, dilation)
 
 
-def dilation(spec: ConvSpec) -> tuple[int, int]:
-    """Pixels from tap to tap; 1 along an axis of one tap."""
-    d_y, d_x = spec.dilation
-    return d_y if spec.KH > 1 else 1, d_x if spec.KW > 1 else 1
+Lattice = tuple[slice, slice]
+"""Which taps of a kernel's two axes."""
+
+
+def lattices(KH: int, KW: int, strides: Pair) -> list[Lattice]:
+    """Return the taps that see the same pixels of every stride × stride, for each of these that any tap sees."""
+    s_y, s_x = strides
+    return [(slice(y, KH, s_y), slice(x, KW, s_x)) for y in range(min(s_y, KH)) for x in range(min(s_x, KW))]
 
 
 @lru_cache(maxsize=256)
-def choices(KH: int, KW: int) -> tuple[Tile, ...]:
+def dense(specs: tuple[ConvSpec, ...]) -> tuple[ConvSpec, ...]:
+    """Return the convolutions of all lattices: strides and dilation are equal where they are strided."""
+    found = []
+    for spec in specs:
+        (top, bottom), (left, right) = spec.padding
+        dilation = max(spec.strides[0], spec.dilation[0]), max(spec.strides[1], spec.dilation[1])
+        for y, x in lattices(spec.KH, spec.KW, spec.strides):
+            pads = (top - y.start, bottom), (left - x.start, right)
+            KH, KW = len(range(spec.KH)[y]), len(range(spec.KW)[x])
+            found.append(replace(spec, KH=KH, KW=KW, padding=pads, dilation=dilation))
+    return tuple(found)
+
+
+@lru_cache(maxsize=256)
+def interleaved(specs: tuple[ConvSpec, ...]) -> Pair | None:
+    """Outputs from one to the next of a tile, for all convolutions; None where they do not agree.
+
+    That is the dilation of dense ones, any along an axis of one tap.
+    """
+    pair = []
+    for axis in (0, 1):
+        apart = {s.dilation[axis] // s.strides[axis] for s in dense(specs) if (s.KH, s.KW)[axis] > 1} or {1}
+        if len(apart) > 1:
+            return None
+        pair.append(apart.pop())
+    return pair[0], pair[1]
+
+
+@lru_cache(maxsize=256)
+def choices(*sizes: Pair) -> tuple[Tile, ...]:
+    """Tiles for the kernels of these sizes together.
+
+    Where a kernel has fewer taps than the tile, pixels beyond it meet zeros: not for tiles of two outputs, whose errors
+    shall stay within the receptive fields (`outliers`).
+    """
+    found = dict.fromkeys(tile for size in sizes for tile in _for_size(*size))
+    return tuple(tile for tile in found if all(_suits(tile, size) for size in sizes))
+
+
+def _suits(tile: Tile, size: Pair) -> bool:
+    axes = zip(tile[:2], tile[2:], size, strict=True)
+    return all((k > 1 or taps == 1) and (k <= taps or m > 2) for m, k, taps in axes)
+
+
+def _for_size(KH: int, KW: int) -> tuple[Tile, ...]:
     """Tiles for a kernel; square ones for square kernels, of which fewer are compiled."""
     if KH == KW:
         return tuple(Tile(m, m, k, k) for m, k in _choices(KH))

@@ -27,7 +27,7 @@ DTYPES = ("float32", "float64")
 
 _FORWARD = {"convolution": "store", "ConvLSTM": "update", "ConvLSTM with peepholes or clipping": "update_peeping",
              "ConvLSTM of any kind": "update_any"}  # fmt: skip
-_TILES = (None, *tiles.choices(3, 3), *tiles.choices(5, 5))
+_TILES = (None, *tiles.choices((3, 3)), *tiles.choices((5, 5)))
 """Of Winograd for the usual kernels; None: direct, for any."""
 
 

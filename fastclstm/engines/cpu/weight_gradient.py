@@ -101,7 +101,7 @@ def of_kernels(
     Of both together, or apart where tiles cannot do both or where they do not see the same dz.
     """
     specs = {"recurrent_kernel": recurrent, "kernel": inputs}
-    together = one_dz and plans.fits((recurrent, inputs))
+    together = one_dz and plans.alike((recurrent, inputs))
     jobs = [tuple(specs)] if together else [(name,) for name in specs]
     return [(names, WeightGradient(tuple(specs[n] for n in names), dtype, frames, algorithm)) for names in jobs]
 
@@ -109,10 +109,10 @@ def of_kernels(
 def choose(specs: tuple[ConvSpec, ...], T: int, algorithm: str, itemsize: int) -> Tile | None:
     """Winograd's tile; None: direct."""
     is_pointwise = specs[0].KH == specs[0].KW == 1
-    if algorithm == "direct" or not plans.fits(specs) or (algorithm == "auto" and is_pointwise):
+    if algorithm == "direct" or not plans.alike(specs) or (algorithm == "auto" and is_pointwise):
         return None
     costs: dict[Tile | None, float] = {
-        tile: _winograd_cost(specs, tile, T, itemsize) for tile in tiles.choices(specs[0].KH, specs[0].KW)
+        tile: _winograd_cost(specs, tile, T, itemsize) for tile in tiles.choices((specs[0].KH, specs[0].KW))
     }
     if algorithm == "auto":
         costs[None] = T * plans.direct_cost(specs, specs[0].B, itemsize)
@@ -122,7 +122,7 @@ def choose(specs: tuple[ConvSpec, ...], T: int, algorithm: str, itemsize: int) -
 def _winograd_cost(specs: tuple[ConvSpec, ...], tile: Tile, T: int, itemsize: int) -> float:
     """Estimate the work in multiply-adds of vectors (see `plans.direct_cost`)."""
     lanes, spec = simd.lanes(itemsize), specs[0]
-    count, pieces = T * spec.B * math.prod(plans.grid(spec, tile)), len(tiles.pieces(spec.KH, spec.KW, tile))
+    count, pieces = T * spec.B * math.prod(plans.grid(specs, tile)), len(tiles.pieces(spec.KH, spec.KW, tile))
     rows, vectors = pieces * sum(s.C for s in specs), -(-spec.F // lanes)
     transforms = 10 * count * tile.points * (vectors + pieces * sum(-(-s.C // lanes) for s in specs))
     visits = (4 * -(-count // BLOCK_TILES) + PULLED_BACK) * tile.points * rows * vectors
@@ -183,7 +183,7 @@ def _direct_plan(specs: tuple[ConvSpec, ...], frames: int, itemsize: int) -> _Pl
 def _winograd_plan(specs: tuple[ConvSpec, ...], tile: Tile, frames: int, itemsize: int) -> _Plan:
     spec, lanes = specs[0], simd.lanes(itemsize)
     points, pairs, width = tile.points, _pairs(spec.F, itemsize), 2 * lanes
-    gradient = ConvSpec(spec.B, spec.HO, spec.WO, spec.F, 1, 1, 1, spec.HO, spec.WO, (1, 1), tiles.dilation(spec),
+    gradient = ConvSpec(spec.B, spec.HO, spec.WO, spec.F, 1, 1, 1, spec.HO, spec.WO, (1, 1), plans.interleaved(specs),
                         ((0, 0), (0, 0)), "zeros")  # fmt: skip
     inputs = plans.tile_sources(specs, tile)
     sources = np.append(inputs, np.array([source(gradient)], SOURCE))
@@ -191,7 +191,7 @@ def _winograd_plan(specs: tuple[ConvSpec, ...], tile: Tile, frames: int, itemsiz
     chunk = _chunk(channels)
     rows = -(-channels // chunk) * chunk
     pitch = (-(-channels // lanes) + 1 | 1) * lanes  # an odd number of vectors: tiles in different sets of the cache
-    tiles_y, tiles_x = plans.grid(spec, tile)
+    tiles_y, tiles_x = plans.grid(specs, tile)
     size = points * (pitch + pairs * width)
     count = max(8, min(frames * tiles_x * tiles_y, BLOCK_TILES, SCRATCH_BYTES // (size * itemsize)))
     gradients = count * pitch + lanes

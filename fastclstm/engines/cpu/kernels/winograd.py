@@ -1,10 +1,11 @@
-"""Winograd convolution F(m_y×m_x, k_y×k_x): fewer multiplications, for kernels of stride 1.
+"""Winograd convolution F(m_y×m_x, k_y×k_x): fewer multiplications.
 
 Each tile of m_y×m_x outputs is Aᵀ[(G w Gᵀ) ∘ (Bᵀ x B)]A (Lavin & Gray 2016), each axis with matrices of its own. Bᵀ x B
 of a block of tiles, for all channels, is written once; then for each group of columns one matrix product a point (an
 element of the α_y×α_x transformed tile, α = m + k − 1) runs over the channels, and the transform Aᵀ · A hands
-pre-activations straight to the gates. A piece of a larger kernel is a source of its own, with its origin: further
-channels of the same product. The pixels of a tile are a dilation apart.
+pre-activations straight to the gates. A piece of a larger kernel, and a lattice of a strided one, is a source of its
+own, with its origin: further channels of the same product. The outputs of a tile are a dilation apart, the pixels that
+it reads as many strides.
 """
 
 from __future__ import annotations
@@ -385,7 +386,7 @@ def _run(finish):
                 skipped_blocks += (sources[s].C + step - 1) // step
             rows += sources[s].C
         HO, WO, tiles_x = work.HO, work.WO, work.tiles_x
-        d_y, d_x = sources[0].dilation_y, sources[0].dilation_x
+        d_y, d_x = sources[0].dilation_y // sources[0].stride_y, sources[0].dilation_x // sources[0].stride_x
         for n in range(count):
             b, tile = (first + n) // work.tiles, (first + n) % work.tiles
             ty, tx = corner(m_y, d_y, tile // tiles_x), corner(m_x, d_x, tile % tiles_x)
@@ -397,8 +398,8 @@ def _run(finish):
             for s in range(skipped, len(sources)):
                 src = sources[s]
                 frame = simd.at(like, source_at(flow, sources, s, b, t))
-                transform_tile(m_y, m_x, k_y, k_x, src, frame, ty - src.top, tx - src.left, block_n, chunk * step,
-                               point, patch)  # fmt: skip
+                y0, x0 = ty * src.stride_y - src.top, tx * src.stride_x - src.left
+                transform_tile(m_y, m_x, k_y, k_x, src, frame, y0, x0, block_n, chunk * step, point, patch)
                 block_n = simd.shift(block_n, (src.C + step - 1) // step * chunk * step)
         if count % chunk > 0:  # what was in this memory may be denormal, which takes a hundred times as long
             for p in range(points):
