@@ -82,7 +82,7 @@ def predict(case: ConvLSTMCase, threads: int, row_seconds: float = 1.0) -> float
         ConvSpec.infer((case.B, case.H, case.W, channels), (case.K, case.K, channels, 4 * case.F))
         for channels in (case.F, case.C)
     )
-    tile = plans.choose("convlstm2d", specs, "auto", 4)
+    tile = plans.choose(specs, "auto", 4)
     threads = max(1, min(threads, int(1e9 * case.work / case.T) // launch.SERIAL_FLOPS))
     plan = plans.plan(specs, tile, "update", -(-case.F // simd.lanes(4)), 4, threads)
     pieces = _rows(plan, tile) * row_seconds / plan.parts

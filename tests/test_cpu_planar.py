@@ -78,6 +78,7 @@ CASES = {
     "Winograd, dilated": (
         Ways(F2, F2), (2, 2, 15, 17, 1, 6, (3, 3)), {"dilation": (2, 3), "recurrent_dilation": (2, 3)},
     ),
+    "Winograd, strides": (Ways(F2, F2), (2, 2, 13, 18, 2, 5, (4, 3)), {"strides": (2, 3)}),
     "Winograd before": (Ways(F2, F2, before=True), (2, 3, 9, 11, 2, 5, (3, 3)), {"state": True}),
 }  # fmt: skip
 

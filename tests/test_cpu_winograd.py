@@ -34,7 +34,7 @@ TIMES_DIRECT = {4: 2, 6: 6, 8: 8}
 @pytest.fixture
 def take(monkeypatch):
     """Function that makes the engine take a tile."""
-    return lambda tile: monkeypatch.setattr(tiles, "choices", lambda KH, KW: (tile,))
+    return lambda tile: monkeypatch.setattr(tiles, "choices", lambda *sizes: (tile,))
 
 
 def correlate(x, w):
@@ -105,23 +105,35 @@ def spec(kernel=(3, 3), **options):
     return ConvSpec.infer((1, 16, 16, 4), (*kernel, 4, 8), **({"padding": "same"} | options))
 
 
-def test_fits_kernels_alike_of_stride_1():
+def test_fits_kernels_of_one_dilation():
     for kernel in ((3, 3), (5, 5), (1, 1), (2, 2), (4, 4), (7, 7), (3, 5), (1, 3), (9, 2), (11, 11)):
         assert plans.fits((spec(kernel),))
         assert plans.fits((spec(kernel), spec(kernel, padding_mode="circular")))
         assert plans.fits((spec(kernel, padding="valid"),))
     assert plans.fits((spec(dilation=(2, 3)), spec(dilation=(2, 3))))
     assert plans.fits((spec((1, 3), dilation=(2, 3)), spec((1, 3), dilation=(1, 3))))  # an axis of one tap has none
-    for options in ({"strides": (1, 2)}, {"strides": (2, 1)}):
-        assert not plans.fits((spec(**options),))
-    assert not plans.fits((spec(), spec((5, 5))))
     assert not plans.fits((spec(), spec(dilation=(2, 2))))
+    assert plans.alike((spec(), spec(padding="valid")))
+    for options in ({"strides": (1, 2)}, {"strides": (2, 1)}, {"kernel": (5, 5)}):
+        assert plans.fits((spec(), spec(**options)))
+        assert not plans.alike((spec(), spec(**options)))
 
 
-def test_asked_for_in_vain_is_an_error():
-    x, w = np.ones((1, 8, 8, 2), np.float32), np.ones((3, 3, 2, 4), np.float32)
-    with pytest.raises(ValueError, match=r"needs stride 1.*use 'auto' or 'direct'"):
-        functional.conv2d(x, w, strides=(1, 2), engine="cpu", algorithm="winograd")
+@pytest.mark.parametrize(("size", "strides"), [((3, 3), (2, 2)), ((5, 4), (3, 1)), ((1, 2), (2, 3))])
+def test_lattices_have_each_tap_once_and_see_the_pixels_of_one_of_every_stride(size, strides):
+    taps = np.arange(np.prod(size)).reshape(size)
+    cut = tiles.lattices(*size, strides)
+    assert sorted(tap for lattice in cut for tap in taps[lattice].ravel()) == taps.ravel().tolist()
+    assert len(tiles.dense((spec(size, strides=strides),))) == len(cut)
+
+
+def test_pixels_beyond_a_kernel_meet_zeros_in_large_tiles_only():
+    """Else what a tile of two outputs errs would leave the receptive fields, which `outliers` relies on."""
+    assert Tile(2, 2, 5, 5) in tiles.choices((5, 5))
+    assert tiles.choices((5, 5), (3, 3)) == (Tile(4, 4, 5, 5), Tile(2, 2, 3, 3), Tile(4, 4, 3, 3))
+    assert (
+        tiles.choices((2, 2), (2, 1), (1, 2), (1, 1)) == tiles.choices((2, 2)) == (Tile(3, 3, 2, 2), Tile(5, 5, 2, 2))
+    )
 
 
 def test_values_stay_where_they_are_with_small_tiles_only():
@@ -149,7 +161,7 @@ def test_any_frame(take, tile, C):
     for H, W in ((1, 1), (1, 9), (2, 3), (4, 4), (5, 8), (7, 13), (17, 6)):
         for options in (
             {}, {"padding": ((k, 1), (0, k + 1))}, {"padding_mode": "circular"}, {"dilation": (2, 3)},
-            {"dilation": (3, 1), "padding_mode": "circular"},
+            {"dilation": (3, 1), "padding_mode": "circular"}, {"strides": (2, 3)},
         ):  # fmt: skip
             agrees(rng.standard_normal((2, H, W, C)), w, bias, **options)
 
@@ -160,7 +172,12 @@ def test_pieces_of_a_kernel(take, tile):
     take(tile)
     rng = np.random.default_rng(5)
     for kernel in ((2 * tile.k_y, tile.k_x), (tile.k_y + 1, 2 * tile.k_x + 1)):
-        for options in ({}, {"dilation": (1, 2)}, {"padding_mode": "circular"}):
+        for options in (
+            {},
+            {"dilation": (1, 2)},
+            {"padding_mode": "circular"},
+            {"strides": (2, 1), "padding": "valid"},
+        ):
             agrees(rng.standard_normal((2, 9, 12, 5)), rng.standard_normal((*kernel, 5, 20)), **options)
 
 

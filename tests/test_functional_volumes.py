@@ -28,12 +28,6 @@ def naive(x, kernel, bias, strides, pads, dilation, mode):
     return y
 
 
-def test_errors_of_the_frames_convolution_name_conv3d():
-    x, kernel = np.ones((1, 3, 8, 8, 1)), np.ones((3, 3, 3, 1, 1))
-    with pytest.raises(ValueError, match=r"^conv3d: of its frames, algorithm='winograd' needs stride 1"):
-        functional.conv3d(x, kernel, strides=2, algorithm="winograd", engine="cpu")
-
-
 CASES = [
     ((3, 3, 3), 1, ((1, 1), (1, 1), (1, 1)), 1, "zeros"),
     ((2, 3, 4), 1, "valid", 1, "zeros"),

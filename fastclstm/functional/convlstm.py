@@ -100,11 +100,11 @@ def convlstm2d(
         of the hidden state, at every step.
     algorithm, engine
         As in `conv2d`. On the cpu each convolution has an algorithm of its own where that pays by an estimate: where
-        x and h differ in kernel size, stride or dilation, so that Winograd's transforms fit only one or each alone, and
-        where frames are small and channels many. Then x is convolved ahead of the steps, some of them at once, into up
-        to 4 MB (at least a step of one image, 4·HO·WO·F numbers). Else one sum goes over both. "winograd" takes the
-        transforms wherever they fit, for h always; "auto" the cheapest. The length of the sequence changes neither
-        choice, nor "winograd" the size of the batch.
+        x and h differ in dilation, so that Winograd's transforms fit only one or each alone, where their kernels are of
+        very different sizes, and where frames are small and channels many. Then x is convolved ahead of the steps, some
+        of them at once, into up to 4 MB (at least a step of one image, 4·HO·WO·F numbers). Else one sum goes over both.
+        "winograd" takes the transforms wherever they fit, for h always; "auto" the cheapest. The length of the sequence
+        changes neither choice, nor "winograd" the size of the batch.
 
     Returns
     -------

@@ -43,12 +43,12 @@ def conv2d(
         What the padding holds.
     algorithm : "auto", "direct" or "winograd"
         How the cpu engine computes, gradients too; "direct" forbids the faster transforms, whose rounding differs
-        slightly. They fit kernels of any size and dilation with stride 1, where "auto" takes the cheaper by an
-        estimate, of 1×1 kernels direct convolution; with strides "winograd" is an error. A sample that a transform
-        would spoil is computed directly in any case: one that holds a NaN or an infinity, or fill values among ordinary
-        ones (its largest magnitude is above 256, and 256 times as large as that of a sixteenth of its values); on the
-        way back, where x, an initial state or a given gradient does. Of the cuda engine, how precise products are:
-        "float32" ("auto"), "simt" (without tensor cores), "tf32", "bfloat16", "float16".
+        slightly. They fit kernels of any size, stride and dilation, where "auto" takes the cheaper by an estimate, of
+        1×1 kernels direct convolution. A sample that a transform would spoil is computed directly in any case: one that
+        holds a NaN or an infinity, or fill values among ordinary ones (its largest magnitude is above 256, and 256
+        times as large as that of a sixteenth of its values); on the way back, where x, an initial state or a given
+        gradient does. Of the cuda engine, how precise products are: "float32" ("auto"), "simt" (without
+        tensor cores), "tf32", "bfloat16", "float16".
     engine : "cpu", "cuda" or "reference", optional
         Where it is computed; None: where x is.
 

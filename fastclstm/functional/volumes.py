@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -150,10 +149,9 @@ class Volumes:
         frames = y.reshape(self.spec.B * self.spec.TO, *y.shape[2:])
         for part in self._chunks():
             gathered = self._gather(x, part)
-            with self._told():
-                frames[part.start : part.stop] = self.engine.conv2d(
-                    self.spec.frame.with_batch(len(part)), gathered, self._kernel, bias, algorithm=self.algorithm
-                )
+            frames[part.start : part.stop] = self.engine.conv2d(
+                self.spec.frame.with_batch(len(part)), gathered, self._kernel, bias, algorithm=self.algorithm
+            )
         return y
 
     def pull_back(
@@ -171,11 +169,10 @@ class Volumes:
             frames = dispatch.to_view(dy).reshape(spec.B * spec.TO, *dy.shape[2:])
             for part in self._chunks():
                 seen = self._gather(x, part) if "kernel" in wanted else x
-                with self._told():
-                    dgathered, *others = self.engine.conv2d_backward(
-                        frame.with_batch(len(part)), seen, self._kernel, frames[part.start : part.stop],
-                        algorithm=self.algorithm, wanted=wanted,
-                    )  # fmt: skip
+                dgathered, *others = self.engine.conv2d_backward(
+                    frame.with_batch(len(part)), seen, self._kernel, frames[part.start : part.stop],
+                    algorithm=self.algorithm, wanted=wanted,
+                )  # fmt: skip
                 for name, gradient in zip(("kernel", "bias"), others, strict=True):
                     if gradient is not None:
                         results[name] += gradient
@@ -226,11 +223,3 @@ class Volumes:
         for rows, tap, b, steps in self._runs(part):
             gathered[rows, :, :, tap] = x[b, steps]
         return gathered.reshape(len(part), frame.H, frame.W, frame.C)
-
-    @contextmanager
-    def _told(self) -> Iterator[None]:
-        """Let an engine's error about the frames' convolution name the operation that the caller knows."""
-        try:
-            yield
-        except ValueError as error:
-            raise ValueError(str(error).replace("conv2d:", f"{self._op}: of its frames,", 1)) from None

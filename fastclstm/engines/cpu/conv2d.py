@@ -22,7 +22,7 @@ def conv2d(
 ) -> np.ndarray:
     """Convolve x (B, H, W, C) with kernel (KH, KW, C, F): y (B, HO, WO, F)."""
     y = np.empty((spec.B, spec.HO, spec.WO, spec.F), x.dtype)
-    m = plans.choose("conv2d", (spec,), algorithm, x.itemsize)
+    m = plans.choose((spec,), algorithm, x.itemsize)
     if not y.size:
         return y
     spoilt = outliers.find(x) if outliers.spoil(m) else np.zeros(spec.B, np.bool_)

@@ -138,7 +138,7 @@ def _way_back(
     inner, folded = _transposed(spec), _fold_cost(spec, taps, itemsize)
     if inner is None:
         return taps, None, True, folded
-    m = plans.choose("conv2d", (inner,), algorithm, itemsize, remember=False)
+    m = plans.choose((inner,), algorithm, itemsize, remember=False)
     cost = plans.cost((inner,), m, itemsize)
     if algorithm != "winograd" and folded < cost:
         return taps, None, True, folded

@@ -32,22 +32,17 @@ def alike(specs: tuple[ConvSpec, ...]) -> bool:
 
 
 def choose(
-    op: str, specs: tuple[ConvSpec, ...], algorithm: str, itemsize: int, *, gates: bool = False, remember: bool = True
+    specs: tuple[ConvSpec, ...], algorithm: str, itemsize: int, *, gates: bool = False, remember: bool = True
 ) -> Tile | None:
-    """Winograd's tile; None: direct. Raises ValueError where Winograd was asked for in vain.
+    """Winograd's tile; None: direct, also where tiles cannot compute the convolutions together.
 
     gates: the columns are those of a ConvLSTM's gates, which become states at once; else they are stored.
 
     "auto" takes the smallest estimate of the costs. "winograd" chooses the tile as for a single image, so that its
     results do not depend on how a batch is split. remember: else the kernels are packed for this call alone.
     """
-    if algorithm == "direct" or (algorithm == "auto" and not fits(specs)):
+    if algorithm == "direct" or not fits(specs):
         return None
-    if not fits(specs):
-        raise ValueError(
-            f"{op}: algorithm='winograd' needs one dilation for all convolutions, "
-            f"got {[spec.dilation for spec in specs]}; use 'auto' or 'direct'"
-        )
     sizes = {(spec.KH, spec.KW): None for spec in tiles.dense(specs)}
     choices = tiles.choices(*sizes)
     if algorithm == "winograd":
@@ -76,7 +71,7 @@ DIRECT = Ways(None, None)
 AHEAD = 8
 """Steps of x that are convolved at once, for the estimate: the length of the sequence must not change the choice."""
 
-TRANSFER = 24
+TRANSFER = 80
 """Writing a vector of what x gives beforehand and reading it again takes as long as so many multiply-adds."""
 
 PACKING = 100
@@ -90,14 +85,12 @@ and 19 MB, 31 with F(2, 3), 54 directly.
 CALLS = 80_000
 """Starting another kernel takes as long as so many multiply-adds of vectors, shared among the steps `AHEAD`.
 
-The two were fitted (40 000 then) to 160 cells of 8 steps, timed both ways on one thread of an Emerald Rapids: frames
-of 8² to 64², 1 to 8 images, 1 to 256 channels, 4 to 128 filters, kernels 1, 3 and 5, strides, dilations. The choice
-loses 1.1 % against the better way in the geometric mean, at most 13 % (64→16, k5, 8²). Where the geometries agree
-together is faster by 5 % (256→64) to 45 % (4→16) on frames of 32² and more, apart by 7 % to 33 % at 8² with one image
-and much to convolve (64→64: 0.93, 256→64: 0.77; k5 0.81, 0.73). Where they do not, apart takes 0.30 to 0.99 of direct
-convolution; of small cells with strides (16²: 1→16, 64→16) 1.2 to 1.3, and is not taken. Twice as
-much is a guess, not fitted again: on two threads of a Zen 4 1×12×8², 32→116 took 2.9 ms apart and 2.5 together, the
-fastest of 40 calls, where 40 000 said that apart is 4 % faster.
+The two were fitted to 42 cells of 8 steps, timed both ways on one and two threads of a Zen 4: frames of 8² to 64², 1 to
+4 images, 1 to 512 channels, 16 to 256 filters, kernels 1 to 7, of one size and not, strides 1 and 2. The choice loses
+0.8 % (two threads: 0.4 %) against the better way in the geometric mean, at most 13 %, alike for 60 to 100 of `TRANSFER`
+and half to twice of this; 24, which an Emerald Rapids gave where only kernels of one size and stride 1 could go
+together, lost 3.5 %. Together takes 0.67 (16→16, 64²) to 0.97 of apart where the geometries agree, but up to 1.27 at 8²
+with one image and much to convolve; 0.74 to 1.1 with strides or kernels of two sizes, more where one has one tap.
 """
 
 
@@ -114,14 +107,10 @@ def choose_ways(recurrent: ConvSpec, inputs: ConvSpec, algorithm: str, itemsize:
     if algorithm == "winograd":
         both = recurrent.with_batch(1), inputs.with_batch(1)
     one, many = both[:1], (both[1].with_batch(AHEAD * both[1].B),)
-    h, x = (
-        choose("convlstm2d", convs, algorithm if fits(convs) else "auto", itemsize, gates=convs is one,
-               remember=remember)
-        for convs in (one, many)
-    )  # fmt: skip
+    h, x = (choose(convs, algorithm, itemsize, gates=convs is one, remember=remember) for convs in (one, many))
     if algorithm == "winograd" and not fits(both):
         return Ways(h, x, before=True)
-    together = choose("convlstm2d", both, algorithm, itemsize, gates=True, remember=remember)
+    together = choose(both, algorithm, itemsize, gates=True, remember=remember)
     vectors = both[0].B * recurrent.HO * recurrent.WO * -(-recurrent.F // simd.lanes(itemsize))
     apart = cost(one, h, itemsize, True) + cost(many, x, itemsize) / AHEAD + TRANSFER * vectors + CALLS
     return Ways(together, together) if cost(both, together, itemsize, True) <= apart else Ways(h, x, before=True)

@@ -65,7 +65,7 @@ class PlannedConvolution:
     def __init__(self, spec: ConvSpec, kernel: np.ndarray, bias: np.ndarray | None, algorithm: str):
         self._spec, self._kernel, self._dtype = spec, kernel, kernel.dtype
         self._looks = algorithm != "direct"
-        self._tile = plans.choose("conv2d", (spec,), algorithm, kernel.itemsize)
+        self._tile = plans.choose((spec,), algorithm, kernel.itemsize)
         self._packed = cache(lambda tile: launch.pack((kernel,), bias, np.ones(1), tile, strides=(spec.strides,)))
         self._cell = storing(spec.F)
         self._direct = np.zeros(spec.B, np.bool_)

@@ -107,8 +107,7 @@ class _Convolution:
         remember: bool,
     ):
         self._specs, self._kernels = specs, kernels
-        way = algorithm if plans.fits(specs) or algorithm == "direct" else "auto"
-        self._tile = plans.choose("convlstm2d", specs, way, kernels[0].itemsize, remember=remember)
+        self._tile = plans.choose(specs, algorithm, kernels[0].itemsize, remember=remember)
         strides = tuple(spec.strides for spec in specs)
         self._packed = cache(
             lambda tile: launch.pack(kernels, bias, np.ones(1), tile, strides=strides, remember=remember)
