@@ -577,6 +577,41 @@ def test_an_output_to_compare_with(torch, dialects, tmp_path):
         from_torch(module, check=sequence(torch), **options)
 
 
+@pytest.mark.torch
+def test_a_module_at_hand_is_called_where_names_do_not_tell(torch, dialects):
+    """Gates in another order are found, another activation is refused, and the module stays what it was."""
+
+    class OtherCell(dialects.JointCell):
+        calls = 0
+
+        def forward(self, x, h, c):
+            self.calls += 1
+            return dialects.advance(self.conv(torch.cat([x, h], 1)), c, "fiog")
+
+    class ReluCell(dialects.JointCell):
+        def forward(self, x, h, c):
+            i, f, o, g = self.conv(torch.cat([x, h], 1)).chunk(4, 1)
+            c = f.sigmoid() * c + i.sigmoid() * g.relu()
+            return o.sigmoid() * c.relu(), c
+
+    x, options = sequence(torch).float(), {"engine": "reference"}
+    module = stack(dialects, OtherCell, [4, 2], [(3, 3)] * 2, True)
+    for source in (module, torch.nn.DataParallel(module)):
+        random = torch.random.get_rng_state()
+        layer = from_torch(source, **options)
+        close(layer(x.numpy()), module(x)[0].detach().numpy(), 1e-5)
+    assert from_torch(source, go_backwards=True, return_sequences=False, **options).go_backwards
+    assert torch.equal(random, torch.random.get_rng_state())
+    assert module.cell_list[0].calls == 2 * len(x[0])
+    assert module.training
+    with pytest.raises(ValueError, match="computes what gates='fiog' would, not 'ifog'; give that, or leave"):
+        from_torch(module, "ndrplz", **options)
+    module = stack(dialects, ReluCell, [4], [(3, 3)], True)
+    with pytest.raises(ValueError, match=r"computes something else .* perhaps activation=.* state_dict\(\) is read by"):
+        from_torch(module, **options)
+    close(from_torch(module, activation="relu", **options)(x.numpy()), module(x)[0].detach().numpy(), 1e-5)
+
+
 def spread(torch, module):
     """A module with weights that are large enough to tell orders of gates apart."""
     with torch.no_grad():
