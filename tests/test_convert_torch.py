@@ -709,6 +709,12 @@ def cells_of(names, C=2, F=3, k=3):
             for kind, shape in (("weight", (4 * F, C + F, k, k)), ("bias", 4 * F))}  # fmt: skip
 
 
+def test_cells_of_other_ranks_are_named():
+    state = {"cell_list.0.conv.weight": np.zeros((8, 5, 3)), "cell_list.0.conv.bias": np.zeros(8)}
+    with pytest.raises(ValueError, match=r"cell_list.0.conv.weight \(8, 5, 3\) is .* over 1 axes, .* a ConvLSTM1D by"):
+        from_torch(state)
+
+
 def test_single_cells_are_told_by_their_prefix():
     """A convolution called conv might be any: one that is meant is named."""
     state = cells_of(["encoder_1", "encoder_2"], C=3) | {"head.weight": np.zeros((1, 3, 1, 1))}
@@ -822,7 +828,7 @@ def test_missing_cells():
     [
         ("cell_list.0.conv.weight", np.zeros((16, 4, 3, 3)), "none of a ConvLSTM"),
         ("cell_list.0.conv.weight", np.zeros((15, 7, 3, 3)), "do not fit one another"),
-        ("cell_list.0.conv.weight", np.zeros((16, 7, 3)), "do not fit one another"),
+        ("cell_list.0.conv.weight", np.zeros((16, 7, 3)), "over 1 axes"),
         ("cell_list.0.conv.weight", np.zeros((16, 7, 2, 3)), "kernels must be odd"),
         ("cell_list.0.conv.bias", np.zeros(12), "bias has shape"),
     ],

@@ -64,8 +64,8 @@ def agreeing(
         return None
     raise ValueError(f"from_torch: the module computes something else than a layer with its weights would: on drawn x "
                      f"the outputs differ by {least:.2g} of the largest value or more, in whatever order the gates "
-                     f"stand; perhaps activation=…, padding=… or padding_mode=… is another. Its state_dict() is read "
-                     f"by the names alone")  # fmt: skip
+                     f"stand; perhaps activation=…, recurrent_activation=…, dilation=…, padding_mode=… or a dialect's "
+                     f"forget_bias=… is another. Its state_dict() is read by the names alone")  # fmt: skip
 
 
 def _copies(module: Any, place: str) -> Iterator[tuple[Any, bool]]:
