@@ -544,6 +544,12 @@ def test_without_stderr_the_work_is_done(job, command, close):
     assert (done.returncode, done.stdout) == (2, b"")
 
 
+def test_info_without_a_place_to_print_to():
+    done = subprocess.run(["sh", "-c", f"{sys.executable} -m fastclstm info >&-"], stderr=subprocess.PIPE, text=True,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_info():
     result = fastclstm_cli("info")
     assert result.exit_code == 0
