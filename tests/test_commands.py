@@ -355,6 +355,7 @@ USER_ERRORS = {
     "two outputs": (save_two_outputs, [], ["weights.safetensors has merge_mode=None"]),
     "out is a folder": (block_out, [], ["out.npy", "not a regular file"]),
     "out in no folder": (lambda job: None, ["--out", "no/such/out.npy"], ["no/such/out.npy", "cannot write here"]),
+    "out is no array": (lambda job: None, ["--out", "out.png"], ["run: what comes of an array is written as .npy"]),
     "out is the input": (lambda job: None, ["--out", "{frames}"], ["frames.npy would overwrite"]),
     "out is the weights": (lambda job: None, ["--out", "{weights}"], ["weights.safetensors would overwrite"]),
     "state is the out": (lambda job: None, ["--state-out", "{out}"], ["out.npy would overwrite"]),

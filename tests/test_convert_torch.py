@@ -709,6 +709,15 @@ def cells_of(names, C=2, F=3, k=3):
             for kind, shape in (("weight", (4 * F, C + F, k, k)), ("bias", 4 * F))}  # fmt: skip
 
 
+def test_a_joint_convolution_of_another_name_is_told_how_to_describe():
+    weights = {
+        f"net.cell.gates.{kind}": array for kind, array in zip(("weight", "bias"), joint().values(), strict=True)
+    }
+    with pytest.raises(ValueError, match=r"yourself with cells=\['net\.cell'\], joint='gates', if that .* gates=…$"):
+        from_torch(weights)
+    assert from_torch(weights, cells=["net.cell"], joint="gates", gates="ifgo").num_layers == 1
+
+
 def test_cells_of_other_ranks_are_named():
     state = {"cell_list.0.conv.weight": np.zeros((8, 5, 3)), "cell_list.0.conv.bias": np.zeros(8)}
     with pytest.raises(ValueError, match=r"cell_list.0.conv.weight \(8, 5, 3\) is .* over 1 axes, .* a ConvLSTM1D by"):
