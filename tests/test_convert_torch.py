@@ -610,6 +610,9 @@ def test_a_module_at_hand_is_called_where_names_do_not_tell(torch, dialects):
     with pytest.raises(ValueError, match=r"computes something else .* perhaps activation=.* state_dict\(\) is read by"):
         from_torch(module, **options)
     close(from_torch(module, activation="relu", **options)(x.numpy()), module(x)[0].detach().numpy(), 1e-5)
+    module.cell_list[0].forward = module.forward = None
+    with pytest.warns(UserWarning, match="told by its names alone, 'ifog'; check="):
+        from_torch(module, **options)
 
 
 def spread(torch, module):

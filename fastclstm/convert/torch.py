@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from typing import Any
@@ -80,7 +81,7 @@ def from_torch(
     Warns
     -----
     UserWarning
-        The source has tensors beside the ConvLSTM, and no `prefix` names it.
+        The source has tensors beside the ConvLSTM, and no `prefix` names it; a module that cannot be called to compare.
 
     Raises
     ------
@@ -375,6 +376,10 @@ def _probed(source: Any, found: Recognized, options: Options, *, given: bool) ->
         return layer_of(parts[number][1]._replace(row=row), told | probe | {"dtype": dtype})
 
     made = agreeing(source, [(place, filters(part)) for place, part in parts], 2, rows, make)
+    if made is None and not (given or row.directions) and row.gates and hasattr(source, "get_submodule"):
+        alone = f"the order of the gates is told by its names alone, {row.gates!r}; check=(x, y) compares"
+        warnings.warn(f"from_torch: no call of the module gives what could be compared, so that {alone}", UserWarning,
+                      stacklevel=3)  # fmt: skip
     if made is not None and given and row.gates and made.gates != row.gates:
         raise ValueError(f"from_torch: the module computes what gates={made.gates!r} would, not {row.gates!r}; give "
                          f"that, or leave the dialect out")  # fmt: skip

@@ -50,7 +50,10 @@ def outputs(module: Any, x: np.ndarray, F: int, states: int = 2) -> tuple[list[n
     """Return what may be a module's outputs (B, T, F, H, W) for x, however it is called, and what a call raised."""
     import torch
 
-    weight = next(p for p in module.parameters())
+    held = [tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.is_floating_point()]
+    if not held:
+        return [], f"{type(module).__name__} has no weights"
+    weight = held[0]
     tensor = torch.as_tensor(np.ascontiguousarray(x)).to(weight.device, weight.dtype)
     module.eval()
     sequences: list[np.ndarray] = []
