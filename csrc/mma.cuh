@@ -73,10 +73,10 @@ DEVICE void clear(Tile& tile)
             for (int i = 0; i < 4; i++) tile.sum[m][n][i] = 0;
 }
 
-// Add the products over the taps of two frames, one after the other, for pixels from first_row on; weights
+// Add the products over the taps of two frames, one after the other, for the pixels of rows; weights
 // [block][columns][DEPTH].
 DEVICE void multiply_add(Tile& tile, const Grid& grid, const Frames& a, const Frames& b, const operand* weights,
-                         int columns, int first_row, int first_quad)
+                         int columns, const Rows& rows, int first_quad)
 {
     unsigned char* stages = shared_memory();
     Place places[PIXELS_A_THREAD] = {};
@@ -91,7 +91,7 @@ DEVICE void multiply_add(Tile& tile, const Grid& grid, const Frames& a, const Fr
             if (!block || block == a.blocks)
 #pragma unroll 1
                 for (int i = 0; i < PIXELS_A_THREAD; i++)
-                    pushed_out(places, place_of(frames, grid, first_row + threadIdx.x / 4 + i * (THREADS / 4)));
+                    pushed_out(places, place_of(frames, grid, rows.first + threadIdx.x / 4 + i * (THREADS / 4)));
             int row = threadIdx.x / 4, piece = threadIdx.x % 4;
             fetch_pixels<THREADS / 4 * PITCH>(stage + row * PITCH + piece * 16, piece, frames, places,
                                               first ? block : block - a.blocks);

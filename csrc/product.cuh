@@ -13,10 +13,21 @@
 #endif
 
 DEVICE void multiply(Tile& tile, const Grid& grid, const Frames& a, const Frames& b, const operand* weights,
-                     int columns, int first_row, int first_quad)
+                     int columns, const Rows& rows, int first_quad)
 {
     clear(tile);
-    multiply_add(tile, grid, a, b, weights, columns, first_row, first_quad);
+    multiply_add(tile, grid, a, b, weights, columns, rows, first_quad);
+}
+
+// Leave out the first blocks of the depth; where a halo is, of whole chunks.
+DEVICE void leave_out(Frames& frames, int blocks)
+{
+#ifdef HALO
+    frames.taps += blocks;
+    frames.channel += blocks / frames.chunk * DEPTH;
+#else
+    frames.taps += blocks * DEPTH;
+#endif
 }
 
 // A thread's sums are all of one column, or of one quad of columns: the next one's of the next thread.
@@ -27,7 +38,7 @@ DEVICE int own_column(int first_quad) { return first_quad * 4 + threadIdx.x % (T
 // Call visit(row, next row, where its sums are) for the thread's rows, `across` of which are side by side. Before that
 // enter(row) tells up to where rows have something in common (an image), again and again: no further than row, to stop.
 template <class Enter, class Visit>
-DEVICE void visit_rows(const Tile& tile, int first_row, int across, int sums, Enter enter, Visit visit)
+DEVICE void visit_rows(const Tile& tile, const Rows& rows, int across, int sums, Enter enter, Visit visit)
 {
     real* staged = (real*)shared_memory();
 #pragma unroll 1
@@ -35,7 +46,15 @@ DEVICE void visit_rows(const Tile& tile, int first_row, int across, int sums, En
         __syncthreads();
         stage_sums(staged, tile, pass);
         __syncthreads();
-        int n = threadIdx.x, row = first_row + staged_row(pass, n / across), count = PASS_ROWS * across;
+        int count = PASS_ROWS * across;
+        auto row_of = [&](int n) { return rows(staged_row(pass, n / across)); };
+        auto next_of = [&](int n) {
+            if (Rows::GAPS)
+#pragma unroll 1
+                while (n < count && row_of(n) == NO_ROW) n += THREADS;
+            return n;
+        };
+        int n = next_of(threadIdx.x), row = row_of(n);
 #pragma unroll 1
         while (n < count) {
             int end = enter(row);
@@ -44,8 +63,8 @@ DEVICE void visit_rows(const Tile& tile, int first_row, int across, int sums, En
             do {
                 const real* from = staged + n * sums;
                 int now = row;
-                n += THREADS;
-                row = first_row + staged_row(pass, n / across);
+                n = next_of(n + THREADS);
+                row = row_of(n);
                 visit(now, row, from);
             } while (n < count && row < end);
         }
@@ -54,9 +73,9 @@ DEVICE void visit_rows(const Tile& tile, int first_row, int across, int sums, En
 
 // visit(row, next row, the 4 sums of the thread's quad)
 template <class Enter, class Visit>
-DEVICE void visit_quads(const Tile& tile, int first_row, Enter enter, Visit visit)
+DEVICE void visit_quads(const Tile& tile, const Rows& rows, Enter enter, Visit visit)
 {
-    visit_rows(tile, first_row, TILE_QUADS, 4, enter, [&](int row, int next, const real* from) {
+    visit_rows(tile, rows, TILE_QUADS, 4, enter, [&](int row, int next, const real* from) {
         alignas(16) real sums[4];
         copy4(sums, from);
         visit(row, next, sums);
@@ -65,7 +84,7 @@ DEVICE void visit_quads(const Tile& tile, int first_row, Enter enter, Visit visi
 
 // visit(row, the sum of the thread's column)
 template <class Enter, class Visit>
-DEVICE void visit_columns(const Tile& tile, int first_row, Enter enter, Visit visit)
+DEVICE void visit_columns(const Tile& tile, const Rows& rows, Enter enter, Visit visit)
 {
-    visit_rows(tile, first_row, TILE_QUADS * 4, 1, enter, [&](int row, int, const real* from) { visit(row, *from); });
+    visit_rows(tile, rows, TILE_QUADS * 4, 1, enter, [&](int row, int, const real* from) { visit(row, *from); });
 }

@@ -173,14 +173,16 @@ def _packed(spec: ConvLSTMSpec, kind: int, kernel: DeviceArray, recurrent_kernel
     device = kernel.device
     tiling = _tiling(spec, kind, device, kernel.dtype)
     parts = [
-        product.frames(device, conv, weights, tiling.depth, channels=product.operand_channels(kind, conv.C))
+        product.frames(device, conv, weights, tiling.depth, channels=product.operand_channels(kind, conv.C),
+                       tile=tiling.tile)
         for conv, weights in ((spec.input, kernel), (spec.recurrent, recurrent_kernel))
-    ]
+    ]  # fmt: skip
     return product.pack(device, tiling, (kernel, recurrent_kernel), parts, 4 * spec.F, gates=True)
 
 
 def _tiling(spec: ConvLSTMSpec, kind: int, device: Device, dtype: np.dtype) -> product.Tiling:
-    return choice.choose(kind, dtype, device, spec.B * spec.HO * spec.WO, 4 * spec.F)
+    return choice.choose(kind, dtype, device, spec.B * spec.HO * spec.WO, 4 * spec.F, frame=(spec.HO, spec.WO),
+                         windows=[product.window(spec.input), product.window(spec.recurrent)])  # fmt: skip
 
 
 def piece_length(spec: ConvLSTMSpec, kind: int, dtype: np.dtype) -> int:
@@ -237,11 +239,12 @@ class _Forward:
         frame_x = spec.input.H * spec.input.W
         data, channels = product.operands(device, self.kind, x)
         x_frames = product.frames(device, spec.input, data, tiling.depth, stride=spec.T * frame_x * channels,
-                                  channels=channels)  # fmt: skip
+                                  channels=channels, tile=tiling.tile)  # fmt: skip
         short = tiling.kind >= KINDS["bfloat16"]
         h_channels = product.operand_channels(self.kind, spec.F)
         anything = device.empty((1,), product.operand_type(self.kind, self.dtype)) if short else x
-        h_frames = product.frames(device, spec.recurrent, anything, tiling.depth, channels=h_channels)
+        h_frames = product.frames(device, spec.recurrent, anything, tiling.depth, channels=h_channels,
+                                  tile=tiling.tile)  # fmt: skip
         weights = _packed(spec, self.kind, kernel, recurrent_kernel) if packed is None else packed
         macros = step_macros(self.dtype, self.codes)
         peepholes, cell = cell_arguments(spec, self.dtype, self.peepholes, self.codes)
