@@ -20,7 +20,7 @@ struct Frames {
     const int4* taps;  // (row, column, channel, number of the weight or -1 for none), padded to whole blocks
     int blocks;
     bool late;  // other blocks of the launch write it
-#ifdef HALO  // then a tap is where its part of a block's depth lies in the halo of a tile, in bytes: four a block
+#ifdef HALO  // then taps are where the four parts of a block's depth start in the halo of a tile, by 16 bytes
     int top, left, high, wide;  // the halo: its first pixel, seen from that of the tile, and its size
     int chunk;                  // blocks of depth of 128 bytes of the channels, under all taps
     int channel;                // the first one

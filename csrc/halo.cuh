@@ -19,48 +19,60 @@
 #define PLANES 8
 static_assert(WARPGROUPS * ROW_TILES % 2 == 0, "squares of 8x8 pixels fill a tile of 16 columns");
 
-DEVICE int plane_bytes(const Frames& frames) { return (frames.high * frames.wide | 1) * 16; }
+DEVICE int plane_pixels(const Frames& frames) { return frames.high * frames.wide | 1; }
 
-// Where the pixels of a block stand, for multiply_block.
+// Where the pixels of a block stand, for multiply_block: in the first plane of a chunk's halo, and from there on in units
+// of 16 bytes, the pixels of a plane.
 struct Pixels {
     const unsigned char* halo;
-    int line, plane;  // bytes
+    unsigned long long layout;  // of a descriptor, and of a pixel's row:
+    int line, plane;
+    int group;
     int4 taps;
 
-    DEVICE int offset_of(int tile, int k) const
+    DEVICE int place_of(int m, int k) const
     {
-        return tile / 2 * 8 * line + tile % 2 * 128 + (k == 0 ? taps.x : k == 1 ? taps.y : k == 2 ? taps.z : taps.w);
+        int square = group * ROW_TILES + m, tap = k == 0 ? taps.x : k == 1 ? taps.y : k == 2 ? taps.z : taps.w;
+        return tap + square / 2 * 8 * line + square % 2 * 8;
     }
-    DEVICE unsigned long long descriptor_of(int tile, int k) const
+    DEVICE unsigned long long descriptor_of(int m, int k) const { return layout + place_of(m, k); }
+    DEVICE const unsigned char* address_of(int m, int row, int k, int half) const
     {
-        return descriptor(shared_address(halo) + offset_of(tile, k), plane, line);
-    }
-    DEVICE const unsigned char* address_of(int tile, int row, int k, int half) const
-    {
-        return halo + offset_of(tile, k) + row / 8 * line + row % 8 * 16 + half * plane;
+        return halo + (place_of(m, k) + row / 8 * line + row % 8 + half * plane) * 16;
     }
 };
 
-// Start the thread's copies of round `round` of a halo, to `halo`: 16 bytes of one pixel, from a channel on.
-DEVICE void fetch_halo(unsigned char* halo, const Frames& frames, const Pixel& corner, int channel, int round)
+// The chunk that is being copied.
+struct Coming {
+    int number, channel, start;  // the block with which it starts
+    int open;                    // the block from which on it may be copied
+    int done, each;              // rounds: a pixel, 16 bytes of it, for each thread; and how many a block
+    int row, column;             // the thread's next pixel of the halo
+};
+
+// Start the thread's copies of some rounds of a halo.
+DEVICE void fetch_halo(unsigned char* halo, const Frames& frames, const Pixel& corner, Coming& coming, int rounds)
 {
     const int each = 16 / int(sizeof(operand));
-    int piece = threadIdx.x % PLANES, n = round * (THREADS / PLANES) + threadIdx.x / PLANES;
-    if (n >= frames.high * frames.wide) return;
-    int row = int(unsigned(n) / unsigned(frames.wide)), column = n - row * frames.wide;
-    row += corner.row + frames.top, column += corner.column + frames.left, channel += piece * each;
-    unsigned char* to = halo + piece * plane_bytes(frames) + n * 16;
-    bool taken = inside(frames, row, column) && channel < frames.channels;
-    const operand* from = frames.data;
-    if (taken) from += corner.image * frames.stride + ((row * frames.width + column) * frames.channels + channel);
-    if (sizeof(operand) == 2 || frames.whole)
-        cp_async<16>(to, from, taken);
-    else
+    int piece = threadIdx.x % PLANES, channel = coming.channel + piece * each;
+    int top = corner.row + frames.top, left = corner.column + frames.left;
+    const operand* image = frames.data + (corner.image * frames.stride + channel);
+    unsigned char* to = halo + piece * plane_pixels(frames) * 16;
+#pragma unroll 1
+    for (; coming.done < rounds; coming.done++, coming.column += THREADS / PLANES) {
+#pragma unroll 1
+        for (; coming.column >= frames.wide; coming.column -= frames.wide) coming.row++;
+        if (coming.row >= frames.high) continue;
+        int row = top + coming.row, column = left + coming.column;
+        unsigned char* pixel = to + (coming.row * frames.wide + coming.column) * 16;
+        bool taken = inside(frames, row, column) && channel < frames.channels;
+        const operand* from = image + (row * frames.width + column) * frames.channels;  // anywhere, where not taken
+        if (sizeof(operand) == 2 || frames.whole)
+            cp_async<16>(pixel, from, taken);
+        else
 #pragma unroll
-        for (int j = 0; j < each; j++) {
-            bool there = taken && channel + j < frames.channels;
-            cp_async<4>(to + j * 4, there ? from + j : frames.data, there);
-        }
+            for (int j = 0; j < each; j++) cp_async<4>(pixel + j * 4, from + j, taken && channel + j < frames.channels);
+    }
 }
 
 // Add the products over the taps of two frames, one after the other, for the pixels of rows; weights
@@ -70,28 +82,30 @@ DEVICE void multiply_add(Tile& tile, const Grid& grid, const Frames& a, const Fr
 {
     unsigned char* stages = aligned_stages();
     unsigned char* halos = stages + STAGES * STAGE_BYTES;
-    int halo_bytes = max(plane_bytes(a), plane_bytes(b)) * PLANES;
+    int halo_bytes = max(plane_pixels(a), plane_pixels(b)) * (PLANES * 16);
     int blocks = a.blocks + b.blocks;
     weights += (long long)first_quad * 4 * DEPTH;
 
-    // The chunk that is being copied: its number, the block it starts with, its first channel; from which block on that
-    // may begin, how many rounds of it are done, and how many there are for each block.
-    int coming = 0, start = 0, channel = a.blocks ? a.channel : b.channel, open = 0, done = 0, each = 0;
+    Coming coming = {};
+    coming.channel = a.blocks ? a.channel : b.channel;
     auto fetch = [&](int block) {
         if (block < blocks) fetch_weights(stages + block % STAGES * STAGE_BYTES, weights, columns, block);
-        if (block >= open && start < blocks) {
-            bool first = start < a.blocks;
+        if (block >= coming.open && coming.start < blocks) {
+            bool first = coming.start < a.blocks;
             Frames frames = chosen(first, a, b);
             int rounds = ceil_div(frames.high * frames.wide * PLANES, THREADS);
-            if (!done) each = ceil_div(rounds, start - block + 1);
-            int end = min(done + each, rounds);
-#pragma unroll 1
-            while (done < end) fetch_halo(halos + coming % 2 * halo_bytes, frames, rows.corner, channel, done++);
-            if (done == rounds) {
-                open = start + STAGES - 1;  // then all products of the chunk before have been waited for
-                start = min(start + frames.chunk, first ? a.blocks : blocks);
-                channel = start == a.blocks ? b.channel : channel + DEPTH;
-                coming++, done = 0;
+            if (!coming.done) {
+                coming.each = ceil_div(rounds, coming.start - block + 1);
+                coming.row = 0, coming.column = threadIdx.x / PLANES;
+            }
+            fetch_halo(halos + coming.number % 2 * halo_bytes, frames, rows.corner, coming,
+                       min(coming.done + coming.each, rounds));
+            if (coming.done == rounds) {
+                int next = min(coming.start + frames.chunk, first ? a.blocks : blocks);
+                // From here on all products of the chunk before have been waited for.
+                coming.open = coming.start + STAGES - 1;
+                coming.channel = next == a.blocks ? b.channel : coming.channel + DEPTH;
+                coming.start = next, coming.number++, coming.done = 0;
             }
         }
         cp_async_commit();  // an empty group too, so that the count of groups stays that of blocks
@@ -103,7 +117,7 @@ DEVICE void multiply_add(Tile& tile, const Grid& grid, const Frames& a, const Fr
 #pragma unroll 1
     for (int block = 0; block < AHEAD; block++) fetch(block);
     int number = -1, end = 0;  // of the chunk that is being multiplied, and the block after it
-    Pixels pixels = {nullptr, 0, 0, taps_of(0)};
+    Pixels pixels = {nullptr, 0, 0, 0, warpgroup(), taps_of(0)};
 #pragma unroll 1
     for (int block = 0; block < blocks; block++) {
         cp_async_wait<AHEAD - 1>();
@@ -111,8 +125,9 @@ DEVICE void multiply_add(Tile& tile, const Grid& grid, const Frames& a, const Fr
         __syncthreads();  // this block has arrived; the one before those under way is no longer read
         if (block == end) {
             bool first = block < a.blocks;
-            pixels.line = (first ? a.wide : b.wide) * 16, pixels.plane = first ? plane_bytes(a) : plane_bytes(b);
+            pixels.line = first ? a.wide : b.wide, pixels.plane = first ? plane_pixels(a) : plane_pixels(b);
             pixels.halo = halos + ++number % 2 * halo_bytes;
+            pixels.layout = descriptor(shared_address(pixels.halo), pixels.plane * 16, pixels.line * 16);
             end = min(block + (first ? a.chunk : b.chunk), first ? a.blocks : blocks);
         }
         Operands operands;

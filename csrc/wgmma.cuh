@@ -81,27 +81,29 @@ DEVICE void pin(Operands& a)
 #endif
 }
 
+// The thread's warpgroup, known to the compiler as one of a warp.
+DEVICE int warpgroup() { return __shfl_sync(0xffffffff, threadIdx.x / 128, 0); }
+
 DEVICE void pin(Sums (&sums)[ROW_TILES])
 {
 #pragma unroll
     for (int m = 0; m < ROW_TILES; m++) pin(sums[m]);
 }
 
-// Start the products of a block: of `pixels`, which tells where the 32 bytes number k of the depth of 64 of them lie, and
-// of the weights.
+// Start the products of a block: of `pixels`, which tells where the 32 bytes number k of the depth lie of the warpgroup's
+// 64 pixels number m, and of the weights. Descriptors count units of 16 bytes: the next 32 are 2 on.
 #if KIND >= 4
 template <class Pixels>
 DEVICE void multiply_block(Sums (&sums)[ROW_TILES], Operands&, const Pixels& pixels, const unsigned char* weights)
 {
-    int group = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);  // the compiler sees that a warp has one
-    unsigned columns = shared_address(weights);
+    unsigned long long columns = descriptor(shared_address(weights));
     pin(sums);
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < 4; k++)
 #pragma unroll
         for (int m = 0; m < ROW_TILES; m++)
-            wgmma<COLUMNS>(sums[m], pixels.descriptor_of(group * ROW_TILES + m, k), descriptor(columns + k * 32), 1);
+            wgmma<COLUMNS>(sums[m], pixels.descriptor_of(m, k), columns + k * 2, 1);
     wgmma_commit();
 }
 #else
@@ -109,12 +111,12 @@ template <class Pixels>
 DEVICE void multiply_block(Sums (&sums)[ROW_TILES], Operands& a, const Pixels& pixels, const unsigned char* weights)
 {
     int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane % 16;
-    unsigned columns = shared_address(weights);
+    unsigned long long columns = descriptor(shared_address(weights));
 #pragma unroll
     for (int m = 0; m < ROW_TILES; m++)
 #pragma unroll
         for (int k = 0; k < 4; k++) {
-            ldmatrix(a.high[m][k], pixels.address_of(threadIdx.x / 128 * ROW_TILES + m, row, k, lane / 16));
+            ldmatrix(a.high[m][k], pixels.address_of(m, row, k, lane / 16));
             split(a.high[m][k], a.low[m][k]);
         }
     pin(sums);
@@ -124,13 +126,13 @@ DEVICE void multiply_block(Sums (&sums)[ROW_TILES], Operands& a, const Pixels& p
     for (int m = 0; m < ROW_TILES; m++) {
         if (KIND == 3) {  // the small ones first, into new sums
 #pragma unroll
-            for (int k = 0; k < 4; k++) wgmma<COLUMNS>(sums[m], a.low[m][k], descriptor(columns + k * 32), k > 0);
+            for (int k = 0; k < 4; k++) wgmma<COLUMNS>(sums[m], a.low[m][k], columns + k * 2, k > 0);
 #pragma unroll
             for (int k = 0; k < 4; k++)
-                wgmma<COLUMNS>(sums[m], a.high[m][k], descriptor(columns + COLUMNS * 128 + k * 32), 1);
+                wgmma<COLUMNS>(sums[m], a.high[m][k], columns + (COLUMNS * 8 + k * 2), 1);
         }
 #pragma unroll
-        for (int k = 0; k < 4; k++) wgmma<COLUMNS>(sums[m], a.high[m][k], descriptor(columns + k * 32), 1);
+        for (int k = 0; k < 4; k++) wgmma<COLUMNS>(sums[m], a.high[m][k], columns + k * 2, 1);
     }
     wgmma_commit();
 }
@@ -171,14 +173,14 @@ DEVICE void clear(Tile& tile)
 #define PIXELS_A_THREAD (TILE_ROWS * 8 / THREADS)
 
 struct Pixels {
-    const unsigned char* stage;
-    DEVICE unsigned long long descriptor_of(int tile, int k) const
+    const unsigned char* first;  // of the warpgroup
+    DEVICE unsigned long long descriptor_of(int m, int k) const
     {
-        return descriptor(shared_address(stage) + tile * 64 * 128 + k * 32);
+        return descriptor(shared_address(first)) + (m * 512 + k * 2);
     }
-    DEVICE const unsigned char* address_of(int tile, int row, int k, int half) const
+    DEVICE const unsigned char* address_of(int m, int row, int k, int half) const
     {
-        return stage + swizzled(tile * 64 + row, k * 2 + half);
+        return first + swizzled(m * 64 + row, k * 2 + half);
     }
 };
 
@@ -190,7 +192,7 @@ DEVICE void multiply_add(Tile& tile, const Grid& grid, const Frames& a, const Fr
     unsigned char* stages = aligned_stages();
     Place places[PIXELS_A_THREAD] = {};
     weights += (long long)first_quad * 4 * DEPTH;
-    int blocks = a.blocks + b.blocks;
+    int blocks = a.blocks + b.blocks, group = warpgroup();
 
     auto fetch = [&](int block) {
         if (block < blocks) {
@@ -222,7 +224,7 @@ DEVICE void multiply_add(Tile& tile, const Grid& grid, const Frames& a, const Fr
         Sums(&sums)[ROW_TILES] = tile.sum;
 #endif
         unsigned char* stage = stages + block % STAGES * STAGE_BYTES;
-        multiply_block(sums, operands, Pixels{stage}, stage + PIXEL_BYTES);
+        multiply_block(sums, operands, Pixels{stage + group * (ROW_TILES * 64 * 128)}, stage + PIXEL_BYTES);
         fetch(block + AHEAD);
         finish_block(tile, sums, operands);
     }

@@ -167,9 +167,9 @@ def test_shares_are_whole_chunks(monkeypatch, new_device):
         ("bfloat16", "        fence_async_proxy();\n", "", "what no fence.proxy.async has shown it"),
         ("bfloat16", "        __syncthreads();", "", "still being copied|no fence.proxy|still reads"),
         ("bfloat16", "cp_async_wait<AHEAD - 1>", "cp_async_wait<AHEAD>", "what is still being copied"),
-        ("bfloat16", "start + STAGES - 1;", "start + STAGES - 2;", "a copy to what a product still reads"),
-        ("tf32", "ceil_div(rounds, start - block + 1)", "ceil_div(rounds, start - block + 2)", "still being copied"),
-        ("bfloat16", "coming % 2 * halo_bytes", "0", "a copy to what a product still reads"),
+        ("bfloat16", "coming.start + STAGES - 1;", "coming.start + STAGES - 2;", "a copy to what a product still reads"),
+        ("tf32", "coming.start - block + 1)", "coming.start - block + 2)", "still being copied"),
+        ("bfloat16", "coming.number % 2 * halo_bytes", "0", "a copy to what a product still reads"),
     ],
 )  # fmt: skip
 def test_the_emulator_notices(algorithm, old, new, message, tmp_path):
@@ -183,8 +183,8 @@ def test_the_emulator_notices(algorithm, old, new, message, tmp_path):
 @pytest.mark.parametrize(
     ("file", "old", "new"),
     [
-        ("halo.cuh", "tile / 2 * 8 * line", "0"),
-        ("halo.cuh", "channel + DEPTH;", "channel;"),
+        ("halo.cuh", "square / 2 * 8 * line", "0"),
+        ("halo.cuh", "coming.channel + DEPTH;", "coming.channel;"),
         ("frames.cuh", "n / 64 % 2 * 8", "8 - n / 64 % 2 * 8"),
         ("warpgroup.cuh", "(unsigned)depth >> 4 << 16", "1u << 16"),
     ],
@@ -209,14 +209,14 @@ def test_the_depth_in_chunks(channels, depth, blocks):
     used = rows[rows[:, 3] >= 0]
     assert sorted(map(tuple, used)) == sorted(map(tuple, plain))
     offsets = packing.halo_offsets(rows, depth, (-1, -1), (18, 18)).reshape(-1)
-    plane = 325 * 16
+    plane = 325
     for product_rows, offset in zip(rows.reshape(-1, depth // 4, 4), offsets, strict=True):
         row, column, channel, number = product_rows[0]
         if number < 0:
             assert offset == 6 * plane
             assert channels % depth <= depth * 3 // 4  # whose last planes are zeros
             continue
-        pixel, piece = (offset % plane) // 16, offset // plane
+        pixel, piece = offset % plane, offset // plane
         assert divmod(pixel, 18) == (row + 1, column + 1)
         assert piece == channel % depth // (depth // 8)
         assert (product_rows[:, 2] == np.arange(channel, channel + depth // 4))[product_rows[:, 3] >= 0].all()

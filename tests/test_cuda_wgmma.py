@@ -353,8 +353,8 @@ def test_each_tiling_is_checked_before_its_first_use(hopper, monkeypatch):
     ("file", "old", "new"),
     [
         ("wgmma.cuh", "(piece ^ row % 8)", "piece"),  # no swizzle
-        ("wgmma.cuh", "tile * 64 * 128 + k * 32", "tile * 64 * 128"),  # the same depth again
-        ("wgmma.cuh", "tile * 64 * 128", "0"),  # the same pixels again
+        ("wgmma.cuh", "(m * 512 + k * 2)", "m * 512"),  # the same depth again
+        ("wgmma.cuh", "group * (ROW_TILES * 64 * 128)", "0"),  # the same pixels again
         ("wgmma.cuh", "quad = lane % 4 * 2;", "quad = 6 - lane % 4 * 2;"),
         ("wgmma.cuh", "row + m * 64 + i / 2 * 8", "row + m * 64 + i % 2 * 8"),
         ("wgmma.cuh", "int k = 0; k < 4;", "int k = 1; k < 4;"),

@@ -83,15 +83,15 @@ def by_chunks(table: np.ndarray, channels: int, depth: int, fewest: int) -> tupl
 
 
 def halo_offsets(table: np.ndarray, depth: int, corner: Pair, size: Pair) -> np.ndarray:
-    """Return where in a halo each product of a table `by_chunks` begins, in bytes: (blocks, 4) int32.
+    """Return where in a halo each product of a table `by_chunks` begins, by 16 bytes: (blocks, 4) int32.
 
     corner: the first row and column of the halo, seen from the first pixel of the tile; size: its rows and columns.
     """
-    plane = (size[0] * size[1] | 1) * 16
+    plane = size[0] * size[1] | 1
     product = depth // 4
     first = table[::product]
     pixels = (first[:, 0] - corner[0]) * size[1] + first[:, 1] - corner[1]
-    offsets = pixels * 16 + first[:, 2] % depth // product * (2 * plane)
+    offsets = pixels + first[:, 2] % depth // product * (2 * plane)
     nothing = first[:, 3] < 0  # read zeros, of channels that are not there
     return np.where(nothing, 6 * plane, offsets).astype(np.int32).reshape(-1, 4)
 
