@@ -191,7 +191,7 @@ def tensor_cores(kind: int, warps_m: int, warps_n: int, row_tiles: int, stages: 
     short = kind >= KINDS["bfloat16"]
     macros: dict[str, int | str] = {"KIND": kind, "OPERAND": "unsigned short" if short else "float", "WARPS_M": warps_m,
                                     "WARPS_N": warps_n, "ROW_TILES": row_tiles, "STAGES": stages}  # fmt: skip
-    shared = stages * (rows + columns) * 80
+    shared = max(stages * (rows + columns) * 80, rows * columns * 4)  # the sums, in the end
     return Tiling(kind, rows, columns, warps_m * warps_n * 32, shared, 32 if short else 16, tuple(macros.items()))
 
 
