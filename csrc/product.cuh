@@ -19,15 +19,17 @@ DEVICE void multiply(Tile& tile, const Grid& grid, const Frames& a, const Frames
     multiply_add(tile, grid, a, b, weights, columns, rows, first_quad);
 }
 
-// Leave out the first blocks of the depth; where a halo is, of whole chunks.
-DEVICE void leave_out(Frames& frames, int blocks)
+// Read only the blocks of depth from `begin` to `end`, those of them that there are; where a halo is, whole chunks.
+DEVICE void take(Frames& frames, int begin, int end)
 {
+    begin = min(max(begin, 0), frames.blocks), end = min(max(end, begin), frames.blocks);
 #ifdef HALO
-    frames.taps += blocks;
-    frames.channel += blocks / frames.chunk * DEPTH;
+    frames.taps += begin;
+    frames.channel += begin / frames.chunk * DEPTH;
 #else
-    frames.taps += blocks * DEPTH;
+    frames.taps += begin * DEPTH;
 #endif
+    frames.blocks = end - begin;
 }
 
 // A thread's sums are all of one column, or of one quad of columns: the next one's of the next thread.

@@ -65,6 +65,22 @@ def choose(
     return next(tiling for tiling in fitting if not tiling.on_warpgroups or wgmma.works(device, tiling))
 
 
+def choose_cut(
+    kind: int, dtype: np.dtype, device: Device, pixels: int, columns: int, depth: int, *, frame: Pair,
+    windows: Sequence[Window | None],
+) -> tuple[Tiling, int]:  # fmt: skip
+    """Return a tiling, and into how many shares its depth is cut: 1, where that spares less than the launches cost."""
+    whole = choose(kind, dtype, device, pixels, columns, frame=frame, windows=windows)
+    cut = choose(kind, dtype, device, pixels, columns, depth=depth, frame=frame, windows=windows)
+
+    def time(tiling: Tiling, count: int) -> float:
+        blocks = -(-depth // tiling.depth)
+        return clocks_of_shares(tiling, dtype, device.multiprocessors, pixels, columns, blocks, count)
+
+    count = shares(cut, dtype, device, pixels, columns, -(-depth // cut.depth))
+    return (cut, count) if count > 1 and time(cut, count) + LAUNCH < time(whole, 1) else (whole, 1)
+
+
 def shares(tiling: Tiling, dtype: np.dtype, device: Device, pixels: int, columns: int, blocks: int) -> int:
     """Return into how many shares the `blocks` of depth are best cut: some, where rows and columns make few tiles."""
 
