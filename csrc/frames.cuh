@@ -73,7 +73,8 @@ struct Rows {
     static const bool GAPS = true;
     DEVICE int operator()(int n) const
     {
-        int row = n / 128 * 8 + n % 64 / 8, column = n / 64 % 2 * 8 + n % 8;
+        unsigned at = n;
+        int row = at / 128 * 8 + at % 64 / 8, column = at / 64 % 2 * 8 + at % 8;
         return row < down && column < right ? first + row * width + column : NO_ROW;
     }
 };

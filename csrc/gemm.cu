@@ -2,7 +2,6 @@
 //
 // conv2d                     y = x * kernel + bias
 // convlstm2d_step            z = x * kernel + h * recurrent_kernel + bias, the gates, c and h
-// convlstm2d_products        z without bias, its depth in shares, for cell.cu's convlstm2d_step_of_shares
 // convlstm2d_step_backward   dh = dz of the step after, pulled back; the gates' gradients dz and dc of this step
 //
 // Blocks are (pixels, quads of columns); every element of a result has one owner: nothing depends on their order.
@@ -65,27 +64,6 @@ convlstm2d_step(FRAMES(h), FRAMES(x), const operand* weights, int columns, int p
     Advance<false> advance(cell, step, pixels, own_quad(first_quad));
     visit_quads(tile, rows, [&](int row) { return advance.enter(row); },
                 [&](int row, int next, const real(&sums)[4]) { advance(row, next, sums); });
-}
-
-// The products of a time step, [share][pixel][filter][gate]: the first `first` blocks of the depth, then `share` each.
-KERNEL(THREADS, MIN_BLOCKS)
-convlstm2d_products(FRAMES(h), FRAMES(x), const operand* weights, int columns, int pixels, int height, int width,
-                    int filters, real* partial, int first, int share)
-{
-    resolve(weights, partial);
-    Frames h = AS_FRAMES(h), x = AS_FRAMES(x);
-    int end = first + blockIdx.z * share, begin = blockIdx.z ? end - share : 0, of_x = x.blocks;
-    take(x, begin, end);
-    take(h, begin - of_x, end - of_x);
-    weights += (long long)begin * DEPTH * WEIGHT_PARTS * columns;
-    Grid grid = {pixels, height, width};
-    Rows rows = rows_of(grid, blockIdx.x, TILE_ROWS);
-    int first_quad = blockIdx.y * TILE_QUADS, f = own_quad(first_quad);
-    Tile tile;
-    multiply(tile, grid, x, h, weights, columns, rows, first_quad);
-    partial += (long long)blockIdx.z * pixels * filters * 4;
-    visit_quads(tile, rows, [&](int) { return f < filters ? pixels : 0; },
-                [&](int row, int, const real(&sums)[4]) { copy4(partial + ((long long)row * filters + f) * 4, sums); });
 }
 
 // One time step backwards: frames dz of the step after (none at the last step), to dz of this one, in the place of its

@@ -49,14 +49,15 @@ DEVICE void visit_rows(const Tile& tile, const Rows& rows, int across, int sums,
         stage_sums(staged, tile, pass);
         __syncthreads();
         int count = PASS_ROWS * across;
-        auto row_of = [&](int n) { return rows(staged_row(pass, n / across)); };
-        auto next_of = [&](int n) {
-            if (Rows::GAPS)
+        int n = int(threadIdx.x) - THREADS, row;
+        auto go_on = [&] {
 #pragma unroll 1
-                while (n < count && row_of(n) == NO_ROW) n += THREADS;
-            return n;
+            do {
+                n += THREADS;
+                row = rows(staged_row(pass, unsigned(n) / across));
+            } while (Rows::GAPS && row == NO_ROW && n < count);
         };
-        int n = next_of(threadIdx.x), row = row_of(n);
+        go_on();
 #pragma unroll 1
         while (n < count) {
             int end = enter(row);
@@ -65,8 +66,7 @@ DEVICE void visit_rows(const Tile& tile, const Rows& rows, int across, int sums,
             do {
                 const real* from = staged + n * sums;
                 int now = row;
-                n = next_of(n + THREADS);
-                row = row_of(n);
+                go_on();
                 visit(now, row, from);
             } while (n < count && row < end);
         }

@@ -11,7 +11,7 @@ import test_cuda_convlstm2d
 from cuda_cases import ROUNDING, near, within
 from cuda_emulator import EmulatedDevice, needs_compiler
 from hypothesis import given, settings
-from test_cuda_wgmma import edited, random_case, rounded
+from test_cuda_wgmma import edited, look_at_assembled, random_case, rounded
 
 from fastclstm.engines import reference
 from fastclstm.engines.cuda import choice, packing, product, wgmma
@@ -185,7 +185,7 @@ def test_the_emulator_notices(algorithm, old, new, message, tmp_path):
     [
         ("halo.cuh", "square / 2 * 8 * line", "0"),
         ("halo.cuh", "coming.channel + DEPTH;", "coming.channel;"),
-        ("frames.cuh", "n / 64 % 2 * 8", "8 - n / 64 % 2 * 8"),
+        ("frames.cuh", "at / 64 % 2 * 8", "8 - at / 64 % 2 * 8"),
         ("warpgroup.cuh", "(unsigned)depth >> 4 << 16", "1u << 16"),
     ],
 )
@@ -299,3 +299,13 @@ def test_a_call_keeps_halos_and_checks_them_once(monkeypatch):
         assert abs(device.get(y) - expected).max() < 1e-5 * abs(expected).max()
         assert device.launches[-1] == ("conv2d", (4, 1, 1), (256, 1, 1))
     assert [name for name, *_ in device.launches].count("conv2d") == 2 + 2
+
+
+@pytest.mark.parametrize("algorithm", ["bfloat16", "tf32", "float32"])
+def test_nothing_spills_and_no_product_waits_for_another(algorithm):
+    look_at_assembled(product.halo_tilings(KINDS[algorithm], (64, 64), (THREE,))[0])
+
+
+@pytest.mark.parametrize("algorithm", ["bfloat16", "float32"])
+def test_nothing_spills_in_the_largest_tiles_of_older_units(algorithm):
+    look_at_assembled(product.tilings(KINDS[algorithm], 4)[0])

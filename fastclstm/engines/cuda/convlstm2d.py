@@ -289,8 +289,9 @@ class _Forward:
         first_share, share, shares = _cut(x_frames, h_frames, shares)
         cut = shares > 1
         partial = device.empty((shares, *spec.state_shape, 4), self.dtype) if cut else None
-        operand = {name: value for name, value in tiling.macros if name in ("KIND", "OPERAND")}
-        of_shares = device.kernel("cell.cu", "convlstm2d_step_of_shares", {**macros, **operand}) if cut else None
+        of_shares = None
+        if cut:
+            of_shares = device.kernel("shares.cu", "convlstm2d_step_of_shares", {**macros, **dict(tiling.macros)})
         x_rest = x_frames.arguments()[1:]
         h_rests: dict[Any, tuple[Any, ...]] = {}
         sizes = int32(self.pixels, spec.HO, spec.WO, spec.F)
@@ -328,8 +329,10 @@ class _Forward:
                 *peepholes, None if self.mask is None else offset(self.mask, source), *cell,
             )  # fmt: skip
             if cut:
-                product.multiply(device, "convlstm2d_products", tiling, macros, self.pixels, 4 * spec.F, *operands,
-                                 *sizes, partial, *int32(first_share, share), shares=shares)  # fmt: skip
+                product.multiply(
+                    device, "convlstm2d_products", tiling, macros, self.pixels, 4 * spec.F, *operands, *sizes, partial,
+                    *int32(first_share, share), shares=shares, source="shares.cu",
+                )  # fmt: skip
                 over(device, of_shares, self.pixels * spec.F, partial, np.int32(shares), *sizes, *rest)
             else:
                 product.multiply(device, "convlstm2d_step", tiling, macros, self.pixels, 4 * spec.F, *operands, *sizes,

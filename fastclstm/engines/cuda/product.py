@@ -392,11 +392,11 @@ def convert(device: Device, kind: int, x: DeviceArray, padded: int, to: DeviceAr
 
 def multiply(
     device: Device, name: str, tiling: Tiling, macros: dict[str, int | str], pixels: int, columns: int,
-    *arguments: Any, shares: int = 1,
+    *arguments: Any, shares: int = 1, source: str = "gemm.cu",
 ) -> None:  # fmt: skip
-    """Launch a kernel of csrc/gemm.cu over its tiles, for each share of the depth."""
+    """Launch a kernel of csrc/`source` over its tiles, for each share of the depth."""
     check_pixels(pixels)
-    kernel = device.kernel("gemm.cu", name, {**macros, **dict(tiling.macros)})
+    kernel = device.kernel(source, name, {**macros, **dict(tiling.macros)})
     grid = *tiling.grid(pixels, columns), shares
     device.launch(kernel, grid, (tiling.threads,), tiling.shared_bytes, *arguments)
 

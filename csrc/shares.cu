@@ -1,7 +1,32 @@
-// One time step from the products of gemm.cu's convlstm2d_products, whose depth was cut into shares: they are added in
-// their order, then come the gates, c and h. A thread owns a pixel and filter.
+// A time step whose depth is cut into shares, where rows and columns make few tiles.
+//
+// convlstm2d_products        the products of each share
+// convlstm2d_step_of_shares  their sum, in their order, then bias, the gates, c and h
 #include "cell.cuh"
+#include "product.cuh"
 
+// The products of a time step, [share][pixel][filter][gate]: the first `first` blocks of the depth, then `share` each.
+KERNEL(THREADS, MIN_BLOCKS)
+convlstm2d_products(FRAMES(h), FRAMES(x), const operand* weights, int columns, int pixels, int height, int width,
+                    int filters, real* partial, int first, int share)
+{
+    resolve(weights, partial);
+    Frames h = AS_FRAMES(h), x = AS_FRAMES(x);
+    int end = first + blockIdx.z * share, begin = blockIdx.z ? end - share : 0, of_x = x.blocks;
+    take(x, begin, end);
+    take(h, begin - of_x, end - of_x);
+    weights += (long long)begin * DEPTH * WEIGHT_PARTS * columns;
+    Grid grid = {pixels, height, width};
+    Rows rows = rows_of(grid, blockIdx.x, TILE_ROWS);
+    int first_quad = blockIdx.y * TILE_QUADS, f = own_quad(first_quad);
+    Tile tile;
+    multiply(tile, grid, x, h, weights, columns, rows, first_quad);
+    partial += (long long)blockIdx.z * pixels * filters * 4;
+    visit_quads(tile, rows, [&](int) { return f < filters ? pixels : 0; },
+                [&](int row, int, const real(&sums)[4]) { copy4(partial + ((long long)row * filters + f) * 4, sums); });
+}
+
+// A thread owns a pixel and filter.
 KERNEL(256)
 convlstm2d_step_of_shares(const real* partial, int shares, int pixels, int height, int width, int filters,
                           const real* bias, const real* h_last, long long h_last_stride, real* h_next,
