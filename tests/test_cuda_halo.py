@@ -57,7 +57,7 @@ def test_products_are_those_of_the_rounded_operands(algorithm, number, new_devic
 def kept(monkeypatch):
     """Let products keep their halos wherever they can, by the smallest tile; others by mma.sync."""
 
-    def choose(kind, dtype, device, pixels, columns, *, depth=None, frame=(0, 0), windows=()):
+    def choose(kind, dtype, device, pixels, columns, *, frame=(0, 0), windows=(), **_):
         if kind and all(windows):
             tiling = product.halo_tilings(kind, frame, tuple(windows))[-1]
             if tiling.shared_bytes <= device.shared_bytes:

@@ -38,12 +38,13 @@ SUBCORES = 4
 
 def choose(
     kind: int, dtype: np.dtype, device: Device, pixels: int, columns: int, *, depth: int | None = None,
-    frame: Pair = (0, 0), windows: Sequence[Window | None] = (),
+    frame: Pair = (0, 0), windows: Sequence[Window | None] = (), cutting: float = 0,
 ) -> Tiling:  # fmt: skip
     """Return the fastest tiling that works, of those that compute least in vain beside the columns.
 
     Of equals the larger. Those of wgmma are for the architecture that has it. With `depth`, its number of steps, it may
-    be cut into `shares`. With the `windows` that each pixel of a `frame` reads, tiles may keep their halos.
+    be cut into `shares`, which costs `cutting` clocks beside what they take. With the `windows` that each pixel of a
+    `frame` reads, tiles may keep their halos.
     """
     candidates = product.tilings(kind, dtype.itemsize)
     most = product.WASTE * min(tiling.padded(columns) for tiling in candidates)
@@ -57,9 +58,7 @@ def choose(
     def time(tiling: Tiling) -> float:
         if depth is None:
             return clocks(tiling, dtype, device.multiprocessors, pixels, columns)
-        blocks = -(-depth // tiling.depth)
-        count = shares(tiling, dtype, device, pixels, columns, blocks)
-        return clocks_of_shares(tiling, dtype, device.multiprocessors, pixels, columns, blocks, count)
+        return _cut(tiling, dtype, device, pixels, columns, -(-depth // tiling.depth), cutting)[0]
 
     fitting = sorted((tiling for tiling in candidates if tiling.padded(columns) <= most), key=time)
     return next(tiling for tiling in fitting if not tiling.on_warpgroups or wgmma.works(device, tiling))
@@ -70,15 +69,20 @@ def choose_cut(
     windows: Sequence[Window | None],
 ) -> tuple[Tiling, int]:  # fmt: skip
     """Return a tiling, and into how many shares its depth is cut: 1, where that spares less than the launches cost."""
-    whole = choose(kind, dtype, device, pixels, columns, frame=frame, windows=windows)
-    cut = choose(kind, dtype, device, pixels, columns, depth=depth, frame=frame, windows=windows)
+    tiling = choose(kind, dtype, device, pixels, columns, depth=depth, frame=frame, windows=windows, cutting=LAUNCH)
+    return tiling, _cut(tiling, dtype, device, pixels, columns, -(-depth // tiling.depth), LAUNCH)[1]
 
-    def time(tiling: Tiling, count: int) -> float:
-        blocks = -(-depth // tiling.depth)
+
+def _cut(
+    tiling: Tiling, dtype: np.dtype, device: Device, pixels: int, columns: int, blocks: int, cutting: float
+) -> tuple[float, int]:  # fmt: skip
+    """Return how many clocks a product takes, and in how many shares."""
+
+    def time(count: int) -> float:
         return clocks_of_shares(tiling, dtype, device.multiprocessors, pixels, columns, blocks, count)
 
-    count = shares(cut, dtype, device, pixels, columns, -(-depth // cut.depth))
-    return (cut, count) if count > 1 and time(cut, count) + LAUNCH < time(whole, 1) else (whole, 1)
+    count = shares(tiling, dtype, device, pixels, columns, blocks)
+    return min((time(1), 1), (time(count) + (cutting if count > 1 else 0), count))
 
 
 def shares(tiling: Tiling, dtype: np.dtype, device: Device, pixels: int, columns: int, blocks: int) -> int:
