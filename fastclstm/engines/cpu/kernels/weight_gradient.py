@@ -262,7 +262,6 @@ def add_winograd(m_y, m_x, k_y, k_x, job, worker, frames, works, sources, runs, 
     size = 1 if own else max(1, panels // (4 * workers_of(job)))
     pieces = (panels + size - 1) // size
     share_size = panels * work.rows * 2 * simd.vector_lanes(base)
-    share_tiles = (last - first + work.shares - 1) // work.shares
     share = claim(job) if own else 0
     piece = 0 if own else claim(job)
     while share < work.shares:
@@ -270,9 +269,9 @@ def add_winograd(m_y, m_x, k_y, k_x, job, worker, frames, works, sources, runs, 
         begun = 0
         if own:
             piece = 0
-        stop = min(last, first + (share + 1) * share_tiles)
-        for block in range(first + share * share_tiles, stop, work.count):
-            tiles = min(work.count, stop - block)
+        skipped = (share - first // work.count) % work.shares  # of all frames' blocks every `shares`-th is a share's
+        for block in range(first + skipped * work.count, last, work.shares * work.count):
+            tiles = min(work.count, last - block)
             while piece < begun + tiles:
                 if not own:
                     wait_for_all(job, begun)
