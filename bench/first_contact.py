@@ -185,11 +185,12 @@ class Checks:
             kind = product.KINDS[algorithm]
             tilings = product.tilings(kind, 4)
             if device.architecture == product.WARPGROUPS:
+                tilings += product.halo_tilings(kind, (1, 1), (product.Window(9, (2, 2)),))
                 tilings += product.warpgroup_tilings(kind)
             gradients = weight_gradient.gradient_tilings(product.backward_kind(kind), 4)
             for n, tiling in enumerate(tilings):
-                what = f"{'wgmma' if tiling.on_warpgroups else 'mma' if kind else 'simt'} {algorithm} " \
-                       f"{tiling.rows}x{tiling.columns}"  # fmt: skip
+                units = "halo" if tiling.frame else "wgmma" if tiling.on_warpgroups else "mma" if kind else "simt"
+                what = f"{units} {algorithm} {tiling.rows}x{tiling.columns}"
                 for channels in (24, 5, 256):
                     with self.each(f"conv2d {what}, {channels} channels"):
                         self._convolve(device, tiling, algorithm, channels, what)
@@ -199,6 +200,7 @@ class Checks:
     def _convolve(self, device: Device, tiling: product.Tiling, algorithm: str, channels: int, what: str) -> None:
         x, kernel = _normal(1, 13, 15, channels), _normal(3, 3, channels, tiling.columns + 20, seed=1)
         spec = ConvSpec.infer(x.shape, kernel.shape)
+        tiling = product.of_form(tiling, (spec.HO, spec.WO), [product.window(spec)])
         given = device.put(x), device.put(kernel)
         runs = [device.get(product.convolve(spec, tiling, *given, None)) for _ in range(self.repeat)]
         exact = functional.conv2d(*_double(x, kernel), engine="reference")
@@ -250,8 +252,10 @@ def _double(*arrays: np.ndarray) -> list[np.ndarray]:
 def _chosen(tiling: product.Tiling, of_gradient: product.Tiling) -> Iterator[None]:
     """Let products of the tiling's kind be computed by it inside, others by the smallest."""
 
-    def chosen(kind: int, dtype: np.dtype, *_: Any, **__: Any) -> product.Tiling:
-        return tiling if kind == tiling.kind else product.tilings(kind, dtype.itemsize)[-1]
+    def chosen(kind: int, dtype: np.dtype, *_: Any, **where: Any) -> product.Tiling:
+        if kind != tiling.kind:
+            return product.tilings(kind, dtype.itemsize)[-1]
+        return product.of_form(tiling, where["frame"], where["windows"])
 
     def forget() -> None:
         recorded._plans.clear()

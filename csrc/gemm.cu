@@ -18,20 +18,20 @@ conv2d(FRAMES(x), const operand* weights, int columns, int pixels, int height, i
     Frames x = AS_FRAMES(x), none = AS_FRAMES(x);
     none.blocks = 0;
     int first_block = blockIdx.z * share;
-    x.taps += first_block * DEPTH;
-    x.blocks = min(share, x.blocks - first_block);
+    take(x, first_block, first_block + share);
     weights += (long long)first_block * DEPTH * WEIGHT_PARTS * columns;
     Grid grid = {pixels, height, width};
-    int first_row = blockIdx.x * TILE_ROWS, first_quad = blockIdx.y * TILE_QUADS;
+    Rows rows = rows_of(grid, blockIdx.x, TILE_ROWS);
+    int first_quad = blockIdx.y * TILE_QUADS;
     Tile tile;
-    multiply(tile, grid, x, none, weights, columns, first_row, first_quad);
+    multiply(tile, grid, x, none, weights, columns, rows, first_quad);
     resolve(bias, residual, y);
     if (blockIdx.z) bias = nullptr;
     y += (long long)blockIdx.z * pixels * filters;
     int f = own_column(first_quad);
     real added = f < filters ? read(bias, f) : real(0);
     auto enter = [&](int) { return f < filters ? pixels : 0; };
-    visit_columns(tile, first_row, enter, [&](int row, real sum) {
+    visit_columns(tile, rows, enter, [&](int row, real sum) {
         long long at = (long long)row * filters + f;
         y[at] = sum + added + read(residual, at);
     });
@@ -51,9 +51,10 @@ convlstm2d_step(FRAMES(h), FRAMES(x), const operand* weights, int columns, int p
     resolve(weights);
     Frames h = AS_FRAMES(h), x = AS_FRAMES(x);
     Grid grid = {pixels, height, width};
-    int first_row = blockIdx.x * TILE_ROWS, first_quad = blockIdx.y * TILE_QUADS;
+    Rows rows = rows_of(grid, blockIdx.x, TILE_ROWS);
+    int first_quad = blockIdx.y * TILE_QUADS;
     Tile tile;
-    multiply(tile, grid, x, h, weights, columns, first_row, first_quad);
+    multiply(tile, grid, x, h, weights, columns, rows, first_quad);
     resolve(bias, h_last, h_next, c_last, c_next, y_last, y_next, z, h_operand, peep_i, peep_f, peep_o, mask);
     Cell cell = {height * width, filters, bias, peep_i, peep_f, peep_o, peep_stride, cell_clip, recurrent_activation,
                  activation, output_activation};
@@ -61,7 +62,7 @@ convlstm2d_step(FRAMES(h), FRAMES(x), const operand* weights, int columns, int p
                  y_next, y_stride, z, z_stride, z_channels, h_operand, h_operand_stride, h_operand_channels, mask,
                  mask_stride};
     Advance<false> advance(cell, step, pixels, own_quad(first_quad));
-    visit_quads(tile, first_row, [&](int row) { return advance.enter(row); },
+    visit_quads(tile, rows, [&](int row) { return advance.enter(row); },
                 [&](int row, int next, const real(&sums)[4]) { advance(row, next, sums); });
 }
 
@@ -83,9 +84,10 @@ convlstm2d_step_backward(FRAMES(dz), const operand* weights, int columns, int pi
     Frames dz = AS_FRAMES(dz), none = AS_FRAMES(dz);
     none.blocks = 0;
     Grid grid = {pixels, height, width};
-    int first_row = blockIdx.x * TILE_ROWS, first_quad = blockIdx.y * TILE_QUADS;
+    Rows rows = rows_of(grid, blockIdx.x, TILE_ROWS);
+    int first_quad = blockIdx.y * TILE_QUADS;
     Tile tile;
-    multiply(tile, grid, dz, none, weights, columns, first_row, first_quad);
+    multiply(tile, grid, dz, none, weights, columns, rows, first_quad);
     resolve(dy, dh_last, dc_last, dh, dy_carry, dc_next, z, c_last, h_now, peep_i, peep_f, peep_o, mask);
     int sigma = ACTIVATION(recurrent_activation, SIGMOID), on_g = ACTIVATION(activation, TANH);
     int on_c = ACTIVATION(output_activation, TANH), f = own_column(first_quad);
@@ -105,7 +107,7 @@ convlstm2d_step_backward(FRAMES(dz), const operand* weights, int columns, int pi
         h_in = valid ? moved(h_now, image * h_stride + f) : nullptr;
         return image_row + frame;
     };
-    visit_columns(tile, first_row, enter, [&](int row, real sum) {
+    visit_columns(tile, rows, enter, [&](int row, real sum) {
         int p = row - image_row, at = p * filters;
         long long state = (long long)row * filters + f;
         operand* zs = z_in + p * dz.channels;

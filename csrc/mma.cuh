@@ -73,10 +73,10 @@ DEVICE void clear(Tile& tile)
             for (int i = 0; i < 4; i++) tile.sum[m][n][i] = 0;
 }
 
-// Add the products over the taps of two frames, one after the other, for pixels from first_row on; weights
+// Add the products over the taps of two frames, one after the other, for the pixels of rows; weights
 // [block][columns][DEPTH].
 DEVICE void multiply_add(Tile& tile, const Grid& grid, const Frames& a, const Frames& b, const operand* weights,
-                         int columns, int first_row, int first_quad)
+                         int columns, const Rows& rows, int first_quad)
 {
     unsigned char* stages = shared_memory();
     Place places[PIXELS_A_THREAD] = {};
@@ -91,7 +91,7 @@ DEVICE void multiply_add(Tile& tile, const Grid& grid, const Frames& a, const Fr
             if (!block || block == a.blocks)
 #pragma unroll 1
                 for (int i = 0; i < PIXELS_A_THREAD; i++)
-                    pushed_out(places, place_of(frames, grid, first_row + threadIdx.x / 4 + i * (THREADS / 4)));
+                    pushed_out(places, place_of(frames, grid, rows.first + threadIdx.x / 4 + i * (THREADS / 4)));
             int row = threadIdx.x / 4, piece = threadIdx.x % 4;
             fetch_pixels<THREADS / 4 * PITCH>(stage + row * PITCH + piece * 16, piece, frames, places,
                                               first ? block : block - a.blocks);
@@ -110,27 +110,21 @@ DEVICE void multiply_add(Tile& tile, const Grid& grid, const Frames& a, const Fr
     }
 }
 
-// Sums leave by shared memory, in passes: [PASS_ROWS][TILE_QUADS][4].
-#define PASS_TILES 2  // of a warp
-#define PASSES (ROW_TILES / PASS_TILES)
-#define PASS_ROWS (WARPS_M * PASS_TILES * 16)
-static_assert(ROW_TILES % PASS_TILES == 0 && PASS_ROWS * TILE_COLUMNS * 4 <= STAGES * STAGE_BYTES, "a pass fits");
+// Sums leave by shared memory, all in one pass: [PASS_ROWS][TILE_QUADS][4]. So no register holds them any more.
+#define PASSES 1
+#define PASS_ROWS TILE_ROWS
 
-DEVICE void stage_sums(real* to, const Tile& tile, int pass)
+DEVICE void stage_sums(real* to, const Tile& tile, int)
 {
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    int row = warp / WARPS_N * PASS_TILES * 16 + lane / 4, quad = warp % WARPS_N * 8 + lane % 4 * 2;
+    int row = warp / WARPS_N * ROW_TILES * 16 + lane / 4, quad = warp % WARPS_N * 8 + lane % 4 * 2;
 #pragma unroll
     for (int m = 0; m < ROW_TILES; m++)
 #pragma unroll
-        for (int i = 0; i < 4; i++)
-            if (m / PASS_TILES == pass) {
-                alignas(16) real sums[4] = {tile.sum[m][0][i], tile.sum[m][1][i], tile.sum[m][2][i], tile.sum[m][3][i]};
-                copy4(to + ((row + m % PASS_TILES * 16 + i / 2 * 8) * TILE_QUADS + quad + i % 2) * 4, sums);
-            }
+        for (int i = 0; i < 4; i++) {
+            alignas(16) real sums[4] = {tile.sum[m][0][i], tile.sum[m][1][i], tile.sum[m][2][i], tile.sum[m][3][i]};
+            copy4(to + ((row + m * 16 + i / 2 * 8) * TILE_QUADS + quad + i % 2) * 4, sums);
+        }
 }
 
-DEVICE int staged_row(int pass, int row)
-{
-    return row / (PASS_TILES * 16) * (ROW_TILES * 16) + pass * (PASS_TILES * 16) + row % (PASS_TILES * 16);
-}
+DEVICE int staged_row(int, int row) { return row; }

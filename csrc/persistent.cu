@@ -58,14 +58,15 @@ convlstm2d_steps(FRAMES(h), FRAMES(x), long long x_step, int T, int* arrived, co
     for (int t = 0; t < T; t++) {
 #pragma unroll 1
         for (int n = blockIdx.x; n < tiles; n += gridDim.x) {
-            int first_row = n % down * TILE_ROWS, first_quad = n / down * TILE_QUADS;
+            Rows rows = rows_of(grid, n % down, TILE_ROWS);
+            int first_quad = n / down * TILE_QUADS;
             Tile tile;
             clear(tile);
 #pragma unroll 1
             for (int of_h = 0; of_h < 2; of_h++) {
                 if (of_h && t && n == blockIdx.x && !threadIdx.x) wait_for(arrived, t * gridDim.x);
                 __syncthreads();  // h is there; what lies in shared memory has been read
-                multiply_add(tile, grid, chosen(of_h, h, x), none, of_h ? weights_h : weights, columns, first_row,
+                multiply_add(tile, grid, chosen(of_h, h, x), none, of_h ? weights_h : weights, columns, rows,
                              first_quad);
             }
             bool last = t == T - 1;
@@ -75,7 +76,7 @@ convlstm2d_steps(FRAMES(h), FRAMES(x), long long x_step, int T, int* arrived, co
                          nullptr, 0, 0, last ? nullptr : h_operand + (t + 1) % 2 * place,
                          (long long)height * width * h.channels, h.channels, mask, mask_stride};
             Advance<true> advance(cell, step, pixels, own_quad(first_quad));
-            visit_quads(tile, first_row, [&](int row) { return advance.enter(row); },
+            visit_quads(tile, rows, [&](int row) { return advance.enter(row); },
                         [&](int row, int next, const real(&sums)[4]) { advance(row, next, sums); });
         }
         __syncthreads();  // all that this block writes is written

@@ -13,10 +13,23 @@
 #endif
 
 DEVICE void multiply(Tile& tile, const Grid& grid, const Frames& a, const Frames& b, const operand* weights,
-                     int columns, int first_row, int first_quad)
+                     int columns, const Rows& rows, int first_quad)
 {
     clear(tile);
-    multiply_add(tile, grid, a, b, weights, columns, first_row, first_quad);
+    multiply_add(tile, grid, a, b, weights, columns, rows, first_quad);
+}
+
+// Read only the blocks of depth from `begin` to `end`, those of them that there are; where a halo is, whole chunks.
+DEVICE void take(Frames& frames, int begin, int end)
+{
+    begin = min(max(begin, 0), frames.blocks), end = min(max(end, begin), frames.blocks);
+#ifdef HALO
+    frames.taps += begin;
+    frames.channel += begin / frames.chunk * DEPTH;
+#else
+    frames.taps += begin * DEPTH;
+#endif
+    frames.blocks = end - begin;
 }
 
 // A thread's sums are all of one column, or of one quad of columns: the next one's of the next thread.
@@ -27,7 +40,7 @@ DEVICE int own_column(int first_quad) { return first_quad * 4 + threadIdx.x % (T
 // Call visit(row, next row, where its sums are) for the thread's rows, `across` of which are side by side. Before that
 // enter(row) tells up to where rows have something in common (an image), again and again: no further than row, to stop.
 template <class Enter, class Visit>
-DEVICE void visit_rows(const Tile& tile, int first_row, int across, int sums, Enter enter, Visit visit)
+DEVICE void visit_rows(const Tile& tile, const Rows& rows, int across, int sums, Enter enter, Visit visit)
 {
     real* staged = (real*)shared_memory();
 #pragma unroll 1
@@ -35,7 +48,16 @@ DEVICE void visit_rows(const Tile& tile, int first_row, int across, int sums, En
         __syncthreads();
         stage_sums(staged, tile, pass);
         __syncthreads();
-        int n = threadIdx.x, row = first_row + staged_row(pass, n / across), count = PASS_ROWS * across;
+        int count = PASS_ROWS * across;
+        int n = int(threadIdx.x) - THREADS, row;
+        auto go_on = [&] {
+#pragma unroll 1
+            do {
+                n += THREADS;
+                row = rows(staged_row(pass, unsigned(n) / across));
+            } while (Rows::GAPS && row == NO_ROW && n < count);
+        };
+        go_on();
 #pragma unroll 1
         while (n < count) {
             int end = enter(row);
@@ -44,8 +66,7 @@ DEVICE void visit_rows(const Tile& tile, int first_row, int across, int sums, En
             do {
                 const real* from = staged + n * sums;
                 int now = row;
-                n += THREADS;
-                row = first_row + staged_row(pass, n / across);
+                go_on();
                 visit(now, row, from);
             } while (n < count && row < end);
         }
@@ -54,9 +75,9 @@ DEVICE void visit_rows(const Tile& tile, int first_row, int across, int sums, En
 
 // visit(row, next row, the 4 sums of the thread's quad)
 template <class Enter, class Visit>
-DEVICE void visit_quads(const Tile& tile, int first_row, Enter enter, Visit visit)
+DEVICE void visit_quads(const Tile& tile, const Rows& rows, Enter enter, Visit visit)
 {
-    visit_rows(tile, first_row, TILE_QUADS, 4, enter, [&](int row, int next, const real* from) {
+    visit_rows(tile, rows, TILE_QUADS, 4, enter, [&](int row, int next, const real* from) {
         alignas(16) real sums[4];
         copy4(sums, from);
         visit(row, next, sums);
@@ -65,7 +86,7 @@ DEVICE void visit_quads(const Tile& tile, int first_row, Enter enter, Visit visi
 
 // visit(row, the sum of the thread's column)
 template <class Enter, class Visit>
-DEVICE void visit_columns(const Tile& tile, int first_row, Enter enter, Visit visit)
+DEVICE void visit_columns(const Tile& tile, const Rows& rows, Enter enter, Visit visit)
 {
-    visit_rows(tile, first_row, TILE_QUADS * 4, 1, enter, [&](int row, int, const real* from) { visit(row, *from); });
+    visit_rows(tile, rows, TILE_QUADS * 4, 1, enter, [&](int row, int, const real* from) { visit(row, *from); });
 }

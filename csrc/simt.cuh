@@ -104,10 +104,10 @@ DEVICE void clear(Tile& tile)
             for (int r = 0; r < 4; r++) tile.sum[i][j][r] = 0;
 }
 
-// Add the products over the taps of two frames, one after the other, for pixels from first_row on; weights
+// Add the products over the taps of two frames, one after the other, for the pixels of rows; weights
 // [depth][columns].
 DEVICE void multiply_add(Tile& tile, const Grid& grid, const Frames& a, const Frames& b, const operand* weights,
-                         int columns, int first_row, int first_quad)
+                         int columns, const Rows& rows, int first_quad)
 {
     real* pixels = (real*)shared_memory();
     real* kept_weights = pixels + 2 * DEPTH * ROW_PITCH;
@@ -119,7 +119,7 @@ DEVICE void multiply_add(Tile& tile, const Grid& grid, const Frames& a, const Fr
         if (block < blocks) {
             bool first = block < a.blocks;
             Frames frames = chosen(first, a, b);
-            if (!block || block == a.blocks) place = place_of(frames, grid, first_row + threadIdx.x % TILE_ROWS);
+            if (!block || block == a.blocks) place = place_of(frames, grid, rows.first + threadIdx.x % TILE_ROWS);
             fetch_pixels(fetched.pixels, frames, place, first ? block : block - a.blocks);
             fetch_weights(fetched.weights, weights, columns, block);
         }

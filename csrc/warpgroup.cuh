@@ -12,6 +12,9 @@
 // - Swizzle<3,4,3>: bits 4 to 6 of an address are XORed with its bits 7 to 9, so that 16 bytes number n of row r of an
 //   atom stand at n ^ r. The pattern starts at multiples of 1024 bytes; there the base offset is 0 [5.1.2.1.3 and
 //   5.1.2.2; cute/swizzle.hpp].
+// - Without a swizzle eight rows are an atom of 16 bytes each, one after the other, 128 bytes that start at any multiple
+//   of 16. The leading offset leads to the next 16 bytes of depth, the stride offset to the next eight rows [5.1.2, "8x1",
+//   and 5.1.2.1; make_gmma_desc, INTERLEAVE: ((8,m),(T,2)):((1T,SBO),(1,LBO))].
 // - A product takes 32 bytes of depth; the next one's operands start 32 bytes further [5.2; DescriptorIterator, which
 //   adds to the address; so does ThunderKittens' st_descriptor]. The XOR is of the final address.
 // - Sums (64 x N): register 4j + 2v + u of thread t is row 16 (t / 32) + t % 32 / 4 + 8v, column 8j + 2 (t % 4) + u
@@ -40,6 +43,13 @@ DEVICE unsigned shared_address(const void* pointer)
 DEVICE unsigned long long descriptor(unsigned address)
 {
     return (unsigned long long)(address >> 4) | 1ull << 16 | 1024ull >> 4 << 32 | 1ull << 62;
+}
+
+// Rows of 16 bytes, eight of them together, `rows` bytes from eight to the next and `depth` to the other half of a
+// product's depth: no swizzle; all multiples of 16.
+DEVICE unsigned long long descriptor(unsigned address, int depth, int rows)
+{
+    return (address >> 4 | (unsigned)depth >> 4 << 16) | (unsigned long long)((unsigned)rows >> 4) << 32;
 }
 
 DEVICE void fence_async_proxy()

@@ -13,12 +13,16 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
-from cycler import cycler
-from matplotlib.colors import ListedColormap, to_rgba, to_rgba_array
 
 from fastclstm.spec import choice
+
+try:
+    import matplotlib
+    from cycler import cycler
+    from matplotlib.colors import ListedColormap, to_rgba, to_rgba_array
+except ImportError as error:
+    raise ImportError(f"fastclstm.viz needs Matplotlib: pip install 'fastclstm[viz]' ({error})") from error
 
 __all__ = ["FRAME_MILLISECONDS", "SERIES", "THEMES", "Row", "animate", "colours", "filmstrip", "repaint",
            "show", "theme"]  # fmt: skip
@@ -151,10 +155,17 @@ class Row:
     first: int = 0
     span: int = 1
 
+    def __post_init__(self) -> None:
+        images = np.asarray(self.images)
+        if images.ndim != 3 or 0 in images.shape or images.dtype.kind not in "biuf":
+            raise ValueError(f"Row {self.label!r}: images must be real numbers (T, H, W), at least one image, got "
+                             f"{images.dtype} {images.shape}; of channels take one, images[..., 0]")  # fmt: skip
+        object.__setattr__(self, "images", images)
+
     @property
     def end(self) -> float:
         """The value at the end of the colours."""
-        largest = float(np.nanmax(np.abs(self.images), initial=0))
+        largest = float(np.max(np.abs(self.images), initial=0, where=np.isfinite(self.images)))
         return self.limit if self.limit is not None else largest or 1.0
 
     def columns(self) -> Iterator[slice]:
@@ -193,6 +204,8 @@ def filmstrip(figure: Any, rows: Sequence[Row], titles: Sequence[str] | None = N
     >>> rain = np.random.default_rng(0).random((6, 32, 32))
     >>> figure = filmstrip(Figure(), [Row("radar", 20 * rain, "amounts", unit="mm/h")])
     """
+    if not rows:
+        raise ValueError("filmstrip: rows must have at least one Row")
     count = max(columns.stop for row in rows for columns in row.columns())
     label = 0.2 + _LETTER * max(len(row.label) for row in rows)
     side = (width - label - _KEY) / count - _GAP

@@ -124,5 +124,6 @@ def tiling(monkeypatch, number):
 
     with monkeypatch.context() as patch:
         patch.setattr(choice, "choose", lambda kind, dtype, *_, **__: product.tilings(kind, dtype.itemsize)[number])
+        patch.setattr(choice, "choose_cut", lambda *arguments, **where: (choice.choose(*arguments, **where), 1))
         patch.setattr(weight_gradient, "gradient_tiling", of_gradient)
         yield

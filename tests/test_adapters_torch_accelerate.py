@@ -4,6 +4,7 @@ import copy
 import pickle
 from itertools import pairwise
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -616,3 +617,35 @@ def test_what_remembers_earlier_calls_is_left():
 def test_convolutions_that_are_no_cells_are_not_spoken_of():
     model = torch.nn.Sequential(conv(C, 4), torch.nn.ReLU(), conv(4, 4), torch.nn.Sequential(conv(4, 8), conv(8, 8)))
     assert str(accelerate(model, return_report=True)[1]) == "accelerate: no ConvLSTM or ConvGRU was found"
+
+
+def test_large_memory_is_used_again_when_nobody_has_it():
+    from fastclstm.adapters import memory
+
+    def some():
+        return memory.empty((memory.LARGE_BYTES // 4 + 7, 1), np.dtype(np.float32))
+
+    first = some()
+    tensor = torch.from_numpy(first)
+    place, view = tensor.data_ptr(), tensor.detach()[5:].numpy()
+    del first, tensor
+    second = some()
+    assert second.ctypes.data != place
+    del view
+    assert some().ctypes.data == place
+
+
+@pytest.mark.parametrize("order", [(0, 1, 3, 2), (3, 0, 1, 2), (0, 1, 2, 3)])
+def test_neighbouring_gates_are_copied_together(order):
+    from fastclstm.adapters.torch_cells import Arrangement, _places
+
+    cell = Arrangement("convlstm2d", "", ("a", "b"), ("a", "b"), 2, order)
+    places, shapes = _places(cell, (("a.weight", (6, 5, 3, 3)), ("b.weight", (6, 5, 3, 3))))  # two gates each, F = 3
+    tensors = [torch.arange(270.0).reshape(6, 5, 3, 3) + 270 * n for n in range(2)]
+    gates = torch.cat(tensors).chunk(4)
+    whole = torch.cat([gates[gate] for gate in order]).permute(2, 3, 1, 0)
+    made = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    for place in places:
+        made[place.ours][place.our_block] = tensors[place.tensor].numpy()[place.block].transpose(2, 3, 1, 0)
+    np.testing.assert_array_equal(np.concatenate([made["kernel"], made["recurrent_kernel"]], 2), whole)
+    assert len(places) == {(0, 1, 3, 2): 6, (3, 0, 1, 2): 6, (0, 1, 2, 3): 4}[order]

@@ -355,6 +355,7 @@ USER_ERRORS = {
     "two outputs": (save_two_outputs, [], ["weights.safetensors has merge_mode=None"]),
     "out is a folder": (block_out, [], ["out.npy", "not a regular file"]),
     "out in no folder": (lambda job: None, ["--out", "no/such/out.npy"], ["no/such/out.npy", "cannot write here"]),
+    "out is no array": (lambda job: None, ["--out", "out.png"], ["run: what comes of an array is written as .npy"]),
     "out is the input": (lambda job: None, ["--out", "{frames}"], ["frames.npy would overwrite"]),
     "out is the weights": (lambda job: None, ["--out", "{weights}"], ["weights.safetensors would overwrite"]),
     "state is the out": (lambda job: None, ["--state-out", "{out}"], ["out.npy would overwrite"]),
@@ -542,6 +543,12 @@ def test_without_stderr_the_work_is_done(job, command, close):
     done = subprocess.run(["sh", "-c", shell, "sh", "run", "none.npy", "--weights", "none", "--out", "none"],
                           env=environment, capture_output=True)  # fmt: skip
     assert (done.returncode, done.stdout) == (2, b"")
+
+
+def test_info_without_a_place_to_print_to():
+    done = subprocess.run(["sh", "-c", f"{sys.executable} -m fastclstm info >&-"], stderr=subprocess.PIPE, text=True,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_info():

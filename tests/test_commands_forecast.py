@@ -99,6 +99,7 @@ def test_errors_say_what_foretells(job, network, words):
     assert_user_error(job.run(network()), *words)
     assert not job.out.exists()
     assert_user_error(job.run(next_frames(), "--out", job.frames), "frames.npy would overwrite")
+    assert_user_error(job.run(next_frames(), "--out", job.folder / "out.nc"), "written as .npy, but --out is")
 
 
 def test_the_window_is_as_long_as_what_is_given():

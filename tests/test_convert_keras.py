@@ -262,7 +262,10 @@ def test_batch_normalization_while_training(double):
         ((4, 7, 6, 3), lambda L: [L.MaxPooling3D((1, 2, 2)), L.UpSampling3D((1, 2, 3)), L.ReLU()]),
         ((4, 7, 6, 3), lambda L: [L.MaxPooling3D(2, 1, "same"), L.Flatten(), L.Dense(3, "softmax")]),
         ((3, 4, 7, 6), lambda L: [L.MaxPooling3D(2, data_format="channels_first")]),
-        ((7, 6, 3), lambda L: [L.MaxPooling2D(2), L.UpSampling2D((2, 1), interpolation="bilinear"), L.LeakyReLU(0.1)]),
+        (
+            (7, 6, 3),
+            lambda L: [L.MaxPooling2D(2), L.UpSampling2D((2, 1), interpolation="bilinear"), L.LeakyReLU(0.1), L.ELU()],
+        ),
         (
             (3, 7, 6),
             lambda L: [L.MaxPooling2D((3, 2), data_format="channels_first"), L.UpSampling2D(3, "channels_first")],

@@ -577,6 +577,44 @@ def test_an_output_to_compare_with(torch, dialects, tmp_path):
         from_torch(module, check=sequence(torch), **options)
 
 
+@pytest.mark.torch
+def test_a_module_at_hand_is_called_where_names_do_not_tell(torch, dialects):
+    """Gates in another order are found, another activation is refused, and the module stays what it was."""
+
+    class OtherCell(dialects.JointCell):
+        calls = 0
+
+        def forward(self, x, h, c):
+            self.calls += 1
+            return dialects.advance(self.conv(torch.cat([x, h], 1)), c, "fiog")
+
+    class ReluCell(dialects.JointCell):
+        def forward(self, x, h, c):
+            i, f, o, g = self.conv(torch.cat([x, h], 1)).chunk(4, 1)
+            c = f.sigmoid() * c + i.sigmoid() * g.relu()
+            return o.sigmoid() * c.relu(), c
+
+    x, options = sequence(torch).float(), {"engine": "reference"}
+    module = stack(dialects, OtherCell, [4, 2], [(3, 3)] * 2, True)
+    for source in (module, torch.nn.DataParallel(module)):
+        random = torch.random.get_rng_state()
+        layer = from_torch(source, **options)
+        close(layer(x.numpy()), module(x)[0].detach().numpy(), 1e-5)
+    assert from_torch(source, go_backwards=True, return_sequences=False, **options).go_backwards
+    assert torch.equal(random, torch.random.get_rng_state())
+    assert module.cell_list[0].calls == 2 * len(x[0])
+    assert module.training
+    with pytest.raises(ValueError, match="computes what gates='fiog' would, not 'ifog'; give that, or leave"):
+        from_torch(module, "ndrplz", **options)
+    module = stack(dialects, ReluCell, [4], [(3, 3)], True)
+    with pytest.raises(ValueError, match=r"computes something else .* perhaps activation=.* state_dict\(\) is read by"):
+        from_torch(module, **options)
+    close(from_torch(module, activation="relu", **options)(x.numpy()), module(x)[0].detach().numpy(), 1e-5)
+    module.cell_list[0].forward = module.forward = None
+    with pytest.warns(UserWarning, match="told by its names alone, 'ifog'; check="):
+        from_torch(module, **options)
+
+
 def spread(torch, module):
     """A module with weights that are large enough to tell orders of gates apart."""
     with torch.no_grad():
@@ -672,6 +710,21 @@ def cells_of(names, C=2, F=3, k=3):
     rng = np.random.default_rng(0)
     return {f"{name}.conv.{kind}": rng.normal(size=shape) for name in names
             for kind, shape in (("weight", (4 * F, C + F, k, k)), ("bias", 4 * F))}  # fmt: skip
+
+
+def test_a_joint_convolution_of_another_name_is_told_how_to_describe():
+    weights = {
+        f"net.cell.gates.{kind}": array for kind, array in zip(("weight", "bias"), joint().values(), strict=True)
+    }
+    with pytest.raises(ValueError, match=r"yourself with cells=\['net\.cell'\], joint='gates', if that .* gates=…$"):
+        from_torch(weights)
+    assert from_torch(weights, cells=["net.cell"], joint="gates", gates="ifgo").num_layers == 1
+
+
+def test_cells_of_other_ranks_are_named():
+    state = {"cell_list.0.conv.weight": np.zeros((8, 5, 3)), "cell_list.0.conv.bias": np.zeros(8)}
+    with pytest.raises(ValueError, match=r"cell_list.0.conv.weight \(8, 5, 3\) is .* over 1 axes, .* a ConvLSTM1D by"):
+        from_torch(state)
 
 
 def test_single_cells_are_told_by_their_prefix():
@@ -787,7 +840,7 @@ def test_missing_cells():
     [
         ("cell_list.0.conv.weight", np.zeros((16, 4, 3, 3)), "none of a ConvLSTM"),
         ("cell_list.0.conv.weight", np.zeros((15, 7, 3, 3)), "do not fit one another"),
-        ("cell_list.0.conv.weight", np.zeros((16, 7, 3)), "do not fit one another"),
+        ("cell_list.0.conv.weight", np.zeros((16, 7, 3)), "over 1 axes"),
         ("cell_list.0.conv.weight", np.zeros((16, 7, 2, 3)), "kernels must be odd"),
         ("cell_list.0.conv.bias", np.zeros(12), "bias has shape"),
     ],

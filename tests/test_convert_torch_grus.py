@@ -105,6 +105,21 @@ def test_a_cell(dialect, named):
     agree(layer, [other], x)
 
 
+def test_a_cell_at_hand_tells_what_it_keeps():
+    class Other(Cell):
+        def forward(self, x, h):
+            z, r = torch.sigmoid(self.conv_gates(torch.cat([x, h], 1))).split(self.F, 1)
+            return z * h + (1 - z) * torch.tanh(self.conv_can(torch.cat([x, r * h], 1)))
+
+    cell = shuffled(Other(3, 5, "utae-gru"))
+    agree(from_torch(cell, engine="reference"), [cell], frames())
+    with pytest.raises(ValueError, match="not of the dialect 'utae-gru': it has order='zr' and keeps='z'; leave"):
+        from_torch(cell, "utae-gru")
+    cell.forward = lambda x, h: 2 * Other.forward(cell, x, h)
+    with pytest.raises(ValueError, match="computes something else"):
+        from_torch(cell)
+
+
 def test_gradients_are_those_of_the_module():
     cell = shuffled(Cell(2, 32, "jhhuang96-gru"))
     layer = from_torch(cell, engine="reference")

@@ -156,7 +156,7 @@ def test_bits_do_not_depend_on_the_thread_count(monkeypatch):
 def is_planar(C, F, k, size=64, gates=True):
     """Whether tiles would be the lanes, with the algorithm that is cheapest."""
     specs = tuple(ConvSpec.infer((2, size, size, n), (k, k, n, 4 * F), padding="same") for n in (F, C))
-    tile = plans.choose("convlstm2d", specs, "auto", 4, gates=gates)
+    tile = plans.choose(specs, "auto", 4, gates=gates)
     return plans.is_planar(specs, tile, 4, gates)
 
 

@@ -78,13 +78,18 @@ def test_long_sums_are_accurate(algorithm, roundings):
     assert np.abs(result - expected).max() <= roundings * np.finfo(np.float32).eps * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("algorithm", ["direct", "winograd"])
-def test_bits_do_not_depend_on_the_team(algorithm):
+@pytest.mark.parametrize(("algorithm", "F", "shares"), [("direct", 20, 1), ("winograd", 20, 1), ("winograd", 3, 16)])
+def test_bits_do_not_depend_on_the_team(algorithm, F, shares):
     rng = np.random.default_rng(3)
-    specs = tuple(ConvSpec.infer((3, 30, 21, c), (3, 3, c, 80)) for c in (20, 2))
-    xs = [rng.standard_normal((3, 4, 30, 21, c), np.float32) for c in (20, 2)]
-    dz = rng.standard_normal((3, 4, 30, 21, 80), np.float32)
+    specs = tuple(ConvSpec.infer((3, 30, 21, c), (3, 3, c, 4 * F)) for c in (F, 2))
+    xs = [rng.standard_normal((3, 4, 30, 21, c), np.float32) for c in (F, 2)]
+    dz = rng.standard_normal((3, 4, 30, 21, 4 * F), np.float32)
+    if algorithm == "winograd":
+        assert len(WeightGradient(specs, dz.dtype, 12, algorithm)._sums) == shares
     expected = gradient(specs, xs, dz, algorithm)
+    for result, spec, x in zip(expected, specs, xs, strict=True):
+        want = taps(spec, x.astype(float), dz.astype(float))
+        assert np.abs(result - want).max() <= 2e-5 * np.abs(want).max()
     for team in (2, 3, 4):
         for result, value in zip(gradient(specs, xs, dz, algorithm, team), expected, strict=True):
             np.testing.assert_array_equal(result, value)

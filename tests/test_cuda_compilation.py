@@ -185,6 +185,8 @@ def use_everything():
         deep = np.ones((1, 2, 2, 64), dtype), np.ones((5, 5, 64, 64), dtype)  # so deep that it is cut into shares
         y, pullback = functional.conv2d_vjp(*deep, engine="cuda")
         pullback(y)
+        few = (1, 2, 8, 8, 64), (3, 3, 64, 256), (3, 3, 64, 256)  # pixels, so that a step is cut, too
+        functional.convlstm2d(*(np.ones(shape, dtype) for shape in few), engine="cuda")
         view = View.of(devices.current().put(x))
         np.where(view != 0, view[:, ::-1], view.activate_backward("tanh", view.activate("relu")))
     for dtype in (np.int64, np.bool_):

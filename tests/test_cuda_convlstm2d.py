@@ -2,6 +2,7 @@
 
 import importlib
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastclstm.engines import reference
-from fastclstm.engines.cuda import backward, packing
+from fastclstm.engines.cuda import backward, choice, packing, product
 from fastclstm.nn import activations
 from fastclstm.nn.normalization import Normalization
 from fastclstm.spec import ConvLSTMSpec
@@ -273,3 +274,30 @@ def test_what_the_kernels_do_not_know_is_refused(new_device):
     ):
         with pytest.raises(NotImplementedError, match=f"engine 'cuda' does not know {what}; pass engine='cpu'"):
             cuda.convlstm2d(refused, device.put(x), *others, **options)
+
+
+@pytest.mark.parametrize(("algorithm", "halo"), [("simt", False), ("float32", True), ("bfloat16", True)])
+def test_a_step_in_shares_of_its_depth(algorithm, halo, monkeypatch, new_device):
+    """The first step without h; the gates follow when all shares are added."""
+
+    def choose_cut(kind, dtype, device, pixels, columns, depth, *, frame, windows):
+        return (product.halo_tilings(kind, frame, tuple(windows)) if halo else product.tilings(kind, 4))[-1], 3
+
+    monkeypatch.setattr(choice, "choose_cut", choose_cut)
+    case = problem((2, 2, 5, 7, 3), (3, 3), 72, initial="c", peephole="elementwise", mask=0)
+    found, expected = run(new_device(90), algorithm, np.float32, *case), oracle(np.float64, *case)
+    if algorithm == "bfloat16":
+        near(found, expected, 6 * ROUNDING[algorithm])
+    else:
+        within(found, expected, oracle(np.float32, *case), np.float32, roundings=32)
+
+
+def test_shares_of_a_step_are_whole_chunks_of_a_halo():
+    def frames(blocks, chunk):
+        return SimpleNamespace(blocks=blocks, halo=chunk and SimpleNamespace(chunk=chunk))
+
+    assert cuda._cut(frames(5, None), frames(18, None), 4) == (6, 6, 4)
+    assert cuda._cut(frames(3, 9), frames(32, 9), 2) == (3 + 18, 18, 2)  # the last chunk has few channels
+    assert cuda._cut(frames(5, 25), frames(32, 9), 4) == (5 + 9, 9, 4)
+    assert cuda._cut(frames(18, 9), frames(18, 9), 3) == (18, 18, 2)  # none is empty
+    assert cuda._cut(frames(14, 9), frames(18, 9), 3)[2] == cuda._cut(frames(50, 25), frames(18, 9), 3)[2] == 1

@@ -22,7 +22,7 @@ use_everything()
 with persistent.forbidden():
     use_everything()
 launches = [[*name, count] for name, count in checked.launches.items()]
-print(json.dumps({"launches": launches, "wrong": checked.wrong, "faults": checked.faults}))
+print(json.dumps({"launches": launches, "wrong": checked.wrong, "faults": checked.faults, "macros": checked.macros}))
 """
 
 ONE_WRONG = """
@@ -83,6 +83,7 @@ def test_every_launch_fits_its_kernel(driver):
     assert found["faults"] == []
     assert {(source, name) for source, name, _ in found["launches"]} == names_of_kernels()
     assert sum(count for *_, count in found["launches"]) > 500
+    assert min(found["macros"][name] for name in ("WARPGROUPS", "HALO", "WARPS_M")) > 10
 
 
 def test_a_launch_that_does_not_fit_is_noticed(driver):
@@ -92,5 +93,6 @@ def test_a_launch_that_does_not_fit_is_noticed(driver):
 def test_wgmma_that_cannot_be_launched_is_not_used(driver):
     """cuda.core says so by an exception of its own."""
     told = cuda_stub.run(driver, REFUSED, STUB_MOST_SHARED=str(99 << 10))
-    assert "by wgmma, 128x256, fail on this GPU (" in told
+    for size in ("128x256", "256x128 with a halo"):
+        assert f"by wgmma, {size}, fail on this GPU (" in told
     assert "that is used instead" in told

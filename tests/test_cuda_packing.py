@@ -171,6 +171,23 @@ def test_depth_is_cut_where_there_are_few_tiles(monkeypatch):
     assert chosen(8, 32, 1 << 20)[2] == choice.MOST_SHARES
 
 
+def test_a_step_is_cut_where_that_spares_more_than_launches(monkeypatch):
+    monkeypatch.setattr(wgmma, "works", lambda *_: True)
+    gpu = SimpleNamespace(architecture=90, multiprocessors=132, shared_bytes=227 << 10)
+
+    def shares(size, kind, depth=9 * 128):
+        windows = [product.Window(9, (2, 2))] * 2
+        tiling, count = choice.choose_cut(kind, np.dtype(np.float32), gpu, size * size, 256, depth, frame=(size, size),
+                                          windows=windows)  # fmt: skip
+        if count == 1:
+            assert tiling == choice.choose(kind, np.dtype(np.float32), gpu, size * size, 256, frame=(size, size),
+                                           windows=windows)  # fmt: skip
+        return count
+
+    assert shares(16, 3) == 8
+    assert shares(16, 4) == shares(64, 3) == shares(16, 3, depth=9 * 8) == 1
+
+
 def test_shares_of_the_depth():
     """None is empty; adding them takes a launch and what is written and read again."""
     single, tiling = np.dtype(np.float32), product.tilings(4, 4)[1]

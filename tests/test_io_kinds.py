@@ -17,6 +17,9 @@ FILES = {
     "a file of Keras (": ("m.h5", b"\x89HDF\r\n\x1a\n"),
     "a .npy of NumPy": ("a.npy", b"\x93NUMPY\x01\0"),
     "a page of the web": ("w.pth", b"<!DOCTYPE html>"),
+    "a SavedModel of TensorFlow": ("saved_model.pb", b"\x08\x01\x12\x00"),
+    "a file of ONNX": ("m.onnx", b"\x08\x0a\x12\x09fastclstm"),
+    "a file of TensorFlow Lite": ("m.tflite", b"\x1c\0\0\0TFL3"),
     "a pointer of Git LFS": ("w.ckpt", b"version https://git-lfs.github.com/spec/v1\n"),
 }
 
@@ -37,6 +40,16 @@ def test_a_file_of_another_kind(tmp_path, kind, read):
         read(tmp_path / name)
     assert f"it is {kind}" in str(error.value)
     assert len(str(error.value)) - len(str(tmp_path)) <= 300
+
+
+def test_our_own_file_cut_off(tmp_path):
+    """Of a file that its reader was given nothing is said of readers, but that it is to be copied again."""
+    fastclstm.ConvLSTM2D(1, 2, 3).save(tmp_path / "w.safetensors")
+    whole = (tmp_path / "w.safetensors").read_bytes()
+    for size in (4, len(whole) // 2, len(whole) - 3):
+        (tmp_path / "w.safetensors").write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=r"w\.safetensors is damaged or .*; copy or write it anew$"):
+            fastclstm.load(tmp_path / "w.safetensors")
 
 
 def test_our_own_file_given_to_keras(tmp_path):

@@ -870,7 +870,7 @@ def test_empty_batch(build):
     [
         ((-1, 2, 3), {}, ValueError, "in_channels must be an integer >= 0"),
         ((1, 2.5, 3), {}, TypeError, "out_channels must be an integer >= 1"),
-        ((1, [2, 3], 3), {}, ValueError, "out_channels must be an integer"),
+        ((1, [2, 3], 3), {}, ValueError, r"out_channels \[2, 3\] names 2 layers, but num_layers is 1"),
         ((1, 2, 0), {}, ValueError, "kernel_size must be an integer >= 1"),
         ((1, 2, (3, 3, 3)), {}, ValueError, "kernel_size must be an integer >= 1 or 2 of them"),
         ((1, 2, [3, 5]), {}, ValueError, r"kernel_size \[3, 5\] lists 2 layers but num_layers is 1; a tuple"),

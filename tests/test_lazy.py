@@ -56,7 +56,7 @@ files = {{path.stem for path in pathlib.Path(package.__file__).parent.glob("*.py
 missing = files - set(dir(package))
 inner = {{"keras_graphs", "keras_layers", "onnx_builder", "onnx_export", "onnx_forecasting", "onnx_layers",
          "onnx_operators", "onnx_recurrent", "torch_calls", "torch_cells", "torch_dialects", "torch_grus",
-         "torch_recognition"}}
+         "torch_probing", "torch_recognition"}}
 assert missing <= inner, missing
 assert all(inspect.ismodule(getattr(package, name)) for name in files - missing)
 """

@@ -277,7 +277,7 @@ def test_get():
         assert optimizers.get(name) is not optimizers.get(name)
     own = Adam()
     assert optimizers.get(own) is own
-    with pytest.raises(ValueError, match="unknown optimizer 'adamm'; known are sgd, rmsprop, adam, adamw"):
+    with pytest.raises(ValueError, match=r"unknown optimizer 'adamm'; known are sgd, .*; did you mean 'adam'\?"):
         optimizers.get("adamm")
     with pytest.raises(TypeError, match="or an Optimizer, got 3"):
         optimizers.get(3)

@@ -555,6 +555,8 @@ ERRORS = {
     "iterator": ({"x": iter([(X, Y)]), "y": None}, ValueError, "needs steps_per_epoch"),
     "mask beside batches": ({"x": [(X, Y)], "y": None, "mask": X}, ValueError, "mask must be part of the batches"),
     "loss": ({"loss": "mess"}, ValueError, "unknown loss 'mess'"),
+    "Keras's name of a loss": ({"loss": "MeanSquaredError"}, ValueError, "did you mean 'mean_squared_error'"),
+    "Keras's verbose": ({"verbose": 0}, TypeError, "fit has no argument 'verbose'; there is quiet=True"),
     "optimizer": ({"optimizer": 3}, TypeError, "an optimizer must be"),
     "metric": ({"metrics": "mess"}, ValueError, "unknown metric"),
     "metrics": ({"metrics": ["mse", "mse"]}, ValueError, "two have the same name"),

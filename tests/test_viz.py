@@ -1,5 +1,8 @@
 """The style of pictures: colours that eyes read evenly, strips of frames with keys, the other theme."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -124,3 +127,21 @@ def test_themes_and_kinds_that_there_are():
         viz.theme("blue")
     with pytest.raises(ValueError, match="colours: kind must be one of 'frames', 'amounts', 'signed', got 'jet'"):
         viz.colours("jet")
+
+
+def test_what_is_no_row_of_images_is_told():
+    for images in (np.zeros((3, 4, 4, 1)), np.zeros((0, 4, 4)), np.zeros((2, 4, 4), complex), "rain"):
+        with pytest.raises(ValueError, match=r"Row 'rain': images must be real numbers \(T, H, W\), .*, got "):
+            viz.Row("rain", images)
+    with pytest.raises(ValueError, match="at least one Row"):
+        viz.filmstrip(Figure(), [])
+    images = np.array([[[1.0, np.inf], [np.nan, -3.0]]])
+    assert viz.Row("rain", images).end == 3
+    viz.filmstrip(Figure(), [viz.Row("rain", images)]).canvas.draw()
+    assert viz.Row("mask", images > 0).end == 1
+
+
+def test_without_matplotlib_it_is_said_what_to_install():
+    code = "import sys; sys.modules['matplotlib'] = None; from fastclstm import viz"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "ImportError: fastclstm.viz needs Matplotlib: pip install 'fastclstm[viz]'" in done.stderr

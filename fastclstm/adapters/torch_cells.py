@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from fastclstm.adapters import torch_ops
+from fastclstm.adapters import memory, torch_ops
 from fastclstm.convert.torch_dialects import GATES, Dialect, convolves
 from fastclstm.spec import CELL_GATES
 
 import torch  # isort: skip
 from torch import Tensor  # isort: skip
+
+
+CHANNELS = 32
+"""Channels of a kernel that are copied at a time."""
 
 
 class _Place(NamedTuple):
@@ -206,8 +210,9 @@ class _Arranged(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.places, ctx.shapes, ctx.own = places, shapes, [tensor.shape for tensor in tensors]
         theirs = [tensor.detach().numpy() for tensor in tensors]
-        made = {name: (np.zeros if name == "bias" else np.empty)(shape, theirs[0].dtype)
-                for name, shape in shapes.items()}  # fmt: skip
+        made = {name: memory.empty(shape, theirs[0].dtype) for name, shape in shapes.items()}
+        if "bias" in made:
+            made["bias"].fill(0)
         for place in places:
             block, ours = theirs[place.tensor][place.block], made[place.ours][place.our_block]
             if place.ours == "bias":  # x's and h's may be summed
@@ -221,22 +226,28 @@ class _Arranged(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
         ours = {name: cotangent.detach().numpy() for name, cotangent in zip(ctx.shapes, cotangents, strict=True)}
         wanted = ctx.needs_input_grad[2:]
-        pulled = [np.empty(shape, ours["kernel"].dtype) if wants else None
+        pulled = [memory.empty(shape, ours["kernel"].dtype) if wants else None
                   for shape, wants in zip(ctx.own, wanted, strict=True)]  # fmt: skip
         for place in ctx.places:
-            theirs = pulled[place.tensor]
-            if theirs is not None:
-                block = ours[place.ours][place.our_block]
-                block = block if place.ours == "bias" else block.transpose(3, 2, 0, 1)
-                _copy(theirs[place.block], block, place.negated)
+            whole = pulled[place.tensor]
+            if whole is None:
+                continue
+            theirs, block = whole[place.block], ours[place.ours][place.our_block]
+            if place.ours == "bias":
+                theirs[...] = -block if place.negated else block
+            else:
+                _copy(theirs.transpose(2, 3, 1, 0), block, place.negated)
         return None, None, *(None if array is None else torch.from_numpy(array) for array in pulled)
 
 
 def _copy(to: np.ndarray, block: np.ndarray, negated: bool) -> None:
-    if negated:
-        np.negative(block, out=to)
-    else:
-        to[...] = block
+    """Copy a kernel (KH, KW, C, F) from one order in memory to another, or times −1.
+
+    Some channels at a time: what is read of each line of the cache is little, and the rest must still be there then.
+    """
+    function = np.negative if negated else np.positive
+    for c in range(0, to.shape[2], CHANNELS):
+        function(block[:, :, c : c + CHANNELS], out=to[:, :, c : c + CHANNELS])
 
 
 @lru_cache(256)
@@ -258,10 +269,9 @@ def _places(
             rows, channels = sizes[f"{name}.weight"][:2]
             joint = channels != alone
             inputs = slice(None) if not joint else slice(C) if half == "x" else slice(C, None)
-            for gate, theirs in enumerate(arrangement.order):
-                block, own = slice(theirs * F - start, (theirs + 1) * F - start), slice(gate * F, (gate + 1) * F)
-                if not 0 <= block.start < rows:
-                    continue
+            for gate, theirs, count in _runs(arrangement.order, start // F, (start + rows) // F, arrangement.negated):
+                block = slice(theirs * F - start, (theirs + count) * F - start)
+                own = slice(gate * F, (gate + count) * F)
                 negated = gate == 0 and arrangement.negated and not arrangement.norms
                 kernel = "kernel" if half == "x" else "recurrent_kernel"
                 found.append(_Place(numbers[f"{name}.weight"], (block, inputs), kernel, (..., own), negated))
@@ -270,6 +280,22 @@ def _places(
                     found.append(_Place(numbers[f"{name}.bias"], (block,), "bias", line, negated))
             start += rows
     return tuple(found), ours
+
+
+def _runs(order: tuple[int, ...], first: int, stop: int, first_apart: bool) -> Iterator[tuple[int, int, int]]:
+    """Yield where gates that follow one another in our order and in theirs begin in each, and how many they are.
+
+    Of those from `first` to `stop` in theirs; `first_apart`: our first one is alone.
+    """
+    gate = 0
+    while gate < len(order):
+        count = 1
+        if first <= order[gate] < stop:
+            alone = first_apart and gate == 0
+            while not alone and gate + count < len(order) and order[gate + count] == order[gate] + count < stop:
+                count += 1
+            yield gate, order[gate], count
+        gate += count
 
 
 def _peephole(tensor: Tensor, convolved: bool, part: int, parts: int) -> Tensor:

@@ -9,7 +9,7 @@ import numpy as np
 import typer
 
 from fastclstm.commands import nowcast
-from fastclstm.commands.inputs import check_distinct, is_array_file, open_sequences, takes_sequences
+from fastclstm.commands.inputs import check_array_target, check_distinct, is_array_file, open_sequences, takes_sequences
 from fastclstm.commands.nowcast import Missing, Variable
 from fastclstm.commands.options import SETTINGS, Engine, Quiet, Theme, Threads, Weights, set_threads, use_engine
 from fastclstm.io.files import replacing
@@ -112,6 +112,7 @@ def forecast_file(
         A file that cannot be read or written.
     """
     check_distinct("forecast", (source, weights), (target,))
+    check_array_target("forecast", target)
     low, high = scale or (0.0, 1.0)
     if not low < high:
         raise ValueError(f"forecast: of --scale LOW HIGH, LOW must be the smaller, got {low:g} {high:g}")

@@ -36,6 +36,12 @@ def check_distinct(op: str, inputs: tuple[Path | None, ...], outputs: tuple[Path
             taken.add(path.resolve())
 
 
+def check_array_target(op: str, out: Path) -> None:
+    """Raise ValueError where the name of an output tells another kind of file than .npy."""
+    if out.suffix.lower() not in ("", ".npy"):
+        raise ValueError(f"{op}: what comes of an array is written as .npy, but --out is {out}; give a name.npy")
+
+
 def check_folder(op: str, out: Path) -> None:
     """Raise ValueError where --out, a folder that is made if need be, is something else."""
     if out.exists() and not out.is_dir():

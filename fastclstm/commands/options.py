@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import fastclstm
+from fastclstm.engines.notices import is_terminal
 
 if TYPE_CHECKING:
     from fastclstm.layers import Layer
@@ -33,7 +34,7 @@ def check_theme(op: str, theme: str) -> None:
 
 def tell(text: str, label: str = "") -> None:
     """Print a line after its label; on a terminal in as many lines as it needs, broken between words."""
-    if sys.stdout.isatty():
+    if is_terminal(sys.stdout):
         width = shutil.get_terminal_size().columns
         text = textwrap.fill(text, width, initial_indent=label, subsequent_indent=" " * len(label),
                              break_long_words=False, break_on_hyphens=False)  # fmt: skip

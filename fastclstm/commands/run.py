@@ -10,7 +10,7 @@ from typing import IO, Annotated, Any
 import numpy as np
 import typer
 
-from fastclstm.commands.inputs import check_distinct, open_array, open_sequences, takes_sequences
+from fastclstm.commands.inputs import check_array_target, check_distinct, open_array, open_sequences, takes_sequences
 from fastclstm.commands.options import SETTINGS, Engine, Quiet, Threads, Weights, set_threads, use_engine
 from fastclstm.io import numpy_files
 from fastclstm.io.files import replacing
@@ -109,6 +109,7 @@ def run_file(
     if chunk < 1:
         raise ValueError(f"run: chunk must be at least 1 time step, got {chunk}")
     check_distinct("run", (source, weights, state_source), (target, state_target))
+    check_array_target("run", target)
     network = _load(weights, engine)
     if not isinstance(network, ConvLSTM2D) and (state_source or state_target):
         raise ValueError(f"run: {weights} holds a {type(network).__name__}; --state-in and --state-out are for a "

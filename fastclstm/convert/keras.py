@@ -35,8 +35,8 @@ def from_keras(
         within, states that one layer hands to another. Its layers may be ConvLSTM1D, ConvLSTM2D, ConvLSTM3D and
         Bidirectional of them with all their options, TimeDistributed of a layer or a model, LSTM, GRU, Embedding,
         Dense, Conv2D, Conv3D, Conv2DTranspose, Conv3DTranspose, DepthwiseConv2D, SeparableConv2D, BatchNormalization,
-        LayerNormalization, GroupNormalization, Dropout, SpatialDropout, GaussianNoise, Activation, ReLU, LeakyReLU,
-        PReLU, Softmax, Rescaling, Flatten, Reshape, Permute, RepeatVector, MaxPooling, AveragePooling,
+        LayerNormalization, GroupNormalization, Dropout, SpatialDropout, GaussianNoise, Activation, ReLU, ELU,
+        LeakyReLU, PReLU, Softmax, Rescaling, Flatten, Reshape, Permute, RepeatVector, MaxPooling, AveragePooling,
         GlobalAveragePooling, GlobalMaxPooling, UpSampling, ZeroPadding and Cropping, of 2D and 3D, Concatenate, Add,
         Subtract, Multiply, Average, Maximum, Minimum; and sums, differences and products of symbols.
     dtype : "float32" or "float64", optional

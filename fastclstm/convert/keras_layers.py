@@ -416,6 +416,11 @@ def _leaky_relu(config: Config, arrays: Arrays, rank: int | None) -> Made:
     return LeakyReLU, {"negative_slope": float(config.get("negative_slope", config.get("alpha")))}
 
 
+def _elu(config: Config, arrays: Arrays, rank: int | None) -> Made:
+    _expect(config, "only 1 is", alpha=1.0)
+    return Activation, {"activation": "elu"}
+
+
 def _softmax(config: Config, arrays: Arrays, rank: int | None) -> Made:
     _expect(config, "only the last axis is", axis=-1)
     return Softmax, {}
@@ -472,6 +477,7 @@ ROWS: dict[str, Row] = {
     "GaussianNoise": Row(_named(GaussianNoise, "stddev")),
     "Activation": Row(_named(Activation, "activation")),
     "ReLU": Row(_relu),
+    "ELU": Row(_elu),
     "LeakyReLU": Row(_leaky_relu),
     "PReLU": Row(_prelu, _one),
     "Softmax": Row(_softmax),

@@ -132,6 +132,9 @@ def _max_pooling3d(e: Export, layer: Any, x: Value) -> Any:
                                   "counterpart in ONNX; leave one of them out")  # fmt: skip
     g, last = e.g, layer.data_format == "channels_last"
     frames = g.own(to_channels_first(g, x) if last else x)
+    if _skips(layer, frames):
+        raise NotImplementedError("to_onnx: MaxPooling3D with return_indices=True, padding='same' and a stride above "
+                                  "its window needs to know the frames' sizes; give input_shape")  # fmt: skip
     y, numbers = _pool(g, "MaxPool", layer, frames, 2)
     size: Size = 1
     for axis in (2, 3, 4):
@@ -144,7 +147,7 @@ def _pool(g: Builder, kind: str, layer: Any, x: Value, outputs: int = 1) -> list
     """Return what a pooling operator makes of x (N, C, …).
 
     Of ceil_mode runtimes have had different ideas, so the last window is made whole by padding, and means are divided
-    by how much of a window counts.
+    by how much of a window counts. So it is where runtimes would pad by less than nothing.
     """
     count = x.rank - 2
     window = _numbers(layer.pool_size, count)
@@ -152,7 +155,7 @@ def _pool(g: Builder, kind: str, layer: Any, x: Value, outputs: int = 1) -> list
     options: dict[str, Any] = {"kernel_shape": window, "strides": strides}
     if kind == "AveragePool":
         options["count_include_pad"] = int(layer.count_include_pad)
-    if not layer.ceil_mode:
+    if not (layer.ceil_mode or _skips(layer, x)):
         options |= padding_attributes(g, x, layer.padding, window, strides)
         names = g.several(kind, [g.plain(x)], outputs, **options)
         return [g.named(name, dtype, (None,) * x.rank) for name, dtype in zip(names, (x.dtype, "int64"), strict=False)]
@@ -173,6 +176,14 @@ def _pool(g: Builder, kind: str, layer: Any, x: Value, outputs: int = 1) -> list
     rest = {axis: _less(g, pair, counted.get(axis, (0, 0))) for axis, pair in whole.items()}
     means = [g.node(kind, g.own(g.pad(*part)), **options) for part in ((x, whole), (shares, rest))]
     return [g.elementwise("Div", *means)]
+
+
+def _skips(layer: Any, x: Value) -> bool:
+    """Whether "same" may leave pixels between windows unread: ONNX Runtime's auto_pad is then below 0."""
+    window = _numbers(layer.pool_size, x.rank - 2)
+    strides = window if layer.stride is None else _numbers(layer.stride, x.rank - 2)
+    skips = any(k < s for k, s in zip(window, strides, strict=True))
+    return layer.padding == "same" and skips and None in x.shape[2:]
 
 
 def _less(g: Builder, pair: tuple[Size, Size], other: tuple[Size, Size]) -> tuple[Size, Size]:

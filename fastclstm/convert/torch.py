@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from typing import Any
@@ -16,10 +17,11 @@ import numpy as np
 from fastclstm import dispatch
 from fastclstm.convert import torch_grus
 from fastclstm.convert.legacy_order import LegacyOrder
-from fastclstm.convert.torch_calls import called
+from fastclstm.convert.torch_calls import called, filters
 from fastclstm.convert.torch_cells import Arrays, Options, expect_layer, read_cell, write_cell
 from fastclstm.convert.torch_dialects import DIALECTS, Dialect, Index
 from fastclstm.convert.torch_grus import GRU_DIALECTS, GRUDialect, recognized
+from fastclstm.convert.torch_probing import COMPUTED, agreeing
 from fastclstm.convert.torch_recognition import Recognized, recognize
 from fastclstm.layers import ConvGRU2D, ConvLSTM2D, torch_weights
 from fastclstm.layers.base import uninitialized
@@ -39,7 +41,9 @@ def from_torch(
     outputs (B, T, F, H, W), or (B, T, 2F, H, W) where it is bidirectional.
 
     Names tell neither the order of the gates nor activations nor padding: there are modules with the names of "ndrplz"
-    whose gates stand otherwise. Give `check` where a module is not one of those named here, as it was published.
+    whose gates stand otherwise. A module that is at hand is therefore called, a copy of it on drawn input, and where
+    the order is another that is taken. Of a file or a state_dict give `check` where the module is not one of those
+    named here, as it was published.
 
     A ConvLSTM is found anywhere in the source, and so are all its cells where they are numbered. Where every layer is a
     module of its own, or where a convolution is called like any other, `prefix` says which is meant, and ``cells``
@@ -77,7 +81,7 @@ def from_torch(
     Warns
     -----
     UserWarning
-        The source has tensors beside the ConvLSTM, and no `prefix` names it.
+        The source has tensors beside the ConvLSTM, and no `prefix` names it; a module that cannot be called to compare.
 
     Raises
     ------
@@ -85,7 +89,7 @@ def from_torch(
         The file cannot be read.
     ValueError
         Names or shapes that fit no dialect, or several; options that the weights decide; weights that no ConvLSTM2D
-        can hold; an output that differs from that of `check`.
+        can hold; an output that differs from that of `check`; a module that computes something else.
     TypeError
         A source that is none, tensors that are not of real numbers.
 
@@ -148,19 +152,21 @@ def from_torch(
         if not any(str(name).startswith(prefix) for name in state):
             prefix = prefix.removeprefix("module.")
         if gru is not None:
-            return _gru(state, prefix, gru, given, check)
+            return _gru(source, state, prefix, gru, given, check)
         try:
             found = recognize(state, rows, prefix)
         except ValueError:
             if dialect is not None or not recognized(state, prefix):
                 raise
-            return _gru(state, prefix, None, given, check)
+            return _gru(source, state, prefix, None, given, check)
 
         def make(row: Dialect) -> ConvLSTM2D | LegacyOrder:
             return layer_of(found._replace(row=row), options | {"data_format": data_format}, legacy_order)
 
         if check is not None:
             return make(_checked(check, source, found, make))
+        row = _probed(source, found, options, given=dialect is not None or gates is not None)
+        found = found if row is None else found._replace(row=row)
         _expect_order("from_torch", found.row)
         return make(found.row)
     except ValueError as error:
@@ -175,10 +181,27 @@ def _gru_row(dialect: Any) -> GRUDialect | None:
     return row if isinstance(row, GRUDialect) else None
 
 
-def _gru(state: Mapping[str, Any], prefix: str, row: GRUDialect | None, options: Options, check: Any) -> ConvGRU2D:
+def _gru(
+    source: Any, state: Mapping[str, Any], prefix: str, row: GRUDialect | None, options: Options, check: Any
+) -> ConvGRU2D:  # fmt: skip
     """Return the ConvGRU2D of a state_dict, checked by an input and its output if these are given."""
-    cells = options.pop("cells", None)
-    layer = torch_grus.read(state, prefix, row, [cells] if isinstance(cells, str) else cells, options)
+    cells, given = options.pop("cells", None), row
+    row, places = torch_grus.located(state, prefix, row, [cells] if isinstance(cells, str) else cells)
+    if check is None:
+        told = {name: value for name, value in options.items() if name in COMPUTED}
+        probe = {"data_format": "channels_first", "engine": "reference"}
+
+        def make(row: GRUDialect, number: int, dtype: str) -> ConvGRU2D:
+            return torch_grus.read(state, prefix, row, places[:1], told | probe | {"dtype": dtype})
+
+        F = len(state[f"{places[0]}{row.candidate[0]}.weight"])
+        made = agreeing(source, [(places[0], F)], 1, torch_grus.variants(row), make)
+        if made is not None and given is not None and made != given:
+            other = f"order={made.order!r} and keeps={made.keeps!r}"
+            raise ValueError(f"from_torch: the module is not of the dialect {given.name!r}: it has {other}; leave the "
+                             f"dialect out")  # fmt: skip
+        row = made or row
+    layer = torch_grus.read(state, prefix, row, places, options, warns=cells is None)
     if check is not None:
         if not (isinstance(check, tuple | list) and len(check) == 2):
             raise ValueError("from_torch: of a ConvGRU check must be (x, y), an input and its output")
@@ -335,6 +358,32 @@ def _native(row: Dialect, place: str, cells: Mapping[Index, Arrays]) -> tuple[Ar
         **layers[0][3],
     }
     return parameters, decided
+
+
+def _probed(source: Any, found: Recognized, options: Options, *, given: bool) -> Dialect | None:
+    """Return the row that computes what a module computes; None where it cannot be called, or is none."""
+    row, told = found.row, {name: value for name, value in options.items() if name in COMPUTED}
+    parts = [(found.place + row.place(0, 0), found._replace(cells={(0, 0): found.cells[0, 0]}))]
+    if isinstance(row.cells, str) and row.cells and not row.directions:
+        parts.append((found.place, found))
+    orders = [*([row] if row.gates else []), *row.reordered()]
+    activations = row.activations[:1] if "activation" in told else row.activations
+    rows = [replace(one, activations=(activation,)) for activation in activations for one in orders]
+
+    probe = {"data_format": "channels_first", "engine": "reference"}
+
+    def make(row: Dialect, number: int, dtype: str) -> Any:
+        return layer_of(parts[number][1]._replace(row=row), told | probe | {"dtype": dtype})
+
+    made = agreeing(source, [(place, filters(part)) for place, part in parts], 2, rows, make)
+    if made is None and not (given or row.directions) and row.gates and hasattr(source, "get_submodule"):
+        alone = f"the order of the gates is told by its names alone, {row.gates!r}; check=(x, y) compares"
+        warnings.warn(f"from_torch: no call of the module gives what could be compared, so that {alone}", UserWarning,
+                      stacklevel=3)  # fmt: skip
+    if made is not None and given and row.gates and made.gates != row.gates:
+        raise ValueError(f"from_torch: the module computes what gates={made.gates!r} would, not {row.gates!r}; give "
+                         f"that, or leave the dialect out")  # fmt: skip
+    return made
 
 
 _AGREEMENT = {"float16": 2**-7, "bfloat16": 2**-4}

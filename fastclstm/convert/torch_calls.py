@@ -22,31 +22,13 @@ def called(module: Any, found: Recognized, x: np.ndarray) -> list[np.ndarray]:
     ValueError
         x has another rank, or no way to call the module gives a sequence.
     """
-    import torch
-
     if x.ndim != 5:
         raise ValueError(f"from_torch: check must be (batch, time, channels, height, width), got shape {x.shape}")
     inner = module.get_submodule(found.place.removesuffix("."))
-    row, last = found.row, found.cells[max(found.cells)]
-    convolution = row.joint if row.split is None else row.split[0]
-    assert convolution is not None
-    weights = [last[f"{name}.{row.weight}"] for name in row.spelled(convolution)]
-    weight, F = weights[0], sum(len(one) for one in weights) // 4
-    tensor = torch.as_tensor(np.ascontiguousarray(x)).to(weight.device, weight.dtype)
     modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    sequences: list[np.ndarray] = []
-    told = ""
     try:
-        with torch.no_grad():
-            for attempt in _attempts(inner, tensor, F):
-                try:
-                    outputs = [*attempt()]
-                except Exception as error:  # whatever a user's module raises for a call that it does not expect
-                    told = told or f"{type(error).__name__}: {str(error)[:120]}"
-                    continue
-                sequences += [output.detach().double().cpu().numpy() for output in outputs
-                              if output.dim() == 5 and output.shape[:2] == tensor.shape[:2]]  # fmt: skip
+        module.eval()
+        sequences, told = outputs(inner, x, filters(found))
     finally:
         for part, mode in modes:
             part.training = mode
@@ -56,7 +38,39 @@ def called(module: Any, found: Recognized, x: np.ndarray) -> list[np.ndarray]:
     return sequences
 
 
-def _attempts(module: Any, x: Any, F: int) -> Iterator[Callable[[], Iterator[Any]]]:
+def filters(found: Recognized) -> int:
+    """Return F of the last cell."""
+    row, last = found.row, found.cells[max(found.cells)]
+    convolution = row.joint if row.split is None else row.split[0]
+    assert convolution is not None
+    return sum(len(last[f"{name}.{row.weight}"]) for name in row.spelled(convolution)) // 4
+
+
+def outputs(module: Any, x: np.ndarray, F: int, states: int = 2) -> tuple[list[np.ndarray], str]:
+    """Return what may be a module's outputs (B, T, F, H, W) for x, however it is called, and what a call raised."""
+    import torch
+
+    held = [tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.is_floating_point()]
+    if not held:
+        return [], f"{type(module).__name__} has no weights"
+    weight = held[0]
+    tensor = torch.as_tensor(np.ascontiguousarray(x)).to(weight.device, weight.dtype)
+    module.eval()
+    sequences: list[np.ndarray] = []
+    told = ""
+    with torch.no_grad():
+        for attempt in _attempts(module, tensor, F, states):
+            try:
+                made = [*attempt()]
+            except Exception as error:  # whatever a user's module raises for a call that it does not expect
+                told = told or f"{type(error).__name__}: {str(error)[:120]}"
+                continue
+            sequences += [output.detach().double().cpu().numpy() for output in made
+                          if output.dim() == 5 and output.shape[:2] == tensor.shape[:2]]  # fmt: skip
+    return sequences, told
+
+
+def _attempts(module: Any, x: Any, F: int, states: int) -> Iterator[Callable[[], Iterator[Any]]]:
     """Yield the ways to call a module, each of which yields what may be its outputs, in our order of axes."""
     for order in _ORDERS:
         axes = (*order, 3, 4)
@@ -68,19 +82,19 @@ def _attempts(module: Any, x: Any, F: int) -> Iterator[Callable[[], Iterator[Any
                         yield tensor.permute(axes)
 
             yield over_sequences
-    yield partial(_stepwise, module, x, F, True)
-    yield partial(_stepwise, module, x, F, False)
+    yield partial(_stepwise, module, x, F, states, True)
+    yield partial(_stepwise, module, x, F, states, False)
 
 
-def _stepwise(module: Any, x: Any, F: int, apart: bool) -> Iterator[Any]:
-    """Yield both states, over time, of a cell that is called step by step, its states two arguments or a pair."""
+def _stepwise(module: Any, x: Any, F: int, count: int, apart: bool) -> Iterator[Any]:
+    """Yield the states, over time, of a cell that is called step by step, its states further arguments or a tuple."""
     import torch
 
-    states = [x.new_zeros(x.shape[0], F, *x.shape[3:])] * 2
+    states = [x.new_zeros(x.shape[0], F, *x.shape[3:])] * count
     steps = []
     for frame in x.unbind(1):
         result = module(frame, *states) if apart else module(frame, tuple(states))
-        states = [tensor for tensor in _tensors(result) if tensor.dim() == 4][-2:]
+        states = [tensor for tensor in _tensors(result) if tensor.dim() == 4][-count:]
         steps.append(states)
     yield from (torch.stack(one, 1) for one in zip(*steps, strict=True))
 

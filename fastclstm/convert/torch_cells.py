@@ -22,6 +22,14 @@ def read_cell(row: Dialect, where: str, cell: Arrays) -> tuple[Arrays, Options]:
     """
     _check_trained(row, cell)
     shapes = ", ".join(f"{where}{name} {array.shape}" for name, array in cell.items() if name not in row.ignored)
+    weights = [f"{convolution}.{row.weight}" for part in (row.joint, *(row.split or ())) if part is not None
+               for convolution in row.spelled(part)]  # fmt: skip
+    for rank, name in ((np.ndim(cell[name]) - 2, name) for name in weights if name in cell):
+        if rank in (1, 3):
+            raise ValueError(
+                f"{row.reader}: {where}{name} {cell[name].shape} is the weight of a convolution over {rank} axes, and "
+                f"what is read here are those of frames, with 4 axes; give them to a ConvLSTM{rank}D by set_parameters"
+            )
     try:
         named, options = _read(row, cell)
         KH, KW, C, width = named["kernel"].shape

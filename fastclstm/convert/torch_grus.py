@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -96,10 +96,10 @@ def recognized(state: Mapping[str, Any], prefix: str, row: GRUDialect | None = N
     return found
 
 
-def read(
-    state: Mapping[str, Any], prefix: str, row: GRUDialect | None, cells: Any, options: dict[str, Any]
-) -> ConvGRU2D:  # fmt: skip
-    """Return the ConvGRU2D of the cells in a state_dict: those at the places `cells`, or all that are numbered."""
+def located(
+    state: Mapping[str, Any], prefix: str, row: GRUDialect | None, cells: Any
+) -> tuple[GRUDialect, list[str]]:  # fmt: skip
+    """Return the dialect of the cells in a state_dict and their places: those given, or all that are numbered."""
     found = recognized(state, prefix, row)
     if cells is not None:
         places = [f"{prefix}{cell}" if not cell or cell.endswith(".") else f"{prefix}{cell}." for cell in cells]
@@ -112,14 +112,28 @@ def read(
         if len(places) != 1 and not numbered:
             where = f"several fit: {shown(places)}; say which with prefix=…, or cells=[…] which are stacked"
             raise ValueError(f"from_torch: {where}" if places else "from_torch: no ConvGRU is recognized by its names")
-    row = found[places[0]]
+    return found[places[0]], places
+
+
+def variants(row: GRUDialect) -> list[GRUDialect]:
+    """Return the dialects that have a row's names: what they do not tell of a cell may be otherwise."""
+    orders = ("rz", "zr") if len(row.gates) == 1 else (row.order,)
+    others = [replace(row, order=order, keeps=keeps) for keeps in ("1 - z", "z") for order in orders]
+    return [row, *(other for other in others if other != row)]
+
+
+def read(
+    state: Mapping[str, Any], prefix: str, row: GRUDialect, places: list[str], options: dict[str, Any], *,
+    warns: bool = False,
+) -> ConvGRU2D:  # fmt: skip
+    """Return the ConvGRU2D of the cells at these places in a state_dict, with a warning of the rest."""
     arrays: list[Arrays] = []
     for place in places:
         names = [name for name in (*row.required, *row.biases) if f"{place}{name}" in state]
         arrays.append({n: torch_weights.array("from_torch", f"{place}{n}", state[f"{place}{n}"]) for n in names})
     rest = [name for name in state if not any(name == f"{p}{n}" for p, cell in zip(places, arrays, strict=True)
                                               for n in cell)]  # fmt: skip
-    if rest and not prefix and cells is None:
+    if rest and not prefix and warns:
         warnings.warn(f"from_torch: the source has more than the ConvGRU: {shown(rest)}", stacklevel=3)
     read_cells = [_read(row, place, cell) for place, cell in zip(places, arrays, strict=True)]
     decided = _decided(row, [parameters for parameters, _ in read_cells])

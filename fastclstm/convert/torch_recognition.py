@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -164,7 +165,22 @@ def _nearest(state: Mapping[str, Any], rows: list[Dialect], candidates: list[Rec
         where = f" in each of its cells {place:.80}" if place else ", and nothing else"
         return f"got {_few(names)}; {row.name!r} has {_few([*row.required])}{where}"
     known = shown((row.name for row in rows), 4)
-    return f"got {_few(names)}; known are {known} (DIALECTS); describe others yourself with cells=…, joint=… or split=…"
+    how = next(_likely(state, names), "cells=…, joint=… or split=…")
+    return f"got {_few(names)}; known are {known} (DIALECTS); describe others yourself with {how}"
+
+
+def _likely(state: Mapping[str, Any], names: list[str]) -> Iterator[str]:
+    """Yield how to describe what by its shape and name may be the convolution of x and h of a cell."""
+    for name in names:
+        place, _, kind = name.rpartition(".")
+        shape = np.shape(state[name])
+        if kind == "weight" and len(shape) == 4 and shape[0] % 4 == 0 and 0 < shape[0] // 4 < shape[1]:
+            cell, _, convolution = place.rpartition(".")
+            if _RECURRENT.search(place):
+                yield f"cells=[{cell!r}], joint={convolution!r}, if that convolves x and h together, and gates=…"
+
+
+_RECURRENT = re.compile("lstm|rnn|cell|gate", re.IGNORECASE)
 
 
 def _few(names: list[str]) -> str:

@@ -280,7 +280,8 @@ def _with_vjp(operation: Operation, function: Callable[..., Any]) -> Callable[..
     vjp.__name__ = vjp.__qualname__ = f"{operation.name}_vjp"
     vjp.__doc__ = f"""Compute `{operation.name}` and the function that pulls gradients back through it.
 
-    Parameters are those of `{operation.name}`.
+    Parameters are those of `{operation.name}`. They are kept, not copied: arrays must not change before pullback is
+    called.
 
     Returns
     -------

@@ -142,7 +142,8 @@ def convlstm2d_vjp(
 ) -> tuple[Any, ConvLSTMPullback]:  # fmt: skip
     """Compute `convlstm2d` and the function that pulls gradients back through time.
 
-    Parameters are those of `convlstm2d`, and
+    Arrays are kept, not copied: they must not change before pullback is called. Parameters are those of `convlstm2d`,
+    and
 
     Parameters
     ----------

@@ -91,7 +91,7 @@ def conv2d_vjp(
 ) -> tuple[Any, Callable[..., Gradients]]:
     """Compute `conv2d` and the function that pulls gradients back through it.
 
-    Parameters are those of `conv2d`.
+    Parameters are those of `conv2d`. They are kept, not copied: arrays must not change before pullback is called.
 
     Returns
     -------

@@ -78,7 +78,8 @@ def conv2d_transpose(
 def conv2d_transpose_vjp(x: Any, kernel: Any, bias: Any = None, **options: Any) -> tuple[Any, Callable[..., Gradients]]:
     """Compute `conv2d_transpose` and the function that pulls gradients back through it.
 
-    Parameters are those of `conv2d_transpose`.
+    Parameters are those of `conv2d_transpose`. They are kept, not copied: arrays must not change before pullback is
+    called.
 
     Returns
     -------

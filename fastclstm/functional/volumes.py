@@ -86,7 +86,7 @@ def conv3d_vjp(
 ) -> tuple[Any, Callable[..., Gradients]]:
     """Compute `conv3d` and the function that pulls gradients back through it.
 
-    Parameters are those of `conv3d`.
+    Parameters are those of `conv3d`. They are kept, not copied: arrays must not change before pullback is called.
 
     Returns
     -------

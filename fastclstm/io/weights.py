@@ -62,7 +62,8 @@ def load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
             header = _header(bounds, (file.metadata() or {}).get(FORMAT))
             arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, AttributeError, KeyError, TypeError, OverflowError) as error:  # of dtypes NumPy has not
-        why = told(name) or f": {str(error)[:200]}"
+        kind = told(name)
+        why = kind if kind and "safetensors" not in kind else f": {str(error)[:200]}; copy or write it anew"
         raise ValueError(f"{name} is damaged or not a safetensors file{why}") from error
     return arrays, header
 
@@ -71,8 +72,8 @@ def _header(bounds: Bounds, text: str | None) -> dict[str, Any]:
     name = bounds.name
     if text is None:
         raise ValueError(
-            f"{name} was not written by fastclstm: its metadata has no {FORMAT!r} entry; read its tensors with "
-            f"safetensors.numpy.load_file and hand them to a layer with set_parameters or weights"
+            f"{name} was not written by fastclstm: its metadata has no {FORMAT!r} entry; weights of PyTorch are "
+            f"read by from_torch, any tensors by safetensors.numpy.load_file, for a layer's set_parameters"
         )
     try:
         header: dict[str, Any] = bounds.json(f"its {FORMAT!r} metadata", text)

@@ -55,6 +55,9 @@ class ConvRecurrent(CellLayer):
         op = type(self).__name__
         (self.num_layers,) = integers(op, "num_layers", self.num_layers, 1, 1)
         expect_parameters(op, self.num_layers)
+        if np.ndim(self.out_channels) == 1 and len(self.out_channels) != self.num_layers:
+            raise ValueError(f"{op}: out_channels {self.out_channels!r} names {len(self.out_channels)} layers, but "
+                             f"num_layers is {self.num_layers}")  # fmt: skip
         filters = integers(op, "out_channels", self.out_channels, self.num_layers, 1)
         self.out_channels = filters[0] if np.ndim(self.out_channels) == 0 else filters
         kernel_sizes = self._sizes("kernel_size")

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from fastclstm.nn import look_up
+
 Function = Callable[[np.ndarray], np.ndarray]
 
 LEAKY_RELU_SLOPE = 0.2
@@ -51,9 +53,7 @@ def get(spec: Any) -> Activation:
     if isinstance(spec, Activation):
         return spec
     if isinstance(spec, str):
-        if spec not in TABLE:
-            raise ValueError(f"unknown activation {spec!r}; known are {', '.join(TABLE)}")
-        return TABLE[spec]
+        return look_up("activation", TABLE, spec)
     if isinstance(spec, tuple | list) and len(spec) == 2 and all(map(callable, spec)):
         forward, derivative = spec
         name = getattr(forward, "__name__", type(forward).__name__)

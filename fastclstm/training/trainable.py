@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 
@@ -20,6 +21,31 @@ from fastclstm.training.fitting import Fitting, drawn, evaluate, forget
 from fastclstm.training.history import EarlyStopping, History
 from fastclstm.training.objective import as_made, listed, objective, outputs_of
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_OTHERS = {
+    "verbose": "there is quiet=True for Keras's verbose=0",
+    "learning_rate": "the optimizer has it: optimizer=Adam(learning_rate) of fastclstm.nn.optimizers",
+    "lr": "the optimizer has it: optimizer=Adam(learning_rate) of fastclstm.nn.optimizers",
+    "criterion": "it is called loss",
+    "num_epochs": "it is called epochs",
+}
+"""Arguments that other libraries' methods have, and what stands for them."""
+
+
+def _names_others(method: Callable[P, R]) -> Callable[P, R]:
+    """Let a method that is given an argument of another library's say what stands for it."""
+
+    @wraps(method)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        for name in kwargs:
+            if name in _OTHERS:
+                raise TypeError(f"{method.__name__} has no argument {name!r}; {_OTHERS[name]}")
+        return method(*args, **kwargs)
+
+    return checked
+
 
 class Trainable(Container):
     """A model that can be fitted to data."""
@@ -27,6 +53,7 @@ class Trainable(Container):
     _input_names: tuple[str, ...] | None = None
     _output_names: tuple[str, ...] | None = None
 
+    @_names_others
     def fit(
         self, x: Any, y: Any = None, *, loss: Any = "mse", loss_weights: Any = None, optimizer: Any = "adam",
         epochs: int = 1, batch_size: int = 16, sample_weight: Any = None, mask: Any = None, lengths: Any = None,

@@ -677,12 +677,18 @@ namespace emulator {
 static int operand_at(unsigned long long descriptor, int row, int piece)
 {
     unsigned start = unsigned(descriptor & 0x3fff) << 4, stride = unsigned(descriptor >> 32 & 0x3fff) << 4;
-    if (descriptor >> 62 != 1) fail("only the swizzle of 128 bytes is emulated");
+    unsigned leading = unsigned(descriptor >> 16 & 0x3fff) << 4, address;
+    if (descriptor >> 62 > 1) fail("only the swizzle of 128 bytes is emulated, and none");
     if (descriptor & (0x3ffull << 52 | 7ull << 46 | 3ull << 30 | 3ull << 14)) fail("unknown bits in a descriptor");
-    if (start & 0x380 || stride & 0x3ff || descriptor >> 49 & 7) fail("an atom does not start at 1024 bytes");
-    if (start % 128 + 32 > 128) fail("a product reads beyond its row");
-    unsigned address = start + row / 8 * stride + row % 8 * 128 + piece * 16;
-    address ^= address >> 3 & 0x70;
+    if (descriptor >> 62) {
+        if (start & 0x380 || stride & 0x3ff || descriptor >> 49 & 7) fail("an atom does not start at 1024 bytes");
+        if (start % 128 + 32 > 128) fail("a product reads beyond its row");
+        address = start + row / 8 * stride + row % 8 * 128 + piece * 16;
+        address ^= address >> 3 & 0x70;
+    } else {
+        if (descriptor >> 49 & 7) fail("a base offset without a swizzle");
+        address = start + row / 8 * stride + row % 8 * 16 + piece * leading;
+    }
     int at = int(address - SHARED_ADDRESS);
     if (at < 0 || at + 16 > block->shadow.size) fail("a product reads beyond shared memory");
     return at;

@@ -37,7 +37,7 @@ class Checked:
     """Compares the arguments of every launch with the parameters of its compiled kernel."""
 
     def __init__(self):
-        self.launches, self.wrong = Counter(), []
+        self.launches, self.wrong, self.macros = Counter(), [], Counter()
         self._kernel, self._start, self._prepared = gpu.GPU.kernel, gpu.GPU._start, gpu.GPU.prepared
         self._names = {}
         self._driver = ctypes.CDLL(LIBRARY)
@@ -46,7 +46,7 @@ class Checked:
 
         def kernel(device, source, name, macros):
             kernel = checked._kernel(device, source, name, macros)
-            checked._names[kernel] = source, name
+            checked._names[kernel] = source, name, tuple(macros)
             return kernel
 
         def start(device, launch, stream):
@@ -68,8 +68,9 @@ class Checked:
     def _compare(self, launch):
         expected = [parameter.size for parameter in launch.kernel.arguments_info]
         found = [a.dtype.itemsize if isinstance(a, np.generic) else 8 for a in launch.arguments]
-        name = self._names[launch.kernel]
-        self.launches[name] += 1
+        *name, macros = self._names[launch.kernel]
+        self.launches[tuple(name)] += 1
+        self.macros.update(macros)
         if found != expected:
             self.wrong.append(f"{name}: arguments of {found} bytes for parameters of {expected}")
 

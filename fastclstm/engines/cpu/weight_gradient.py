@@ -30,6 +30,13 @@ PULLED_BACK = 400
 128→256 channels on 12 frames of 8²: 48 ms of the 72 that Winograd's way took on two threads, one of them shared.
 """
 
+SHARES, SHARE_BYTES, SHARE_TILES = 16, 128 << 10, 32
+"""How many sums Winograd's way has where one is at most so large, and has so many tiles, which is also a block of them.
+
+2 and 1 threads of a Zen 4, ms, before and after: 20 frames of 64², 1→4 1.9 and 3.5, 1.3 and 3.2; 1→12 4.1 and 6.8, 3.1
+and 6.3; 4 frames of 256², 1→8 9.6 and 13.1, 6.9 and 12.1. With 32 filters, whose sums are 860 KB, there was no gain.
+"""
+
 SCRATCH_BYTES = 12 << 20
 """Size of the gathered blocks or tiles, about: small enough for the last-level cache."""
 
@@ -82,7 +89,7 @@ class WeightGradient:
         """Return the gradients (KH, KW, C, F) of the kernels."""
         if self._tile:
             gradients = [np.empty((spec.KH, spec.KW, spec.C, spec.F), self._dtype) for spec in self._specs]
-            transforms.pull_back(self._sums, self._tile, gradients)
+            transforms.pull_back(self._sums.sum(0) if len(self._sums) > 1 else self._sums[0], self._tile, gradients)
             return gradients
         pairs, rows, width = self._sums.shape
         matrix = self._sums.swapaxes(0, 1).reshape(rows, pairs * width)[:, : self._specs[0].F]
@@ -192,14 +199,21 @@ def _winograd_plan(specs: tuple[ConvSpec, ...], tile: Tile, frames: int, itemsiz
     rows = -(-channels // chunk) * chunk
     pitch = (-(-channels // lanes) + 1 | 1) * lanes  # an odd number of vectors: tiles in different sets of the cache
     tiles_y, tiles_x = plans.grid(specs, tile)
-    size = points * (pitch + pairs * width)
-    count = max(8, min(frames * tiles_x * tiles_y, BLOCK_TILES, SCRATCH_BYTES // (size * itemsize)))
+    total, size = frames * tiles_x * tiles_y, points * (pitch + pairs * width)
+    small = points * pairs * rows * width * itemsize <= SHARE_BYTES
+    shares = SHARES if small and total >= SHARES * SHARE_TILES else 1
+    most = SHARE_TILES if shares > 1 else BLOCK_TILES
+    count = max(8, min(total, most, SCRATCH_BYTES // (size * itemsize)))
     gradients = count * pitch + lanes
     point = (gradients + pairs * count * width) // lanes * lanes + 2 * lanes
+    common, patch = points * point, points * lanes
+    if shares > 1:  # each worker has scratch memory of its own
+        common, patch = 0, common + patch
     work = _record(HO=spec.HO, WO=spec.WO, columns=spec.F, tiles_x=tiles_x, tiles=tiles_x * tiles_y,
                    pieces=len(inputs) // len(specs), count=count, rows=rows, pairs=pairs, point=point, pitch=pitch,
-                   gradients=gradients, patches=points * point, patch_size=points * lanes)  # fmt: skip
+                   gradients=gradients, patches=points * point, patch_size=0 if shares > 1 else patch, shares=shares,
+                   own=patch if shares > 1 else 0)  # fmt: skip
     runs = np.array([(0, 0, channels, chunk, 0)], np.int64)
     tables = table(work, sources, runs)
-    return _Plan(add_winograd, tuple(tile), tables, runs, tiles_x * tiles_y, count, (points, pairs, rows, width),
-                 points * point, points * lanes)  # fmt: skip
+    return _Plan(add_winograd, tuple(tile), tables, runs, tiles_x * tiles_y, count,
+                 (shares, points, pairs, rows, width), common, patch)  # fmt: skip

@@ -138,14 +138,16 @@ def _launch(spec: ConvLSTMSpec, saved: Saved, kept: Kept, gradients: _Gradients)
     frame_z, last = dz.size // (spec.B * spec.T), spec.T - 1
     h = kept.h or (kept.c if saved.peephole is None else empty_states(device, spec, spec.F, dtype))
     depth = spec.recurrent.KH * spec.recurrent.KW * dz.shape[-1]
-    tiling = choice.choose(kind, dtype, device, pixels, spec.F, depth=depth)
+    tiling = choice.choose(kind, dtype, device, pixels, spec.F, depth=depth, frame=(spec.HO, spec.WO),
+                           windows=[product.window(spec.recurrent)])  # fmt: skip
     frames = product.transposed_frames(device, spec.recurrent, dz, tiling.depth, stride=spec.T * frame_z,
-                                       channels=dz.shape[-1])  # fmt: skip
+                                       channels=dz.shape[-1], tile=tiling.tile)  # fmt: skip
     weights = product.pack(device, tiling, (saved.recurrent_kernel,), [frames], spec.F, transposed=True)
     shares = choice.shares(tiling, dtype, device, pixels, spec.F, frames.blocks)
-    of_step, partial = tiling, None
+    of_step, step_frames, partial = tiling, frames, None
     if shares > 1:  # then a step multiplies nothing, and has the more threads the smaller its tiles are
-        of_step, partial = product.tilings(kind, dtype.itemsize)[-1], device.empty((shares, *spec.state_shape), dtype)
+        of_step, step_frames = product.tilings(kind, dtype.itemsize)[-1], replace(frames, halo=None)
+        partial = device.empty((shares, *spec.state_shape), dtype)
     dc_states = [device.empty(spec.state_shape, dtype) for _ in range(min(2, spec.T))]
     carries: Pair = (None, None)
     if saved.mask is not None:
@@ -154,7 +156,7 @@ def _launch(spec: ConvLSTMSpec, saved: Saved, kept: Kept, gradients: _Gradients)
     codes = packing.activation_codes(spec)
     assert codes is not None
     macros = step_macros(dtype, codes)
-    rest, none = (frames.rest(dz, frames.stride, left_out=left_out) for left_out in (False, True))
+    rest, none = (step_frames.rest(dz, frames.stride, left_out=left_out) for left_out in (False, True))
     common = int32(tiling.padded(spec.F), pixels, spec.HO, spec.WO, spec.F)
     c_stride, h_stride = np.int64(kept.c.stride), np.int64(h.stride)
     peepholes, cell = cell_arguments(spec, dtype, saved.peephole, codes)

@@ -26,7 +26,8 @@ def conv2d(
     kind = product.kind(device, dtype, algorithm)
 
     def compute(x: DeviceArray, kernel: DeviceArray, bias: DeviceArray | None) -> DeviceArray:
-        tiling = choice.choose(kind, dtype, x.device, spec.B * spec.HO * spec.WO, spec.F)
+        tiling = choice.choose(kind, dtype, x.device, spec.B * spec.HO * spec.WO, spec.F, frame=(spec.HO, spec.WO),
+                               windows=[product.window(spec)])  # fmt: skip
         return product.convolve(spec, tiling, x, kernel, bias)
 
     arrays = x, on_device(device, kernel), None if bias is None else on_device(device, bias)
@@ -83,8 +84,10 @@ def input_gradient(
     dx = device.empty((spec.B, spec.H, spec.W, spec.C), dtype)
     channels = product.operand_channels(kind, spec.F)
     depth = spec.KH * spec.KW * channels if cut else None
-    tiling = choice.choose(kind, dtype, device, pixels, spec.C, depth=depth)
-    frames = product.transposed_frames(device, spec, dy, tiling.depth, stride=stride, channels=channels)
+    tiling = choice.choose(kind, dtype, device, pixels, spec.C, depth=depth, frame=(spec.H, spec.W),
+                           windows=[product.window(spec)])  # fmt: skip
+    frames = product.transposed_frames(device, spec, dy, tiling.depth, stride=stride, channels=channels,
+                                       tile=tiling.tile)  # fmt: skip
     weights = product.pack(device, tiling, (kernel,), [frames], spec.C, transposed=True)
     shares = choice.shares(tiling, dtype, device, pixels, spec.C, frames.blocks) if cut else 1
     partial = dx if shares == 1 else device.empty((shares, *dx.shape), dtype)

@@ -171,16 +171,39 @@ def _packed_once(
 def _packed(spec: ConvLSTMSpec, kind: int, kernel: DeviceArray, recurrent_kernel: DeviceArray) -> DeviceArray:
     """Return the kernels as the products of a step read them, that of x first."""
     device = kernel.device
-    tiling = _tiling(spec, kind, device, kernel.dtype)
+    tiling, _ = _tiling(spec, kind, device, kernel.dtype)
     parts = [
-        product.frames(device, conv, weights, tiling.depth, channels=product.operand_channels(kind, conv.C))
+        product.frames(device, conv, weights, tiling.depth, channels=product.operand_channels(kind, conv.C),
+                       tile=tiling.tile)
         for conv, weights in ((spec.input, kernel), (spec.recurrent, recurrent_kernel))
-    ]
+    ]  # fmt: skip
     return product.pack(device, tiling, (kernel, recurrent_kernel), parts, 4 * spec.F, gates=True)
 
 
-def _tiling(spec: ConvLSTMSpec, kind: int, device: Device, dtype: np.dtype) -> product.Tiling:
-    return choice.choose(kind, dtype, device, spec.B * spec.HO * spec.WO, 4 * spec.F)
+def _tiling(spec: ConvLSTMSpec, kind: int, device: Device, dtype: np.dtype) -> tuple[product.Tiling, int]:
+    """Return the tiling of a step's product, and into how many shares its depth is best cut."""
+    depth = sum(conv.KH * conv.KW * product.operand_channels(kind, conv.C) for conv in (spec.input, spec.recurrent))
+    return choice.choose_cut(
+        kind, dtype, device, spec.B * spec.HO * spec.WO, 4 * spec.F, depth, frame=(spec.HO, spec.WO),
+        windows=[product.window(spec.input), product.window(spec.recurrent)],
+    )  # fmt: skip
+
+
+def _cut(x: product.Frames, h: product.Frames, shares: int) -> tuple[int, int, int]:
+    """Return the blocks of depth of the first share and of each other one, and how many shares there are.
+
+    Where a tile keeps its halo shares are whole chunks; none are cut where those of x and of h cannot be counted alike.
+    """
+    unit, before = 1, 0
+    if x.halo is not None and h.halo is not None:
+        unit = h.halo.chunk
+        if x.blocks <= x.halo.chunk:
+            before = x.blocks
+        elif x.halo.chunk != unit or x.blocks % unit:
+            shares = 1
+    units = -(-(x.blocks + h.blocks - before) // unit)
+    share = -(-units // shares)
+    return before + share * unit, share * unit, -(-units // share)
 
 
 def piece_length(spec: ConvLSTMSpec, kind: int, dtype: np.dtype) -> int:
@@ -233,20 +256,21 @@ class _Forward:
     ) -> None:  # fmt: skip
         """Launch all steps; the kernels are not looked at where they are packed already."""
         spec, device = self.spec, self.device
-        tiling = _tiling(spec, self.kind, device, self.dtype)
+        tiling, shares = _tiling(spec, self.kind, device, self.dtype)
         frame_x = spec.input.H * spec.input.W
         data, channels = product.operands(device, self.kind, x)
         x_frames = product.frames(device, spec.input, data, tiling.depth, stride=spec.T * frame_x * channels,
-                                  channels=channels)  # fmt: skip
+                                  channels=channels, tile=tiling.tile)  # fmt: skip
         short = tiling.kind >= KINDS["bfloat16"]
         h_channels = product.operand_channels(self.kind, spec.F)
         anything = device.empty((1,), product.operand_type(self.kind, self.dtype)) if short else x
-        h_frames = product.frames(device, spec.recurrent, anything, tiling.depth, channels=h_channels)
+        h_frames = product.frames(device, spec.recurrent, anything, tiling.depth, channels=h_channels,
+                                  tile=tiling.tile)  # fmt: skip
         weights = _packed(spec, self.kind, kernel, recurrent_kernel) if packed is None else packed
         macros = step_macros(self.dtype, self.codes)
         peepholes, cell = cell_arguments(spec, self.dtype, self.peepholes, self.codes)
         saves = self.kept is not None or self.length < spec.T
-        blocks = 0 if saves else persistent.blocks(device, tiling, macros, spec, h_frames, x_frames)
+        blocks = 0 if saves or shares > 1 else persistent.blocks(device, tiling, macros, spec, h_frames, x_frames)
         if blocks:
             persistent.run(self, tiling, macros, blocks, h_frames, x_frames, weights, bias, h, c, peepholes, cell)
             return
@@ -262,9 +286,16 @@ class _Forward:
             [device.empty(spec.state_shape, self.dtype) for _ in range(min(2, spec.T - 1) if needed else 0)]
             for needed in wanted
         )
+        first_share, share, shares = _cut(x_frames, h_frames, shares)
+        cut = shares > 1
+        partial = device.empty((shares, *spec.state_shape, 4), self.dtype) if cut else None
+        of_shares = None
+        if cut:
+            of_shares = device.kernel("shares.cu", "convlstm2d_step_of_shares", {**macros, **dict(tiling.macros)})
         x_rest = x_frames.arguments()[1:]
         h_rests: dict[Any, tuple[Any, ...]] = {}
-        common = (*int32(tiling.padded(4 * spec.F), self.pixels, spec.HO, spec.WO, spec.F), bias)
+        sizes = int32(self.pixels, spec.HO, spec.WO, spec.F)
+        padded = np.int32(tiling.padded(4 * spec.F))
         z, z_frame, z_channels = None, 0, 0
         if self.kept is not None:
             z, z_channels = self.kept.z, self.kept.z.shape[-1]
@@ -289,16 +320,23 @@ class _Forward:
             key = stride, read.pointer % 16, left_out
             if key not in h_rests:
                 h_rests[key] = h_frames.rest(read, stride, left_out=left_out)
-            product.multiply(
-                device, "convlstm2d_step", tiling, macros, self.pixels, 4 * spec.F,
-                read, *h_rests[key], offset(data, source * frame_x * channels), *x_rest,
-                weights, *common,
-                *strided(h_old), *strided(h_new), *strided(c_old), *strided(c_new),
+            operands = (read, *h_rests[key], offset(data, source * frame_x * channels), *x_rest, weights, padded)
+            rest = (
+                bias, *strided(h_old), *strided(h_new), *strided(c_old), *strided(c_new),
                 y_old, y_new, np.int64(y_stride),
                 None if z is None else offset(z, source * z_frame), np.int64(spec.T * z_frame),
                 np.int32(z_channels), written, np.int64(stride), np.int32(h_channels),
                 *peepholes, None if self.mask is None else offset(self.mask, source), *cell,
             )  # fmt: skip
+            if cut:
+                product.multiply(
+                    device, "convlstm2d_products", tiling, macros, self.pixels, 4 * spec.F, *operands, *sizes, partial,
+                    *int32(first_share, share), shares=shares, source="shares.cu",
+                )  # fmt: skip
+                over(device, of_shares, self.pixels * spec.F, partial, np.int32(shares), *sizes, *rest)
+            else:
+                product.multiply(device, "convlstm2d_step", tiling, macros, self.pixels, 4 * spec.F, *operands, *sizes,
+                                 *rest)  # fmt: skip
             if (t + 1) % self.length == 0 and t + 1 < spec.T:
                 n = (t + 1) // self.length - 1
                 for (state, stride), starts in zip((h_new, c_new), self.starts, strict=True):

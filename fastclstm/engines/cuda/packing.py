@@ -63,6 +63,39 @@ def transposed_taps(spec: ConvSpec, channels: int | None = None) -> np.ndarray:
     return np.concatenate(blocks)
 
 
+def by_chunks(table: np.ndarray, channels: int, depth: int, fewest: int) -> tuple[np.ndarray, int]:
+    """Return the rows of a table in the order of csrc/halo.cuh, and how many blocks all channels of a chunk take.
+
+    A chunk is `depth` channels: of each tap all of them one after the other, up to a multiple of the quarter that one
+    product takes; then rows of nothing up to whole blocks of `depth`, `fewest` of them at least. Only the last chunk
+    may have fewer channels.
+    """
+    taps = table.reshape(-1, channels, 4)
+    chunks = []
+    for first in range(0, channels, depth):
+        chunk = taps[:, first : first + depth]
+        missing = -chunk.shape[1] % (depth // 4)
+        beyond = np.repeat(chunk[:, -1:], missing, axis=1)
+        beyond[..., 3] = -1
+        rows = np.concatenate([chunk, beyond], axis=1).reshape(-1, 4)
+        chunks.append(padded_to_blocks(rows, depth, fewest))
+    return np.concatenate(chunks), max(len(taps), fewest)
+
+
+def halo_offsets(table: np.ndarray, depth: int, corner: Pair, size: Pair) -> np.ndarray:
+    """Return where in a halo each product of a table `by_chunks` begins, by 16 bytes: (blocks, 4) int32.
+
+    corner: the first row and column of the halo, seen from the first pixel of the tile; size: its rows and columns.
+    """
+    plane = size[0] * size[1] | 1
+    product = depth // 4
+    first = table[::product]
+    pixels = (first[:, 0] - corner[0]) * size[1] + first[:, 1] - corner[1]
+    offsets = pixels + first[:, 2] % depth // product * (2 * plane)
+    nothing = first[:, 3] < 0  # read zeros, of channels that are not there
+    return np.where(nothing, 6 * plane, offsets).astype(np.int32).reshape(-1, 4)
+
+
 def wraps(spec: ConvSpec) -> bool:
     """Whether the transpose of a circular convolution is one too: each pixel stands once under every tap."""
     reach = _reach(spec)
@@ -73,9 +106,9 @@ def wraps(spec: ConvSpec) -> bool:
     )
 
 
-def padded_to_blocks(table: np.ndarray, depth: int) -> np.ndarray:
-    """Return a table with rows of nothing up to a multiple of `depth`."""
-    missing = -len(table) % depth
+def padded_to_blocks(table: np.ndarray, depth: int, fewest: int = 0) -> np.ndarray:
+    """Return a table with rows of nothing up to a multiple of `depth`, and up to `fewest` of them."""
+    missing = max(-(-len(table) // depth), fewest) * depth - len(table)
     return np.concatenate([table, np.full((missing, 4), [0, 0, 0, -1], np.int32)])
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,12 @@ LARGEST_FRAME = 2**31 - 1
 
 MOST_PIXELS = 2**30
 """Of all images of one launch, for the same reason."""
+
+TILE_WIDTH = 16
+"""Columns of a tile of pixels that keeps a halo, as in csrc/frames.cuh."""
+
+HALO_STAGES = 4
+"""Blocks of weights that are under way beside a halo."""
 
 WASTE = 1.25
 """How much more a larger tiling may compute beside the edges than the smallest does."""
@@ -84,6 +91,27 @@ def real(dtype: np.dtype) -> str:
 
 
 @dataclass(frozen=True)
+class Window:
+    """What a product whose taps are equally far from every pixel reads around it."""
+
+    taps: int
+    reach: Pair
+    """Rows and columns beside the pixel's own."""
+
+    def halo(self, rows: int) -> Pair:
+        """Return the size of what `rows` pixels read, TILE_WIDTH beside each other."""
+        return rows // TILE_WIDTH + self.reach[0], TILE_WIDTH + self.reach[1]
+
+
+def window(spec: ConvSpec) -> Window | None:
+    """Return the window of a convolution, or of its transpose; None where taps are not equally far from every pixel."""
+    if spec.padding_mode == "circular" or spec.strides != (1, 1):
+        return None
+    reach = (spec.KH - 1) * spec.dilation[0], (spec.KW - 1) * spec.dilation[1]
+    return Window(spec.KH * spec.KW, reach)
+
+
+@dataclass(frozen=True)
 class Tiling:
     """How a product is cut into blocks."""
 
@@ -98,6 +126,26 @@ class Tiling:
     macros: tuple[tuple[str, int | str], ...]
     parts: int = 1
     """In which each weight is packed."""
+    frame: Pair | None = None
+    """Rows and columns of the pixels, where a tile is of one image and keeps its halo; else tiles are any pixels."""
+    windows: tuple[Window, ...] = ()
+    """What keeps it, then."""
+
+    @property
+    def tile(self) -> Pair | None:
+        """Rows and columns of the pixels of a tile that keeps its halo."""
+        return None if self.frame is None else (self.rows // TILE_WIDTH, TILE_WIDTH)
+
+    @property
+    def fetched(self) -> float:
+        """Pixels that are fetched for a step of depth."""
+        halos = [math.prod(window.halo(self.rows)) / window.taps for window in self.windows]
+        return max(halos, default=self.rows)
+
+    @property
+    def unit(self) -> int:
+        """Blocks of depth that belong together: of the last window."""
+        return max(self.windows[-1].taps, HALO_STAGES - 1) if self.windows else 1
 
     @property
     def on_warpgroups(self) -> bool:
@@ -111,7 +159,12 @@ class Tiling:
 
     def grid(self, pixels: int, columns: int) -> Pair:
         """Blocks along the pixels and the columns."""
-        return -(-pixels // self.rows), -(-columns // self.columns)
+        across = -(-columns // self.columns)
+        if self.frame is None:
+            return -(-pixels // self.rows), across
+        rows, width = self.frame
+        images = -(-pixels // (rows * width))
+        return images * -(-rows * TILE_WIDTH // self.rows) * -(-width // TILE_WIDTH), across
 
     def padded(self, columns: int) -> int:
         """Columns with those that fill the last block."""
@@ -138,7 +191,7 @@ def tensor_cores(kind: int, warps_m: int, warps_n: int, row_tiles: int, stages: 
     short = kind >= KINDS["bfloat16"]
     macros: dict[str, int | str] = {"KIND": kind, "OPERAND": "unsigned short" if short else "float", "WARPS_M": warps_m,
                                     "WARPS_N": warps_n, "ROW_TILES": row_tiles, "STAGES": stages}  # fmt: skip
-    shared = stages * (rows + columns) * 80
+    shared = max(stages * (rows + columns) * 80, rows * columns * 4)  # the sums, in the end
     return Tiling(kind, rows, columns, warps_m * warps_n * 32, shared, 32 if short else 16, tuple(macros.items()))
 
 
@@ -150,6 +203,32 @@ def warpgroups(kind: int, count: int, columns: int, stages: int) -> Tiling:
                                     "WARPGROUPS": count, "COLUMNS": columns, "STAGES": stages}  # fmt: skip
     shared = 1024 + stages * (rows + parts * columns) * 128  # and what it takes to start at a multiple of 1024
     return Tiling(kind, rows, columns, 128 * count, shared, 64 if short else 32, tuple(macros.items()), parts)
+
+
+def with_halo(kind: int, row_tiles: int, columns: int, frame: Pair, windows: tuple[Window, ...]) -> Tiling:
+    """Return a tiling of halo.cuh for frames: two warpgroups own row_tiles times 64 pixels each, and all columns."""
+    plain = warpgroups(kind, 2 * row_tiles, columns, HALO_STAGES)
+    macros = dict(plain.macros) | {"WARPGROUPS": 2, "ROW_TILES": row_tiles, "HALO": 1}
+    planes = [math.prod(window.halo(plain.rows)) | 1 for window in windows]
+    weights = HALO_STAGES * plain.parts * columns * 128
+    shared = max(1024 + weights + 2 * 8 * 16 * max(planes), plain.rows * columns * 4)  # two halos; or the sums
+    return replace(plain, threads=256, shared_bytes=shared, macros=tuple(macros.items()), frame=frame, windows=windows)
+
+
+def halo_tilings(kind: int, frame: Pair, windows: tuple[Window, ...]) -> list[Tiling]:
+    """Return the tilings of halo.cuh, from the largest to the smallest."""
+    forms = [(1, 128), (1, 64)] if kind == KINDS["float32"] else [(2, 128), (2, 64), (1, 64)]
+    return [with_halo(kind, *form, frame, windows) for form in forms] if kind else []
+
+
+def of_form(tiling: Tiling, frame: Pair, windows: Sequence[Window | None]) -> Tiling:
+    """Return a tiling for other frames; the smallest of all where it keeps a halo and these do not let it."""
+    if tiling.frame is None:
+        return tiling
+    if None in windows:
+        return tilings(tiling.kind, 4)[-1]
+    candidates = halo_tilings(tiling.kind, frame, tuple(window for window in windows if window is not None))
+    return next(candidate for candidate in candidates if candidate.macros == tiling.macros)
 
 
 def warpgroup_tilings(kind: int) -> list[Tiling]:
@@ -169,6 +248,19 @@ def tilings(kind: int, itemsize: int) -> list[Tiling]:
 
 
 @dataclass(frozen=True)
+class Halo:
+    """How the halo of a tile lies beside it (csrc/halo.cuh)."""
+
+    corner: Pair
+    """Its first row and column, seen from the tile's."""
+    size: Pair
+    offsets: DeviceArray
+    """Where each product's part of it begins."""
+    chunk: int
+    """Blocks of depth that are computed from one."""
+
+
+@dataclass(frozen=True)
 class Frames:
     """Channels-last frames as one operand of a product (csrc/frames.cuh)."""
 
@@ -183,6 +275,7 @@ class Frames:
     count: int
     """Of taps, without those that fill the last block."""
     depth: int
+    halo: Halo | None = None
 
     @property
     def blocks(self) -> int:
@@ -197,42 +290,56 @@ class Frames:
         """Arguments after `data` where other frames of the same kind are read, or none."""
         piece = 16 // data.dtype.itemsize if data.dtype.itemsize < 8 else 4
         whole = not (self.size[2] % piece or stride % piece or data.pointer % 16)
-        return (np.int64(stride), *int32(*self.size, *self.step, *self.divide, self.circular, whole), self.taps,
-                np.int32(0 if left_out else self.blocks))  # fmt: skip
+        taps, halo = self.taps, int32()
+        if self.halo is not None:
+            taps, halo = self.halo.offsets, int32(*self.halo.corner, *self.halo.size, self.halo.chunk)
+        return (np.int64(stride), *int32(*self.size, *self.step, *self.divide, self.circular, whole), taps,
+                np.int32(0 if left_out else self.blocks), *halo)  # fmt: skip
 
 
 def frames(
     device: Device, spec: ConvSpec, data: DeviceArray, depth: int, *, stride: int | None = None,
-    channels: int | None = None,
+    channels: int | None = None, tile: Pair | None = None,
 ) -> Frames:  # fmt: skip
-    """Return the frames that a convolution reads, padded to `channels` in memory, `stride` elements apart."""
+    """Return the frames that a convolution reads, padded to `channels` in memory, `stride` elements apart.
+
+    tile: rows and columns of the tiles that keep their halos.
+    """
     size = spec.H, spec.W, channels or spec.C
     circular = spec.padding_mode == "circular"
     return _frames(device, data, stride, size, spec.strides, (1, 1), circular, packing.taps,
-                   (spec.with_batch(1), channels), depth)  # fmt: skip
+                   (spec.with_batch(1), channels), depth, tile)  # fmt: skip
 
 
 def transposed_frames(
     device: Device, spec: ConvSpec, data: DeviceArray, depth: int, *, stride: int | None = None,
-    channels: int | None = None,
+    channels: int | None = None, tile: Pair | None = None,
 ) -> Frames:  # fmt: skip
     """Return the frames dy that the transpose of a convolution reads, padded as those of `frames`."""
     size = spec.HO, spec.WO, channels or spec.F
     return _frames(device, data, stride, size, (1, 1), spec.strides, packing.wraps(spec), packing.transposed_taps,
-                   (spec.with_batch(1), channels), depth)  # fmt: skip
+                   (spec.with_batch(1), channels), depth, tile)  # fmt: skip
 
 
 def _frames(
     device: Device, data: DeviceArray, stride: int | None, size: tuple[int, int, int], step: Pair, divide: Pair,
-    circular: bool, table: Callable[..., np.ndarray], arguments: tuple[Any, ...], depth: int,
+    circular: bool, table: Callable[..., np.ndarray], arguments: tuple[Any, ...], depth: int, tile: Pair | None,
 ) -> Frames:  # fmt: skip
     elements = size[0] * size[1] * size[2]
     if elements > LARGEST_FRAME:
         raise ValueError(f"engine 'cuda' counts the elements of a frame in 32 bits, but one of {size} has {elements}; "
                          f"pass engine='cpu'")  # fmt: skip
-    rows = table(*arguments)
+    rows, halo = table(*arguments), None
+    if tile is not None:
+        rows, chunk = packing.by_chunks(rows, size[2], depth, HALO_STAGES - 1)
+        used = rows[rows[:, 3] >= 0]
+        (top, left), (bottom, right) = (tuple(map(int, of(used[:, :2], axis=0))) for of in (np.min, np.max))
+        corner, extent = (top, left), (tile[0] + bottom - top, tile[1] + right - left)
+        halo = Halo(corner, extent, device.put(packing.halo_offsets(rows, depth, corner, extent)), chunk)
     taps = device.put(packing.padded_to_blocks(rows, depth))
-    return Frames(data, elements if stride is None else stride, size, step, divide, circular, taps, len(rows), depth)
+    return Frames(
+        data, elements if stride is None else stride, size, step, divide, circular, taps, len(rows), depth, halo
+    )
 
 
 def pack(
@@ -285,11 +392,11 @@ def convert(device: Device, kind: int, x: DeviceArray, padded: int, to: DeviceAr
 
 def multiply(
     device: Device, name: str, tiling: Tiling, macros: dict[str, int | str], pixels: int, columns: int,
-    *arguments: Any, shares: int = 1,
+    *arguments: Any, shares: int = 1, source: str = "gemm.cu",
 ) -> None:  # fmt: skip
-    """Launch a kernel of csrc/gemm.cu over its tiles, for each share of the depth."""
+    """Launch a kernel of csrc/`source` over its tiles, for each share of the depth."""
     check_pixels(pixels)
-    kernel = device.kernel("gemm.cu", name, {**macros, **dict(tiling.macros)})
+    kernel = device.kernel(source, name, {**macros, **dict(tiling.macros)})
     grid = *tiling.grid(pixels, columns), shares
     device.launch(kernel, grid, (tiling.threads,), tiling.shared_bytes, *arguments)
 
@@ -301,7 +408,7 @@ def convolve(
     device = x.device
     y = device.empty((spec.B, spec.HO, spec.WO, spec.F), x.dtype)
     data, channels = operands(device, tiling.kind, x)
-    operand = frames(device, spec, data, tiling.depth, channels=channels)
+    operand = frames(device, spec, data, tiling.depth, channels=channels, tile=tiling.tile)
     weights = pack(device, tiling, (kernel,), [operand], spec.F)
     grid = spec.B * spec.HO * spec.WO, spec.HO, spec.WO
     launch_conv2d(device, tiling, operand, weights, grid, spec.F, y, bias=bias)
@@ -315,10 +422,11 @@ def launch_conv2d(
 ) -> None:  # fmt: skip
     """Write frames times packed weights, plus `bias` and `residual`, to y; `grid`: its pixels, rows, columns.
 
-    With `shares`, no more than blocks of depth, y is (shares, …): the sums of each, `bias` in the first. There is no
-    `residual` then.
+    With `shares`, no more than blocks of depth, or than chunks of a halo, y is (shares, …): the sums of each, `bias` in
+    the first. There is no `residual` then.
     """
-    share = -(-frames.blocks // shares)
+    unit = 1 if frames.halo is None else frames.halo.chunk
+    share = -(-frames.blocks // (unit * shares)) * unit
     multiply(device, "conv2d", tiling, {"REAL": real(y.dtype), "STANDARD": 1}, grid[0], filters, *frames.arguments(),
              weights, *int32(tiling.padded(filters), *grid), bias, residual, y, *int32(filters, share),
              shares=shares)  # fmt: skip

@@ -18,7 +18,7 @@ VARIABLE = "FASTCLSTM_CUDA_WGMMA"
 TOLERANCE = 1e-3
 """The largest difference from mma.sync, in units of the largest value: operands are the same, sums in another order."""
 
-_checked: WeakKeyDictionary[Device, dict[product.Tiling, bool]] = WeakKeyDictionary()
+_checked: WeakKeyDictionary[Device, dict[object, bool]] = WeakKeyDictionary()
 
 
 def works(device: Device, tiling: product.Tiling) -> bool:
@@ -28,19 +28,21 @@ def works(device: Device, tiling: product.Tiling) -> bool:
     """
     device = device.itself
     known = _checked.setdefault(device, {})
-    if tiling not in known:
+    form = tiling.macros  # one for every frame
+    if form not in known:
         wanted = os.environ.get(VARIABLE, "1")
         if wanted not in ("0", "1"):
             raise ValueError(f"the environment variable {VARIABLE} must be 0 or 1, got {wanted!r}")
         flaw = None if wanted == "0" else _flaw(device, tiling)
-        known[tiling] = wanted == "1" and flaw is None
+        known[form] = wanted == "1" and flaw is None
         if flaw is not None:
+            size = f"{tiling.rows}x{tiling.columns}{' with a halo' if tiling.frame else ''}"
             warnings.warn(
-                f"engine 'cuda': products of kind {tiling.kind} by wgmma, {tiling.rows}x{tiling.columns}, {flaw}; that "
-                f"is used instead; please report it ({VARIABLE}=0: no check)",
+                f"engine 'cuda': products of kind {tiling.kind} by wgmma, {size}, {flaw}; that is used instead; please "
+                f"report it ({VARIABLE}=0: no check)",
                 RuntimeWarning, stacklevel=2,
             )  # fmt: skip
-    return known[tiling]
+    return known[form]
 
 
 def _flaw(device: Device, tiling: product.Tiling) -> str | None:
@@ -55,10 +57,12 @@ def _flaw(device: Device, tiling: product.Tiling) -> str | None:
 def _agrees(device: Device, tiling: product.Tiling) -> bool:
     """Compare a small convolution: more than one block of pixels, of columns and of the depth than there are stages."""
     rng = np.random.default_rng(0)
+    size = (9, 16, 48) if tiling.frame is None else (17, 18, 2 * tiling.depth + 16)  # three chunks of a halo
     x, kernel = (
-        rng.standard_normal(shape).astype(np.float32) for shape in ((1, 9, 16, 48), (3, 3, 48, tiling.columns + 8))
+        rng.standard_normal(shape).astype(np.float32) for shape in ((1, *size), (3, 3, size[2], tiling.columns + 8))
     )
     spec = ConvSpec.infer(x.shape, kernel.shape)
+    tiling = product.of_form(tiling, (spec.HO, spec.WO), [product.window(spec)])
     found, expected = (
         device.get(product.convolve(spec, used, device.put(x), device.put(kernel), None))
         for used in (tiling, product.tilings(tiling.kind, 4)[-1])

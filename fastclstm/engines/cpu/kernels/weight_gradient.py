@@ -2,7 +2,8 @@
 
 Both algorithms take turns at two phases. The inputs and the gradient of a block of pixels (direct) or of tiles
 (Winograd) are gathered into scratch memory, shared among the threads; then each element of the sums is brought up to
-date by the one thread that owns it. So results depend on the thread count in no bit.
+date by the one thread that owns it. Where Winograd's sums are small there are some of them, always as many, each of a
+share of the tiles, which one thread takes alone. So results depend on the thread count in no bit.
 
 Direct: dW[k, l] = Σ x[i·s + k·d, j·s + l·d]ᵀ dz[i, j]. Winograd: the transpose of the forward algorithm,
 dW = Gᵀ [Σ_tiles (Bᵀ x B)ᵀ (A dz Aᵀ)] G, where Aᵀ, G and Bᵀ are those of F(m_y×m_x, k_y×k_x), and the sum of each point
@@ -42,6 +43,7 @@ WORK = np.dtype([(name, np.int64) for name in (
     "pitch",  # Winograd: scalars between the inputs of two tiles
     "gradients",  # index of the gathered gradients: in a block, or in a point's tiles
     "patches", "patch_size",  # index of the workers' patches in the scratch memory
+    "shares", "own",  # Winograd: how many sums there are, and scalars between the workers' own scratch memories, 0: one
 )])  # fmt: skip
 
 RUNS = ("source", "offset", "rows", "chunk", "sums_row")
@@ -200,31 +202,29 @@ def add_direct(job, worker, frames, works, sources, runs, sums):
 
 
 @inline
-def _gather_tile(m_y, m_x, k_y, k_x, like, frames, work, sources, index, slot, patch):
+def _gather_tile(m_y, m_x, k_y, k_x, base, frames, work, sources, index, slot, patch):
     """Transform the inputs of one tile, [point][tile][channel], and its gradients, [point][vector][tile]."""
     n, tile = index // work.tiles, index % work.tiles
     gradient = sources[len(sources) - 1]
     ty = winograd.corner(m_y, gradient.dilation_y, tile // work.tiles_x)
     tx = winograd.corner(m_x, gradient.dilation_x, tile % work.tiles_x)
-    base = simd.at(like, frames.scratch)
     step = simd.vector_lanes(base)
     target = simd.shift(base, slot * work.pitch)
     for s in range(len(sources) - 1):
         src = sources[s]
-        frame = simd.at(like, _source_frame(frames, s // work.pieces, n))
+        frame = simd.at(base, _source_frame(frames, s // work.pieces, n))
         y0, x0 = ty - src.top, tx - src.left
         winograd.transform_tile(m_y, m_x, k_y, k_x, src, frame, y0, x0, target, step, work.point, patch)
         target = simd.shift(target, src.C)  # over the zeros that end the channels before
     target = simd.shift(base, work.gradients + slot * step)
-    frame = simd.at(like, _gradient_frame(frames, n))
+    frame = simd.at(base, _gradient_frame(frames, n))
     winograd.transform_gradient_tile(m_y, m_x, k_y, k_x, gradient, frame, ty, tx, target, work.count * step,
                                      work.point, patch)  # fmt: skip
 
 
 @inline
-def _add_tiles(frames, work, runs, sums, count, n):
+def _add_tiles(base, work, runs, target, count, n):
     """Add the gathered tiles to the sums [row][two vectors] of the n-th point and pair."""
-    base, target = simd.at(sums, frames.scratch), simd.pointer(sums)
     step = simd.vector_lanes(target)
     panel = work.count * step
     origin = simd.shift(base, n // work.pairs * work.point)
@@ -239,29 +239,51 @@ def _add_tiles(frames, work, runs, sums, count, n):
             _accumulate(chunk, inputs, work.pitch, 0, gradients, apart, 1, count, row)
 
 
+@inline
+def _next_piece(job, own, piece):
+    """The piece after one that is done: claimed, but where a worker does all of them."""
+    if own:
+        return piece + 1
+    done(job)
+    return claim(job)
+
+
 @kernel
 def add_winograd(m_y, m_x, k_y, k_x, job, worker, frames, works, sources, runs, sums):
-    """Bring the sums [point][pair][row][two vectors] up to date."""
-    work, last = works[0], frames[0].last
-    patch = simd.shift(simd.at(sums, frames[0].scratch), work.patches + worker * work.patch_size)
+    """Bring the sums [share][point][pair][row][two vectors] up to date.
+
+    Of several shares, each with some of the tiles, one worker does all; else the workers share each block of tiles.
+    """
+    work, first, last = works[0], frames[0].first, frames[0].last
+    own = work.shares > 1
+    base = simd.shift(simd.at(sums, frames[0].scratch), worker * work.own)
+    patch = simd.shift(base, work.patches + worker * work.patch_size)
     panels = (m_y + k_y - 1) * (m_x + k_x - 1) * work.pairs
-    size = max(1, panels // (4 * workers_of(job)))
+    size = 1 if own else max(1, panels // (4 * workers_of(job)))
     pieces = (panels + size - 1) // size
-    piece, begun = claim(job), 0
-    for first in range(frames[0].first, last, work.count):
-        tiles = min(work.count, last - first)
-        while piece < begun + tiles:
-            wait_for_all(job, begun)
-            _gather_tile(
-                m_y, m_x, k_y, k_x, sums, frames[0], work, sources, first + piece - begun, piece - begun, patch
-            )
-            done(job)
-            piece = claim(job)
-        begun += tiles
-        while piece < begun + pieces:
-            wait_for_all(job, begun)
-            for n in range((piece - begun) * size, min((piece - begun + 1) * size, panels)):
-                _add_tiles(frames[0], work, runs, sums, tiles, n)
-            done(job)
-            piece = claim(job)
-        begun += pieces
+    share_size = panels * work.rows * 2 * simd.vector_lanes(base)
+    share = claim(job) if own else 0
+    piece = 0 if own else claim(job)
+    while share < work.shares:
+        target = simd.shift(simd.pointer(sums), share * share_size)
+        begun = 0
+        if own:
+            piece = 0
+        skipped = (share - first // work.count) % work.shares  # of all frames' blocks every `shares`-th is a share's
+        for block in range(first + skipped * work.count, last, work.shares * work.count):
+            tiles = min(work.count, last - block)
+            while piece < begun + tiles:
+                if not own:
+                    wait_for_all(job, begun)
+                slot = piece - begun
+                _gather_tile(m_y, m_x, k_y, k_x, base, frames[0], work, sources, block + slot, slot, patch)
+                piece = _next_piece(job, own, piece)
+            begun += tiles
+            while piece < begun + pieces:
+                if not own:
+                    wait_for_all(job, begun)
+                for n in range((piece - begun) * size, min((piece - begun + 1) * size, panels)):
+                    _add_tiles(base, work, runs, target, tiles, n)
+                piece = _next_piece(job, own, piece)
+            begun += pieces
+        share = claim(job) if own else work.shares
