@@ -620,11 +620,12 @@ def test_convolutions_that_are_no_cells_are_not_spoken_of():
 
 
 def test_large_memory_is_used_again_when_nobody_has_it():
-    from fastclstm.adapters import memory
+    from fastclstm.engines import lending
 
     def some():
-        return memory.empty((memory.LARGE_BYTES // 4 + 7, 1), np.dtype(np.float32))
+        return lending.lend((lending.LENT_BYTES[0] // 4 + 7, 1), np.dtype(np.float32))
 
+    lending._spare.clear()
     first = some()
     tensor = torch.from_numpy(first)
     place, view = tensor.data_ptr(), tensor.detach()[5:].numpy()

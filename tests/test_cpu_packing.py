@@ -121,27 +121,6 @@ def test_large_kernels_are_packed_as_small_ones(monkeypatch, transposed):
             np.testing.assert_array_equal(small, large)
 
 
-def test_lent_memory_is_used_again():
-    """When no array refers to it any more, and not before; and not all of it is kept."""
-    shape, dtype = (3, 1 << 20), np.dtype(np.float32)
-    one, other = (packing.lend(shape, dtype) for _ in range(2))
-    assert one.shape == shape
-    assert one.ctypes.data % 64 == 0
-    assert not np.may_share_memory(one, other)
-    place, part = one.ctypes.data, one[1:, 5:]
-    del one
-    third = packing.lend(shape, dtype)
-    assert third.ctypes.data != place
-    part[:] = 1
-    packing._spare.clear()
-    del part
-    again = packing.lend((2, 1 << 20), dtype)  # a little less is enough
-    assert again.ctypes.data == place
-    several = [packing.lend((packing.LENT_BYTES[1] // 3,), np.dtype(np.uint8)) for _ in range(5)]
-    del several, again, third, other
-    assert sum(memory.nbytes for memory in packing._spare) <= packing.LENT_BYTES[1]
-
-
 def test_no_bias_is_zeros():
     columns = packing.pack(np.ones((2, 4, 3)), np.ones(4), None)
     assert columns.bias.size
@@ -152,4 +131,3 @@ def test_panels_are_rounded_once_and_aligned():
     columns = packing.pack(np.ones((2, 4, 3), np.float32), np.full(4, 1 / 3), None)
     assert columns.weights.dtype == np.float32
     assert columns.weights.max() == np.float32(1 / 3)
-    assert packing.aligned_empty(5, np.dtype(np.float64)).ctypes.data % 64 == 0

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from fastclstm.adapters import memory, torch_ops
+from fastclstm.adapters import torch_ops
 from fastclstm.convert.torch_dialects import GATES, Dialect, convolves
+from fastclstm.engines import lending
 from fastclstm.spec import CELL_GATES
 
 import torch  # isort: skip
@@ -210,7 +211,7 @@ class _Arranged(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.places, ctx.shapes, ctx.own = places, shapes, [tensor.shape for tensor in tensors]
         theirs = [tensor.detach().numpy() for tensor in tensors]
-        made = {name: memory.empty(shape, theirs[0].dtype) for name, shape in shapes.items()}
+        made = {name: lending.lend(shape, theirs[0].dtype) for name, shape in shapes.items()}
         if "bias" in made:
             made["bias"].fill(0)
         for place in places:
@@ -226,7 +227,7 @@ class _Arranged(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
         ours = {name: cotangent.detach().numpy() for name, cotangent in zip(ctx.shapes, cotangents, strict=True)}
         wanted = ctx.needs_input_grad[2:]
-        pulled = [memory.empty(shape, ours["kernel"].dtype) if wants else None
+        pulled = [lending.lend(shape, ours["kernel"].dtype) if wants else None
                   for shape, wants in zip(ctx.own, wanted, strict=True)]  # fmt: skip
         for place in ctx.places:
             whole = pulled[place.tensor]

@@ -47,8 +47,8 @@ def conv2d(
         1×1 kernels direct convolution. A sample that a transform would spoil is computed directly in any case: one that
         holds a NaN or an infinity, or fill values among ordinary ones (its largest magnitude is above 256, and 256
         times as large as that of a sixteenth of its values); on the way back, where x, an initial state or a given
-        gradient does. Of the cuda engine, how precise products are: "float32" ("auto"), "simt" (without
-        tensor cores), "tf32", "bfloat16", "float16".
+        gradient does. Of the cuda engine, how precise products are: "float32" ("auto"), "simt" (without tensor
+        cores), "tf32", "bfloat16", "float16".
     engine : "cpu", "cuda" or "reference", optional
         Where it is computed; None: where x is.
 

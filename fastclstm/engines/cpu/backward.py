@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from fastclstm.engines import remembered
-from fastclstm.engines.cpu import outliers, packing, plans, weight_gradient
+from fastclstm.engines import lending, remembered
+from fastclstm.engines.cpu import outliers, plans, weight_gradient
 from fastclstm.engines.cpu.fused_steps import Steps
 from fastclstm.engines.cpu.gate_gradients import GateGradients
 from fastclstm.engines.cpu.input_gradient import InputGradient, join
@@ -129,7 +129,7 @@ def _keep(spec: ConvLSTMSpec, B: int, T: int, dtype: np.dtype) -> Kept:
     with suppress(IndexError):  # another thread may be faster
         memory = _spare.pop()
     if memory is None or not sum(sizes) <= memory.nbytes <= 2 * sum(sizes):
-        memory = packing.aligned_empty(sum(sizes), np.dtype(np.uint8))
+        memory = lending.aligned_empty(sum(sizes), np.dtype(np.uint8))
     edges = (0, sizes[0], sum(sizes))
     parts = (memory[a:b].view(dtype).reshape(s) for a, b, s in zip(edges[:-1], edges[1:], shapes, strict=True))
     return Kept(memory, *parts)

@@ -9,7 +9,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from fastclstm.engines import remembered
+from fastclstm.engines import lending, remembered
 from fastclstm.engines.cpu import launch, packing, plans, threads, tiles
 from fastclstm.engines.cpu.kernels import col2im, simd
 from fastclstm.engines.cpu.kernels.entry import table
@@ -87,7 +87,7 @@ class InputGradient:
         spec = self._spec
         image = spec.HO * spec.WO * spec.KH * spec.KW * spec.C
         images = min(B, max(1, FOLDED_BYTES // (image * itemsize)))
-        taps = packing.aligned_empty(images * image, self._dtype)
+        taps = lending.aligned_empty(images * image, self._dtype)
         target = Course(np.full(program.steps, taps.ctypes.data), image * itemsize)
         program.keep(taps)
         for b in range(0, B, images):

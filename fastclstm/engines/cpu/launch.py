@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from fastclstm.engines import remembered
+from fastclstm.engines import lending, remembered
 from fastclstm.engines.cpu import packing, threads, tiles, transforms
 from fastclstm.engines.cpu.kernels.entry import table
 from fastclstm.engines.cpu.kernels.schedule import FLOW, LINE, NOTHING, Plan, Slots
@@ -51,7 +51,7 @@ def borrow(size: int) -> tuple[int, np.ndarray]:
     else:
         if memory.nbytes >= size:
             return address, memory
-    memory = packing.aligned_empty(size, _BYTE)
+    memory = lending.aligned_empty(size, _BYTE)
     return memory.ctypes.data, memory
 
 
@@ -113,7 +113,7 @@ def run(
     trouble = np.zeros(B, np.int64)
     team = max(1, min(team, plan.pieces))
     share = -(-plan.scratch_bytes // 4096) * 4096 + LINE * 5  # workers at different cache sets
-    progress = packing.aligned_empty(plan.units * (1 + plan.blocks) * LINE if team > 1 else 0, _BYTE)
+    progress = lending.aligned_empty(plan.units * (1 + plan.blocks) * LINE if team > 1 else 0, _BYTE)
     tables = plan.tables, columns.tables, table(cell), NO_MASK if mask is None else table(np.ascontiguousarray(mask))
     most = T if convolve is None else zx.kept
     now, t, count = team, 0, most if step_flops * most <= PIECE_FLOPS else max(1, PIECE_FLOPS // step_flops)

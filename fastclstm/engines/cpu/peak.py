@@ -13,7 +13,7 @@ from fastclstm.engines.cpu.kernels import simd
 from fastclstm.engines.cpu.kernels.entry import kernel
 from fastclstm.engines.cpu.kernels.padding import copy_run
 from fastclstm.engines.cpu.kernels.team import workers_of
-from fastclstm.engines.cpu.packing import aligned_empty
+from fastclstm.engines.lending import aligned_empty
 
 CHAINS = 24 if simd.REGISTERS == 32 else 12
 """Independent sums: more than the latency of a multiply-add times the units that compute them."""

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastclstm.engines import lending
 from fastclstm.engines.cpu import launch, packing, threads
 from fastclstm.engines.cpu.kernels.entry import Kernel, Table, table
 from fastclstm.engines.cpu.kernels.program import program
@@ -115,7 +116,7 @@ class Program:
         share = -(-share // 4096) * 4096 + LINE * 5  # workers at different cache sets
         address, memory = launch.borrow(share * team)
         sizes = [plan.units * (1 + plan.blocks) * LINE for plan, _ in self._convolutions]
-        progress = packing.aligned_empty(sum(sizes) * self.steps if team > 1 else 0, _BYTE)
+        progress = lending.aligned_empty(sum(sizes) * self.steps if team > 1 else 0, _BYTE)
         progress.fill(0)
         at = progress.ctypes.data
         for size, (_, flows) in zip(sizes, self._convolutions, strict=True):

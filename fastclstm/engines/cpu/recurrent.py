@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from fastclstm.engines import cells
-from fastclstm.engines.cpu import launch, outliers, packing, plans
+from fastclstm.engines import cells, lending
+from fastclstm.engines.cpu import launch, outliers, plans
 from fastclstm.engines.cpu.input_gradient import InputGradient
 from fastclstm.engines.cpu.kernels.gates import storing
 from fastclstm.engines.cpu.kernels.schedule import slots
@@ -53,7 +53,7 @@ def recurrent_backward(
 
 
 def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    return packing.aligned_empty(int(np.prod(shape)), dtype).reshape(shape)
+    return lending.aligned_empty(int(np.prod(shape)), dtype).reshape(shape)
 
 
 class PlannedConvolution:

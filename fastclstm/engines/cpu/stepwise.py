@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from fastclstm.engines import lending
 from fastclstm.engines.cpu import launch, outliers, packing, plans, threads, weight_gradient
 from fastclstm.engines.cpu.input_gradient import InputGradient
 from fastclstm.engines.cpu.kernels import cell_steps, gates
@@ -197,7 +198,7 @@ class _Cell:
         """Operations of a step, about."""
         self.team = launch.team_size(self.flops)
         pitch = -(-chunk * F // 16) * 16 + 32  # lines at different places of the cache
-        rows = packing.aligned_empty(self.team * cell_steps.LINES * pitch, dtype).reshape(self.team, -1)
+        rows = lending.aligned_empty(self.team * cell_steps.LINES * pitch, dtype).reshape(self.team, -1)
         self.like, self.parts, self.rows = (
             table(array) for array in (np.empty(0, dtype), self.normalizing.parts, rows)
         )
@@ -251,7 +252,7 @@ class _Cell:
         spec = self.spec
         frame = spec.B, T, spec.HO, spec.WO
         shape = (4, *frame, spec.F) if self.planar else (*frame, 4 * spec.F)
-        return packing.lend(shape, self.dtype)
+        return lending.lend(shape, self.dtype)
 
     def gates_of(self, z: np.ndarray, t: int) -> list[Slots]:
         return [slots(gate[:, t:]) for gate in z] if self.planar else [slots(z[:, t:])]
@@ -261,7 +262,7 @@ class _Cell:
         if name not in self.masks:
             yield from (frames for _ in self.kernels)
             return
-        memory = packing.lend(frames.shape, self.dtype)
+        memory = lending.lend(frames.shape, self.dtype)
         for mask in self.masks[name]:
             self.mask(frames, mask, memory)
             yield memory
@@ -618,7 +619,7 @@ class _WayBack:
         if self._dx is not None:
             dx = (self._dx[:, ::-1] if spec.go_backwards else self._dx)[:, first : first + count]
         frames = cell.x[:, first : first + count]
-        target = packing.lend(dx.shape, dx.dtype) if cell.planar and dx is not None else dx
+        target = lending.lend(dx.shape, dx.dtype) if cell.planar and dx is not None else dx
         gates = zip(
             cell.gates_of(dz_x, 0), cell.gates_of(dz_h, 0), cell.seen("x", frames), cell.seen("h", h), strict=True
         )

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from fastclstm.engines import cells
-from fastclstm.engines.cpu import launch, packing, threads
+from fastclstm.engines import cells, lending
+from fastclstm.engines.cpu import launch, threads
 from fastclstm.engines.cpu.kernels import gates, updates
 from fastclstm.engines.cpu.kernels.entry import Table, table
 from fastclstm.spec import CellSpec
@@ -41,7 +41,7 @@ class KernelUpdates:
             record[name] = value
         self._team = launch.team_size(CELL_FLOPS * spec.B * pixels * F)
         pitch = -(-chunk * F // 16) * 16 + 32  # lines at different places of the cache
-        rows = packing.aligned_empty(self._team * updates.LINES * pitch, dtype).reshape(self._team, -1)
+        rows = lending.aligned_empty(self._team * updates.LINES * pitch, dtype).reshape(self._team, -1)
         self._like, self._step, self._rows = table(np.empty(0, dtype)), table(self._record), table(rows)
         self._gathered: np.ndarray | None = None
         self._routes: dict[Any, Table] = {}

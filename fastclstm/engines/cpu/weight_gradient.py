@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastclstm.engines.cpu import launch, packing, plans, threads, tiles, transforms
+from fastclstm.engines import lending
+from fastclstm.engines.cpu import launch, plans, threads, tiles, transforms
 from fastclstm.engines.cpu.kernels import simd
 from fastclstm.engines.cpu.kernels.entry import Kernel, Table, table
 from fastclstm.engines.cpu.kernels.padding import SOURCE, source
@@ -65,7 +66,7 @@ class WeightGradient:
         frames = specs[0].B * T
         self._plan = (_winograd_plan(specs, self._tile, frames, dtype.itemsize) if self._tile else
                       _direct_plan(specs, frames, dtype.itemsize))  # fmt: skip
-        self._sums = packing.lend(self._plan.sums_shape, dtype)
+        self._sums = lending.lend(self._plan.sums_shape, dtype)
         self._sums.fill(0)
 
     def add(self, inputs: tuple[Slots, ...], dz: Slots, B: int, T: int, team: int) -> None:
