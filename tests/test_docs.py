@@ -276,3 +276,14 @@ def test_the_headline_is_that_of_the_landscape():
     landscape = (ROOT / "docs/benchmarks/index.md").read_text()
     assert len(rows) == 2
     assert all(row in landscape for row in rows)
+
+
+@pytest.mark.extra
+def test_the_tables_of_the_site_link_to_what_is_public(monkeypatch):
+    pytest.importorskip("sphinx")
+    monkeypatch.syspath_prepend(ROOT / "docs" / "_extensions")
+    tables = importlib.import_module("tables")
+    cells = [cell for function in tables.REGISTRIES.values() for row in function()[1] for cell in row]
+    linked = set(re.findall(r":obj:`~fastclstm\.([\w.]+)`", " ".join(cells)))
+    assert {"ConvLSTM2D", "Dense", "Activation"} <= linked
+    assert linked <= set(fastclstm.__all__)

@@ -11,6 +11,8 @@ from docutils.statemachine import StringList
 from sphinx.util.docutils import SphinxDirective
 from sphinx.util.nodes import nested_parse_with_titles
 
+import fastclstm
+
 Rows = tuple[list[str], list[list[str]]]
 CODE = "``{}``".format
 
@@ -77,15 +79,19 @@ def keras() -> Rows:
     from fastclstm.convert.keras_layers import ROWS
 
     def ours(name: str) -> str:
-        if hasattr(importlib.import_module("fastclstm"), name):
-            return f":obj:`~fastclstm.{name}`"
-        return {"Bidirectional": "the layer itself, with ``bidirectional=True``"}.get(name, _like(name))
+        if name in OTHERWISE:
+            return OTHERWISE[name]
+        like = name if hasattr(fastclstm, name) else name.removesuffix("1D")
+        return f":obj:`~fastclstm.{like}`"
 
     return ["Keras", "here"], [[CODE(name), ours(name)] for name in ROWS]
 
 
-def _like(name: str) -> str:
-    return f":obj:`~fastclstm.{name.removesuffix('1D')}`"
+OTHERWISE = {
+    "Bidirectional": "the layer itself, with ``bidirectional=True``",
+    "ELU": ":obj:`~fastclstm.Activation`",
+}
+"""What stands for a layer of Keras that has no namesake here."""
 
 
 def onnx() -> Rows:
