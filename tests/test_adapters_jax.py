@@ -214,3 +214,31 @@ def test_what_does_not_fit_is_refused_when_traced(jax, ours):
         ours.conv2d(x.astype(complex), kernel)
     with pytest.raises(TypeError, match="return_indices"):
         ours.max_pool3d(np.ones((1, 2, 2, 2, 1)), return_indices=True)
+
+
+@pytest.mark.parametrize(("given", "told"), [
+    ({"stride": 2}, "convlstm2d: unknown option 'stride'; known are activation, algorithm, .*strides"),
+    ({"kernel": None}, "convlstm2d: kernel must be an array, got None"),
+    ({"peephole": np.ones((3, F))}, "convlstm2d: peephole must map names to arrays, got ndarray"),
+    ({"engine": "gpu"}, "unknown engine 'gpu'"),
+    ({"algorithm": "fft", **ENGINE}, "convlstm2d: algorithm must be one of .* got 'fft'"),
+], ids=["option", "None", "mapping", "engine", "algorithm"])  # fmt: skip
+def test_errors_name_what_is_wrong_before_anything_runs(jax, ours, given, told):
+    x, kernel, recurrent, _ = draw((B, T, H, W, C), *WEIGHTS)
+    with pytest.raises((TypeError, ValueError), match=told):
+        jax.eval_shape(lambda: ours.convlstm2d(x, **{"kernel": kernel, "recurrent_kernel": recurrent} | given))
+    with pytest.raises(TypeError, match="unknown option 'recompute'"):
+        ours.convgru2d(x, kernel, recurrent, recompute=True)
+
+
+def test_a_jacobian_is_a_vmap_of_the_way_back(jax, ours):
+    x, kernel = draw((1, H, W, C), (3, 3, C, F))
+    found = jax.jacrev(lambda kernel: ours.conv2d(x, kernel, **ENGINE).sum((0, 1, 2)))(kernel)
+    _, pullback = functional.conv2d_vjp(x, kernel, **ENGINE)
+    assert close(found, [pullback(np.broadcast_to(one, (1, H, W, F)))["kernel"] for one in np.eye(F, dtype="f")])
+
+
+def test_second_derivatives_are_refused_with_a_way_out(jax, ours):
+    x, kernel = draw((1, H, W, C), (3, 3, C, F))
+    with pytest.raises(TypeError, match=r"first derivatives in reverse mode alone .* difference of two jax\.grad"):
+        jax.hessian(lambda kernel: (ours.conv2d(x, kernel, **ENGINE) ** 2).sum())(kernel)

@@ -8,6 +8,7 @@ the steps forward again from the inputs, which the graph keeps.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastclstm import functional
+from fastclstm import dispatch, functional
 from fastclstm.nn import activations, normalization
 from fastclstm.spec import CELL_STATES, CellSpec, ConvLSTMSpec, ConvSpec, PoolSpec, choice, flag
 
@@ -43,6 +44,17 @@ class Operation(NamedTuple):
     """Options that are always these."""
     states: tuple[str, ...] = ()
     """What its initial state is made of."""
+
+    @property
+    def options(self) -> list[str]:
+        """Names of the options that a call may have."""
+        named = [*inspect.signature(self.forward).parameters, *inspect.signature(self.vjp).parameters]
+        return sorted(set(named) - {*_NO_OPTIONS, *self.own})
+
+
+_NO_OPTIONS = ("x", "kernel", "recurrent_kernel", "bias", "initial_state", "mask", "peephole", "normalization_weights",
+               "dropout_masks", "options", "return_indices")  # fmt: skip
+"""Arguments of the functions that are arrays, or that a graph cannot have."""
 
 
 def _recurrent_shapes(op: str, cell: str, shapes: Mapping[str, Shape], options: dict[str, Any]) -> list[Shape]:
@@ -131,9 +143,17 @@ class HostCall:
 
     @classmethod
     def of(cls, op: str, arrays: Mapping[str, Any], options: Mapping[str, Any]) -> HostCall:
-        """Return the call with arrays of these names (of anything that has ``ndim``)."""
-        recompute = options.get("recompute", False)
-        flag(op, "recompute", recompute)
+        """Return the call with arrays of these names (of anything that has ``shape``).
+
+        Raises TypeError or ValueError for options that are not the operation's.
+        """
+        if unknown := sorted(set(options) - set(OPERATIONS[op].options)):
+            raise TypeError(f"{op}: unknown option {unknown[0]!r}; known are {', '.join(OPERATIONS[op].options)}")
+        flag(op, "recompute", options.get("recompute", False))
+        engine = options.get("engine")
+        dispatch.check_engine(engine)
+        if options.get("algorithm", "auto") != "auto":
+            dispatch.check_algorithm(op, dispatch.get_engine(engine), options["algorithm"])
         frozen = tuple((name, _hashable(value)) for name, value in options.items())
         return cls(op, tuple(arrays), tuple(len(array.shape) for array in arrays.values()), frozen)
 
@@ -181,11 +201,11 @@ class HostCall:
     ) -> tuple[np.ndarray, ...]:
         """Pull gradients back: of the `differentiable` arrays in their order, but x if `input_gradient` is false."""
         token, cotangents, arrays = np.asarray(token), list(map(np.asarray, cotangents)), tuple(map(np.asarray, arrays))
-        lead = np.broadcast_shapes(token.shape[:-1], self._lead(arrays))
+        depth = token.ndim - 1
+        lead = np.broadcast_shapes(token.shape[:-1], self._lead(arrays), *(dy.shape[:depth] for dy in cotangents))
         tokens = np.broadcast_to(token, (*lead, 2)).reshape(-1, 2)
         with _lock:
             kept = {number: _saved.pop(number, None) for number in set(tokens[:, 0].tolist())}
-        depth = len(lead)
         given = zip(*(_spread(array, lead, depth) for array in cotangents), strict=True)
         pulled = []
         for (number, index), member, dy in zip(tokens, self._members(lead, arrays), given, strict=True):

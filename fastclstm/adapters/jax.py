@@ -6,7 +6,8 @@ of the compiled program; `jax.custom_vjp` knows the way back. There are no forwa
 none of second order.
 
 A vmap is one callback. Where it is over samples alone, and weights are the same for all, it is one call with the
-samples of all; gradients are computed member by member, as each has weights' gradients of its own.
+samples of all; gradients are computed member by member, as each has weights' gradients of its own. In a shard_map or
+pmap every device's share is a callback of its own; an array that is sharded under jit alone is gathered first.
 
 float64, where JAX has it, is computed in float64, everything else in float32; the result is of the widest dtype of the
 arrays given. Shapes and options are checked when the call is traced.
@@ -136,6 +137,8 @@ def _recurrent(op: str, main: tuple[Any, ...], initial_state: Any, mask: Any, re
         arrays |= dict(zip(names, states, strict=True))
     arrays |= {"mask": None if mask is None else jnp.asarray(mask) != 0}
     for mapping, named in mappings.items():
+        if not isinstance(named, Mapping | None):
+            raise TypeError(f"{op}: {mapping} must map names to arrays, got {type(named).__name__}")
         arrays |= {f"{mapping}.{name}": array for name, array in (named or {}).items()}
     outputs = run(op, arrays, options)
     return outputs if return_state else outputs[0]
@@ -173,6 +176,9 @@ def max_pool3d(x: Any, pool_size: Any = (2, 2, 2), strides: Any = None, **option
 
 def run(op: str, given: Mapping[str, Any], options: Mapping[str, Any]) -> tuple[jax.Array, ...]:
     """Compute an operation's outputs of arrays that are named as those of a `HostCall`; None is left out."""
+    for name in ("x", "kernel", "recurrent_kernel"):
+        if given.get(name, ()) is None:
+            raise TypeError(f"{op}: {name} must be an array, got None")
     arrays = {name: jnp.asarray(array) for name, array in given.items() if array is not None}
     floats = {name: array for name, array in arrays.items() if name != "mask"}
     for name, array in floats.items():
@@ -220,5 +226,14 @@ def _results(call: HostCall, arrays: tuple[jax.Array, ...]) -> tuple[jax.ShapeDt
     return tuple(jax.ShapeDtypeStruct(shape, arrays[0].dtype) for shape in call.shapes(*(a.shape for a in arrays)))
 
 
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _callback(function: Any, results: Any, *arguments: Any) -> Any:
     return jax.pure_callback(function, results, *arguments, vmap_method="expand_dims")
+
+
+@_callback.defjvp
+def _second(function: Any, results: Any, primals: Any, tangents: Any) -> Any:
+    raise TypeError(
+        "fastclstm.adapters.jax: there are first derivatives in reverse mode alone (jax.grad, jax.vjp, jax.jacrev), "
+        "and these were to be differentiated again; for a product with the Hessian take a difference of two jax.grad"
+    )

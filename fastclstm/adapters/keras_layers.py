@@ -65,12 +65,18 @@ class ConvLSTM2D(keras.layers.ConvLSTM2D):
 
     def call(self, sequences: Any, initial_state: Any = None, mask: Any = None, training: Any = False) -> Any:
         """Run the layer as Keras's does; `inner_loop` is what is ours."""
+        if sequences.shape[1] == 0:
+            raise ValueError(f"{self.name}: sequences have no time steps {tuple(sequences.shape)}; at least one is needed")
+        if isinstance(initial_state, list | tuple) and len(initial_state) != 2:
+            raise ValueError(f"{self.name}: initial_state must be [h, c], got {len(initial_state)} items")
         from_zero = initial_state is None and not self.stateful
         return super().call(sequences, initial_state=initial_state, mask=mask, training=_Call(training, from_zero))
 
     def inner_loop(self, sequences: Any, initial_state: Any, mask: Any, training: Any = False) -> Any:
         """Return the last output, the outputs and the states, as Keras's loop over the steps does."""
         call = training if isinstance(training, _Call) else _Call(training, False)
+        if _is_traced():
+            return super().inner_loop(sequences, initial_state, mask, training=call.training)
         told = refusal(self)
         if told is None and mask is not None and len(mask.shape) != 2:
             told = f"its mask has shape {tuple(mask.shape)}, not (batch, time)"
@@ -86,6 +92,10 @@ class ConvLSTM2D(keras.layers.ConvLSTM2D):
             y = self._zeroed(y, arrays["mask"])
         y, h, c = map(self._written, (y, h, c))
         return y[:, -1] if self.return_sequences else y, y, [h, c]
+
+    def __reduce__(self) -> Any:
+        made, arguments = super().__reduce__()
+        return (keras.layers.ConvLSTM2D._unpickle_model if type(self) is ConvLSTM2D else made), arguments
 
     def _arrays(self, sequences: Any, initial_state: Any, mask: Any, call: _Call) -> dict[str, Any]:
         """Return the operation's arrays by name, channels-last."""
@@ -157,6 +167,15 @@ def _activation(function: Any) -> str | None:
         return None
     name = activation_name(given)
     return name if name in activations.TABLE else None
+
+
+def _is_traced() -> bool:
+    """Whether a program is made that runs where our operators are not known: by `torch.jit.trace`, or as ONNX."""
+    if keras.backend.backend() != "torch":
+        return False
+    import torch
+
+    return bool(torch.jit.is_tracing() or torch.onnx.is_in_onnx_export())
 
 
 # How each backend calls the kernels: tensors by name and options in, the output, the last h and the last c out
