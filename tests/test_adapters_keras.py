@@ -4,6 +4,7 @@ import copy
 import importlib
 import json
 import os
+import pickle
 import warnings
 import zipfile
 
@@ -252,6 +253,28 @@ def test_options_are_refused_as_by_keras(keras, ours):
         ours(F, 3, implementation=2)
 
 
+def test_what_cannot_be_called_is_told_by_name(keras, ours):
+    layer = ours(F, 3, name="a")
+    with pytest.raises(ValueError, match=r"a: sequences have no time steps \(2, 0, 6, 5, 2\); at least one"):
+        layer(frames({})[:, :0])
+    with pytest.raises(ValueError, match=r"a: initial_state must be \[h, c\], got 1 items"):
+        layer(frames({}), initial_state=[np.zeros((B, H - 2, W - 2, F), "float32")])
+
+
+def test_what_is_traced_for_elsewhere_is_steps_of_keras(keras, ours):
+    """So models are exported as ONNX, where no operator of ours is known."""
+    torch = pytest.importorskip("torch")
+    if keras.backend.backend() != "torch":
+        pytest.skip("only PyTorch traces so")
+    layer, x = ours(F, 3), torch.from_numpy(frames({}))
+    expected = layer(x).detach()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        traced = torch.jit.trace(layer, x, check_trace=False)
+    assert "fastclstm" not in str(traced.inlined_graph)
+    assert_close(arrays(keras, traced(x)), arrays(keras, expected))
+
+
 def test_config_and_signature_are_those_of_keras(keras, ours):
     layer, our = twins(keras, ours, name="a", dropout=0.5, go_backwards=True)
     assert our.get_config() == layer.get_config()
@@ -319,6 +342,17 @@ def test_weights_go_both_ways(keras, ours, tmp_path):
         source.save_weights(tmp_path / f"{k}.weights.h5")
         target.load_weights(tmp_path / f"{k}.weights.h5")
         assert_close(target.get_weights(), source.get_weights())
+
+
+def test_a_pickle_is_as_a_file(keras, ours, request):
+    layer, x = ours(F, 3, name="alone"), frames({})
+    expected, told = arrays(keras, layer(x)), pickle.dumps(layer)
+    assert b"fastclstm" not in told
+    again = pickle.loads(told)
+    assert type(again) is ours
+    assert_close(arrays(keras, again(x)), expected)
+    request.getfixturevalue("without_ours")
+    assert type(pickle.loads(told)) is keras.layers.ConvLSTM2D
 
 
 def test_copies_are_ours(keras, ours):

@@ -41,7 +41,9 @@ class ConvLSTM2D(keras.layers.ConvLSTM2D):
 
     A model with this layer is saved as one with Keras's, and a Keras without fastclstm loads it as that. Where this
     module has been imported such a file gives this layer again (as do .h5 files with Keras's layer, which do not tell
-    them apart); `accelerate` makes Keras's layers in a loaded model to this one.
+    them apart); `accelerate` makes Keras's layers in a loaded model to this one. So it is with pickles. What is
+    exported as ONNX, or traced by `torch.jit.trace`, holds Keras's own steps, as our operators are not known there; a
+    program of `torch.export` holds ours, and needs this module where it runs.
 
     Parameters
     ----------
@@ -66,7 +68,9 @@ class ConvLSTM2D(keras.layers.ConvLSTM2D):
     def call(self, sequences: Any, initial_state: Any = None, mask: Any = None, training: Any = False) -> Any:
         """Run the layer as Keras's does; `inner_loop` is what is ours."""
         if sequences.shape[1] == 0:
-            raise ValueError(f"{self.name}: sequences have no time steps {tuple(sequences.shape)}; at least one is needed")
+            raise ValueError(
+                f"{self.name}: sequences have no time steps {tuple(sequences.shape)}; at least one is needed"
+            )
         if isinstance(initial_state, list | tuple) and len(initial_state) != 2:
             raise ValueError(f"{self.name}: initial_state must be [h, c], got {len(initial_state)} items")
         from_zero = initial_state is None and not self.stateful
