@@ -2,12 +2,14 @@
 
 Each part runs on one process of one thread, then on two, prints the seconds, and compares the results: losses and
 parameters of training, every value of inference. Run it with ``python examples/several_processes.py``; it needs
-PyTorch, xarray and dask.distributed, and about a minute. Other machines are a matter of addresses: ``torchrun`` starts
+PyTorch, xarray and dask.distributed, and about a minute (with ``--quick``, in one process and by NumPy, some
+seconds, of which no figure means anything). Other machines are a matter of addresses: ``torchrun`` starts
 the same training there, and ``distributed.Client("scheduler:8786")`` takes the place of the LocalCluster.
 """
 
+import argparse
 import os
-import sys
+import queue
 import tempfile
 import time
 
@@ -26,14 +28,14 @@ from fastclstm.adapters.xarray import apply
 STEPS, BATCH = 6, 8
 
 
-def train(rank, processes, store, results):
+def train(rank, processes, store, results, size, filters, engine):
     """Train on this process's share of each batch; the first one tells losses, parameters and seconds."""
     torch.set_num_threads(1)
     fastclstm.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=processes)
     torch.manual_seed(0)
-    model = torch.nn.Sequential(ConvLSTM2D(1, 32, 3), ConvLSTM2D(32, 1, 3))
-    x, y = torch.rand(BATCH, 10, 1, 48, 48), torch.rand(BATCH, 10, 1, 48, 48)
+    model = torch.nn.Sequential(*(ConvLSTM2D(*sizes, 3, engine=engine) for sizes in ((1, filters), (filters, 1))))
+    x, y = torch.rand(2, BATCH, 10, 1, size, size)
     share = slice(rank * BATCH // processes, (rank + 1) * BATCH // processes)
     parallel, losses, seconds = DistributedDataParallel(model), [], []
     optimizer = torch.optim.Adam(model.parameters())
@@ -53,11 +55,16 @@ def train(rank, processes, store, results):
     torch.distributed.destroy_process_group()
 
 
-def trained(processes):
-    """Return what a training by so many processes gives."""
-    results = torch.multiprocessing.get_context("spawn").Queue()
+def trained(processes, quick, *sizes):
+    """Return what a training by so many processes gives; if `quick`, by this one alone."""
     with tempfile.TemporaryDirectory() as folder:
-        arguments = processes, os.path.join(folder, "store"), results
+        store = os.path.join(folder, "store")
+        if quick:
+            results = queue.SimpleQueue()
+            train(0, 1, store, results, *sizes)
+            return results.get()
+        results = torch.multiprocessing.get_context("spawn").Queue()
+        arguments = processes, store, results, *sizes
         context = torch.multiprocessing.spawn(train, arguments, nprocs=processes, join=False)
         told = results.get()
         while not context.join():
@@ -65,9 +72,9 @@ def trained(processes):
     return told
 
 
-def inferred(processes, network, frames):
-    """Return what a cluster of so many workers makes of frames, and its seconds."""
-    options = {"n_workers": processes, "threads_per_worker": 1, "dashboard_address": None}
+def inferred(processes, quick, network, frames):
+    """Return what a cluster of so many workers makes of frames, and its seconds; if `quick`, workers are threads."""
+    options = {"n_workers": processes, "threads_per_worker": 1, "dashboard_address": None, "processes": not quick}
     with LocalCluster(**options) as cluster, Client(cluster) as client:
         client.run(fastclstm.set_num_threads, 1)
         made = apply(network, frames)
@@ -77,18 +84,29 @@ def inferred(processes, network, frames):
         return made, time.perf_counter() - start
 
 
-def main():
+def main(arguments=None):
     """Print a table."""
-    one, two = trained(1), trained(2)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "--quick", action="store_true", help="little frames, in this process alone: to see that it runs"
+    )
+    quick = parser.parse_args(arguments).quick
+    size, filters, engine = (8, 4, "reference") if quick else (48, 32, None)
+    one, two = (trained(processes, quick, size, filters, engine) for processes in (1, 2))
     np.testing.assert_allclose(one[0], two[0], rtol=1e-4)
     for a, b in zip(one[1], two[1], strict=True):
         np.testing.assert_allclose(a, b, atol=1e-3)
     rows = [("training, a step (DDP, gloo)", one[2], two[2])]
 
-    network = fastclstm.Sequential([fastclstm.ConvLSTM2D(1, 32, 3, seed=0), fastclstm.Conv2D(32, 1, 1, seed=1)])
-    rain = np.random.default_rng(0).random((16, 12, 96, 96), np.float32)
+    network = fastclstm.Sequential(
+        [
+            fastclstm.ConvLSTM2D(1, filters, 3, seed=0, engine=engine),
+            fastclstm.Conv2D(filters, 1, 1, seed=1, engine=engine),
+        ]
+    )
+    rain = np.random.default_rng(0).random((16, 12, 2 * size, 2 * size), np.float32)
     frames = xarray.DataArray(rain, dims=("member", "time", "y", "x")).chunk(member=1)
-    (whole, one), (shared, two) = inferred(1, network, frames), inferred(2, network, frames)
+    (whole, one), (shared, two) = (inferred(processes, quick, network, frames) for processes in (1, 2))
     np.testing.assert_allclose(whole, shared, atol=1e-6)
     rows.append(("inference, 16 members (Dask)", one, two))
 
@@ -98,4 +116,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
