@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple, Self
@@ -28,8 +29,9 @@ class _Place(NamedTuple):
     """Which of the tensors."""
     block: tuple[slice, ...]
     ours: str
-    our_block: tuple[Any, ...]
-    """Its axes are those of `block` turned around, the channels of a kernel behind its taps."""
+    own: slice
+    """Of a kernel's last axis, where the axes of `block` are turned around and its channels behind its taps; or of the
+    bias, all of whose values are one after another."""
     negated: bool
 
 
@@ -157,36 +159,14 @@ class Arrangement(NamedTuple):
 
     def _kernels(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return our kernels, and the bias if there is one."""
-        if all(map(torch_ops.passed_by, tensors.values())):
-            shapes = tuple((name, tuple(tensor.shape)) for name, tensor in tensors.items())
-            made = _Arranged.apply(*_places(self, shapes), *tensors.values())
-            return dict(zip(("kernel", "recurrent_kernel", "bias"), made, strict=False))
-        C, signed = self.channels, not self.norms
-
-        def kernel(names: tuple[str, ...], which: int, alone: int) -> Tensor:
-            parts = [tensors[f"{name}.weight"] for name in names]
-            parts = [part if part.shape[1] == alone else part.split((C, part.shape[1] - C), 1)[which] for part in parts]
-            return self._ordered(torch.cat(parts), signed).permute(2, 3, 1, 0)
-
-        def bias(names: tuple[str, ...], but: tuple[str, ...] = ()) -> Tensor:
-            parts = [
-                tensors[f"{name}.bias"]
-                if name in self.biases and name not in but
-                else torch.zeros_like(tensors[f"{name}.weight"][:, 0, 0, 0])
-                for name in names
-            ]
-            return self._ordered(torch.cat(parts), signed)
-
-        ours = {"kernel": kernel(self.x, 0, C)}
-        ours["recurrent_kernel"] = kernel(self.h, 1, ours["kernel"].shape[-1] // self.G)
-        if self.both and self.biases:
-            ours["bias"] = torch.stack([bias(self.x), bias(self.h, self.x)])
-        elif self.biases:
-            own = [bias(self.x)] if any(name in self.biases for name in self.x) else []
-            if any(name in self.biases for name in self.h if name not in self.x):
-                own.append(bias(self.h, self.x))
-            ours["bias"] = own[0] if len(own) == 1 else own[0] + own[1]
-        return ours
+        given = [*tensors.values()]
+        theirs = tuple((name, tuple(tensor.shape)) for name, tensor in tensors.items())
+        if all(map(torch_ops.passed_by, given)):
+            places, shapes = _remembered_places(self, theirs)
+            return dict(zip(shapes, _Arranged.apply(places, shapes, *given), strict=True))
+        places, shapes = _places(self, theirs)
+        return {name: _joined([place for place in places if place.ours == name], given, shape)
+                for name, shape in shapes.items()}  # fmt: skip
 
     def _ordered(self, tensor: Tensor, signed: bool) -> Tensor:
         """Bring the gates on the first axis into our order and, if `signed`, with our sign."""
@@ -199,7 +179,7 @@ class Arrangement(NamedTuple):
 
 
 class _Arranged(torch.autograd.Function):
-    """What `Arrangement._kernels` does, and its gradient, each value copied once.
+    """Our weights of a cell's, and the gradient of that, each value copied once.
 
     PyTorch's own operations copy what was cut, turned and joined several times, across memory: 20 % of a step of small
     frames.
@@ -215,11 +195,11 @@ class _Arranged(torch.autograd.Function):
         if "bias" in made:
             made["bias"].fill(0)
         for place in places:
-            block, ours = theirs[place.tensor][place.block], made[place.ours][place.our_block]
+            block = theirs[place.tensor][place.block]
             if place.ours == "bias":  # x's and h's may be summed
-                ours += -block if place.negated else block
+                made["bias"].reshape(-1)[place.own] += -block if place.negated else block
             else:
-                _copy(ours, block.transpose(2, 3, 1, 0), place.negated)
+                _copy(made[place.ours][..., place.own], block.transpose(2, 3, 1, 0), place.negated)
         return tuple(map(torch.from_numpy, made.values()))
 
     @staticmethod
@@ -233,12 +213,24 @@ class _Arranged(torch.autograd.Function):
             whole = pulled[place.tensor]
             if whole is None:
                 continue
-            theirs, block = whole[place.block], ours[place.ours][place.our_block]
+            theirs = whole[place.block]
             if place.ours == "bias":
+                block = ours["bias"].reshape(-1)[place.own]
                 theirs[...] = -block if place.negated else block
             else:
-                _copy(theirs.transpose(2, 3, 1, 0), block, place.negated)
+                _copy(theirs.transpose(2, 3, 1, 0), ours[place.ours][..., place.own], place.negated)
         return None, None, *(None if array is None else torch.from_numpy(array) for array in pulled)
+
+
+def _joined(places: list[_Place], tensors: list[Tensor], shape: tuple[int, ...]) -> Tensor:
+    """Do what `_Arranged` does for one of our weights by PyTorch's operations, for compilers to follow."""
+    blocks = [(place.own, -block if place.negated else block) for place in sorted(places, key=lambda one: one.own.start)
+              for block in (tensors[place.tensor][place.block],)]  # fmt: skip
+    if len(shape) == 4:
+        return torch.cat([block.permute(2, 3, 1, 0) for _, block in blocks], -1)
+    size = math.prod(shape)
+    padded = [torch.nn.functional.pad(block, (own.start, size - own.stop)) for own, block in blocks]
+    return sum(padded[1:], padded[0]).reshape(shape)
 
 
 def _copy(to: np.ndarray, block: np.ndarray, negated: bool) -> None:
@@ -251,7 +243,6 @@ def _copy(to: np.ndarray, block: np.ndarray, negated: bool) -> None:
         function(block[:, :, c : c + CHANNELS], out=to[:, :, c : c + CHANNELS])
 
 
-@lru_cache(256)
 def _places(
     arrangement: Arrangement, shapes: tuple[tuple[str, tuple[int, ...]], ...]
 ) -> tuple[tuple[_Place, ...], dict[str, tuple[int, ...]]]:
@@ -275,12 +266,16 @@ def _places(
                 own = slice(gate * F, (gate + count) * F)
                 negated = gate == 0 and arrangement.negated and not arrangement.norms
                 kernel = "kernel" if half == "x" else "recurrent_kernel"
-                found.append(_Place(numbers[f"{name}.weight"], (block, inputs), kernel, (..., own), negated))
+                found.append(_Place(numbers[f"{name}.weight"], (block, inputs), kernel, own, negated))
                 if name in arrangement.biases and not (half == "h" and name in arrangement.x):
-                    line = (int(half == "h"), own) if arrangement.both else (own,)
+                    behind = G * F if half == "h" and arrangement.both else 0
+                    line = slice(own.start + behind, own.stop + behind)
                     found.append(_Place(numbers[f"{name}.bias"], (block,), "bias", line, negated))
             start += rows
     return tuple(found), ours
+
+
+_remembered_places = lru_cache(256)(_places)
 
 
 def _runs(order: tuple[int, ...], first: int, stop: int, first_apart: bool) -> Iterator[tuple[int, int, int]]:
