@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple, Self
 
@@ -199,7 +199,8 @@ class _Arranged(torch.autograd.Function):
             if place.ours == "bias":  # x's and h's may be summed
                 made["bias"].reshape(-1)[place.own] += -block if place.negated else block
             else:
-                _copy(made[place.ours][..., place.own], block.transpose(2, 3, 1, 0), place.negated)
+                ours = made[place.ours][..., place.own]
+                _copy(np.negative if place.negated else _assign, block.transpose(2, 3, 1, 0), ours)
         return tuple(map(torch.from_numpy, made.values()))
 
     @staticmethod
@@ -218,7 +219,8 @@ class _Arranged(torch.autograd.Function):
                 block = ours["bias"].reshape(-1)[place.own]
                 theirs[...] = -block if place.negated else block
             else:
-                _copy(theirs.transpose(2, 3, 1, 0), ours[place.ours][..., place.own], place.negated)
+                block = ours[place.ours][..., place.own]
+                _copy(np.negative if place.negated else np.positive, block, theirs.transpose(2, 3, 1, 0))
         return None, None, *(None if array is None else torch.from_numpy(array) for array in pulled)
 
 
@@ -233,14 +235,18 @@ def _joined(places: list[_Place], tensors: list[Tensor], shape: tuple[int, ...])
     return sum(padded[1:], padded[0]).reshape(shape)
 
 
-def _copy(to: np.ndarray, block: np.ndarray, negated: bool) -> None:
-    """Copy a kernel (KH, KW, C, F) from one order in memory to another, or times −1.
+def _copy(function: Callable[..., Any], block: np.ndarray, to: np.ndarray) -> None:
+    """Copy a kernel (KH, KW, C, F) from one order in memory to another by a function that is told ``out``.
 
     Some channels at a time: what is read of each line of the cache is little, and the rest must still be there then.
     """
-    function = np.negative if negated else np.positive
     for c in range(0, to.shape[2], CHANNELS):
         function(block[:, :, c : c + CHANNELS], out=to[:, :, c : c + CHANNELS])
+
+
+def _assign(block: np.ndarray, out: np.ndarray) -> None:
+    """Do what `np.positive` does, in another order: a quarter faster to our kernels, and slower from them."""
+    out[...] = block
 
 
 def _places(
