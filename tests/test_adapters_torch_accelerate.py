@@ -518,6 +518,20 @@ def test_another_call_tells_nothing_where_the_right_one_has_told_why():
     assert "not what a ConvLSTM with these weights returns" in report.left[""]
 
 
+def test_what_is_on_a_gpu_is_compared_on_the_processor():
+    """NumPy, which our side of a comparison is computed by, takes no tensors of a GPU."""
+    moved = []
+
+    class Elsewhere(ByPair):
+        def to(self, *where):
+            moved.append(where)
+            return super().to(*where)
+
+    cell = accelerate(Elsewhere())
+    assert isinstance(cell, torch_accelerate.Accelerated)
+    assert moved == [("cpu", torch.float64)]
+
+
 def test_several_in_a_model_and_a_second_time():
     model = torch.nn.ModuleDict({"a": Published(joint(C, 4)), "b": CellByCell(), "c": torch.nn.Conv2d(1, 1, 1)})
     names = ["a", "b.cell_list.0", "b.cell_list.1"]

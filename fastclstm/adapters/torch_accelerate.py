@@ -66,7 +66,8 @@ def accelerate(model: torch.nn.Module, *, dialects: Sequence[Dialect] = (), retu
     drawn weights and our kernels are called on drawn inputs, and only where outputs and gradients agree the module's
     class becomes a subclass whose ``forward`` calls the kernels: the parameters are the same objects, the keys of the
     state_dict, the call, the structure of what it returns, attributes and ``isinstance`` are as before. Where a whole
-    module is not understood, its cells are tried, which are called step by step.
+    module is not understood, its cells are tried, which are called step by step. Modules on a GPU are compared on the
+    processor, as copies.
 
     A call that the comparison has not covered goes to the module's own ``forward``: with further arguments; in training
     mode where it has dropout or batch normalization; for gradients where the module's own are others (the published
@@ -288,7 +289,8 @@ def _plan(module: torch.nn.Module, candidate: Candidate) -> Plan | str:
     for dtype in _TOLERANCES:
         try:
             with torch.random.fork_rng(devices=[]):
-                return _Comparison(copy.deepcopy(module).eval().to(dtype), candidate, dtype).plan()
+                twin = copy.deepcopy(module).eval().to("cpu", dtype)
+                return _Comparison(twin, candidate, dtype).plan()
         except Exception as error:  # whatever a user's module raises for an input that it does not expect
             lines = str(error).strip().splitlines() or [""]
             told = f"{_FAILED}: {type(error).__name__}: {lines[0][:120]}"
@@ -307,7 +309,7 @@ class Inputs(NamedTuple):
 
 
 class _Comparison:
-    """A copy of a module with drawn weights, beside what our kernels make of them."""
+    """A copy of a module with drawn weights, beside what our kernels make of them: on the processor, in NumPy."""
 
     def __init__(self, twin: torch.nn.Module, candidate: Candidate, dtype: Any):
         self.twin, self.candidate, self.dtype = twin, candidate, dtype
@@ -322,8 +324,7 @@ class _Comparison:
                     tensor.copy_(value.abs() + 0.5 if "var" in name else value)
 
     def draw(self, *shape: int) -> Tensor:
-        device = next(self.twin.parameters()).device
-        return torch.randn(shape, generator=self.generator, dtype=torch.float64).to(device, self.dtype)
+        return torch.randn(shape, generator=self.generator, dtype=torch.float64).to(self.dtype)
 
     def plan(self) -> Plan | str:
         """Return how to answer the module's calls, or why not; raise what all of them raise."""
