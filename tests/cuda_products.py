@@ -84,7 +84,7 @@ def edited(folder, file, old, new):
     return Edited(90)
 
 
-def look_at_assembled(tiling):
+def check_assembled(tiling):
     """Nothing spills, registers suffice, and the assembler does not put products one after another."""
     try:
         core = compilation.cuda_core()

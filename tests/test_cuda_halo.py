@@ -11,11 +11,11 @@ import test_cuda_convlstm2d
 from cuda_cases import ROUNDING, near
 from cuda_emulator import EmulatedDevice, needs_compiler
 from cuda_products import (
+    check_assembled,
     check_bits,
     check_convolution,
     check_recurrence,
     edited,
-    look_at_assembled,
     random_case,
     rounded,
 )
@@ -291,9 +291,9 @@ def test_a_call_keeps_halos_and_checks_them_once(monkeypatch):
 
 @pytest.mark.parametrize("algorithm", ["bfloat16", "tf32", "float32"])
 def test_nothing_spills_and_no_product_waits_for_another(algorithm):
-    look_at_assembled(product.halo_tilings(KINDS[algorithm], (64, 64), (THREE,))[0])
+    check_assembled(product.halo_tilings(KINDS[algorithm], (64, 64), (THREE,))[0])
 
 
 @pytest.mark.parametrize("algorithm", ["bfloat16", "float32"])
 def test_nothing_spills_in_the_largest_tiles_of_older_units(algorithm):
-    look_at_assembled(product.tilings(KINDS[algorithm], 4)[0])
+    check_assembled(product.tilings(KINDS[algorithm], 4)[0])

@@ -14,11 +14,11 @@ import test_engines
 from cuda_cases import ROUNDING, near
 from cuda_emulator import EmulatedDevice, needs_compiler
 from cuda_products import (
+    check_assembled,
     check_bits,
     check_convolution,
     check_recurrence,
     edited,
-    look_at_assembled,
     random_case,
     rounded,
 )
@@ -359,4 +359,4 @@ def test_a_call_takes_wgmma_where_it_is_large_enough(monkeypatch, new_device):
 
 @pytest.mark.parametrize(("algorithm", "number"), [case for case in EVERY if case[0] != "float16"])  # as bfloat16
 def test_nothing_spills_and_no_product_waits_for_another(algorithm, number):
-    look_at_assembled(product.warpgroup_tilings(KINDS[algorithm])[number])
+    check_assembled(product.warpgroup_tilings(KINDS[algorithm])[number])
