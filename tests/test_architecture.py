@@ -24,6 +24,9 @@ TOP = 10
 SHARED = {"cells", "disk_cache", "forks", "lending", "notices", "recurrence", "remembered"}
 """Modules of engines/ that every engine may use."""
 
+LONGEST = 750
+"""Lines of a file."""
+
 HEAVY = {"numba", "llvmlite", "torch", "keras", "tensorflow", "jax", "onnx", "dask", "xarray", "safetensors", "h5py",
          "sklearn", "scipy", "matplotlib", "PIL", "tqdm", "typer", "click", "rich"}  # fmt: skip
 
@@ -101,6 +104,12 @@ def circle(sources):
 def test_arrows_point_down(name):
     package, source = SOURCES[name]
     assert [wrong for imported in imports(source, package) if (wrong := violation(name, imported))] == []
+
+
+def test_no_file_is_more_than_one_room():
+    """So long a file has a seam somewhere; split it by what its parts are about."""
+    lengths = {name: source.count("\n") for name, (_, source) in SOURCES.items()}
+    assert {name: length for name, length in lengths.items() if length > LONGEST} == {}
 
 
 def test_the_rooms_are_there():
