@@ -106,6 +106,10 @@ class View(OnDevice, NDArrayOperatorsMixin):
         """Return the elements in C order: where they are if they lie so, else a copy."""
         return replace(self.memory if is_contiguous(self.shape, self.strides) else self.copy().memory, shape=self.shape)
 
+    def in_order(self) -> View:
+        """Return the array in C order: itself where it is."""
+        return View.of(self.contiguous())
+
     def copy(self) -> View:
         """Return the elements in memory of their own, in C order."""
         return _launch("copy", View.empty(self, self.shape), self)
