@@ -69,16 +69,19 @@ struct Operands {
 #endif
 };
 
-// Keep the operands of products under way in their registers.
-DEVICE void pin(Operands& a)
+// Keep the operands of products under way in their registers: of the warpgroup's 64 pixels number m, and of all.
+DEVICE void pin(Operands& a, int m)
 {
 #if KIND < 4
-#pragma unroll
-    for (int m = 0; m < ROW_TILES; m++) {
-        pin(a.high[m]);
-        if (KIND == 3) pin(a.low[m]);
-    }
+    pin(a.high[m]);
+    if (KIND == 3) pin(a.low[m]);
 #endif
+}
+
+DEVICE void pin(Operands& a)
+{
+#pragma unroll
+    for (int m = 0; m < ROW_TILES; m++) pin(a, m);
 }
 
 // The thread's warpgroup, known to the compiler as one of a warp.
@@ -113,17 +116,15 @@ DEVICE void multiply_block(Sums (&sums)[ROW_TILES], Operands& a, const Pixels& p
     int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane % 16;
     unsigned long long columns = descriptor(shared_address(weights));
 #pragma unroll
-    for (int m = 0; m < ROW_TILES; m++)
+    for (int m = 0; m < ROW_TILES; m++) {  // the next ones are split while products of these run
 #pragma unroll
         for (int k = 0; k < 4; k++) {
             ldmatrix(a.high[m][k], pixels.address_of(m, row, k, lane / 16));
             split(a.high[m][k], a.low[m][k]);
         }
-    pin(sums);
-    pin(a);
-    wgmma_fence();
-#pragma unroll
-    for (int m = 0; m < ROW_TILES; m++) {
+        pin(sums[m]);
+        pin(a, m);
+        wgmma_fence();
         if (KIND == 3) {  // the small ones first, into new sums
 #pragma unroll
             for (int k = 0; k < 4; k++) wgmma<COLUMNS>(sums[m], a.low[m][k], columns + k * 2, k > 0);

@@ -261,7 +261,7 @@ def test_what_keeps_a_halo(monkeypatch):
         return (tiling.rows, tiling.columns) if tiling.frame else None
 
     assert kept_by() == kept_by(kernel=(5, 5)) == kept_by(kind=1) == (256, 128)
-    assert kept_by(kind=3) == (128, 128)
+    assert kept_by(kind=3) == (256, 64)
     assert kept_by((2, 64, 64, 64)) == (256, 64)
     assert kept_by((64, 4, 4, 64)) is None  # most of a tile would be beside the frame
     assert kept_by(kernel=(1, 1)) is kept_by(kernel=(1, 3)) is None
