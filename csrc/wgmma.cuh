@@ -69,19 +69,22 @@ struct Operands {
 #endif
 };
 
-// Keep the operands of products under way in their registers: of the warpgroup's 64 pixels number m, and of all.
-DEVICE void pin(Operands& a, int m)
+// Keep the operands of products under way in their registers: of the warpgroup's 64 pixels number m the 32 bytes number
+// k of depth, and of all.
+DEVICE void pin(Operands& a, int m, int k)
 {
 #if KIND < 4
-    pin(a.high[m]);
-    if (KIND == 3) pin(a.low[m]);
+    pin(a.high[m][k]);
+    if (KIND == 3) pin(a.low[m][k]);
 #endif
 }
 
 DEVICE void pin(Operands& a)
 {
 #pragma unroll
-    for (int m = 0; m < ROW_TILES; m++) pin(a, m);
+    for (int m = 0; m < ROW_TILES; m++)
+#pragma unroll
+        for (int k = 0; k < 4; k++) pin(a, m, k);
 }
 
 // The thread's warpgroup, known to the compiler as one of a warp.
@@ -115,25 +118,27 @@ DEVICE void multiply_block(Sums (&sums)[ROW_TILES], Operands& a, const Pixels& p
 {
     int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane % 16;
     unsigned long long columns = descriptor(shared_address(weights));
+    pin(sums);
 #pragma unroll
-    for (int m = 0; m < ROW_TILES; m++) {  // the next ones are split while products of these run
+    for (int m = 0; m < ROW_TILES; m++) {
 #pragma unroll
-        for (int k = 0; k < 4; k++) {
+        for (int k = 0; k < 4; k++) {  // the next ones are split while the product of these runs
             ldmatrix(a.high[m][k], pixels.address_of(m, row, k, lane / 16));
             split(a.high[m][k], a.low[m][k]);
+            pin(a, m, k);
+            wgmma_fence();
+            if (KIND == 3)  // the small ones first, into new sums
+                wgmma<COLUMNS>(sums[m], a.low[m][k], columns + k * 2, k > 0);
+            else
+                wgmma<COLUMNS>(sums[m], a.high[m][k], columns + k * 2, 1);
         }
-        pin(sums[m]);
-        pin(a, m);
-        wgmma_fence();
-        if (KIND == 3) {  // the small ones first, into new sums
-#pragma unroll
-            for (int k = 0; k < 4; k++) wgmma<COLUMNS>(sums[m], a.low[m][k], columns + k * 2, k > 0);
+        if (KIND == 3) {
 #pragma unroll
             for (int k = 0; k < 4; k++)
                 wgmma<COLUMNS>(sums[m], a.high[m][k], columns + (COLUMNS * 8 + k * 2), 1);
-        }
 #pragma unroll
-        for (int k = 0; k < 4; k++) wgmma<COLUMNS>(sums[m], a.high[m][k], columns + k * 2, 1);
+            for (int k = 0; k < 4; k++) wgmma<COLUMNS>(sums[m], a.high[m][k], columns + k * 2, 1);
+        }
     }
     wgmma_commit();
 }
