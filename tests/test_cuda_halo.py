@@ -24,8 +24,12 @@ THREE = Window(9, (2, 2))
 SINGLE = np.dtype(np.float32)
 
 
+def halo_tilings(algorithm, spec):
+    return product.halo_tilings(KINDS[algorithm], (spec.HO, spec.WO), (product.window(spec),))
+
+
 def halo_tiling(algorithm, spec, number=-1):
-    return product.halo_tilings(KINDS[algorithm], (spec.HO, spec.WO), (product.window(spec),))[number]
+    return halo_tilings(algorithm, spec)[number]
 
 
 def product_operand(x):
@@ -177,6 +181,21 @@ def test_the_emulator_notices(algorithm, old, new, message, tmp_path):
     spec, x, kernel = random_case((1, 9, 10, 256), (2, 2), 40)
     with pytest.raises(AssertionError, match=message):
         product.convolve(spec, halo_tiling(algorithm, spec), device.put(x), device.put(kernel), None)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("algorithm", "old", "new", "message"),
+    [
+        ("tf32", "wgmma_wait<1>", "wgmma_wait<2>", "registers of a product were changed"),
+        ("float32", "            wgmma_wait<0>();", "            wgmma_wait<1>();", "changed while"),
+    ],
+)
+def test_the_emulator_notices_what_runs_beside_the_next_split(algorithm, old, new, message, tmp_path):
+    device, (spec, x, kernel) = edited(tmp_path, "wgmma.cuh", old, new), random_case((1, 9, 10, 70), (2, 2), 40)
+    tiling = next(t for t in halo_tilings(algorithm, spec) if (t.rows, t.columns) == (256, 64))
+    with pytest.raises(AssertionError, match=message):
+        product.convolve(spec, tiling, device.put(x), device.put(kernel), None)
 
 
 @needs_compiler
