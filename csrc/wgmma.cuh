@@ -8,7 +8,8 @@
 // Operands of 16 bits are both read from shared memory, and the products of a block run on while the next block's
 // start. For tf32 and float32 the pixels pass through registers, where they are rounded, or split in two; the weights
 // come rounded, or in two parts. With float32 the products of a block are summed apart, and those sums added outside of
-// the tensor cores, which cut off where others round.
+// the tensor cores, which cut off where others round. Where a warpgroup has 128 pixels, the products of 64 run while the
+// next 64 are rounded or split, from block to block too.
 //
 // Macros: WARPGROUPS, ROW_TILES, COLUMNS (64, 128 or 256), STAGES, HALO or not; KIND as in mma.cuh.
 #pragma once
@@ -27,7 +28,7 @@
 #define TILE_QUADS (COLUMNS / 4)
 #define WEIGHT_PARTS (KIND == 3 ? 2 : 1)
 #define OVERLAP (KIND < 4 && ROW_TILES > 1)  // of products of 64 pixels and of splitting the next 64
-#define WAITS_FIRST (KIND == 3 && OVERLAP)
+#define WAITS_FIRST (KIND == 3 && OVERLAP)  // before the next start: else ptxas, for the sums' sake, lets none run on
 #define IN_FLIGHT (KIND >= 4 || OVERLAP ? 1 : 0)  // blocks whose products may still run when the next ones start
 #define AHEAD (STAGES - 1 - IN_FLIGHT)  // blocks that are fetched ahead
 #define WEIGHT_BYTES (WEIGHT_PARTS * COLUMNS * 128)  // of a block
