@@ -118,6 +118,7 @@ DEVICE void multiply_add(Tile& tile, const Grid& grid, const Frames& a, const Fr
     for (int block = 0; block < AHEAD; block++) fetch(block);
     int number = -1, end = 0;  // of the chunk that is being multiplied, and the block after it
     Pixels pixels = {nullptr, 0, 0, 0, warpgroup(), taps_of(0)};
+    Operands operands = {};
 #pragma unroll 1
     for (int block = 0; block < blocks; block++) {
         cp_async_wait<AHEAD - 1>();
@@ -130,11 +131,10 @@ DEVICE void multiply_add(Tile& tile, const Grid& grid, const Frames& a, const Fr
             pixels.layout = descriptor(shared_address(pixels.halo), pixels.plane * 16, pixels.line * 16);
             end = min(block + (first ? a.chunk : b.chunk), first ? a.blocks : blocks);
         }
-        add_block(tile, pixels, stages + block % STAGES * STAGE_BYTES, [&] {
+        add_block(tile, operands, pixels, stages + block % STAGES * STAGE_BYTES, [&] {
             fetch(block + AHEAD);
             pixels.taps = taps_of(block + 1);
         });
     }
-    wgmma_wait<0>();
-    pin(tile.sum);
+    finish(tile, operands);
 }

@@ -8,7 +8,8 @@
 // Operands of 16 bits are both read from shared memory, and the products of a block run on while the next block's
 // start. For tf32 and float32 the pixels pass through registers, where they are rounded, or split in two; the weights
 // come rounded, or in two parts. With float32 the products of a block are summed apart, and those sums added outside of
-// the tensor cores, which cut off where others round.
+// the tensor cores, which cut off where others round. Where a warpgroup has 128 pixels, the products of 64 run while the
+// next 64 are rounded or split, from block to block too.
 //
 // Macros: WARPGROUPS, ROW_TILES, COLUMNS (64, 128 or 256), STAGES, HALO or not; KIND as in mma.cuh.
 #pragma once
@@ -26,7 +27,9 @@
 #define TILE_COLUMNS COLUMNS
 #define TILE_QUADS (COLUMNS / 4)
 #define WEIGHT_PARTS (KIND == 3 ? 2 : 1)
-#define IN_FLIGHT (KIND >= 4 ? 1 : 0)  // blocks whose products may still run when the next ones start
+#define OVERLAP (KIND < 4 && ROW_TILES > 1)  // of products of 64 pixels and of splitting the next 64
+#define WAITS_FIRST (KIND == 3 && OVERLAP)  // before the next start: else ptxas, for the sums' sake, lets none run on
+#define IN_FLIGHT (KIND >= 4 || OVERLAP ? 1 : 0)  // blocks whose products may still run when the next ones start
 #define AHEAD (STAGES - 1 - IN_FLIGHT)  // blocks that are fetched ahead
 #define WEIGHT_BYTES (WEIGHT_PARTS * COLUMNS * 128)  // of a block
 #define MIN_BLOCKS (COLUMNS > 128 || ROW_TILES > 1 || KIND == 3 ? 1 : 2)
@@ -63,21 +66,22 @@ DEVICE void fetch_weights(unsigned char* to, const operand* weights, int columns
     }
 }
 
+// What products under way have in registers beside the tile's sums.
 struct Operands {
 #if KIND < 4
     unsigned high[ROW_TILES][4][4], low[ROW_TILES][4][4];  // of the pixels, by 32 bytes of depth
 #endif
+#if KIND == 3
+    Sums sum[ROW_TILES];  // of a block
+#endif
 };
 
-// Keep the operands of products under way in their registers.
-DEVICE void pin(Operands& a)
+// Keep operands in their registers: of the warpgroup's 64 pixels number m the 32 bytes number k of depth.
+DEVICE void pin(Operands& a, int m, int k)
 {
 #if KIND < 4
-#pragma unroll
-    for (int m = 0; m < ROW_TILES; m++) {
-        pin(a.high[m]);
-        if (KIND == 3) pin(a.low[m]);
-    }
+    pin(a.high[m][k]);
+    if (KIND == 3) pin(a.low[m][k]);
 #endif
 }
 
@@ -90,84 +94,103 @@ DEVICE void pin(Sums (&sums)[ROW_TILES])
     for (int m = 0; m < ROW_TILES; m++) pin(sums[m]);
 }
 
+// Once products of the warpgroup's 64 pixels number m have been waited for: its operands are free, its sums are the tile's.
+DEVICE void take(Tile& tile, Operands& a, int m)
+{
+#pragma unroll
+    for (int k = 0; k < 4; k++) pin(a, m, k);
+#if KIND == 3
+    pin(a.sum[m]);
+#pragma unroll
+    for (int j = 0; j < COLUMNS / 8; j++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) tile.sum[m][j][i] += a.sum[m][j][i];
+#endif
+}
+
 // Start the products of a block: of `pixels`, which tells where the 32 bytes number k of the depth lie of the warpgroup's
 // 64 pixels number m, and of the weights. Descriptors count units of 16 bytes: the next 32 are 2 on.
 #if KIND >= 4
 template <class Pixels>
-DEVICE void multiply_block(Sums (&sums)[ROW_TILES], Operands&, const Pixels& pixels, const unsigned char* weights)
+DEVICE void multiply_block(Tile& tile, Operands&, const Pixels& pixels, const unsigned char* weights)
 {
     unsigned long long columns = descriptor(shared_address(weights));
-    pin(sums);
+    pin(tile.sum);
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < 4; k++)
 #pragma unroll
         for (int m = 0; m < ROW_TILES; m++)
-            wgmma<COLUMNS>(sums[m], pixels.descriptor_of(m, k), columns + k * 2, 1);
+            wgmma<COLUMNS>(tile.sum[m], pixels.descriptor_of(m, k), columns + k * 2, 1);
     wgmma_commit();
 }
 #else
 template <class Pixels>
-DEVICE void multiply_block(Sums (&sums)[ROW_TILES], Operands& a, const Pixels& pixels, const unsigned char* weights)
+DEVICE void multiply_block(Tile& tile, Operands& a, const Pixels& pixels, const unsigned char* weights)
 {
     int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane % 16;
     unsigned long long columns = descriptor(shared_address(weights));
 #pragma unroll
-    for (int m = 0; m < ROW_TILES; m++)
+    for (int m = 0; m < ROW_TILES; m++) {
+#if KIND == 3
+        Sums& sum = a.sum[m];
+#else
+        Sums& sum = tile.sum[m];
+#endif
+        auto multiply_first = [&](int k) {
+            if (!k) pin(sum);
+            wgmma_fence();
+            if (KIND == 3)  // the small ones first, into new sums
+                wgmma<COLUMNS>(sum, a.low[m][k], columns + k * 2, k > 0);
+            else
+                wgmma<COLUMNS>(sum, a.high[m][k], columns + k * 2, 1);
+        };
 #pragma unroll
-        for (int k = 0; k < 4; k++) {
+        for (int k = 0; k < 4; k++) {  // the next ones are split while the product of these runs
             ldmatrix(a.high[m][k], pixels.address_of(m, row, k, lane / 16));
             split(a.high[m][k], a.low[m][k]);
+            pin(a, m, k);
+            if (!WAITS_FIRST) multiply_first(k);
         }
-    pin(sums);
-    pin(a);
-    wgmma_fence();
+        if (WAITS_FIRST) {
+            wgmma_wait<0>();
 #pragma unroll
-    for (int m = 0; m < ROW_TILES; m++) {
-        if (KIND == 3) {  // the small ones first, into new sums
-#pragma unroll
-            for (int k = 0; k < 4; k++) wgmma<COLUMNS>(sums[m], a.low[m][k], columns + k * 2, k > 0);
-#pragma unroll
-            for (int k = 0; k < 4; k++)
-                wgmma<COLUMNS>(sums[m], a.high[m][k], columns + (COLUMNS * 8 + k * 2), 1);
+            for (int k = 0; k < 4; k++) multiply_first(k);
         }
+        if (KIND == 3) {
 #pragma unroll
-        for (int k = 0; k < 4; k++) wgmma<COLUMNS>(sums[m], a.high[m][k], columns + k * 2, 1);
+            for (int k = 0; k < 4; k++) wgmma<COLUMNS>(sum, a.high[m][k], columns + (COLUMNS * 8 + k * 2), 1);
+#pragma unroll
+            for (int k = 0; k < 4; k++) wgmma<COLUMNS>(sum, a.high[m][k], columns + k * 2, 1);
+        }
+        wgmma_commit();
+        if (OVERLAP) {  // of the 64 before, or the last ones of the block before
+            if (!WAITS_FIRST) wgmma_wait<1>();
+            take(tile, a, (m + ROW_TILES - 1) % ROW_TILES);
+        }
     }
-    wgmma_commit();
 }
 #endif
-
-// Wait for the products of all blocks but those that may still run.
-DEVICE void finish_block(Tile& tile, Sums (&sums)[ROW_TILES], Operands& operands)
-{
-    __syncwarp();
-    wgmma_wait<IN_FLIGHT>();
-    pin(operands);
-#if KIND == 3
-    pin(sums);
-#pragma unroll
-    for (int m = 0; m < ROW_TILES; m++)
-#pragma unroll
-        for (int j = 0; j < COLUMNS / 8; j++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) tile.sum[m][j][i] += sums[m][j][i];
-#endif
-}
 
 // Add the products of a block to the sums; meanwhile() runs beside them.
 template <class Pixels, class Meanwhile>
-DEVICE void add_block(Tile& tile, const Pixels& pixels, const unsigned char* weights, const Meanwhile& meanwhile)
+DEVICE void add_block(Tile& tile, Operands& operands, const Pixels& pixels, const unsigned char* weights,
+                      const Meanwhile& meanwhile)
 {
-    Operands operands;
-#if KIND == 3
-    Sums sums[ROW_TILES];
-#else
-    Sums(&sums)[ROW_TILES] = tile.sum;
-#endif
-    multiply_block(sums, operands, pixels, weights);
+    multiply_block(tile, operands, pixels, weights);
     meanwhile();
-    finish_block(tile, sums, operands);
+    __syncwarp();
+    if (OVERLAP) return;
+    wgmma_wait<IN_FLIGHT>();
+    if (KIND < 4) take(tile, operands, 0);
+}
+
+// Wait for what still runs.
+DEVICE void finish(Tile& tile, Operands& operands)
+{
+    wgmma_wait<0>();
+    if (OVERLAP) take(tile, operands, ROW_TILES - 1);
+    pin(tile.sum);
 }
 
 DEVICE void clear(Tile& tile)
@@ -208,6 +231,7 @@ DEVICE void multiply_add(Tile& tile, const Grid& grid, const Frames& a, const Fr
     Place places[PIXELS_A_THREAD] = {};
     weights += (long long)first_quad * 4 * DEPTH;
     int blocks = a.blocks + b.blocks, group = warpgroup();
+    Operands operands = {};
 
     auto fetch = [&](int block) {
         if (block < blocks) {
@@ -233,11 +257,10 @@ DEVICE void multiply_add(Tile& tile, const Grid& grid, const Frames& a, const Fr
         fence_async_proxy();
         __syncthreads();  // this block has arrived; the one before those under way is no longer read
         unsigned char* stage = stages + block % STAGES * STAGE_BYTES;
-        add_block(tile, Pixels{stage + group * (ROW_TILES * 64 * 128)}, stage + PIXEL_BYTES,
+        add_block(tile, operands, Pixels{stage + group * (ROW_TILES * 64 * 128)}, stage + PIXEL_BYTES,
                   [&] { fetch(block + AHEAD); });
     }
-    wgmma_wait<0>();
-    pin(tile.sum);
+    finish(tile, operands);
 }
 static_assert(TILE_ROWS * TILE_COLUMNS * 4 <= STAGES * STAGE_BYTES, "the sums fit");
 #endif

@@ -6,7 +6,7 @@ import importlib
 import os
 import pkgutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -96,6 +96,8 @@ def choose(op: str, name: str | None, x: Any) -> tuple[ModuleType, Callable[[str
     reader = arrays.Reader(op, x)
 
     def read(key: str, value: Any) -> Any:
+        if isinstance(value, arrays.NATIVE):
+            return reader(key, value)
         return reader(key, exportable(op, key, value)) if on_gpu(value) else as_numpy(op, key, value)
 
     return get_engine("cuda"), read
@@ -262,7 +264,12 @@ def _is_short(dtype: Any) -> bool:
 
 def working_dtype(*arrays: np.ndarray | None) -> np.dtype:
     """Return float64 where any array is float64 or wider, else float32 (also for integers, booleans, float16)."""
-    wide = any(array is not None and array.dtype.kind == "f" and array.dtype.itemsize > 4 for array in arrays)
+    return working_dtype_of([array.dtype for array in arrays if array is not None])
+
+
+def working_dtype_of(dtypes: Iterable[np.dtype]) -> np.dtype:
+    """Return it for arrays of these dtypes."""
+    wide = any(dtype.kind == "f" and dtype.itemsize > 4 for dtype in dtypes)
     return np.dtype(np.float64 if wide else np.float32)
 
 
@@ -284,9 +291,7 @@ def contiguous(array: Any) -> Any:
     """Return `array` in C order: itself where it is."""
     if isinstance(array, np.ndarray):
         return np.ascontiguousarray(array)
-    from fastclstm.engines.cuda.views import View, plain
-
-    return View.of(plain(array)) if isinstance(array, View) else array
+    return array.in_order() if of_engine(array) else array
 
 
 def scaled(array: Any, factor: float) -> Any:
@@ -296,14 +301,16 @@ def scaled(array: Any, factor: float) -> Any:
 
 def restorer(like: Any) -> Callable[[Any], Any]:
     """Return the function that turns a result of an engine into the kind of array that `like` is."""
-    if isinstance(like, np.ndarray):
+    if isinstance(like, np.ndarray) or _is(like, "fastclstm.engines.cuda.views", "View"):
         return lambda array: array
+    if of_engine(like):
+        return sys.modules["fastclstm.engines.cuda.views"].plain
     exported = _exporter(like)
     if not on_gpu(like):
         return exported
-    from fastclstm.engines.cuda.views import View, plain
+    from fastclstm.engines.cuda.views import plain
 
-    return exported if isinstance(like, View) else lambda array: exported(plain(array))
+    return lambda array: exported(plain(array))
 
 
 def _exporter(like: Any) -> Callable[[Any], Any]:

@@ -32,8 +32,12 @@ THREE = Window(9, (2, 2))
 SINGLE = np.dtype(np.float32)
 
 
+def halo_tilings(algorithm, spec):
+    return product.halo_tilings(KINDS[algorithm], (spec.HO, spec.WO), (product.window(spec),))
+
+
 def halo_tiling(algorithm, spec, number=-1):
-    return product.halo_tilings(KINDS[algorithm], (spec.HO, spec.WO), (product.window(spec),))[number]
+    return halo_tilings(algorithm, spec)[number]
 
 
 def product_operand(x):
@@ -169,6 +173,21 @@ def test_the_emulator_notices(algorithm, old, new, message, tmp_path):
 
 @needs_compiler
 @pytest.mark.parametrize(
+    ("algorithm", "old", "new", "message"),
+    [
+        ("tf32", "wgmma_wait<1>", "wgmma_wait<2>", "registers of a product were changed"),
+        ("float32", "            wgmma_wait<0>();", "            wgmma_wait<1>();", "changed while"),
+    ],
+)
+def test_the_emulator_notices_what_runs_beside_the_next_split(algorithm, old, new, message, tmp_path):
+    device, (spec, x, kernel) = edited(tmp_path, "wgmma.cuh", old, new), random_case((1, 9, 10, 70), (2, 2), 40)
+    tiling = next(t for t in halo_tilings(algorithm, spec) if (t.rows, t.columns) == (256, 64))
+    with pytest.raises(AssertionError, match=message):
+        product.convolve(spec, tiling, device.put(x), device.put(kernel), None)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
     ("file", "old", "new"),
     [
         ("halo.cuh", "square / 2 * 8 * line", "0"),
@@ -249,7 +268,7 @@ def test_what_keeps_a_halo(monkeypatch):
         return (tiling.rows, tiling.columns) if tiling.frame else None
 
     assert kept_by() == kept_by(kernel=(5, 5)) == kept_by(kind=1) == (256, 128)
-    assert kept_by(kind=3) == (128, 128)
+    assert kept_by(kind=3) == (256, 64)
     assert kept_by((2, 64, 64, 64)) == (256, 64)
     assert kept_by((64, 4, 4, 64)) is None  # most of a tile would be beside the frame
     assert kept_by(kernel=(1, 1)) is kept_by(kernel=(1, 3)) is None

@@ -198,7 +198,7 @@ def test_the_conformance_suite(op, algorithm, forced, monkeypatch, new_device):
         ("bfloat16", "wgmma.cuh", "#define AHEAD (STAGES - 1 - IN_FLIGHT)", "#define AHEAD (STAGES - 1)",
          "a copy to what a product still reads"),
         ("bfloat16", "wgmma.cuh", "    wgmma_wait<0>();", "", "a product is not waited for"),
-        ("bfloat16", "wgmma.cuh", "    __syncwarp();", "    sums[0][0][0] += 1;", "a sum was changed"),
+        ("bfloat16", "wgmma.cuh", "    __syncwarp();", "    tile.sum[0][0][0] += 1;", "a sum was changed"),
         ("tf32", "wgmma.cuh", "    __syncwarp();", "    operands.high[0][3][1] = 0;",
          "registers of a product were changed"),
         ("bfloat16", "wgmma.cuh", "return shared + (-shared_address(shared) & 1023);", "return shared;",

@@ -33,9 +33,11 @@ def check_structure(op: str, cotangents: Any, structure: str, count: int) -> Non
 
 def read_mapping(op: str, name: str, value: Any, read: Reader) -> dict[str, np.ndarray] | None:
     """Read a mapping from names to arrays."""
-    if not isinstance(value, Mapping | None):
+    if value is None:
+        return None
+    if not isinstance(value, Mapping):
         raise TypeError(f"{op}: {name} must be a mapping from names to arrays, got {type(value).__name__}")
-    return None if value is None else {k: read(f"{name} {k!r}", array) for k, array in value.items()}
+    return {k: read(f"{name} {k!r}", array) for k, array in value.items()}
 
 
 def shapes_of(arrays: Mapping[str, np.ndarray] | None) -> dict[str, tuple[int, ...]] | None:

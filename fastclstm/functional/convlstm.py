@@ -17,12 +17,15 @@ from fastclstm.functional.arguments import (
     is_pair,
     read_cotangent,
     read_mapping,
-    shapes_of,
 )
 from fastclstm.nn import activations
 from fastclstm.nn import normalization as normalizations
 from fastclstm.nn.names import unknown_option
 from fastclstm.spec import NORMALIZED_PARTS, ConvLSTMSpec, expect_shape, flag
+
+Named = tuple[tuple[str, Any, np.dtype], ...]
+
+_PLAIN = {type(None), bool, int, float, str}
 
 
 def convlstm2d(
@@ -297,38 +300,62 @@ def _check_options(op: str, options: Mapping[str, Any], *fixed: str) -> None:
         raise TypeError(unknown_option(op, unknown[0], sorted(known)))
 
 
-def _spec_of(
-    shapes: dict[str, Any], by_name: dict[str, Any], functions: dict[str, Any], normalization: Any,
-    geometry: dict[str, Any],
-) -> ConvLSTMSpec:  # fmt: skip
-    """Check a call's shapes and options; where these are plain, once for all calls of one form."""
+def _form_of(
+    arrays: dict[str, Any], mappings: tuple[dict[str, Any] | None, ...], functions: tuple[Any, ...],
+    normalization: Any, geometry: dict[str, Any],
+) -> tuple[ConvLSTMSpec, np.dtype]:  # fmt: skip
+    """Check a call's shapes and options; where these are plain, once for all calls of one form.
+
+    Return the geometry, and the dtype to compute in.
+    """
     how = None if normalization is None else normalizations.get(normalization)
-    found: dict[str, Any] = {name: activations.get(value) for name, value in functions.items()}
-    known = all(activations.TABLE.get(function.name) is function for function in found.values())
-    if not known or not all(map(_is_plain, geometry.values())):
-        return ConvLSTMSpec.infer(**shapes, **by_name, **found, normalization=how, **geometry)
-    names = tuple(function.name for function in found.values())
-    mappings = tuple(None if of is None else tuple(of.items()) for of in by_name.values())
-    arguments = (*shapes, *by_name, *functions, *geometry)
-    return _known_spec(arguments, tuple(shapes.values()), mappings, names, how, tuple(geometry.values()),
-                       repr(geometry))  # fmt: skip
+    shapes = tuple([(name, array.shape, array.dtype) for name, array in arrays.items()])
+    by_name = tuple([
+        None if of is None else tuple([(name, array.shape, array.dtype) for name, array in of.items()])
+        for of in mappings
+    ])  # fmt: skip
+    names = tuple(map(_name, functions))
+    if None in names or not all(map(_is_plain, geometry.values())):
+        return _found_form(shapes, by_name, functions, how, tuple(geometry), *geometry.values())
+    return _known_form(shapes, by_name, names, how, tuple(geometry), *geometry.values())
 
 
-@lru_cache(maxsize=256)
-def _known_spec(
-    arguments: tuple[str, ...], shapes: Any, mappings: Any, names: tuple[str, ...], normalization: Any, options: Any,
-    told: str,
-) -> ConvLSTMSpec:  # fmt: skip
-    """Do it for what can be compared; told: the options as a text, in which True is not 1."""
-    by_name = (None if of is None else dict(of) for of in mappings)
-    values = (*shapes, *by_name, *map(activations.get, names), *options)
-    return ConvLSTMSpec.infer(**dict(zip(arguments, values, strict=True)), normalization=normalization)
+def _found_form(
+    arrays: Named, mappings: tuple[Named | None, ...], functions: tuple[Any, ...], normalization: Any,
+    options: tuple[str, ...], *values: Any,
+) -> tuple[ConvLSTMSpec, np.dtype]:  # fmt: skip
+    """Do it: arrays are told as (name, shape, dtype), options by their names and values."""
+    shapes = {f"{name}_shape": shape for name, shape, _ in arrays}
+    peephole, normalizers, dropout = (None if of is None else {name: shape for name, shape, _ in of} for of in mappings)
+    activation, recurrent_activation, output_activation = map(activations.get, functions)
+    how = dict(zip(options, values, strict=True))
+    spec = ConvLSTMSpec.infer(
+        **shapes, peephole_shapes=peephole, normalization_shapes=normalizers, dropout_shapes=dropout,
+        activation=activation, recurrent_activation=recurrent_activation, output_activation=output_activation,
+        normalization=normalization, **how,
+    )  # fmt: skip
+    every = (*arrays, *(one for of in mappings for one in of or ()))
+    return spec, dispatch.working_dtype_of(dtype for name, _, dtype in every if name != "mask")
+
+
+_known_form = lru_cache(maxsize=256, typed=True)(_found_form)  # True is not 1
+
+
+def _name(function: Any) -> str | None:
+    """Return the name by which an activation is given, or would be; None: it is somebody's own."""
+    if type(function) is str:
+        return function
+    activation = activations.get(function)
+    return activation.name if activations.TABLE.get(activation.name) is activation else None
 
 
 def _is_plain(value: Any) -> bool:
-    """Return whether a text tells all of an option."""
-    return value is None or type(value) in (bool, int, float, str) or (
-        type(value) is tuple and all(map(_is_plain, value)))  # fmt: skip
+    """Return whether an option is told by what it is equal to and, if it is not a tuple, its type."""
+    return type(value) in _PLAIN or (type(value) is tuple and all(map(_is_integral, value)))
+
+
+def _is_integral(value: Any) -> bool:
+    return type(value) is int or (type(value) is tuple and all(map(_is_integral, value)))
 
 
 class ConvLSTMCall:
@@ -355,17 +382,10 @@ class ConvLSTMCall:
         normalizers = read_mapping(op, "normalization_weights", normalization_weights, self.read)
         dropouts = read_mapping(op, "dropout_masks", dropout_masks, self.read)
         mask = None if mask is None else self.read("mask", mask)
-        shapes = {f"{name}_shape": array.shape for name, array in arrays.items()}
-        shapes |= {} if mask is None else {"mask_shape": mask.shape}
-        by_name = {"peephole_shapes": shapes_of(peepholes), "normalization_shapes": shapes_of(normalizers),
-                   "dropout_shapes": shapes_of(dropouts)}  # fmt: skip
-        functions = {"activation": activation, "recurrent_activation": recurrent_activation,
-                     "output_activation": activation if output_activation is None else output_activation}  # fmt: skip
-        self.spec = _spec_of(shapes, by_name, functions, normalization, geometry)
         mappings = peepholes, normalizers, dropouts
-        self.dtype = dispatch.working_dtype(
-            *arrays.values(), *(a for named in mappings for a in (named or {}).values())
-        )
+        functions = activation, recurrent_activation, activation if output_activation is None else output_activation
+        shaped = arrays if mask is None else arrays | {"mask": mask}
+        self.spec, self.dtype = _form_of(shaped, mappings, functions, normalization, geometry)
         self.arrays = {name: dispatch.native(array, self.dtype) for name, array in arrays.items()}
         self.peephole, self.normalization, self.dropout = (
             None if named is None else {key: dispatch.native(array, self.dtype) for key, array in named.items()}
@@ -377,13 +397,12 @@ class ConvLSTMCall:
         """Run the engine: output, last h, last c (in `out`) and, with `save`, what its backward pass needs."""
         get, spec, normalization = self.arrays.get, self.spec, self.normalization
         weights = get("kernel"), get("recurrent_kernel"), get("bias")
-        given = normalization is not None and any(name.startswith("mean") for name in normalization)
-        normalizers = tuple((normalization or {}).values())
-        folds = all(w is None or isinstance(w, np.ndarray) for w in (*weights, *normalizers))
-        if given and not save and folds:
-            key = "normalized", spec.normalization, *(normalization or {})
-            weights = remembered.remember((*weights, *normalizers), key, self._with_normalization)
-            spec, normalization = replace(spec, normalization=None), None
+        if normalization is not None and not save and any(name.startswith("mean") for name in normalization):
+            sources = *weights, *normalization.values()
+            if all(w is None or isinstance(w, np.ndarray) for w in sources):
+                key = "normalized", spec.normalization, *normalization
+                weights = remembered.remember(sources, key, self._with_normalization)
+                spec, normalization = replace(spec, normalization=None), None
         return self.engine.convlstm2d(
             spec, get("x"), *weights, get("h"), get("c"), self.peephole, self.mask,
             normalization=normalization, dropout=self.dropout, algorithm=self.algorithm, save=save, out=out,

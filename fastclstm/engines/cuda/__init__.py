@@ -7,8 +7,7 @@ alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -87,8 +86,7 @@ def convlstm2d(
                 peephole and {name: plain(weights) for name, weights in peephole.items()}, plain(mask),
                 algorithm=algorithm, **options,
             )  # fmt: skip
-            h_last, c_last = place.give(tuple(last))
-            output = place.give(output)
+            output, h_last, c_last = place.give((output, *last))
     except NotImplementedError:
         if not isinstance(x, np.ndarray):
             raise
@@ -162,17 +160,12 @@ class _Place:
     kind: type
     stream: int | None
 
-    @contextmanager
-    def entered(self) -> Iterator[_Place]:
+    def entered(self) -> _Entered:
         """Compute there inside; arrays of a stream unknown to us are done with at the end.
 
         Raises RuntimeError, before anything else, where the stream is being captured.
         """
-        with self.device.on(self.stream):
-            self.device.stream_key()
-            yield self
-            if self.kind is not np.ndarray and self.stream is None:
-                self.device.finish()
+        return _Entered(self)
 
     def take(self, array: Array | None) -> DeviceArray | None:
         """Bring an array to the device."""
@@ -180,13 +173,42 @@ class _Place:
 
     def give(self, result: Any) -> Any:
         """Bring nested results to where x came from."""
+        if self.kind is DeviceArray:
+            return result
         if isinstance(result, dict):
             return {name: self.give(value) for name, value in result.items()}
         if isinstance(result, tuple):
             return tuple(map(self.give, result))
-        if self.kind is DeviceArray or not isinstance(result, DeviceArray):
+        if not isinstance(result, DeviceArray):
             return result
         return View.of(result) if self.kind is View else self.device.get(result)
+
+
+class _Entered:
+    """A place that was entered."""
+
+    __slots__ = ("_place", "_working")
+
+    def __init__(self, place: _Place):
+        self._place, self._working = place, place.device.on(place.stream)
+
+    def __enter__(self) -> _Place:
+        device = self._place.device
+        self._working.__enter__()
+        try:
+            device.stream_key()
+        except BaseException:
+            self._working.__exit__(None, None, None)
+            raise
+        return self._place
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        place = self._place
+        try:
+            if kind is None and place.kind is not np.ndarray and place.stream is None:
+                place.device.finish()
+        finally:
+            self._working.__exit__(None, None, None)
 
 
 def _at(x: Array) -> Any:

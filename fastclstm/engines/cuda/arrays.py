@@ -15,6 +15,9 @@ from fastclstm.engines.cuda.device import Device, DeviceArray
 from fastclstm.engines.cuda.views import View, is_contiguous
 from fastclstm.spec import Shape
 
+NATIVE = (DeviceArray, View)
+"""The engine's own arrays."""
+
 _FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
 _BYTES = (np.dtype(np.bool_), np.dtype(np.uint8))
 
@@ -42,11 +45,14 @@ class Reader:
         Raises TypeError or ValueError for one on another GPU, of another dtype or not C-contiguous.
         """
         op = self._op
+        if type(value) is DeviceArray and value.device is self._device and value.stream == self.stream:
+            _check_dtype(op, name, value.dtype)
+            return value
         ordinal = _ordinal(value)
         if ordinal != self._ordinal:
             raise ValueError(f"{op}: {name} is on GPU {ordinal} but x on GPU {self._ordinal}; put both on one GPU")
         array: Any
-        if isinstance(value, DeviceArray | View):
+        if isinstance(value, NATIVE):
             self._device.order(self._working_stream(), value.stream)
             array, strides = value, None
         else:
@@ -89,6 +95,8 @@ class Reader:
 
 def _ordinal(value: Any) -> int:
     """Return the number of the GPU that holds `value`."""
+    if isinstance(value, NATIVE):
+        return value.device.dlpack_device[1]
     if hasattr(value, "__dlpack_device__"):
         return int(value.__dlpack_device__()[1])
     return devices.ordinal_of(int(value.__cuda_array_interface__["data"][0] or 0))
@@ -96,9 +104,9 @@ def _ordinal(value: Any) -> int:
 
 def _stream(value: Any, ordinal: int) -> int | None:
     """Return the handle of the stream on which the owner of `value` works now; None: unknown."""
-    library = type(value).__module__.partition(".")[0]
-    if isinstance(value, DeviceArray | View):
+    if isinstance(value, NATIVE):
         return value.stream
+    library = type(value).__module__.partition(".")[0]
     if library == "torch":
         return int(sys.modules["torch"].cuda.current_stream(ordinal).cuda_stream) or 1
     if library == "cupy":

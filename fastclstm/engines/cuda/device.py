@@ -17,6 +17,10 @@ from fastclstm.spec import Shape
 class OnDevice:
     """An array of the engine in a device's memory."""
 
+    def in_order(self) -> Any:
+        """Return the array in C order: itself where it is."""
+        return self
+
 
 @dataclass(frozen=True, eq=False)
 class DeviceArray(OnDevice):

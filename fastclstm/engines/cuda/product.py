@@ -217,7 +217,7 @@ def with_halo(kind: int, row_tiles: int, columns: int, frame: Pair, windows: tup
 
 def halo_tilings(kind: int, frame: Pair, windows: tuple[Window, ...]) -> list[Tiling]:
     """Return the tilings of halo.cuh, from the largest to the smallest."""
-    forms = [(1, 128), (1, 64)] if kind == KINDS["float32"] else [(2, 128), (2, 64), (1, 64)]
+    forms = [(2, 128), (2, 64), (1, 64)][kind == KINDS["float32"] :]  # whose sums are kept twice
     return [with_halo(kind, *form, frame, windows) for form in forms] if kind else []
 
 

@@ -52,7 +52,7 @@ def call(device: Device, key: Any, arrays: Sequence[DeviceArray | None], compute
     """
     if isinstance(device, _Recorder):
         return compute(*arrays)
-    form = device, device.stream_key(), key, *(None if a is None else a.pointer % ALIGNMENT for a in arrays)
+    form = device, device.stream_key(), key, *[None if a is None else a.pointer % ALIGNMENT for a in arrays]
     plan = _plans.get(form)
     if plan is None:
         plan = _Plan(device, arrays, compute)
@@ -214,12 +214,10 @@ class _Plan:
         every = given + results
 
         def filled(found: Any) -> Any:
-            if isinstance(found, int):
-                return every[found]
             if isinstance(found, _Part):
                 address = addresses[found.number] + found.offset
                 return replace(every[found.number], pointer=address, shape=found.shape, dtype=found.dtype)
-            return found
+            return every[found] if isinstance(found, int) else found
 
         return _mapped(filled, self._found)
 
@@ -256,10 +254,10 @@ def _part(array: DeviceArray) -> _Part:
 
 def _mapped(function: Callable[[Any], Any], value: Any) -> Any:
     """Return nested tuples and dicts with a function of every leaf."""
+    if isinstance(value, tuple):
+        return tuple([None if item is None else _mapped(function, item) for item in value])
     if isinstance(value, dict):
         return {name: _mapped(function, item) for name, item in value.items()}
-    if isinstance(value, tuple):
-        return tuple([_mapped(function, item) for item in value])
     return None if value is None else function(value)
 
 

@@ -104,7 +104,12 @@ class View(OnDevice, NDArrayOperatorsMixin):
 
     def contiguous(self) -> DeviceArray:
         """Return the elements in C order: where they are if they lie so, else a copy."""
-        return replace(self.memory if is_contiguous(self.shape, self.strides) else self.copy().memory, shape=self.shape)
+        memory = self.memory if is_contiguous(self.shape, self.strides) else self.copy().memory
+        return memory if memory.shape == self.shape else replace(memory, shape=self.shape)
+
+    def in_order(self) -> View:
+        """Return the array in C order: itself where it is."""
+        return self if self.strides == c_strides(self.shape) else View.of(self.contiguous())
 
     def copy(self) -> View:
         """Return the elements in memory of their own, in C order."""
@@ -215,6 +220,7 @@ def plain(array: Any) -> Any:
     return array.contiguous() if isinstance(array, View) else array
 
 
+@lru_cache(maxsize=1024)
 def c_strides(shape: Shape) -> Shape:
     """Return the strides, in elements, of an array in C order without gaps."""
     return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
@@ -222,8 +228,11 @@ def c_strides(shape: Shape) -> Shape:
 
 def is_contiguous(shape: Shape, strides: Shape) -> bool:
     """Return whether elements lie in C order without gaps; the stride of an axis of 1 says nothing."""
-    return 0 in shape or all(
-        size == 1 or stride == expected for size, stride, expected in zip(shape, strides, c_strides(shape), strict=True)
+    expected = c_strides(shape)
+    return (
+        strides == expected
+        or 0 in shape
+        or all(size == 1 or one == other for size, one, other in zip(shape, strides, expected, strict=True))
     )
 
 
