@@ -166,6 +166,9 @@ def plan(
 STREAMING_ROWS = 8
 """Reading a vector of weights from the cache takes as long as so many multiply-adds with it."""
 
+NEAR_BYTES = 6 << 20
+"""Weights of tiles up to this size are as near as `NEAR_ROWS` says, of whoever else uses the cache."""
+
 FAR_BYTES, FAR_ROWS = 32 << 20, 20
 """Weights that no cache holds come from memory in each step: reading one takes as long as so many multiply-adds."""
 
@@ -205,7 +208,8 @@ def winograd_cost(specs: tuple[ConvSpec, ...], tile: Tile, images: int, itemsize
     lanes = simd.lanes(itemsize)
     count = images * math.prod(grid(specs, tile))
     vectors = -(-specs[0].F // lanes)
-    streaming = STREAMING_ROWS if weight_bytes(specs, tile, itemsize) < FAR_BYTES else FAR_ROWS
+    size = weight_bytes(specs, tile, itemsize)
+    streaming = NEAR_ROWS if size < NEAR_BYTES else STREAMING_ROWS if size < FAR_BYTES else FAR_ROWS
     rows = max(-(-count // winograd.CHUNKS[-1]) * winograd.CHUNKS[-1], streaming)
     products = rows * tile.points * channels_of(specs, tile) * vectors / 0.8
     inputs = 30 * count * tile.points * channels_of(specs, tile, lanes)

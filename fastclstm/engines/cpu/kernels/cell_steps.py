@@ -195,8 +195,10 @@ def _pixels_forward(like, step, parts, b, first, pixels):
     for pixel in range(first, first + pixels):
         for k in range(0, F, lanes):
             some, at = min(lanes, F - k), pixel * F + k
-            z_i, z_f = (_value(like, step, parts, b, pixel, 0, k, some), _value(like, step, parts, b, pixel, 1, k, some))
-            z_g, z_o = (_value(like, step, parts, b, pixel, 2, k, some), _value(like, step, parts, b, pixel, 3, k, some))
+            z_i = _value(like, step, parts, b, pixel, 0, k, some)
+            z_f = _value(like, step, parts, b, pixel, 1, k, some)
+            z_g = _value(like, step, parts, b, pixel, 2, k, some)
+            z_o = _value(like, step, parts, b, pixel, 3, k, some)
             old = take(place_at(like, step.c, step.c_image, b, at), some)
             new, h = _standard_states(like, step, pixel, k, z_i, z_f, z_g, z_o, old, some)
             put(place_at(like, step.c_new, step.c_new_image, b, at), new, some)
