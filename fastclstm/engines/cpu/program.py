@@ -112,7 +112,6 @@ class Program:
         ((_, flows),) = self._convolutions
         for name, source in (("x", x), ("h_first", h)):
             flows[name], flows[f"{name}_image"] = source
-        flows["fresh"] = 0
         flows["fresh"][0] = fresh
 
     def keep(self, *arrays: Any) -> None:
