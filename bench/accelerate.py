@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 import fastclstm
-from bench import compare, landscape, render
+from bench import compare, families, render
 from bench.cases import CASES, ConvLSTMCase
 from fastclstm.adapters.torch import accelerate
 from fastclstm.commands.info import processor_name
@@ -110,7 +110,7 @@ def drawn(seed: int, count: int, trained: bool) -> list[ConvLSTMCase]:
     found: list[ConvLSTMCase] = []
     number = 0
     while len(found) < count:
-        one = landscape.draw(seed, number, trained, DRAWN)
+        one = families.draw(seed, number, trained, DRAWN)
         number += 1
         if one.H == one.W and one.kernel[0] % 2:
             found.append(ConvLSTMCase(f"drawn-{seed}-{number - 1}", one.B, one.T, one.H, one.W, one.C, one.F,

@@ -130,16 +130,10 @@ DEVICE void multiply_add(Tile& tile, const Grid& grid, const Frames& a, const Fr
             pixels.layout = descriptor(shared_address(pixels.halo), pixels.plane * 16, pixels.line * 16);
             end = min(block + (first ? a.chunk : b.chunk), first ? a.blocks : blocks);
         }
-        Operands operands;
-#if KIND == 3
-        Sums sums[ROW_TILES];
-#else
-        Sums(&sums)[ROW_TILES] = tile.sum;
-#endif
-        multiply_block(sums, operands, pixels, stages + block % STAGES * STAGE_BYTES);
-        fetch(block + AHEAD);
-        pixels.taps = taps_of(block + 1);
-        finish_block(tile, sums, operands);
+        add_block(tile, pixels, stages + block % STAGES * STAGE_BYTES, [&] {
+            fetch(block + AHEAD);
+            pixels.taps = taps_of(block + 1);
+        });
     }
     wgmma_wait<0>();
     pin(tile.sum);

@@ -155,6 +155,21 @@ DEVICE void finish_block(Tile& tile, Sums (&sums)[ROW_TILES], Operands& operands
 #endif
 }
 
+// Add the products of a block to the sums; meanwhile() runs beside them.
+template <class Pixels, class Meanwhile>
+DEVICE void add_block(Tile& tile, const Pixels& pixels, const unsigned char* weights, const Meanwhile& meanwhile)
+{
+    Operands operands;
+#if KIND == 3
+    Sums sums[ROW_TILES];
+#else
+    Sums(&sums)[ROW_TILES] = tile.sum;
+#endif
+    multiply_block(sums, operands, pixels, weights);
+    meanwhile();
+    finish_block(tile, sums, operands);
+}
+
 DEVICE void clear(Tile& tile)
 {
 #pragma unroll
@@ -217,16 +232,9 @@ DEVICE void multiply_add(Tile& tile, const Grid& grid, const Frames& a, const Fr
         cp_async_wait<AHEAD - 1>();
         fence_async_proxy();
         __syncthreads();  // this block has arrived; the one before those under way is no longer read
-        Operands operands;
-#if KIND == 3
-        Sums sums[ROW_TILES];
-#else
-        Sums(&sums)[ROW_TILES] = tile.sum;
-#endif
         unsigned char* stage = stages + block % STAGES * STAGE_BYTES;
-        multiply_block(sums, operands, Pixels{stage + group * (ROW_TILES * 64 * 128)}, stage + PIXEL_BYTES);
-        fetch(block + AHEAD);
-        finish_block(tile, sums, operands);
+        add_block(tile, Pixels{stage + group * (ROW_TILES * 64 * 128)}, stage + PIXEL_BYTES,
+                  [&] { fetch(block + AHEAD); });
     }
     wgmma_wait<0>();
     pin(tile.sum);

@@ -26,6 +26,7 @@ extensions = [
     "sphinx_gallery.gen_gallery",
     "names",
     "pictures",
+    "signatures",
     "tables",
 ]
 exclude_patterns = ["_build", "_templates", "_extensions"]

@@ -166,3 +166,20 @@ def keras():
     if module.backend.backend() != "torch":
         pytest.skip("Keras runs on another backend; set KERAS_BACKEND=torch")
     return module
+
+
+@pytest.fixture
+def seeded_keras(keras):
+    """Keras that draws the same weights each time, and what reads its files."""
+    pytest.importorskip("h5py")
+    keras.utils.set_random_seed(0)
+
+
+@pytest.fixture
+def double(keras):
+    """Keras whose models are in float64."""
+    keras.config.set_floatx("float64")
+    keras.config.set_dtype_policy("float64")
+    yield keras
+    keras.config.set_floatx("float32")
+    keras.config.set_dtype_policy("float32")

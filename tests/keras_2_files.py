@@ -1,5 +1,9 @@
 """Files of Keras 2.12 to 2.14, made by hand: those versions can be installed no more."""
 
+import json
+
+import numpy as np
+
 
 def as_keras_2(file, layers, doubled):
     """Write the weights of (class in snake case, weights by their place) as Keras 2.12 to 2.14 do.
@@ -65,3 +69,31 @@ def as_keras_2_config(model):
                 tensor(item) for item in ([found] if single else found)
             ]  # fmt: skip
     return model | {"config": config}
+
+
+def write_old(path, h5py, specs, arrays, version="2.15.0"):
+    """Write a model as the .h5 of Keras 2."""
+    with h5py.File(path, "w") as file:
+        config = {"class_name": "Sequential", "config": {"name": "sequential", "layers": specs}}
+        file.attrs["keras_version"], file.attrs["model_config"] = version, json.dumps(config)
+        group = file.create_group("model_weights")
+        group.attrs["layer_names"] = [name.encode() for name in arrays]
+        for name, values in arrays.items():
+            own = group.create_group(name)
+            own.attrs["weight_names"] = np.array([f"{name}/w{n}:0".encode() for n in range(len(values))], "S40")
+            for n, value in enumerate(values):
+                own[f"{name}/w{n}:0"] = value
+
+
+def old_lstm(**options):
+    config = {
+        "name": "lstm", "trainable": True, "dtype": "float32", "return_sequences": True, "return_state": False,
+        "go_backwards": False, "stateful": False, "filters": 2, "kernel_size": [3, 3], "strides": [1, 1],
+        "padding": "same", "data_format": "channels_last", "dilation_rate": [1, 1], "activation": "tanh",
+        "recurrent_activation": "hard_sigmoid", "use_bias": True, "unit_forget_bias": True, "dropout": 0.0,
+        "recurrent_dropout": 0.0,
+    }  # fmt: skip
+    return {"class_name": "ConvLSTM2D", "config": config | options}
+
+
+LSTM_ARRAYS = [np.random.default_rng(1).standard_normal(shape) for shape in ((3, 3, 1, 8), (3, 3, 2, 8), (8,))]

@@ -2,6 +2,8 @@
 
 import os
 import pickle
+import signal
+import time
 
 import numpy as np
 import pytest
@@ -51,7 +53,7 @@ def local(F=3, **options):
     return Sequential([*lstms, LeakyReLU(), TimeDistributed(Conv2D(2, 2, (2, 3), seed=2)), Conv2D(2, 1, 1, seed=3)])
 
 
-def same(a, b):
+def agree(a, b):
     xarray.testing.assert_allclose(a.compute(), b, rtol=0, atol=2e-6)
     assert a.attrs == b.attrs
 
@@ -102,10 +104,10 @@ def test_channels_first_networks_and_channels():
     x = frames(3, 5, 5, 2, dims=("time", "y", "x", "band"))
     first = ConvLSTM2D(2, 2, 3, seed=0, data_format="channels_first")
     last = ConvLSTM2D(2, 2, 3, seed=0)
-    same(apply(first, x), apply(last, x))
-    same(apply(first, x.chunk(time=3)), apply(last, x))
+    agree(apply(first, x), apply(last, x))
+    agree(apply(first, x.chunk(time=3)), apply(last, x))
     x[0, 1], x[2] = np.nan, np.nan
-    same(apply(first, x.chunk(time=2), missing=0.0), apply(last, x, missing=0.0))  # the first piece hands states on
+    agree(apply(first, x.chunk(time=2), missing=0.0), apply(last, x, missing=0.0))  # the first piece hands states on
 
 
 def test_steps_in_their_own_order():
@@ -123,7 +125,7 @@ def test_pieces_and_tiles_are_the_whole(options, chunks):
     lazy = apply(network, x.chunk(chunks))
     assert lazy.chunks is not None
     assert lazy.shape == x.shape
-    same(lazy, apply(network, x))
+    agree(lazy, apply(network, x))
 
 
 @pytest.mark.parametrize(
@@ -138,7 +140,7 @@ def test_pieces_and_tiles_are_the_whole(options, chunks):
 )
 def test_pieces_and_tiles_of_other_cells(cell):
     x = frames(3, 60, 50)
-    same(apply(cell, x.chunk(time=2, y=30, x=25)), apply(cell, x))
+    agree(apply(cell, x.chunk(time=2, y=30, x=25)), apply(cell, x))
 
 
 def graph(**options):
@@ -153,9 +155,9 @@ def graph(**options):
 @pytest.mark.parametrize("chunks", [{"time": 2}, {"y": 30, "x": 25}, {"time": 2, "y": 30}])
 def test_pieces_and_tiles_of_graphs(chunks):
     x, network = frames(5, 60, 50), graph()
-    same(apply(network, x.chunk(chunks)), apply(network, x))
+    agree(apply(network, x.chunk(chunks)), apply(network, x))
     x[1], x[3, 4] = np.nan, np.nan
-    same(apply(network, x.chunk(chunks), missing=0.0), apply(network, x, missing=0.0))
+    agree(apply(network, x.chunk(chunks), missing=0.0), apply(network, x, missing=0.0))
 
 
 def test_the_reach_of_a_graph_is_that_of_its_longest_way():
@@ -179,7 +181,7 @@ def test_tiles_of_forecasts_are_the_whole(options):
     x, network = frames(3, 80, 48), EncoderForecaster(1, (3, 2), 3, seed=0, **options)
     lazy = forecast(network, x.chunk(time=1, y=40), 2)
     assert lazy.chunks[1] == (40, 40)
-    same(lazy, forecast(network, x, 2))
+    agree(lazy, forecast(network, x, 2))
 
 
 def test_the_reach_of_forecasts_is_needed(monkeypatch):
@@ -197,7 +199,7 @@ def test_forecasts_that_no_tiles_make_are_of_whole_frames(network):
     x = frames(2, 16, 16)
     lazy = forecast(network, x.chunk(y=6), 1)
     assert lazy.chunks[1] == (16,)
-    same(lazy, forecast(network, x, 1))
+    agree(lazy, forecast(network, x, 1))
 
 
 def test_the_reach_is_needed(monkeypatch):
@@ -212,7 +214,7 @@ def test_the_reach_is_needed(monkeypatch):
 def test_the_last_step_of_pieces():
     x = frames(2, 7, 40, 8, dims=("member", "time", "y", "x"))
     network = Sequential([ConvLSTM2D(1, 2, 3, seed=0, return_sequences=False), BatchNormalization(2), Conv2D(2, 2, 3)])
-    same(apply(network, x.chunk(time=3, y=20)), apply(network, x))
+    agree(apply(network, x.chunk(time=3, y=20)), apply(network, x))
 
 
 def test_missing_pixels_and_steps():
@@ -228,7 +230,7 @@ def test_missing_pixels_and_steps():
     expected = network(np.nan_to_num(x.values)[..., None], mask=mask)[..., 0]
     np.testing.assert_array_equal(y.values[..., 1:], expected[..., 1:])
     for chunks in ({"member": 1}, {"time": 2}, {"time": 1, "y": 20}):
-        same(apply(network, x.chunk(chunks), missing=0.0), y)
+        agree(apply(network, x.chunk(chunks), missing=0.0), y)
 
 
 def test_nan_is_told_of_unless_it_is_missing():
@@ -292,7 +294,7 @@ def test_forecasts(make):
     assert list(y.time.values) == [x.time.values[-1] + np.timedelta64(5 * n, "m") for n in (1, 2)]
     assert (y.dims, y.name, y.attrs) == (x.dims, x.name, x.attrs)
     np.testing.assert_array_equal(y.y, x.y)
-    same(forecast(network, x.chunk(member=2, time=2, y=3), 2), y)
+    agree(forecast(network, x.chunk(member=2, time=2, y=3), 2), y)
     x[0, :, 2, 3] = np.nan
     with pytest.raises(ValueError, match="missing=VALUE"):
         forecast(network, x, 2)
@@ -455,15 +457,16 @@ def test_a_cluster_that_loses_a_worker(own_environment):
     expected = apply(network, x)
     options = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": None}
     with distributed.LocalCluster(**options) as cluster, distributed.Client(cluster) as client:
+        address, process = next(iter(client.run(os.getpid).items()))
         future = client.compute(apply(network, x.chunk(member=1, time=2)))
-        client.submit(_exit_once, workers=[next(iter(cluster.workers.values())).worker_address], retries=0)
-        same(future.result(), expected)
+        os.kill(process, signal.SIGKILL)
+        late = time.monotonic() + 30
+        while address in client.scheduler_info()["workers"] and time.monotonic() < late:
+            time.sleep(0.01)
+        assert address not in client.scheduler_info()["workers"]
+        agree(future.result(), expected)
 
 
 def _zeros(computed, block_info=None):
     computed.append(1)
     return np.zeros(block_info[None]["chunk-shape"], "f4")
-
-
-def _exit_once():
-    os._exit(1)

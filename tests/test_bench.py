@@ -10,7 +10,20 @@ import numpy as np
 import pytest
 
 import fastclstm
-from bench import cells, crowd, first_contact, gpu, landscape, peers, ratios, render, scaling, training
+from bench import (
+    cells,
+    configurations,
+    crowd,
+    families,
+    first_contact,
+    gpu,
+    landscape,
+    peers,
+    ratios,
+    render,
+    scaling,
+    training,
+)
 from bench.cases import CASES, ConvLSTMCase, PoolCase
 from fastclstm import functional
 
@@ -217,32 +230,32 @@ SMALL = {"B": 2, "T": 3, "H": 7, "W": 6, "C": 2, "F": 3}
 
 
 def test_drawing_is_decided_by_seed_and_number():
-    drawn = [landscape.draw(5, number, number % 2 == 1) for number in range(12)]
-    assert drawn == [landscape.draw(5, number, number % 2 == 1) for number in range(12)]
+    drawn = [families.draw(5, number, number % 2 == 1) for number in range(12)]
+    assert drawn == [families.draw(5, number, number % 2 == 1) for number in range(12)]
     assert len(set(drawn)) == 12
-    assert landscape.draw(6, 0, False) != drawn[0]
+    assert families.draw(6, 0, False) != drawn[0]
     arrays = drawn[0].arrays()
     np.testing.assert_array_equal(arrays["kernel"], drawn[0].arrays()["kernel"])
 
 
-@pytest.mark.parametrize("family", landscape.FAMILIES)
+@pytest.mark.parametrize("family", families.FAMILIES)
 def test_what_is_drawn_lies_in_the_ranges(family):
     for trained in (False, True):
         if family == "dropout" and not trained:
             continue
         for number in range(20):
-            one = landscape.draw(3, number, trained, [family])
+            one = families.draw(3, number, trained, [family])
             assert (one.family, one.training) == (family, trained)
-            for name, (low, high) in landscape.RANGES.items():
+            for name, (low, high) in families.RANGES.items():
                 values = getattr(one, name)
                 assert all(low <= value <= high for value in np.atleast_1d(values)), (name, values)
-            assert one.work <= landscape.MOST_WORK
-            assert one.work >= landscape.LEAST_WORK or one.updates >= landscape.LEAST_UPDATES
-            assert one.updates <= landscape.MOST_UPDATES
+            assert one.work <= families.MOST_WORK
+            assert one.work >= families.LEAST_WORK or one.updates >= families.LEAST_UPDATES
+            assert one.updates <= families.MOST_UPDATES
 
 
 def test_the_work_of_training_is_that_of_three_passes():
-    one = landscape.Configuration("geometry", **SMALL, kernel=(5, 3), recurrent_kernel=(1, 2), strides=(2, 1))
+    one = configurations.Configuration("geometry", **SMALL, kernel=(5, 3), recurrent_kernel=(1, 2), strides=(2, 1))
     forward = 2 * 2 * 3 * 4 * 6 * 4 * 3 * (5 * 3 * 2 + 1 * 2 * 3) / 1e9
     assert one.work == pytest.approx(forward)
     assert dataclasses.replace(one, training=True).work == pytest.approx(3 * forward)
@@ -250,16 +263,16 @@ def test_the_work_of_training_is_that_of_three_passes():
 
 
 def test_the_fixed_list_covers_each_family_and_tells_all_apart():
-    assert len({(one.family, one.title) for one in landscape.FIXED}) == len(landscape.FIXED)
-    forward = [one for one in landscape.FIXED if not one.training]
+    assert len({(one.family, one.title) for one in families.FIXED}) == len(families.FIXED)
+    forward = [one for one in families.FIXED if not one.training]
     assert len(forward) >= 40
-    assert {one.family for one in forward} == set(landscape.FAMILIES) - {"dropout"}
-    assert {one.family for one in landscape.FIXED if one.training} == set(landscape.FAMILIES)
+    assert {one.family for one in forward} == set(families.FAMILIES) - {"dropout"}
+    assert {one.family for one in families.FIXED if one.training} == set(families.FAMILIES)
     assert {1, 3, 4, 8, 10, 12, 20} <= {one.F for one in forward}
     assert {(1, 1), (1, 3), (2, 2), (4, 4), (3, 5), (7, 7), (9, 9), (11, 11)} <= {one.kernel for one in forward}
     assert any(one.strides == (2, 2) and one.kernel == (5, 5) for one in forward)
     assert any(one.recurrent_kernel == (1, 1) for one in forward)
-    assert all(landscape.bounded(one) or one.work < 2 * landscape.MOST_WORK for one in landscape.FIXED)
+    assert all(families.bounded(one) or one.work < 2 * families.MOST_WORK for one in families.FIXED)
 
 
 OPTIONS = {
@@ -280,7 +293,7 @@ OPTIONS = {
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("name", [name for kind in landscape.PEERS.values() for name in kind])
 def test_peers_compute_what_the_reference_engine_does(name, options):
-    one = landscape.Configuration("options", **SMALL, **options)
+    one = configurations.Configuration("options", **SMALL, **options)
     try:
         prepared = peers.IMPLEMENTATIONS["convlstm2d"][name].prepare(one, 1)
     except cells.Unavailable as reason:
@@ -295,7 +308,7 @@ def test_peers_compute_what_the_reference_engine_does(name, options):
 @pytest.mark.parametrize("name", landscape.PEERS["torch"])
 def test_gradients_of_peers_are_those_of_the_reference_engine(name, options):
     pytest.importorskip("torch")
-    one = landscape.Configuration("options", **SMALL, **options, training=True)
+    one = configurations.Configuration("options", **SMALL, **options, training=True)
     if one.normalization == "batch":
         pytest.skip("statistics that are given are nobody's training")
     try:
@@ -308,7 +321,7 @@ def test_gradients_of_peers_are_those_of_the_reference_engine(name, options):
 
 
 def test_what_is_not_ours_is_wrong():
-    one = landscape.Configuration("usual", **SMALL)
+    one = configurations.Configuration("usual", **SMALL)
     ours = {"h": np.ones((2, 3), np.float32)}
     assert landscape.difference({"h": ours["h"] + np.float32(1e-5)}, ours, one) == pytest.approx(1e-5, rel=0.1)
     for other in (ours["h"] + np.float32(1e-3), np.full((2, 3), np.nan, np.float32), ours["h"][:1], np.ones((2, 3))):
@@ -322,7 +335,7 @@ def _measured(ratio: float, **told: object) -> dict:
 
 
 def test_a_configuration_is_judged_by_the_fastest_of_those_that_stayed():
-    one = landscape.Configuration("usual", B=1, T=10, H=10, W=10, C=1, F=4)
+    one = configurations.Configuration("usual", B=1, T=10, H=10, W=10, C=1, F=4)
     times = {"fastclstm": [2.0, 1.0, 4.0], "ncnn": [3.0, 2.0, 4.0], "torch": [2.5, 9.0, 9.0], "onnxruntime": [0.5]}
     told = landscape.judged(one, times, one.work / 4, 10.0)
     assert (told["fastest"], told["ratio"]) == ("ncnn", 1.5)

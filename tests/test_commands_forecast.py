@@ -102,6 +102,12 @@ def test_errors_say_what_foretells(job, network, words):
     assert_user_error(job.run(next_frames(), "--out", job.folder / "out.nc"), "written as .npy, but --out is")
 
 
+def test_a_theme_that_there_is_not_is_refused_for_arrays_too(job):
+    told = "forecast: --theme must be one of 'light', 'dark', got 'blue'"
+    assert_user_error(job.run(next_frames(), "--theme", "blue"), told)
+    assert not job.out.exists()
+
+
 def test_the_window_is_as_long_as_what_is_given():
     seen = []
 

@@ -10,13 +10,10 @@ from fastclstm.convert.keras import from_keras, load_weights
 from fastclstm.layers import Cropping2D, Dense, GlobalAveragePooling, Input, Rescaling
 from fastclstm.models import Model, Sequential
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
-
-
-@pytest.fixture(autouse=True)
-def seeded(keras):
-    pytest.importorskip("h5py")
-    keras.utils.set_random_seed(0)
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning"),
+    pytest.mark.usefixtures("seeded_keras"),
+]
 
 
 def drawn(*shape, seed=1):

@@ -82,7 +82,7 @@ def copied(filled, tmp_path):
 
 
 def test_warm_process_compiles_nothing(tmp_path):
-    """Of every kernel, serial and parallel, both types; the folder of everyday runs saves the first compilation."""
+    """Serial and parallel, both types; the folder of everyday runs saves the first compilation."""
     everything = """
         import fastclstm
         rng = np.random.default_rng(0)
@@ -93,7 +93,7 @@ def test_warm_process_compiles_nothing(tmp_path):
                 fastclstm.set_num_threads(threads)
                 for dtype in ("f4", "f8"):
                     arguments = [a.astype(dtype) for a in (x, kernel, recurrent)]
-                    for algorithm in ("direct", "winograd"):
+                    for algorithm in ("direct", "winograd") if dtype == "f4" else ("direct",):
                         functional.convlstm2d(*arguments, engine="cpu", algorithm=algorithm)
                     y, pullback = functional.max_pool3d_vjp(arguments[0], engine="cpu")
                     pullback(y)
@@ -133,8 +133,7 @@ def test_edit_of_any_source_changes_the_digest(monkeypatch, tmp_path):
 def test_edit_of_an_intrinsic_is_seen(tmp_path):
     """A kernel is compiled again though its own file stays the same."""
     code = """
-        x = np.full((1, 3, 3, 1), 2, "f4")
-        print(json.dumps(functional.conv2d(x, np.full((1, 1, 1, 1), 3, "f4"), engine="cpu").max().item()))
+        print(json.dumps(functional.max_pool3d(np.full((1, 2, 2, 2, 3), 6, "f4"), 2, engine="cpu").max().item()))
     """
     root = tmp_path / "code"
     shutil.copytree(ROOT / "fastclstm", root / "fastclstm", ignore=shutil.ignore_patterns("__pycache__"))
@@ -143,11 +142,11 @@ def test_edit_of_an_intrinsic_is_seen(tmp_path):
     simd = root / "fastclstm" / "engines" / "cpu" / "kernels" / "simd.py"
     text = simd.read_text()
     edited = text.replace(
-        '    return call(builder, "fma", a, b, c) if', "    return builder.fsub(c, builder.fmul(a, b)) if"
-    )
+        '    return _emit_masked(builder, "load",', '    return builder.fadd(*[_emit_masked(builder, "load",'
+    ).replace("mask, constant(vector, 0))", "mask, constant(vector, 0))] * 2)")
     assert edited != text
     simd.write_text(edited)
-    assert run(code, tmp_path / "cache", root) == -6
+    assert run(code, tmp_path / "cache", root) == 12
     simd.write_text(text)
     assert run(code, tmp_path / "cache", root) == 6
     assert len(list((tmp_path / "cache").glob("fastclstm/kernels-*"))) == 2
@@ -169,18 +168,16 @@ def test_code_of_several_processes_works_together(tmp_path):
         arrays = draw((1, 2, 5, 6, 1)), draw((3, 3, 1, 12)), draw((3, 3, 3, 12))
         sums = []
         for how in ({"engine": "cpu", "algorithm": "direct"}, {"engine": "reference"}):
-            y, pull = functional.convlstm2d_vjp(*arrays, **how)
-            sums.append([float(abs(value).sum()) for value in [y, *PULLED]])
+            y = functional.convlstm2d(*arrays, **how)
+            sums.append([float(abs(y).sum())])
         print(json.dumps(sums))
     """
-    infer = drawn.replace("y, pull", "y").replace("_vjp", "").replace("PULLED", "[]")
-    train = drawn.replace("PULLED", "pull(y).values()")
     convolve = """
         x, kernel = np.ones((1, 5, 6, 1)), np.ones((3, 3, 1, 12))
         sums = [[float(functional.conv2d(x, kernel, engine=engine).sum())] for engine in ("cpu", "reference")]
         print(json.dumps(sums))
     """
-    for code in (convolve, infer, train, train):
+    for code in (convolve, drawn, drawn):
         ours, oracle = run(code, tmp_path)
         np.testing.assert_allclose(ours, oracle, rtol=1e-12)
 
@@ -321,16 +318,27 @@ def test_without_a_compiler_the_remedy_is_named():
 def test_kernels_of_different_processes_keep_their_own_functions(tmp_path):
     """Each is the first that its process compiles, so Numba gives their functions the same numbers."""
     code = """
-        rng = np.random.default_rng(0)
-        shapes = (1, 2, 4, 5, 2), (1, 1, 2, 12), (1, 1, 3, 12)
-        arguments = [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
-        errors = []
-        for options in OPTIONS:
-            result, exact = (functional.convlstm2d(*arguments, **options, engine=e) for e in ("cpu", "reference"))
-            errors.append(float(abs(result - exact).max()))
-        print(json.dumps(errors))
+        from numba import types
+        from fastclstm.engines.cpu.compilation import KernelCompiler, inline, kept
+
+        def kernel(addend):
+            @inline
+            def long(x):  # too long to become a part of what calls it
+                for _ in range(x):
+                    LINES
+                return x
+
+            def entry(x):
+                return long(x) + 2 * long(x + 1) + 3 * long(x + 2)
+
+            dispatcher = kept(entry, "sum", str(addend), pipeline_class=KernelCompiler)
+            dispatcher.compile((types.int64,))
+            return dispatcher(5)
+
+        print(json.dumps([kernel(addend) for addend in ADDENDS]))
     """
-    choices = [{}, {"cell_clip": 0.05}, {"activation": "relu"}]
-    for options in choices:
-        run(code.replace("OPTIONS", repr([options])), tmp_path)
-    assert max(run(code.replace("OPTIONS", repr(choices)), tmp_path)) < 1e-5
+    lines = ["x = (x + addend) * 3 % 1009", "x ^= x // 5 + addend"] * 20
+    code = code.replace("LINES", ("\n" + 20 * " ").join(lines))
+    apart = [run(code.replace("ADDENDS", f"[{addend}]"), tmp_path) for addend in (1, 2)]
+    assert apart[0] != apart[1]
+    assert run(code.replace("ADDENDS", "[1, 2]"), tmp_path) == apart[0] + apart[1]

@@ -356,15 +356,15 @@ def nested(value, change):
     return change(value) if isinstance(value, np.ndarray | Exchanged | DeviceArray) else value
 
 
-def same(result, expected, atol=0):
+def agree(result, expected, atol=0):
     assert type(result) is type(expected)
     if isinstance(expected, dict):
         assert result.keys() == expected.keys()
         for name in expected:
-            same(result[name], expected[name], atol)
+            agree(result[name], expected[name], atol)
     elif isinstance(expected, tuple):
         for one, other in zip(result, expected, strict=True):
-            same(one, other, atol)
+            agree(one, other, atol)
     else:
         np.testing.assert_allclose(result, expected, rtol=0, atol=atol)
 
@@ -395,9 +395,9 @@ def test_gpu_arrays_go_through_without_copies(engine, host, op):
     given, cotangents = CASES[op]
     expected, pull = getattr(functional, f"{op}_vjp")(**given, engine="reference")
     outputs, pullback = getattr(functional, f"{op}_vjp")(**nested(given, Exchanged))
-    same(taken(outputs), expected)
-    same(taken(pullback(nested(cotangents, Exchanged))), pull(cotangents))
-    same(taken(getattr(functional, op)(**nested(given, Exchanged))), expected)
+    agree(taken(outputs), expected)
+    agree(taken(pullback(nested(cotangents, Exchanged))), pull(cotangents))
+    agree(taken(getattr(functional, op)(**nested(given, Exchanged))), expected)
     assert "get" not in host.log
 
 
@@ -406,8 +406,8 @@ def test_numpy_arrays_are_put_there_and_got_back(engine, host, op):
     given, cotangents = CASES[op]
     expected, pull = getattr(functional, f"{op}_vjp")(**given, engine="reference")
     outputs, pullback = getattr(functional, f"{op}_vjp")(**given, engine="cuda")
-    same(outputs, expected)
-    same(pullback(cotangents), pull(cotangents))
+    agree(outputs, expected)
+    agree(pullback(cotangents), pull(cotangents))
     assert {"put", "get"} <= set(filter(lambda entry: isinstance(entry, str), host.log))
 
 
@@ -416,16 +416,16 @@ def test_device_arrays_stay_device_arrays(engine, host, op):
     given, cotangents = CASES[op]
     expected, pull = getattr(functional, f"{op}_vjp")(**given, engine="reference")
     outputs, pullback = getattr(functional, f"{op}_vjp")(**nested(given, host.put))
-    same(nested(outputs, view), expected)
-    same(nested(pullback(nested(cotangents, host.put)), view), pull(cotangents))
+    agree(nested(outputs, view), expected)
+    agree(nested(pullback(nested(cotangents, host.put)), view), pull(cotangents))
 
 
 def test_weights_may_be_numpy(engine, host):
     given, cotangents = CASES["convlstm2d"]
     expected, pull = functional.convlstm2d_vjp(**given, engine="reference")
     outputs, pullback = functional.convlstm2d_vjp(**given | {"x": Exchanged(given["x"])})
-    same(taken(outputs), expected)
-    same(taken(pullback(cotangents)), pull(cotangents))
+    agree(taken(outputs), expected)
+    agree(taken(pullback(cotangents)), pull(cotangents))
 
 
 def test_one_step(engine, host):
@@ -433,11 +433,11 @@ def test_one_step(engine, host):
     del given["mask"]
     given["x"] = given["x"][:, 0].copy()
     expected = functional.convlstm2d_step(**given, engine="reference")
-    same(taken(functional.convlstm2d_step(**nested(given, Exchanged))), expected)
-    same(nested(functional.convlstm2d_step(**nested(given, host.put)), view), expected)
+    agree(taken(functional.convlstm2d_step(**nested(given, Exchanged))), expected)
+    agree(nested(functional.convlstm2d_step(**nested(given, host.put)), view), expected)
     out = np.empty_like(expected[0]), np.empty_like(expected[1])
     assert functional.convlstm2d_step(**given, engine="cuda", out=out)[0] is out[0]
-    same(out, expected)
+    agree(out, expected)
     with pytest.raises(
         TypeError, match=r"^convlstm2d_step: out is for arrays in the processor's memory, but x is on a GPU"
     ):
@@ -494,8 +494,8 @@ def test_the_kernels_read_other_libraries_arrays(emulated, op):
     given, cotangents = CASES[op]
     expected, pull = getattr(functional, f"{op}_vjp")(**given, engine="reference")
     outputs, pullback = getattr(functional, f"{op}_vjp")(**nested(given, Exchanged))
-    same(taken(outputs), expected, atol=1e-5)
-    same(taken(pullback(nested(cotangents, Exchanged))), pull(cotangents), atol=1e-4)
+    agree(taken(outputs), expected, atol=1e-5)
+    agree(taken(pullback(nested(cotangents, Exchanged))), pull(cotangents), atol=1e-4)
 
 
 def test_the_kernels_read_what_torch_has_put_off(emulated):
@@ -556,18 +556,18 @@ def test_views_of_other_libraries_arrays(emulated, monkeypatch, case):
             changed = {name: (change if name == "x" else weights)(value) if isinstance(value, np.ndarray) else value
                        for name, value in given.items()}  # fmt: skip
             outputs, pullback = getattr(functional, f"{op}_vjp")(**changed)
-            same(back(outputs), expected, atol=1e-5)
-            same(back(pullback(nested(cotangents, change))), pull(cotangents), atol=1e-4)
-            same(back(getattr(functional, op)(**changed)), expected, atol=1e-5)
-        same(back(pullback((None, None) if isinstance(cotangents, tuple) else None)),
+            agree(back(outputs), expected, atol=1e-5)
+            agree(back(pullback(nested(cotangents, change))), pull(cotangents), atol=1e-4)
+            agree(back(getattr(functional, op)(**changed)), expected, atol=1e-5)
+        agree(back(pullback((None, None) if isinstance(cotangents, tuple) else None)),
              pull((None, None) if isinstance(cotangents, tuple) else None))  # fmt: skip
-    same(getattr(functional, op)(**given, engine="cuda"), expected, atol=1e-5)
+    agree(getattr(functional, op)(**given, engine="cuda"), expected, atol=1e-5)
 
 
 def test_every_array_may_be_a_view(emulated):
     given, there = CASES["convlstm2d"][0], devices.current()
     outputs = functional.convlstm2d(**nested(given, lambda array: View.of(there.put(array))))
-    same(tuple(view.get() for view in outputs), functional.convlstm2d(**given, engine="reference"), atol=1e-5)
+    agree(tuple(view.get() for view in outputs), functional.convlstm2d(**given, engine="reference"), atol=1e-5)
 
 
 # --- What is refused ---
@@ -616,7 +616,7 @@ def test_what_the_kernels_do_not_know(engine, host, monkeypatch):
     given, cotangents = CASES["convlstm2d"]
     expected, pull = functional.convlstm2d_vjp(**given, engine="reference")
     outputs, pullback = functional.convlstm2d_vjp(**given, engine="cuda")
-    same(outputs, expected)
-    same(pullback(cotangents), pull(cotangents))
+    agree(outputs, expected)
+    agree(pullback(cotangents), pull(cotangents))
     with pytest.raises(NotImplementedError, match=r"pass engine='cpu'"):
         functional.convlstm2d(**nested(given, Exchanged))

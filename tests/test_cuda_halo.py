@@ -8,10 +8,18 @@ import numpy as np
 import pytest
 import test_cuda_conv2d
 import test_cuda_convlstm2d
-from cuda_cases import ROUNDING, near, within
+from cuda_cases import ROUNDING, near
 from cuda_emulator import EmulatedDevice, needs_compiler
+from cuda_products import (
+    check_assembled,
+    check_bits,
+    check_convolution,
+    check_recurrence,
+    edited,
+    random_case,
+    rounded,
+)
 from hypothesis import given, settings
-from test_cuda_wgmma import edited, look_at_assembled, random_case, rounded
 
 from fastclstm.engines import reference
 from fastclstm.engines.cuda import choice, packing, product, wgmma
@@ -75,14 +83,7 @@ def test_convolutions_and_their_gradients(algorithm, monkeypatch, new_device):
     @settings(max_examples=10)
     @given(test_cuda_conv2d.problems())
     def check(problem):
-        spec, arrays, dy = problem
-        found = test_cuda_conv2d.run(device, algorithm, spec, arrays, dy)
-        expected, plain = (test_cuda_conv2d.oracle(dtype, *problem) for dtype in (np.float64, np.float32))
-        if algorithm == "float32":
-            return within(found, expected, plain, np.float32)
-        largest = test_cuda_conv2d.oracle(np.float64, spec, [abs(a) if a is not None else a for a in arrays], abs(dy))
-        for name in ("0 ", "1 "):
-            assert (abs(found[name] - expected[name]) <= 2.01 * ROUNDING[algorithm] * largest[name] + 1e-6).all(), name
+        check_convolution(test_cuda_conv2d.run(device, algorithm, *problem), algorithm, problem)
 
     check()
 
@@ -96,14 +97,7 @@ def test_every_option_of_a_step(algorithm, monkeypatch, new_device):
     @settings(max_examples=3)
     @given(test_cuda_convlstm2d.problems(used=False))
     def check(case):
-        clipped = case[0].cell_clip is not None
-        found = test_cuda_convlstm2d.run(device, algorithm, np.float32, *case)
-        expected = test_cuda_convlstm2d.oracle(np.float64, *case)
-        if algorithm == "float32":
-            return within(found, expected, test_cuda_convlstm2d.oracle(np.float32, *case), np.float32, roundings=32)
-        if clipped:  # its gradient jumps
-            found, expected = ({n: v for n, v in part.items() if n[0] == "y"} for part in (found, expected))
-        near(found, expected, 6 * ROUNDING[algorithm])
+        check_recurrence(test_cuda_convlstm2d.run(device, algorithm, np.float32, *case), algorithm, case)
 
     check()
     case = test_cuda_convlstm2d.problem((1, 2, 9, 18, 1), (3, 3), 40, recurrent=(5, 3), peephole="channel", mask=-0.5)
@@ -129,14 +123,8 @@ def test_what_is_not_finite_stays_where_a_tap_reads_it(algorithm, new_device):
 
 @pytest.mark.parametrize("algorithm", ["float32", "bfloat16"])
 def test_every_run_and_every_tile_have_the_same_bits(algorithm, new_device):
-    device = new_device(90)
-    spec, x, kernel = random_case((1, 7, 20, 70), (3, 3), 70)
-    runs = [
-        device.get(product.convolve(spec, tiling, device.put(x), device.put(kernel), None))
-        for tiling in (halo_tiling(algorithm, spec), halo_tiling(algorithm, spec, 0)) * 2
-    ]
-    for y in runs[1:]:
-        np.testing.assert_array_equal(y, runs[0])
+    case = random_case((1, 7, 20, 70), (3, 3), 70)
+    check_bits(new_device(90), [halo_tiling(algorithm, case[0], number) for number in (-1, 0)], *case)
 
 
 def test_shares_are_whole_chunks(monkeypatch, new_device):
@@ -303,9 +291,9 @@ def test_a_call_keeps_halos_and_checks_them_once(monkeypatch):
 
 @pytest.mark.parametrize("algorithm", ["bfloat16", "tf32", "float32"])
 def test_nothing_spills_and_no_product_waits_for_another(algorithm):
-    look_at_assembled(product.halo_tilings(KINDS[algorithm], (64, 64), (THREE,))[0])
+    check_assembled(product.halo_tilings(KINDS[algorithm], (64, 64), (THREE,))[0])
 
 
 @pytest.mark.parametrize("algorithm", ["bfloat16", "float32"])
 def test_nothing_spills_in_the_largest_tiles_of_older_units(algorithm):
-    look_at_assembled(product.tilings(KINDS[algorithm], 4)[0])
+    check_assembled(product.tilings(KINDS[algorithm], 4)[0])

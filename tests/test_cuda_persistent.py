@@ -88,11 +88,11 @@ def test_every_step_waits_for_all_blocks(algorithm, F, resident, monkeypatch):
 def test_one_tile():
     for B in (1, 2, 3):
         device = EmulatedDevice(resident=4)
-        right(device, problem((B, 4, 2, 3, 3), (3, 3), 4, mask=0))
+        check_outputs(device, problem((B, 4, 2, 3, 3), (3, 3), 4, mask=0))
         assert [grid for name, grid, _ in device.launches if name == "convlstm2d_steps"] == [(1, 1, 1)]
 
 
-def right(device, case):
+def check_outputs(device, case):
     """Check results against the oracle's."""
     expected = {name[2:]: value for name, value in oracle(np.float64, *case).items() if name[0] == "y"}
     found, launches = run(device, "auto", np.float32, case)
@@ -107,7 +107,7 @@ def test_the_engine_reference(go_backwards, new_device):
         {"mask": 0, "peephole": "elementwise", "return_sequences": False}, {"initial": "", "strides": 2},
         {"dilation": 2, "recurrent_dilation": 3, "cell_clip": 0.5}, {"padding_mode": "circular", "mask": 0.5},
     )):  # fmt: skip
-        right(device, problem((3, 4, 7, 6, 5), (3, 3), 8, go_backwards=go_backwards, seed=number, **options))
+        check_outputs(device, problem((3, 4, 7, 6, 5), (3, 3), 8, go_backwards=go_backwards, seed=number, **options))
 
 
 def test_masked_frames_are_not_read(new_device):

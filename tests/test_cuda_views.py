@@ -25,7 +25,7 @@ def normal(*shape, seed=0, dtype="f4"):
     return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
 
 
-def same(view, expected):
+def equal(view, expected):
     assert isinstance(view, View)
     for name in ("shape", "dtype", "ndim", "size", "itemsize"):
         assert getattr(view, name) == getattr(expected, name)
@@ -65,16 +65,16 @@ def test_indexing_and_turning_axes(put, data):
     index = data.draw(indices(shape))
     expected, taken = x[index], view[index]
     assert taken.memory.owner is view.memory.owner
-    same(taken, np.asarray(expected))
+    equal(taken, np.asarray(expected))
     if expected.ndim > 1:
         a, b = data.draw(st.integers(-expected.ndim, expected.ndim - 1)), data.draw(st.integers(0, expected.ndim - 1))
-        same(taken.swapaxes(a, b), expected.swapaxes(a, b))
-        same(np.moveaxis(taken, a, b), np.moveaxis(expected, a, b))
-        same(np.flip(taken, b), np.flip(expected, b))
-        same(taken.T, expected.T)
-        same(taken.reshape(expected.size), expected.reshape(expected.size))
-    same(np.expand_dims(taken, expected.ndim), np.expand_dims(expected, expected.ndim))
-    same(np.expand_dims(taken, expected.ndim).squeeze(-1), expected)
+        equal(taken.swapaxes(a, b), expected.swapaxes(a, b))
+        equal(np.moveaxis(taken, a, b), np.moveaxis(expected, a, b))
+        equal(np.flip(taken, b), np.flip(expected, b))
+        equal(taken.T, expected.T)
+        equal(taken.reshape(expected.size), expected.reshape(expected.size))
+    equal(np.expand_dims(taken, expected.ndim), np.expand_dims(expected, expected.ndim))
+    equal(np.expand_dims(taken, expected.ndim).squeeze(-1), expected)
 
 
 @pytest.mark.parametrize("index", [3, -4, (0, 2), (0, 0, 0)])
@@ -94,51 +94,51 @@ def test_arithmetic_of_any_strides(put, data):
     x, y = put(a.T[..., ::-1].copy()).T[::-1], put(b)
     number = a.dtype.type(0.3)
     for function in (np.add, np.subtract, np.multiply, np.divide, np.maximum, np.greater, np.not_equal):
-        same(function(x, y), function(a, b))
-        same(function(y, x), function(b, a))
-        same(function(number, x), function(number, a))
-        same(function(x, 2), function(a, 2))
+        equal(function(x, y), function(a, b))
+        equal(function(y, x), function(b, a))
+        equal(function(number, x), function(number, a))
+        equal(function(x, 2), function(a, 2))
     kept = a > 0
-    same(np.where(x > 0, x, number * x), np.where(kept, a, number * a))
-    same(x.leak(x > 0, 0.3), np.where(kept, a, number * a))
-    same(np.where(kept, x, number), np.where(kept, a, number))  # a mask of the processor's memory
-    same(np.where(x > 0, number, x.dtype.type(1)), np.where(kept, number, x.dtype.type(1)))
+    equal(np.where(x > 0, x, number * x), np.where(kept, a, number * a))
+    equal(x.leak(x > 0, 0.3), np.where(kept, a, number * a))
+    equal(np.where(kept, x, number), np.where(kept, a, number))  # a mask of the processor's memory
+    equal(np.where(x > 0, number, x.dtype.type(1)), np.where(kept, number, x.dtype.type(1)))
 
 
 def test_operators(put):
     a, b = normal(3, 4), normal(4, seed=1)
     x, y = put(a), put(b)
     for function in (operator.add, operator.sub, operator.mul, operator.truediv, operator.gt, operator.ne):
-        same(function(x, y), function(a, b))
-        same(function(y, 2.0), function(b, 2.0))
+        equal(function(x, y), function(a, b))
+        equal(function(y, 2.0), function(b, 2.0))
     for function in (operator.add, operator.sub, operator.mul, operator.truediv):
-        same(function(2.0, y), function(2.0, b))
+        equal(function(2.0, y), function(2.0, b))
 
 
 def test_maximum_keeps_nan(put):
     a = np.array([np.nan, 1, -1, np.inf], "f4")
-    same(np.maximum(put(a), 0), np.maximum(a, 0))
-    same(np.maximum(0, put(a)), np.maximum(0, a))
+    equal(np.maximum(put(a), 0), np.maximum(a, 0))
+    equal(np.maximum(0, put(a)), np.maximum(0, a))
 
 
 @pytest.mark.parametrize("dtype", ["f4", "f8", "i8", "?", "u1"])
 def test_copies_of_every_dtype(put, dtype):
     x = (normal(3, 4, 2) * 3).astype(dtype)
-    same(put(x)[::-1].swapaxes(0, 2).copy(), x[::-1].swapaxes(0, 2))
-    same(put(x)[:, 1:3] != 0, x[:, 1:3] != 0)
+    equal(put(x)[::-1].swapaxes(0, 2).copy(), x[::-1].swapaxes(0, 2))
+    equal(put(x)[:, 1:3] != 0, x[:, 1:3] != 0)
 
 
 def test_conversions(put):
     x = normal(3, 4, dtype="f8")
-    same(put(x)[::-1].astype(np.float32), x[::-1].astype(np.float32))
-    same(put(x > 0).astype(np.float64), (x > 0).astype(np.float64))
+    equal(put(x)[::-1].astype(np.float32), x[::-1].astype(np.float32))
+    equal(put(x > 0).astype(np.float64), (x > 0).astype(np.float64))
 
 
 def test_more_axes_than_the_kernel_has(put):
     x = normal(2, 3, 2, 2, 3, 2, 2)
     turned = put(x).transpose(6, 4, 2, 0, 1, 3, 5)
-    same(turned.copy(), x.transpose(6, 4, 2, 0, 1, 3, 5))
-    same(turned + 1, x.transpose(6, 4, 2, 0, 1, 3, 5) + 1)
+    equal(turned.copy(), x.transpose(6, 4, 2, 0, 1, 3, 5))
+    equal(turned + 1, x.transpose(6, 4, 2, 0, 1, 3, 5) + 1)
 
 
 def test_axes_that_lie_together_are_counted_as_one():
@@ -164,7 +164,7 @@ def test_assignment(put):
     a[2] = b[0]
     x += y[:, np.newaxis]
     a += b[:, np.newaxis]
-    same(x, a)
+    equal(x, a)
 
 
 @needs_compiler
@@ -182,17 +182,17 @@ def test_joining_and_splitting(put):
     a = normal(2, 3, 6)
     x = put(a)
     for axis in (0, 1, -1):
-        same(np.concatenate([x, x[:, ::-1]], axis), np.concatenate([a, a[:, ::-1]], axis))
+        equal(np.concatenate([x, x[:, ::-1]], axis), np.concatenate([a, a[:, ::-1]], axis))
     for places in (2, [1, 4]):
         for part, expected in zip(np.split(x, places, axis=-1), np.split(a, places, axis=-1), strict=True):
-            same(part, expected)
+            equal(part, expected)
             assert part.memory.owner is x.memory.owner
 
 
 def test_what_is_like_a_view(put):
     x = put(normal(2, 3))
-    same(np.zeros_like(x), np.zeros((2, 3), "f4"))
-    same(np.zeros_like(x, shape=(4,)), np.zeros(4, "f4"))
+    equal(np.zeros_like(x), np.zeros((2, 3), "f4"))
+    equal(np.zeros_like(x, shape=(4,)), np.zeros(4, "f4"))
     made = np.empty_like(x, shape=(5, 1))
     assert (made.shape, made.dtype, len(made)) == ((5, 1), np.float32, 5)
     assert np.may_share_memory(x, x[:, 1:])

@@ -1,12 +1,9 @@
 """Products by wgmma, in the emulator: numbers, what a kernel may not do, the choice, the switch and the check."""
 
 import importlib
-import io
 import re
-import shutil
 import warnings
 from contextlib import contextmanager
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,18 +11,26 @@ import pytest
 import test_cuda_conv2d
 import test_cuda_convlstm2d
 import test_engines
-from cuda_cases import ROUNDING, near, within
+from cuda_cases import ROUNDING, near
 from cuda_emulator import EmulatedDevice, needs_compiler
+from cuda_products import (
+    check_assembled,
+    check_bits,
+    check_convolution,
+    check_recurrence,
+    edited,
+    random_case,
+    rounded,
+)
 from hypothesis import given, settings
 
 from fastclstm.engines import reference
-from fastclstm.engines.cuda import choice, compilation, devices, product, wgmma
+from fastclstm.engines.cuda import choice, devices, product, wgmma
 from fastclstm.engines.cuda.product import KINDS
 from fastclstm.spec import ConvSpec
 
 cuda = importlib.import_module("fastclstm.engines.cuda.conv2d")
 
-CSRC = Path(__file__).parents[1] / "csrc"
 EVERY = [(name, number) for name, kind in KINDS.items() for number in range(len(product.warpgroup_tilings(kind)))]
 every_algorithm = pytest.mark.parametrize("algorithm", [name for name, kind in KINDS.items() if kind])
 every_tiling = pytest.mark.parametrize(("algorithm", "number"), EVERY)
@@ -46,25 +51,6 @@ def forced(monkeypatch):
             yield
 
     return force
-
-
-def rounded(algorithm, x):
-    """x as a product reads it, in float64."""
-    x = np.asarray(x, np.float32)
-    if algorithm == "float16":
-        return x.astype(np.float16).astype(np.float64)
-    bits = x.view(np.uint32).astype(np.uint64)
-    if algorithm == "bfloat16":
-        bits = bits + 0x7FFF + (bits >> 16 & 1) & 0xFFFF0000
-    if algorithm == "tf32":
-        bits = bits + 0x1000 & 0xFFFFE000
-    return bits.astype(np.uint32).view(np.float32).astype(np.float64)
-
-
-def random_case(shape, kernel, F, seed=0, **options):
-    rng = np.random.default_rng(seed)
-    x, w = (rng.standard_normal(s).astype(np.float32) for s in (shape, (*kernel, shape[-1], F)))
-    return ConvSpec.infer(shape, w.shape, **options), x, w
 
 
 # --- Numbers ---
@@ -105,16 +91,9 @@ def test_convolutions_of_every_geometry(algorithm, forced, new_device):
     @settings(max_examples=12)
     @given(test_cuda_conv2d.problems())
     def check(problem):
-        spec, arrays, dy = problem
         with forced(-1):
-            found = test_cuda_conv2d.run(device, algorithm, spec, arrays, dy)
-        expected, plain = (test_cuda_conv2d.oracle(dtype, *problem) for dtype in (np.float64, np.float32))
-        if algorithm == "float32":
-            return within(found, expected, plain, np.float32)
-        largest = test_cuda_conv2d.oracle(np.float64, spec, [abs(a) if a is not None else a for a in arrays], abs(dy))
-        gradients = "bfloat16" if algorithm == "bfloat16" else "tf32"
-        for name, rounding in (("0 ", ROUNDING[algorithm]), ("1 ", ROUNDING[gradients])):
-            assert (abs(found[name] - expected[name]) <= 2.01 * rounding * largest[name] + 1e-6).all(), name
+            found = test_cuda_conv2d.run(device, algorithm, *problem)
+        check_convolution(found, algorithm, problem)
 
     check()
 
@@ -126,15 +105,9 @@ def test_every_option_of_a_step(algorithm, forced, new_device):
     @settings(max_examples=8)
     @given(test_cuda_convlstm2d.problems(used=False))
     def check(case):
-        clipped = case[0].cell_clip is not None
         with forced(-1):
             found = test_cuda_convlstm2d.run(device, algorithm, np.float32, *case)
-        expected = test_cuda_convlstm2d.oracle(np.float64, *case)
-        if algorithm == "float32":
-            return within(found, expected, test_cuda_convlstm2d.oracle(np.float32, *case), np.float32, roundings=32)
-        if clipped:  # its gradient jumps
-            found, expected = ({n: v for n, v in part.items() if n[0] == "y"} for part in (found, expected))
-        near(found, expected, 6 * ROUNDING[algorithm])
+        check_recurrence(found, algorithm, case)
 
     check()
 
@@ -164,14 +137,8 @@ def test_long_sums_keep_their_digits(forced, new_device):
 
 @pytest.mark.parametrize("algorithm", ["float32", "bfloat16"])
 def test_every_run_and_every_tiling_have_the_same_bits(algorithm, new_device):
-    device = new_device(90)
-    spec, x, kernel = random_case((1, 7, 20, 24), (3, 3), 70)
-    runs = [
-        device.get(product.convolve(spec, tiling, device.put(x), device.put(kernel), None))
-        for tiling in product.warpgroup_tilings(KINDS[algorithm]) * 2
-    ]
-    for y in runs[1:]:
-        np.testing.assert_array_equal(y, runs[0])
+    case = random_case((1, 7, 20, 24), (3, 3), 70)
+    check_bits(new_device(90), product.warpgroup_tilings(KINDS[algorithm]), *case)
 
 
 @pytest.mark.parametrize("kind", [1, 3])
@@ -212,20 +179,6 @@ def test_the_conformance_suite(op, algorithm, forced, monkeypatch, new_device):
 
 
 # --- What a kernel may not do ---
-
-
-def edited(folder, file, old, new):
-    """A copy of csrc with one place changed, on a device that compiles it."""
-    shutil.copytree(CSRC, folder, dirs_exist_ok=True)
-    text = (folder / file).read_text()
-    assert old in text
-    (folder / file).write_text(text.replace(old, new))
-
-    class Edited(EmulatedDevice):
-        def kernel(self, source, name, macros):
-            return super().kernel(folder / source, name, macros)
-
-    return Edited(90)
 
 
 @needs_compiler
@@ -404,27 +357,6 @@ def test_a_call_takes_wgmma_where_it_is_large_enough(monkeypatch, new_device):
 # --- As compiled ---
 
 
-def look_at_assembled(tiling):
-    """Nothing spills, registers suffice, and the assembler does not put products one after another."""
-    try:
-        core = compilation.cuda_core()
-        compilation.nvrtc()
-    except ImportError as error:
-        pytest.skip(str(error))
-    macros = [(name, str(value)) for name, value in ({"REAL": "float", "STANDARD": 1} | dict(tiling.macros)).items()]
-    file, log = compilation.source_folder() / "gemm.cu", io.StringIO()
-    options = core.ProgramOptions(name=file.name, arch="sm_90a", define_macro=macros, include_path=str(file.parent),
-                                  ptxas_options=["-v"], **compilation.OPTIONS)  # fmt: skip
-    code = core.Program(file.read_text(), "c++", options).compile("cubin", logs=log).code
-    assert b"convlstm2d_step" in code
-    text = log.getvalue()
-    assert len(re.findall("Compiling entry function", text)) == 3
-    assert "serialized" not in text
-    assert set(re.findall(r"(\d+) bytes spill", text)) == {"0"}
-    registers = max(map(int, re.findall(r"Used (\d+) registers", text)))
-    assert registers * tiling.threads <= 65536
-
-
 @pytest.mark.parametrize(("algorithm", "number"), [case for case in EVERY if case[0] != "float16"])  # as bfloat16
 def test_nothing_spills_and_no_product_waits_for_another(algorithm, number):
-    look_at_assembled(product.warpgroup_tilings(KINDS[algorithm])[number])
+    check_assembled(product.warpgroup_tilings(KINDS[algorithm])[number])

@@ -1,7 +1,9 @@
 import importlib
+import inspect
 import json
 import math
 import pkgutil
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +11,8 @@ import numpy as np
 import pytest
 
 import fastclstm
+from fastclstm import GRU, Conv2D, ConvLSTM2D, Dense, EncoderForecaster, Model
+from fastclstm.nn import optimizers
 from fastclstm.nn.described import Described, describe, is_tellable, plain, restore
 
 
@@ -74,6 +78,45 @@ def test_how_parameters_were_drawn_is_not_asked_for():
 
 def test_options_replace_those_described():
     assert restore(describe(Outer(size=1)), size=2, seed=5) == Outer(size=2, seed=5)
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda: ConvLSTM2D(filters=8, kernel_size=3, inputs=1),
+         "ConvLSTM2D: unknown option 'filters'; did you mean 'out_channels'? The options are in_channels, "),
+        (lambda: ConvLSTM2D(1, 8, 3, batch_input_shape=(None, 5, 8, 8, 1)), "did you mean 'in_channels'? The options"),
+        (lambda: ConvLSTM2D(1, 8, 3, unknown=1), "'unknown'; the options are in_channels, "),
+        (lambda: ConvLSTM2D(1, 8, 3, return_sequence=True), "did you mean 'return_sequences'? The options"),
+        (lambda: Conv2D(1, 8, 3, strides=2), "Conv2D: unknown option 'strides'; did you mean 'stride'? The options"),
+        (lambda: Dense(units=3), "did you mean 'out_features'? The options"),
+        (lambda: GRU(2, hidden_size=3), "did you mean 'units'? The options"),
+        (lambda: EncoderForecaster(1, filters=3), "did you mean 'hidden_channels'? The options"),
+        (lambda: Model(None, None, inputz=1), "Model: unknown option 'inputz'; did you mean 'inputs'? The options"),
+        (lambda: optimizers.Adam(lr=1), "Adam: unknown option 'lr'; the options are learning_rate, beta_1, "),
+        (lambda: Outer(sise=1),
+         "Outer: unknown option 'sise'; did you mean 'size'? The options are size, inner, activation, "),
+    ],
+)  # fmt: skip
+def test_options_that_there_are_not(make, told):
+    with pytest.raises(TypeError, match=re.escape(told)):
+        make()
+
+
+def test_a_constructor_of_its_own_says_what_it_takes():
+    class Anything(Inner):
+        def __init__(self, **options):
+            super().__init__(factor=len(options))
+
+    class Renamed(Inner):
+        def __init__(self, times):
+            super().__init__(factor=times)
+
+    assert Anything(a=1, b=2).factor == 2
+    assert Renamed(times=3).factor == 3
+    with pytest.raises(TypeError, match=r"Renamed: unknown option 'factor'; the options are times$"):
+        Renamed(factor=3)
+    assert list(inspect.signature(Dense).parameters)[:2] == ["in_features", "out_features"]  # not those of __new__
 
 
 def test_unknown_class():

@@ -287,3 +287,15 @@ def test_the_tables_of_the_site_link_to_what_is_public(monkeypatch):
     linked = set(re.findall(r":obj:`~fastclstm\.([\w.]+)`", " ".join(cells)))
     assert {"ConvLSTM2D", "Dense", "Activation"} <= linked
     assert linked <= set(fastclstm.__all__)
+
+
+@pytest.mark.extra
+def test_the_site_shows_what_constructors_take(monkeypatch):
+    """Not what their __new__ looks at."""
+    pytest.importorskip("sphinx")
+    monkeypatch.syspath_prepend(ROOT / "docs" / "_extensions")
+    assert '"signatures"' in (ROOT / "docs" / "conf.py").read_text()
+    shown, _ = importlib.import_module("signatures").of_constructor(
+        None, "class", "fastclstm.Dropout", fastclstm.Dropout, None, "(*args, **options)", None
+    )
+    assert shown == "(rate, *, name=None, noise_shape=None, seed=None)"

@@ -365,7 +365,10 @@ def test_cotangents_have_the_structure_of_the_outputs():
 
 def test_unknown_options():
     arguments = convlstm_arguments()
-    with raises("convlstm2d_vjp: unknown option 'stride'; the options are activation, algorithm, ", TypeError):
+    with raises(
+        "convlstm2d_vjp: unknown option 'stride'; did you mean 'strides'? The options are activation, algorithm, ",
+        TypeError,
+    ):
         convlstm2d_vjp(**arguments, stride=2)
     with raises("convlstm2d_step: unknown option 'return_state'; the options are ", TypeError):
         convlstm2d_step(**arguments | {"x": arguments["x"][:, 0]}, return_state=True)

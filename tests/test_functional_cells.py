@@ -90,7 +90,7 @@ def in_torch(form, x, kernel, recurrent_kernel, bias, initial_state, mask=None, 
     return torch.stack(outputs, 1), [torch.movedim(state, 1, -1) for state in states]
 
 
-def compare(form, engine, dtype, tolerance, *, backwards=False, mask=None, normalized=False, **sizes):
+def check_against_torch(form, engine, dtype, tolerance, *, backwards=False, mask=None, normalized=False, **sizes):
     operation, _, options = FORMS[form]
     arguments = problem(form, **sizes)
     names = ("x", "kernel", "recurrent_kernel", "bias")
@@ -140,20 +140,20 @@ def compare(form, engine, dtype, tolerance, *, backwards=False, mask=None, norma
 @every_form
 @every_engine
 def test_against_torch(form, engine, dtype, tolerance):
-    compare(form, engine, dtype, tolerance)
+    check_against_torch(form, engine, dtype, tolerance)
 
 
 @every_form
 @every_engine
 def test_against_torch_backwards_with_a_mask(form, engine, dtype, tolerance):
     mask = np.array([[True, True, False, True], [False, True, True, False]])
-    compare(form, engine, dtype, tolerance, backwards=True, mask=mask)
+    check_against_torch(form, engine, dtype, tolerance, backwards=True, mask=mask)
 
 
 @pytest.mark.parametrize("form", GROUPS)
 @pytest.mark.parametrize("engine", ["reference", "cpu"])
 def test_group_normalization_against_torch(form, engine):
-    compare(form, engine, np.float64, 1e-10, normalized=True)
+    check_against_torch(form, engine, np.float64, 1e-10, normalized=True)
 
 
 @pytest.mark.parametrize("dropout", [False, True])
@@ -193,7 +193,7 @@ def test_oracle_by_complex_steps(form, dropout):
 @pytest.mark.parametrize("F", [1, 20])
 @every_form
 def test_any_number_of_filters_fills_the_vectors(form, F):
-    compare(form, "cpu", np.float32, 1e-5, F=F, space=(1, 9), T=2)
+    check_against_torch(form, "cpu", np.float32, 1e-5, F=F, space=(1, 9), T=2)
 
 
 def arguments_of(form, dtype=np.float64, **sizes):

@@ -78,7 +78,7 @@ def drawn(seed):
 
 
 @pytest.fixture
-def compare(keras, engine):
+def check_against_keras(keras, engine):
     """Compare the layers in float64: outputs, states, and the gradients of x and of the weights."""
     import torch
 
@@ -178,12 +178,12 @@ def share_masks(their_cell, cell, torch):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_option(compare, name):
-    compare(VARIANTS[name])
+    check_against_keras(VARIANTS[name])
 
 
 @pytest.mark.parametrize("seed", range(40))
 def test_drawn_combinations(compare, seed):
-    compare(drawn(seed))
+    check_against_keras(drawn(seed))
 
 
 def test_stateful(keras, engine):

@@ -993,7 +993,9 @@ def test_load_errors(build, tmp_path):
         load(arrays | {"extra": np.zeros(1)})
     with pytest.raises(ValueError, match=name + r"does not fit: .*kernel has shape \(3, 3, 1, 8\) but must be \(5, 5"):
         load(options=layer.options | {"kernel_size": 5})
-    with pytest.raises(ValueError, match=name + "does not fit: .* unexpected keyword argument 'wings'"):
+    with pytest.raises(
+        ValueError, match=name + "does not fit: .* unknown option 'wings'; the options are in_channels, "
+    ):
         load(options=layer.options | {"wings": 2})
     for wrong in ({}, [], None, layer.options | {"stride": -1}, layer.options | {"in_channels": "one"}):
         with pytest.raises(ValueError, match=name + "does not fit"):

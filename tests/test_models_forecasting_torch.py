@@ -35,7 +35,7 @@ def agree(a, b, dtype, what):
     assert error <= TOLERANCES[dtype] * size, f"{what}: {error / size}"
 
 
-def compare(net, carry, x, dtype, *, theirs=lambda net, x: net(x), **call):
+def check_against_theirs(net, carry, x, dtype, *, theirs=lambda net, x: net(x), **call):
     """Our network, carried over, against theirs: outputs, and gradients of x and of all weights.
 
     As `carry` takes weights to ours one by one, it takes gradients to ours too.
@@ -149,7 +149,7 @@ def test_encoder_forecaster_at_two_scales(cell, ours, dtype):
 
     net = networks.Scales(lambda C, F, size: getattr(networks, cell)(C, F, size, groups=1))
     x = normal(2, 3, 1, 6, 8)
-    model = compare(net, carry, x, dtype, theirs=lambda net, x: net(x, 2), steps=2)
+    model = check_against_theirs(net, carry, x, dtype, theirs=lambda net, x: net(x, 2), steps=2)
     agree(model.forecast(x.astype(dtype), 2), net(torch.tensor(x.astype(dtype)), 2).detach().numpy(), dtype, "forecast")
 
 
@@ -163,7 +163,9 @@ def test_the_network_of_2015(dtype):
         model.head.load_torch(w, "head")
         return model
 
-    compare(networks.Shi2015(), carry, normal(2, 3, 1, 6, 8), dtype, theirs=lambda net, x: net(x, 2), steps=2)
+    check_against_theirs(
+        networks.Shi2015(), carry, normal(2, 3, 1, 6, 8), dtype, theirs=lambda net, x: net(x, 2), steps=2
+    )
 
 
 @pytest.mark.parametrize("sampled", [False, True])
@@ -176,8 +178,8 @@ def test_one_chain_that_reads_and_goes_on(sampled, dtype):
     targets, forced = normal(2, 3, 1, 6, 4, seed=2).astype(dtype), np.array([[True, False], [False, False]])
     more = {"targets": targets, "forced": forced} if sampled else {}
     given = {name: torch.tensor(array) for name, array in more.items()}
-    compare(networks.OpenSTL(), carry, normal(2, 3, 1, 6, 4), dtype, theirs=lambda net, x: net(x, 3, **given), steps=3,
-            **more)  # fmt: skip
+    theirs = lambda net, x: net(x, 3, **given)  # noqa: E731
+    check_against_theirs(networks.OpenSTL(), carry, normal(2, 3, 1, 6, 4), dtype, theirs=theirs, steps=3, **more)
 
 
 def test_pixels_shuffled_behind_gated_units(dtype):
@@ -199,7 +201,9 @@ def test_pixels_shuffled_behind_gated_units(dtype):
         model.set_parameters(model.parameters | {"inputs.value": w["value"]})
         return model
 
-    compare(networks.PixelShuffled(), carry, normal(2, 2, 1, 8, 12), dtype, theirs=lambda net, x: net(x, 2), steps=2)
+    check_against_theirs(
+        networks.PixelShuffled(), carry, normal(2, 2, 1, 8, 12), dtype, theirs=lambda net, x: net(x, 2), steps=2
+    )
 
 
 def test_autoencoder_of_films(dtype):
@@ -215,7 +219,7 @@ def test_autoencoder_of_films(dtype):
             Conv2DTranspose(4, 1, 3, activation="sigmoid", **up).load_torch(w, "up.1"),
         ])  # fmt: skip
 
-    compare(networks.Autoencoder(), carry, normal(2, 3, 1, 8, 8), dtype)
+    check_against_theirs(networks.Autoencoder(), carry, normal(2, 3, 1, 8, 8), dtype)
 
 
 def test_u_net_with_layers_in_both_directions(dtype):
@@ -238,4 +242,4 @@ def test_u_net_with_layers_in_both_directions(dtype):
         d = both("skip", 4, 2, a, up.load_torch(w, "up")(c))
         return Model(x, conv("head", 4, 1, 1, activation="sigmoid")(d))
 
-    compare(networks.BCDUNet(), carry, normal(2, 1, 6, 8), dtype)
+    check_against_theirs(networks.BCDUNet(), carry, normal(2, 1, 6, 8), dtype)

@@ -31,7 +31,7 @@ from fastclstm.models import EncoderForecaster, Model, Sequential
 from fastclstm.models.graph import layer_names
 
 
-def gradients_by_differences(model, xs, cotangents, count=5, seed=3):
+def check_differences(model, xs, cotangents, count=5, seed=3):
     """Compare backward with central differences, for any number of inputs and outputs."""
     rng = np.random.default_rng(seed)
 
@@ -114,10 +114,10 @@ def test_gradients_of_several_inputs_and_outputs(model):
     xs = [normal(2, *(n or 3 for n in symbol.shape[1:])) for symbol in leaf_list(model.inputs)]
     made = leaf_list(copy.deepcopy(model)(xs if len(xs) > 1 else xs[0]))
     cotangents = [normal(*y.shape, seed=4 + n) for n, y in enumerate(made)]
-    gradients_by_differences(model, xs, cotangents)
+    check_differences(model, xs, cotangents)
     if len(made) > 1:  # of one output nothing comes
-        gradients_by_differences(model, xs, [cotangents[0], None])
-        gradients_by_differences(model, xs, [None, cotangents[1]])
+        check_differences(model, xs, [cotangents[0], None])
+        check_differences(model, xs, [None, cotangents[1]])
 
 
 def test_a_decoder_starts_from_the_states_of_an_encoder():
@@ -139,7 +139,7 @@ def test_states_of_other_kinds(options):
     y, [(h, c), *_] = lstm(2, 3, seed=1, return_state=True, **options)(later, initial_state=states)
     model = Model([frames, later], [y, h, c])
     xs = [normal(2, *(n or 2 for n in s.shape[1:]), seed=i) for i, s in enumerate(model.inputs)]
-    gradients_by_differences(model, xs, [normal(*y.shape, seed=9) for y in model(xs)])
+    check_differences(model, xs, [normal(*y.shape, seed=9) for y in model(xs)])
 
 
 def test_one_state_as_a_pair_and_two_directions_that_stay_two():
@@ -149,9 +149,9 @@ def test_one_state_as_a_pair_and_two_directions_that_stay_two():
     y = lstm(6, 3, seed=1)(Joined()(list(both)), initial_state=(h, c))
     model = Model([frames, h, c], y)
     xs = [normal(2, *s.shape[1:], seed=i) for i, s in enumerate(model.inputs)]
-    gradients_by_differences(model, xs, [normal(2, 3, 4, 4, 3, seed=9)])
+    check_differences(model, xs, [normal(2, 3, 4, 4, 3, seed=9)])
     only_backward = Model(frames, both[1])
-    gradients_by_differences(only_backward, xs[:1], [normal(2, 3, 4, 4, 3, seed=9)])
+    check_differences(only_backward, xs[:1], [normal(2, 3, 4, 4, 3, seed=9)])
 
 
 def test_indices_have_no_gradient():
@@ -240,7 +240,7 @@ def test_nested_models_of_several():
     first, second = pair(a), pair(b)
     assert set(first) == {"map", "numbers"}
     model = Model([a, b], [Summed()([first["map"], second["map"]]), first["numbers"]])
-    gradients_by_differences(model, [normal(2, 4, 4, 2), normal(2, 4, 4, 2, seed=2)],
+    check_differences(model, [normal(2, 4, 4, 2), normal(2, 4, 4, 2, seed=2)],
                              [normal(2, 4, 4, 1, seed=3), normal(2, 2, seed=4)])  # fmt: skip
 
 

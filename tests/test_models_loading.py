@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import fastclstm
-from fastclstm import Conv2D, ConvLSTM2D, Dense, EncoderForecaster, Sequential
+from fastclstm import LSTM, Conv2D, ConvLSTM2D, Dense, EncoderForecaster, Sequential
 
 SAVED = [
     ConvLSTM2D(1, 2, 3, seed=0),
@@ -49,6 +49,9 @@ def test_a_wrong_class_names_the_way(tmp_path):
         ValueError, match=r"holds a Dense, not a ConvLSTM2D; load it with that class, or with fastclstm\.load"
     ):
         ConvLSTM2D.load(tmp_path / "w.safetensors")
+    EncoderForecaster(1, (1,), 3).save(tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match="holds an EncoderForecaster, not an LSTM; load it"):
+        LSTM.load(tmp_path / "w.safetensors")
 
 
 def test_what_else_is_to_be_known_is_kept(tmp_path):

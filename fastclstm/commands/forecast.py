@@ -11,12 +11,23 @@ import typer
 from fastclstm.commands import nowcast
 from fastclstm.commands.inputs import check_array_target, check_distinct, is_array_file, open_sequences, takes_sequences
 from fastclstm.commands.nowcast import Missing, Variable
-from fastclstm.commands.options import SETTINGS, Engine, Quiet, Theme, Threads, Weights, set_threads, use_engine
+from fastclstm.commands.options import (
+    SETTINGS,
+    Engine,
+    Quiet,
+    Theme,
+    Threads,
+    Weights,
+    check_theme,
+    set_threads,
+    use_engine,
+)
 from fastclstm.io.files import replacing
 from fastclstm.io.progress import progress_bar
 from fastclstm.layers import ConvLSTM2D
 from fastclstm.models import load
 from fastclstm.models.roll_out import roll_out
+from fastclstm.nn.names import with_article
 
 STEPS = 10
 
@@ -62,6 +73,7 @@ def command(
     the weights know, from train, variable, transform and step of time.
     """
     set_threads(threads)
+    check_theme("forecast", theme)
     if len(sources) > 1 or not is_array_file(sources[0]):
         if scale is not None:
             raise ValueError("forecast: --scale is for .npy; the weights know the scale of NetCDF")
@@ -121,8 +133,8 @@ def forecast_file(
         network = load(weights, time_major=False, stateful=False, return_state=False)
     use_engine(network, engine)
     if not takes_sequences(network):
-        raise ValueError(f"forecast: {weights} holds a {type(network).__name__} without a ConvLSTM2D, which foretells "
-                         f"no frames")  # fmt: skip
+        raise ValueError(f"forecast: {weights} holds {with_article(type(network))} without a ConvLSTM2D, which "
+                         f"foretells no frames")  # fmt: skip
     x, batched = open_sequences("forecast", source, network)
     made = []
     with replacing(target) as new, progress_bar(total=len(x), unit=" sequence", quiet=quiet) as progress:

@@ -165,7 +165,7 @@ def train(sources: Sequence[Path], out: Path, options: Options) -> None:
 
 def forecast(
     sources: Sequence[Path], weights: Path, target: Path, *, steps: int | None, variable: str | None,
-    missing: float | None, engine: str | None, plot: Path | None, theme: str = "dark",
+    missing: float | None, engine: str | None, plot: Path | None, theme: str,
 ) -> str:  # fmt: skip
     """Write to a file the frames that follow those of files, and return what was written, for people.
 
@@ -182,7 +182,6 @@ def forecast(
     check_distinct(op, (*sources, weights), (target, plot))
     check_target(op, target)
     _check_plot(op, plot)
-    check_theme(op, theme)
     nowcast = Nowcast.load(weights)
     use_engine(nowcast.network, engine)
     info = nowcast.info

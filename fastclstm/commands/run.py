@@ -18,6 +18,7 @@ from fastclstm.io.progress import progress_bar
 from fastclstm.layers import ConvLSTM2D, Layer
 from fastclstm.models import load
 from fastclstm.models.forecasting import Forecasting
+from fastclstm.nn.names import with_article
 
 States = list[tuple[Any, Any]]
 """One pair (h, c) a stacked layer."""
@@ -112,8 +113,8 @@ def run_file(
     check_array_target("run", target)
     network = _load(weights, engine)
     if not isinstance(network, ConvLSTM2D) and (state_source or state_target):
-        raise ValueError(f"run: {weights} holds a {type(network).__name__}; --state-in and --state-out are for a "
-                         f"ConvLSTM2D by itself")  # fmt: skip
+        raise ValueError(f"run: {weights} holds {with_article(type(network))}; --state-in and --state-out are for "
+                         f"a ConvLSTM2D by itself")  # fmt: skip
     if takes_sequences(network):
         x, batched = open_sequences("run", source, network)
     else:
@@ -147,9 +148,9 @@ def _load(weights: Path, engine: str | None) -> Layer:
     name = type(network).__name__
     if why := network._unfit():
         why = "makes frames that follow; use forecast" if isinstance(network, Forecasting) else why
-        raise ValueError(f"run: {weights} holds a {name}, which {why}")
+        raise ValueError(f"run: {weights} holds {with_article(name)}, which {why}")
     if remedy := network._several_outputs():
-        raise ValueError(f"run: {weights} holds a {name} that returns more than one array; {remedy}")
+        raise ValueError(f"run: {weights} holds {with_article(name)} that returns more than one array; {remedy}")
     use_engine(network, engine)
     return network
 

@@ -36,6 +36,7 @@ from fastclstm.layers.merging import Merging
 from fastclstm.layers.recurrent import Recurrent
 from fastclstm.layers.symbolic import Symbol, leaves, mapped
 from fastclstm.models import Model, Sequential
+from fastclstm.nn.names import with_article
 
 Tree = Arrays | Mapping[str, Any]
 """The arrays of a layer; of a model by the names of its layers, or in one row: those that are trained first."""
@@ -149,8 +150,8 @@ def _specs(model: Config) -> dict[str, Config]:
     """Return the configs of a model's layers, by their names."""
     config = model["config"]
     if not isinstance(config, Mapping) or "layers" not in config:
-        raise ValueError(f"a {model['class_name']} tells nothing of its layers; only Sequential and functional models "
-                         f"do")  # fmt: skip
+        raise ValueError(f"{with_article(model['class_name'])} tells nothing of its layers; only Sequential and "
+                         f"functional models do")  # fmt: skip
     specs = {layer_name(spec): spec for spec in config["layers"]}
     if len(specs) < len(config["layers"]):
         raise ValueError(f"two layers of the {model['class_name']} have the same name; give each its own")

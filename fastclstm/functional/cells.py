@@ -13,6 +13,7 @@ from fastclstm.functional.arguments import Gradients, check_structure, read_cota
 from fastclstm.functional.volumes import Volumes
 from fastclstm.nn import activations
 from fastclstm.nn import normalization as normalizations
+from fastclstm.nn.names import unknown_option
 from fastclstm.spec import CELL_STATES, CellSpec
 
 
@@ -271,9 +272,9 @@ def convlstm3d(
 
 def _with_vjp(operation: Operation, function: Callable[..., Any]) -> Callable[..., Any]:
     def vjp(x: Any, kernel: Any, recurrent_kernel: Any, bias: Any = None, **options: Any) -> tuple[Any, CellPullback]:
-        if unknown := sorted(options.keys() - (function.__kwdefaults__ or {}).keys()):
-            raise TypeError(f"{operation.name}_vjp: unknown option {unknown[0]!r}; the options are "
-                            f"{', '.join(sorted(function.__kwdefaults__ or ()))}")  # fmt: skip
+        known = function.__kwdefaults__ or {}
+        if unknown := sorted(options.keys() - known.keys()):
+            raise TypeError(unknown_option(f"{operation.name}_vjp", unknown[0], sorted(known)))
         return CellCall(operation, x, kernel, recurrent_kernel, bias, **options).vjp()
 
     states = ", ".join(f"d{name}" for name in operation.states)

@@ -21,6 +21,7 @@ from fastclstm.functional.arguments import (
 )
 from fastclstm.nn import activations
 from fastclstm.nn import normalization as normalizations
+from fastclstm.nn.names import unknown_option
 from fastclstm.spec import NORMALIZED_PARTS, ConvLSTMSpec, expect_shape, flag
 
 
@@ -293,7 +294,7 @@ def _check_options(op: str, options: Mapping[str, Any], *fixed: str) -> None:
     """Raise TypeError where `options` are not keywords of `convlstm2d`, or among those that `op` fixes."""
     known = set(convlstm2d.__kwdefaults__ or ()).difference(fixed)
     if unknown := sorted(options.keys() - known):
-        raise TypeError(f"{op}: unknown option {unknown[0]!r}; the options are {', '.join(sorted(known))}")
+        raise TypeError(unknown_option(op, unknown[0], sorted(known)))
 
 
 def _spec_of(

@@ -19,6 +19,7 @@ from fastclstm.io import pickles
 from fastclstm.io.bounds import Bounds, Refused, shown
 from fastclstm.io.kinds import told
 from fastclstm.io.pickles import Damaged, Global, Inert
+from fastclstm.nn.names import with_article
 
 Path = str | os.PathLike[str]
 
@@ -255,7 +256,7 @@ def _chosen(name: str, content: Any, key: str | None) -> dict[str, _Tensor]:
     """Return the state_dict's tensors, all of them readable."""
     if not isinstance(content, dict) and not _tensors(content):
         kind = content.name.rpartition(".")[2] if isinstance(content, Inert) else type(content).__name__.strip("_")
-        raise ValueError(f"{name} holds a {kind[:80]}, not a state_dict; write it with {_RESAVE}")
+        raise ValueError(f"{name} holds {with_article(kind[:80])}, not a state_dict; write it with {_RESAVE}")
     tensors = find_state_dict(name, content, key, _tensors)
     for n, tensor in tensors.items():
         if isinstance(tensor, _Unreadable):
@@ -415,7 +416,7 @@ def _refuse_own(name: str) -> None:
         return
     if isinstance(described, dict):
         own = str(described.get("class", "layer"))[:80]
-        raise ValueError(f"{name} holds a {own} of fastclstm; load it with {own}.load(path)")
+        raise ValueError(f"{name} holds {with_article(own)} of fastclstm; load it with {own}.load(path)")
 
 
 def _read_safetensors(name: str) -> dict[str, np.ndarray]:

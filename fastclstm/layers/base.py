@@ -21,6 +21,7 @@ from fastclstm.layers import symbolic, torch_weights
 from fastclstm.nn import constraints, initializers, regularizers
 from fastclstm.nn.constraints import Constraint
 from fastclstm.nn.described import Described, anew, class_name, describe, is_tellable, plain, restore
+from fastclstm.nn.names import with_article
 from fastclstm.nn.regularizers import Regularizer
 from fastclstm.spec import Shape, choice, expect_shape
 
@@ -64,6 +65,15 @@ class Parameter:
         layer._parameters[self._name] = layer._checked(self._name, value)
 
 
+_WIDTH, _CHANNELS = ("out_channels", "hidden_channels", "out_features", "units"), ("in_channels", "in_features")
+_OF_OTHERS = {
+    "filters": _WIDTH, "units": _WIDTH, "hidden_dim": _WIDTH, "hidden_size": _WIDTH,
+    "input_shape": _CHANNELS, "batch_input_shape": _CHANNELS, "input_dim": _CHANNELS, "input_size": _CHANNELS,
+    "strides": ("stride",), "dilation_rate": ("dilation",), "bias": ("use_bias",),
+}  # fmt: skip
+"""Names of Keras's and PyTorch's options, with what they may be called here."""
+
+
 @dataclass(eq=False, repr=False)
 class Layer(Described):
     """A layer: called on an array, it returns one; called on a symbol, it becomes part of a graph: see `Model`.
@@ -100,6 +110,7 @@ class Layer(Described):
 
     name: str | None = field(default=None, kw_only=True)
 
+    _elsewhere: ClassVar[Mapping[str, tuple[str, ...]]] = _OF_OTHERS
     _symbolic_options: ClassVar[frozenset[str]] = frozenset()
     """Arguments, beside the first, that may be symbols."""
 
@@ -338,7 +349,8 @@ class Layer(Described):
         arrays, metadata = weights.load(path)
         name, own = os.fspath(path), class_name(cls)
         if metadata.get("class") != own:
-            raise ValueError(f"{name} holds a {metadata.get('class')}, not a {own}; load it with that class, or with "
+            held = with_article(str(metadata.get("class")))
+            raise ValueError(f"{name} holds {held}, not {with_article(own)}; load it with that class, or with "
                              f"fastclstm.load")  # fmt: skip
         return cls._restored(name, arrays, metadata, options)
 

@@ -11,6 +11,7 @@ from fastclstm.layers.base import Layer
 from fastclstm.layers.recurrent_cell import own_generator
 from fastclstm.models.forecasting import Forecasting
 from fastclstm.models.stages import INPUTS, Stages, start_layers
+from fastclstm.nn.names import with_article
 from fastclstm.spec import DATA_FORMATS, choice, flag, integers
 
 
@@ -114,8 +115,8 @@ class MultiscaleForecaster(Forecasting):
         reading = self.inputs or ("frames" if forecaster is None else "nothing")
         layers = [layer for chain in chains.values() for layer in chain or ()]
         if twice := [layer for n, layer in enumerate(layers) if layer in layers[:n]]:
-            raise ValueError(f"{op}: a {type(twice[0]).__name__} stands there twice; leave forecaster out, where the "
-                             f"encoder's layers go on themselves, or make two")  # fmt: skip
+            raise ValueError(f"{op}: {with_article(type(twice[0]))} stands there twice; leave forecaster out, "
+                             f"where the encoder's layers go on themselves, or make two")  # fmt: skip
         dtypes = {layer.dtype for layer in layers if hasattr(layer, "dtype")}
         if len(dtypes) > 1:
             raise ValueError(f"{op}: layers must have one dtype, got {', '.join(sorted(map(str, dtypes)))}")

@@ -8,6 +8,7 @@ import numpy as np
 
 from fastclstm.layers import Layer
 from fastclstm.models.forecasting import Forecasting
+from fastclstm.nn.names import with_article
 
 
 def roll_out(network: Layer, frames: np.ndarray, steps: int) -> Any:
@@ -26,7 +27,7 @@ def roll_out(network: Layer, frames: np.ndarray, steps: int) -> Any:
         y = run(film[:, -T:])
         shape = getattr(y, "shape", ())
         if shape not in ((len(film), *film.shape[2:]), (len(film), T, *film.shape[2:])):
-            raise ValueError(f"forecast: a {type(network).__name__} made {shape or type(y).__name__} of frames "
+            raise ValueError(f"forecast: {with_article(type(network))} made {shape or type(y).__name__} of frames "
                              f"{film[:, -T:].shape}, but one that foretells makes frames of the same size")  # fmt: skip
         film = np.concatenate([film, y[:, -1:] if y.ndim == film.ndim else y[:, np.newaxis]], 1)
     return film[:, T:]

@@ -10,6 +10,7 @@ import numpy as np
 
 from fastclstm.lazy import on_first_use, submodules
 from fastclstm.nn.described import Described, plain
+from fastclstm.nn.names import nearest
 
 T = TypeVar("T")
 
@@ -56,14 +57,7 @@ def is_number(value: Any) -> bool:
 def look_up(kind: str, table: Mapping[str, T], name: str) -> T:
     """Return what `table` has under `name`; raise ValueError where that is nothing."""
     if name not in table:
-        raise ValueError(f"unknown {kind} {name!r}; known are {', '.join(table)}{_meant(table, name)}")
+        meant = nearest(name, table)
+        hint = f"; did you mean {meant!r}?" if meant else ""
+        raise ValueError(f"unknown {kind} {name!r}; known are {', '.join(table)}{hint}")
     return table[name]
-
-
-def _meant(table: Mapping[str, Any], name: str) -> str:
-    """Return the question whether the nearest of the names is meant, spelled as a class of Keras's perhaps."""
-    import difflib
-
-    plain_names = {known.replace("_", ""): known for known in table}
-    near = difflib.get_close_matches(name.replace("_", "").lower(), plain_names, 1, 0.5)
-    return f"; did you mean {plain_names[near[0]]!r}?" if near else ""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
+
+from fastclstm.nn.names import unknown_option
 
 Description = dict[str, Any]
 """``{"class": name, "options": {…}, "functions": [options that could not be told, and matter]}``, as JSON holds it."""
@@ -16,6 +19,15 @@ _CLASSES: dict[str, type[Described]] = {}
 
 class Described:
     """A dataclass whose fields are its constructor's arguments, known to `restore` by its name."""
+
+    _elsewhere: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """Names that other libraries have for options, each with those it may have here: for the message about it."""
+
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        """Refuse options that the constructor does not have."""
+        if unknown := [name for name in options if name not in cls.__dict__.get("__dataclass_fields__", ())]:
+            _refuse_unknown(cls, unknown)
+        return super().__new__(cls)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -30,6 +42,17 @@ class Described:
     def options(self) -> dict[str, Any]:
         """The constructor's arguments, by name."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+
+
+def _refuse_unknown(cls: type[Described], names: list[str]) -> None:
+    """Raise TypeError where one of these is no argument of the constructor."""
+    parameters = list(inspect.signature(cls).parameters.values())
+    if any(one.kind is one.VAR_KEYWORD for one in parameters):
+        return
+    known = [one.name for one in parameters if one.kind not in (one.POSITIONAL_ONLY, one.VAR_POSITIONAL)]
+    for name in names:
+        if name not in known:
+            raise TypeError(unknown_option(cls.__name__, name, known, cls._elsewhere))
 
 
 def class_name(cls: type) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 from fastclstm.io import weights
 from fastclstm.nn import is_number
 from fastclstm.nn.described import Described, describe, restore
+from fastclstm.nn.names import with_article
 from fastclstm.nn.optimizers import Optimizer
 from fastclstm.training.model import Model
 
@@ -84,8 +85,9 @@ class Checkpoint:
         name = os.fspath(self.path or "")
         arrays, metadata = weights.load(name)
         if metadata.get("class") != CHECKPOINT:
-            raise ValueError(f"{name} is no checkpoint of a training but holds a {metadata.get('class')}; "
-                             f"give another name, or resume=False to replace it")  # fmt: skip
+            held = with_article(str(metadata.get("class")))
+            raise ValueError(f"{name} is no checkpoint of a training but holds {held}; give another name, or "
+                             f"resume=False to replace it")  # fmt: skip
         if difference := _difference(metadata.get("plan"), self.plan):
             remedy = "give the same model, data and options"
             if "_steps was" in difference:
