@@ -92,7 +92,7 @@ def test_auto_convolves_much_of_small_frames_beforehand_and_few_channels_never()
     for C in (1, 4):
         for H in (8, 16, 64):
             assert not choose(H=H, C=C).before
-    assert choose(H=16, C=1, F=16, strides=2) == DIRECT  # another kernel would cost more than it brings
+    assert not choose(H=16, C=1, F=16, strides=2).before  # another kernel would cost more than it brings
 
 
 def test_winograd_takes_what_fits_whatever_the_batch():

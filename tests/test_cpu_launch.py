@@ -23,14 +23,16 @@ def test_auto_is_direct_where_tiles_do_not_fit_or_do_not_pay(options):
 
 
 @pytest.mark.parametrize("K", [3, 5])
-def test_auto_takes_large_tiles_on_large_frames_and_small_ones_on_small(K):
+def test_auto_takes_small_tiles_on_small_frames_where_weights_are_many(K):
     assert choose("auto", K=K) == Tile(4, 4, K, K)
-    assert choose("auto", H=6, W=6, K=K) == Tile(2, 2, K, K)
+    many = {"H": 6, "W": 6, "K": K, "C": 256, "F": 512}
+    assert choose("auto", **many) == Tile(2, 2, K, K)
+    assert choose("auto", **(many | {"C": 64, "F": 128})) == Tile(4, 4, K, K)
 
 
 def test_auto_weighs_the_batch_but_winograd_does_not():
-    assert choose("auto", B=1, H=8, W=8) == Tile(2, 2, 3, 3)
-    assert choose("auto", B=16, H=8, W=8) == Tile(4, 4, 3, 3)
+    assert choose("auto", B=1, H=8, W=8, C=256) == Tile(2, 2, 3, 3)
+    assert choose("auto", B=16, H=8, W=8, C=256) == Tile(4, 4, 3, 3)
     assert choose("winograd", B=16, H=8, W=8) == choose("winograd", B=1, H=8, W=8)
 
 

@@ -1,5 +1,8 @@
 """Cells that go step by step through kernels over pre-activations: what conformance's draws leave open."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 
@@ -173,3 +176,34 @@ def test_fill_values_of_unbounded_states_are_found_out():
     np.testing.assert_array_equal(saved.direct, [True, False])
     expected = ConvLSTMCall(**arguments, activation="softplus", algorithm="direct").forward(save=True)[0]
     np.testing.assert_array_equal(y[0], expected[0])
+
+
+def test_launches_kept_for_the_next_call_take_its_frames_states_and_weights():
+    """Calls with the same weights, other arrays, a first state and none; the way there and back; changed weights."""
+    arguments, _ = problem()
+    rest = options("layer")
+    weights = {name: array for name, array in arguments.items() if name != "x"}
+    rng = np.random.default_rng(2)
+    for n in range(6):
+        x = rng.standard_normal(arguments["x"].shape).astype(np.float32)
+        state = tuple(rng.standard_normal((2, B, H, W, 5)).astype(np.float32)) if n % 2 else None
+        more = rest | {"initial_state": state, "go_backwards": n > 3}
+        if n == 3:
+            weights["kernel"] += 0.1
+            rest["normalization_weights"]["gamma"] += 0.1
+        got, expected = (functional.convlstm2d(x, **weights, **more, engine=engine) for engine in ("cpu", "reference"))
+        np.testing.assert_allclose(got, expected, rtol=0, atol=2e-5)
+
+
+def test_launches_are_kept_without_the_frames(monkeypatch):
+    arguments, _ = problem()
+    rest, x, gone, made, make = options("layer"), arguments.pop("x"), [], [], stepwise.Program
+    monkeypatch.setattr(stepwise, "Program", lambda steps: (made.append(steps), make(steps))[1])
+    for _ in range(3):
+        frames = x.copy()
+        gone.append(weakref.ref(frames))
+        functional.convlstm2d(frames, **arguments, **rest, engine="cpu")
+        del frames
+    gc.collect()
+    assert made == [T]
+    assert [ref() for ref in gone] == [None] * 3

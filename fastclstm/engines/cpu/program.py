@@ -104,6 +104,16 @@ class Program:
         self.add(plan.kernel, plan.variant, flows, plan.tables, columns.tables, table(cell), launch.NO_MASK,
                  where=where)  # fmt: skip
 
+    def begin_again(self, *, x: Course, h: Course, fresh: bool) -> None:
+        """Be as before the first run, the one convolution with other frames x and states h, zeros first if `fresh`."""
+        for _, jobs, _ in self._entries:
+            jobs[:, :HEADER] = 0
+            jobs[:, NESTED] = 1
+        ((_, flows),) = self._convolutions
+        for name, source in (("x", x), ("h_first", h)):
+            flows[name], flows[f"{name}_image"] = source
+        flows["fresh"][0] = fresh
+
     def keep(self, *arrays: Any) -> None:
         """Hold what the kernels use until they have run."""
         self._kept.append(arrays)

@@ -9,6 +9,7 @@ What a step keeps for the way back is z, of which everything else is computed ag
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
@@ -16,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from fastclstm.engines import lending
+from fastclstm.engines import lending, remembered
 from fastclstm.engines.cpu import launch, outliers, packing, plans, threads, weight_gradient
 from fastclstm.engines.cpu.input_gradient import InputGradient
 from fastclstm.engines.cpu.kernels import cell_steps, gates
@@ -234,9 +235,18 @@ class _Cell:
     def records(self, steps: int, **arrays: Course) -> np.ndarray:
         """What kernels read of some steps, with the places of arrays of the states' kind."""
         records = np.repeat(self._step, steps)
+        self.place(records, **arrays)
+        return records
+
+    def place(self, records: np.ndarray, **arrays: Course) -> None:
+        """Set the places of arrays of the states' kind."""
         for name, where in arrays.items():
             records[name], records[f"{name}_image"] = where
-        return records
+
+    def forget(self) -> None:
+        """Let go of a call's arrays, but for the weights."""
+        self.x = np.empty((0, 0), self.dtype)
+        self.inputs = replace(self.inputs, x=self.x, first=(None, None))
 
     def place_z(self, records: np.ndarray, name: str, array: np.ndarray | None, at: np.ndarray) -> None:
         """Set where pre-activations are: steps `at` of an array."""
@@ -324,6 +334,33 @@ class _Cell:
         return found
 
 
+@dataclass(frozen=True)
+class _Ready:
+    """What all steps of a call without a mask need, to be run again with other frames and states."""
+
+    cell: _Cell
+    z: np.ndarray
+    program: Program
+    records: np.ndarray
+    found: list[np.ndarray]
+
+
+READY_BYTES = 1 << 20, 8 << 20
+"""Size of the pre-activations of a step, and of the weights, at most, for which launches are kept for the next call: of
+larger ones Python's share is small."""
+
+
+def _ready(spec: ConvLSTMSpec, inputs: Inputs) -> deque[_Ready] | None:
+    """What calls with these weights have left, each for one that takes it away; None: it is not worth keeping."""
+    weights = *inputs.kernels, inputs.bias, *(inputs.normalization or {}).values(), *(inputs.peephole or {}).values()
+    size = 4 * math.prod(spec.state_shape) * inputs.x.itemsize, sum(w.nbytes for w in weights if w is not None)
+    if size[0] > READY_BYTES[0] or size[1] > READY_BYTES[1]:
+        return None
+    key = "steps", spec, inputs.algorithm, tuple(inputs.normalization or {}), threads.usable_threads()
+    found: deque[_Ready] = remembered.remember(weights, key, lambda: deque(maxlen=2))
+    return found
+
+
 def forward(
     spec: ConvLSTMSpec, inputs: Inputs, save: bool | str, out: tuple[np.ndarray, np.ndarray] | None,
     spoilt: np.ndarray | None = None,
@@ -338,11 +375,20 @@ def forward(
         direct = direct | outliers.find(x, mask)
         direct |= False if inputs.first[0] is None else outliers.find(inputs.first[0])
     saved = Saved(inputs, direct)
-    cell = _Cell(spec, inputs, direct, remember=not save)
+    pool = _ready(spec, inputs) if not (save or direct.any() or mask is not None or inputs.dropout) else None
+    try:
+        ready = pool.pop() if pool else None
+    except IndexError:  # another thread has taken it
+        ready = None
+    if ready:
+        cell = ready.cell
+        cell.x = x[:, ::-1] if spec.go_backwards else x
+    else:
+        cell = _Cell(spec, inputs, direct, remember=not save)
     keep = save is True
     step_bytes = 4 * math.prod(state) * dtype.itemsize
     length = T if keep else 1 if cell.joint else min(T, max(1, PIECE_BYTES // step_bytes))
-    z = cell.empty_z(length)
+    z = ready.z if ready else cell.empty_z(length)
     zh = None if cell.joint else cell.empty_z(T if keep and cell.separate else 1)
 
     h_first, c_first = inputs.first
@@ -381,25 +427,32 @@ def forward(
         before = course(slots(h), ts - 1)
         if t == 0 and h.shape[1] > 1:  # where h has one slot `start` is there already
             before = before.begin(slots(start))
-        program = Program(count)
-        found = cell.add_h(program, z, zh, ts, before, masked, t == 0 and start is None, at=at, at_h=at_h)
+        fresh = t == 0 and start is None
         now, then = (ts, ts + 1) if save else (0 * ts, 0 * ts)
-        records = cell.records(count, c=course(slots(c), now), c_new=course(slots(c), then), h=everywhere,
-                               h_before=before)  # fmt: skip
-        cell.place_z(records, "z", z, at)
-        cell.place_z(records, "zh", zh, at_h)
+        places = {"c": course(slots(c), now), "c_new": course(slots(c), then), "h": everywhere, "h_before": before}
         if y is not None:
-            for name, where in (("y", course(slots(y), ts)), ("y_before", course(slots(y), ts - 1))):
-                records[name], records[f"{name}_image"] = where
+            places |= {"y": course(slots(y), ts), "y_before": course(slots(y), ts - 1)}
+        valid = cell.valid[t : t + count]
+        again = ready if ready and ready.program.steps == count else None
+        if again:
+            program, records, found = again.program, again.records, again.found
+            program.begin_again(x=course(slots(cell.x), ts), h=before, fresh=fresh)
+            cell.place(records, **places)
+            statistics = np.zeros((count, 0))
+        else:
+            program = Program(count)
+            found = cell.add_h(program, z, zh, ts, before, masked, fresh, at=at, at_h=at_h)
+            records = cell.records(count, **places)
+            cell.place_z(records, "z", z, at)
+            cell.place_z(records, "zh", zh, at_h)
+            statistics = cell.add_statistics(program, records, valid)
+            program.add(cell_steps.forward, (), cell.like, records, cell.parts, valid, cell.rows)
         if t == 0:
             records["y_before"][0] = 0
             if start is None:
                 records["h_before"][0] = records["h"][0]
                 if not cell.separate:
                     records["zh"][0] = 0
-        valid = cell.valid[t : t + count]
-        statistics = cell.add_statistics(program, records, valid)
-        program.add(cell_steps.forward, (), cell.like, records, cell.parts, valid, cell.rows)
         program.run(cell.team, pace)
         trouble = np.logical_or.reduce(found) & ~direct
         if not bounded and inputs.algorithm != "direct":
@@ -410,6 +463,9 @@ def forward(
         if save:
             saved.statistics.extend(map(cell.normalizing.statistics, statistics, valid))
         t += count
+        if pool is not None and cell.joint and count == T:
+            cell.forget()
+            pool.append(again or _Ready(cell, z, program, records, found))
     h_last, c_last = h[:, (T - 1) % h.shape[1]].copy(), np.ascontiguousarray(c[:, T if save else 0])
     if save:
         c_last = c_last.copy()

@@ -79,28 +79,34 @@ def _normalized(like, step, part, b, pixel, channel, z, count):
 
 
 @inline
+def _value(like, step, parts, b, pixel, gate, k, count):
+    """Pre-activations of a gate from its k-th channel on: summed, normalized; a sum also stays where z was."""
+    at, channel = pixel * step.pixel, gate * step.F + k
+    z = place_at(like, step.z, step.z_image, b, at + gate * step.z_gate + k)
+    zh = place_at(like, step.zh, step.zh_image, b, at + gate * step.zh_gate + k)
+    value = take(z, count)
+    if len(parts) == 2:
+        other = take(zh, count)
+        return _normalized(like, step, parts[0], b, pixel, channel, value, count) + _normalized(
+            like, step, parts[1], b, pixel, channel, other, count
+        )
+    if step.zh != 0 and step.summed == 0:
+        value = value + take(zh, count)
+        put(z, value, count)
+    if len(parts) == 1:
+        value = _normalized(like, step, parts[0], b, pixel, channel, value, count)
+    return value
+
+
+@inline
 def _gather(like, step, parts, b, first, count, lines, pitch):
-    """Bring the pre-activations of `count` pixels to four lines: sums, normalized; a sum also stays where z was."""
+    """Bring the pre-activations of `count` pixels to four lines."""
     F, lanes = step.F, simd.vector_lanes(lines)
-    for gate in range(4):
-        for p in range(count):
-            pixel = first + p
-            z = place_at(like, step.z, step.z_image, b, pixel * step.pixel + gate * step.z_gate)
-            zh = place_at(like, step.zh, step.zh_image, b, pixel * step.pixel + gate * step.zh_gate)
+    for p in range(count):
+        for gate in range(4):
             line = simd.shift(lines, gate * pitch + p * F)
             for k in range(0, F, lanes):
-                some, channel = min(lanes, F - k), gate * F + k
-                value = take(simd.shift(z, k), some)
-                if len(parts) == 2:
-                    other = take(simd.shift(zh, k), some)
-                    value = _normalized(like, step, parts[0], b, pixel, channel, value, some) + _normalized(
-                        like, step, parts[1], b, pixel, channel, other, some
-                    )
-                elif step.zh != 0 and step.summed == 0:
-                    value = value + take(simd.shift(zh, k), some)
-                    put(simd.shift(z, k), value, some)
-                if len(parts) == 1:
-                    value = _normalized(like, step, parts[0], b, pixel, channel, value, some)
+                value = _value(like, step, parts, b, first + p, gate, k, min(lanes, F - k))
                 simd.store(simd.shift(line, k), value)  # the next pixel writes over what is too much
 
 
@@ -149,35 +155,68 @@ def _gates_of_lines(like, step, b, first, count, lines, pitch):
 
 
 @inline
+def _standard_states(like, step, first, k, z_i, z_f, z_g, z_o, old, count):
+    """New c and h with tanh, sigmoid, tanh: fewer exponentials and divisions, as `gates` has them.
+
+    first, k: a pixel, and the place of the first of the `count` lanes from there on.
+    """
+    if step.peephole != 0:
+        z_i = simd.fma(_peep(like, step, 0, first, k, count), old, z_i)
+        z_f = simd.fma(_peep(like, step, 1, first, k, count), old, z_f)
+    i, f = 1.0 + vmath.exp2_gate(z_i * -vmath.LOG2E), 1.0 + vmath.exp2_gate(z_f * -vmath.LOG2E)
+    g = vmath.exp2_gate(z_g * (-2.0 * vmath.LOG2E))
+    a, gain = i * (1.0 + g), 1.0 - g
+    new = _clipped(step, simd.quotient(simd.fma(old, a, gain * f), a * f))
+    if step.peephole != 0:
+        z_o = simd.fma(_peep(like, step, 2, first, k, count), new, z_o)
+    o, e = 1.0 + vmath.exp2_gate(z_o * -vmath.LOG2E), vmath.exp2_gate(new * (-2.0 * vmath.LOG2E))
+    return new, simd.quotient(1.0 - e, o * (1.0 + e))
+
+
+@inline
 def _standard_gates_of_lines(like, step, b, first, count, lines, pitch):
-    """The same with tanh, sigmoid, tanh: fewer exponentials and divisions, as `gates` has them."""
-    lanes, start = simd.vector_lanes(lines), first * step.F
-    c = place_at(like, step.c, step.c_image, b, start)
+    """The same as `_gates_of_lines` with tanh, sigmoid, tanh."""
+    lanes = simd.vector_lanes(lines)
+    c = place_at(like, step.c, step.c_image, b, first * step.F)
     for k in range(0, count, lanes):
         some = min(lanes, count - k)
-        old = take(simd.shift(c, k), some)
         z_i, z_f = simd.load(line_at(lines, pitch, 0, k)), simd.load(line_at(lines, pitch, 1, k))
         z_g, z_o = simd.load(line_at(lines, pitch, 2, k)), simd.load(line_at(lines, pitch, 3, k))
-        if step.peephole != 0:
-            z_i = simd.fma(_peep(like, step, 0, first, k, some), old, z_i)
-            z_f = simd.fma(_peep(like, step, 1, first, k, some), old, z_f)
-        i, f = 1.0 + vmath.exp2_gate(z_i * -vmath.LOG2E), 1.0 + vmath.exp2_gate(z_f * -vmath.LOG2E)
-        g = vmath.exp2_gate(z_g * (-2.0 * vmath.LOG2E))
-        a, gain = i * (1.0 + g), 1.0 - g
-        new = _clipped(step, simd.quotient(simd.fma(old, a, gain * f), a * f))
+        old = take(simd.shift(c, k), some)
+        new, h = _standard_states(like, step, first, k, z_i, z_f, z_g, z_o, old, some)
         simd.store(line_at(lines, pitch, 4, k), new)
-        if step.peephole != 0:
-            z_o = simd.fma(_peep(like, step, 2, first, k, some), new, z_o)
-        o, e = 1.0 + vmath.exp2_gate(z_o * -vmath.LOG2E), vmath.exp2_gate(new * (-2.0 * vmath.LOG2E))
-        simd.store(line_at(lines, pitch, 5, k), simd.quotient(1.0 - e, o * (1.0 + e)))
+        simd.store(line_at(lines, pitch, 5, k), h)
+
+
+@inline
+def _pixels_forward(like, step, parts, b, first, pixels):
+    """New c, h and y of some pixels, vector by vector, with tanh, sigmoid, tanh: without lines."""
+    F, lanes = step.F, simd.vector_lanes(simd.pointer(like))
+    for pixel in range(first, first + pixels):
+        for k in range(0, F, lanes):
+            some, at = min(lanes, F - k), pixel * F + k
+            z_i = _value(like, step, parts, b, pixel, 0, k, some)
+            z_f = _value(like, step, parts, b, pixel, 1, k, some)
+            z_g = _value(like, step, parts, b, pixel, 2, k, some)
+            z_o = _value(like, step, parts, b, pixel, 3, k, some)
+            old = take(place_at(like, step.c, step.c_image, b, at), some)
+            new, h = _standard_states(like, step, pixel, k, z_i, z_f, z_g, z_o, old, some)
+            put(place_at(like, step.c_new, step.c_new_image, b, at), new, some)
+            put(place_at(like, step.h, step.h_image, b, at), h, some)
+            if step.y != 0:
+                put(place_at(like, step.y, step.y_image, b, at), h, some)
 
 
 @inline
 def _chunk_forward(like, step, parts, b, first, pixels, lines, pitch):
     F, lanes = step.F, simd.vector_lanes(lines)
     count, start = pixels * F, first * F
+    standard = step.recurrent_activation == 1 and step.activation == 0 and step.output_activation == 0
+    if standard and step.masked == 0 and (F + lanes - 1) // lanes * lanes <= F + F // 8:
+        _pixels_forward(like, step, parts, b, first, pixels)
+        return
     _gather(like, step, parts, b, first, pixels, lines, pitch)
-    if step.recurrent_activation == 1 and step.activation == 0 and step.output_activation == 0:
+    if standard:
         _standard_gates_of_lines(like, step, b, first, count, lines, pitch)
     else:
         _gates_of_lines(like, step, b, first, count, lines, pitch)
