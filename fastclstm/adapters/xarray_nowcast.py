@@ -27,6 +27,7 @@ from fastclstm.models.loading import load as load_network
 from fastclstm.models.roll_out import roll_out
 from fastclstm.nn import Options
 from fastclstm.nn.described import describe, restore
+from fastclstm.nn.names import with_article
 from fastclstm.nn.transforms import KINDS, Transform
 from fastclstm.spec import choice
 from fastclstm.verification import Verification
@@ -119,9 +120,9 @@ class Nowcast:
         told = weights.load(path)[1].get("about", {})
         network = load_network(path)
         if "frames" not in told:
-            raise ValueError(f"{os.fspath(path)} holds a {type(network).__name__} but not what it was trained on, as "
-                             f"train --data FILES.nc writes it; for arrays without names, give a .npy as input, or "
-                             f"call fastclstm.adapters.xarray.forecast")  # fmt: skip
+            raise ValueError(f"{os.fspath(path)} holds {with_article(type(network).__name__)} but not what it was "
+                             f"trained on, as train --data FILES.nc writes it; for arrays without names, give a .npy "
+                             f"as input, or call fastclstm.adapters.xarray.forecast")  # fmt: skip
         return cls(network, restore(told["frames"]))
 
     def forecast(self, frames: xarray.DataArray, steps: int | None = None) -> xarray.DataArray:
