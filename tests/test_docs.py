@@ -247,7 +247,8 @@ APART = {"DIALECTS", "GRU_DIALECTS", "OPSET"}
 """Tables and numbers, which the page on compatibility shows."""
 INNER = {
     "fastclstm.adapters.jax.run", "fastclstm.convert.torch.state_dict_of", "fastclstm.convert.torch.layer_of",
-    "fastclstm.nn.described", "fastclstm.nn.activations.is_bounded", "fastclstm.nn.activations.is_named",
+    "fastclstm.nn.described", "fastclstm.nn.names", "fastclstm.nn.activations.is_bounded",
+    "fastclstm.nn.activations.is_named",
     "fastclstm.nn.initializers.fans", "fastclstm.nn.losses.class_weights", "fastclstm.nn.losses.real_array",
     "fastclstm.nn.losses.without", "fastclstm.nn.metrics.counted", "fastclstm.nn.metrics.knows_valid",
 }  # fmt: skip

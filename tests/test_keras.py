@@ -177,12 +177,12 @@ def share_masks(their_cell, cell, torch):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_every_option(compare, name):
+def test_every_option(check_against_keras, name):
     check_against_keras(VARIANTS[name])
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_drawn_combinations(compare, seed):
+def test_drawn_combinations(check_against_keras, seed):
     check_against_keras(drawn(seed))
 
 

@@ -22,21 +22,21 @@ class _Entry(NamedTuple):
     """A value and how to tell that it still belongs to its arrays."""
 
     owners: list[weakref.ref[np.ndarray]]
-    contents: list[np.ndarray | None]
-    """A copy of each array that somebody may write to; None for those that nobody can."""
+    contents: list[bytearray | None]
+    """A copy of each array that somebody may write to, of a type that compares memory; None for what nobody can."""
 
     value: Any
 
     def belongs_to(self, arrays: list[np.ndarray]) -> bool:
         """Whether these are the same arrays with the same bits."""
         return all(
-            owner() is array and (content is None or np.array_equal(content, _bits(array)))
+            owner() is array and (content is None or content == _bits(array))
             for owner, array, content in zip(self.owners, arrays, self.contents, strict=True)
         )
 
 
-def _bits(array: np.ndarray) -> np.ndarray:
-    return array.reshape(-1).view(np.uint64 if array.nbytes % 8 == 0 else np.uint32)
+def _bits(array: np.ndarray) -> memoryview:
+    return array.reshape(-1).view(np.uint8).data
 
 
 def _frozen(array: np.ndarray) -> bool:
@@ -59,7 +59,7 @@ def remember(arrays: tuple[np.ndarray | None, ...], key: tuple[Any, ...], make: 
     found = _remembered.get(full_key)
     if found is not None and found.belongs_to(present):
         return found.value
-    contents = [None if _frozen(array) else _bits(array).copy() for array in present]
+    contents = [None if _frozen(array) else bytearray(_bits(array)) for array in present]
     value = make()
 
     def forget(_: Any, remembered: OrderedDict[Any, _Entry] = _remembered) -> None:  # also when the interpreter ends
