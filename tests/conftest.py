@@ -11,6 +11,7 @@ import cuda_emulator
 import pytest
 from hypothesis import settings
 
+from fastclstm.engines.cpu import plans, tiles
 from fastclstm.engines.cuda import devices
 from fastclstm.engines.cuda.product import WARPGROUPS
 
@@ -102,6 +103,15 @@ def only_young_garbage():
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+@pytest.fixture
+def directly(monkeypatch):
+    """Let "auto" of the cpu engine convolve directly: each of Winograd's tiles takes seconds to compile."""
+    monkeypatch.setattr(tiles, "choices", lambda *sizes: ())
+    plans.choose_ways.cache_clear()
+    yield
+    plans.choose_ways.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ def cell(C=C, F=F, k=3, bias=True, seed=0, dtype=np.float64):
 
 
 @pytest.fixture(params=["reference", "cpu"])
-def engine(request):
+def engine(request, directly):
     return request.param
 
 

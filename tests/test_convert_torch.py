@@ -25,7 +25,7 @@ def dialects(torch):
 
 
 @pytest.fixture(params=["reference", "cpu"])
-def engine(request):
+def engine(request, directly):
     return request.param
 
 

@@ -103,6 +103,12 @@ def test_options_that_there_are_not(make, told):
         make()
 
 
+def test_not_all_of_many_options_are_listed():
+    count = len(inspect.signature(ConvLSTM2D).parameters)
+    with pytest.raises(TypeError, match=rf"the options are in_channels, (\w+, ){{10}}\w+ and {count - 12} more$"):
+        ConvLSTM2D(1, 8, 3, unknown=1)
+
+
 def test_a_constructor_of_its_own_says_what_it_takes():
     class Anything(Inner):
         def __init__(self, **options):

@@ -9,7 +9,7 @@ from fastclstm.spec import transposed
 
 
 @pytest.fixture(params=["reference", "cpu"])
-def engine(request):
+def engine(request, directly):
     return request.param
 
 

@@ -12,7 +12,7 @@ from fastclstm.spec import Conv3DSpec
 
 
 @pytest.fixture(params=["reference", "cpu"])
-def engine(request):
+def engine(request, directly):
     return request.param
 
 

@@ -11,7 +11,7 @@ B, T, H, W, C, F = 2, 4, 5, 6, 2, 3
 
 
 @pytest.fixture(params=["reference", "cpu"])
-def engine(request):
+def engine(request, directly):
     return request.param
 
 
@@ -97,10 +97,8 @@ def check_against_keras(keras, engine):
             theirs = keras.layers.Bidirectional(theirs, merge_mode=merge_mode, dtype="float64")
             options["zero_output_for_mask"] = options["return_sequences"]  # Keras's Bidirectional sets it so
         renamed = {"strides": "stride", "dilation_rate": "dilation"}
-        odd = options["kernel_size"] in (2, (2, 3), (4, 1))  # whose tiles tests/test_cpu_winograd.py checks by axis
-        algorithm = "direct" if engine == "cpu" and odd else "auto"
         ours = ConvLSTM2D(
-            shape[-1], filters, return_state=True, dtype="float64", engine=engine, algorithm=algorithm, seed=0,
+            shape[-1], filters, return_state=True, dtype="float64", engine=engine, seed=0,
             bidirectional=both_ways,
             merge_mode=merge_mode if both_ways else "concat", **{renamed.get(k, k): v for k, v in options.items()},
         )  # fmt: skip

@@ -908,6 +908,7 @@ def test_repr():
 # Files
 
 
+@pytest.mark.usefixtures("directly")
 @pytest.mark.parametrize(
     "options",
     [

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+MOST = 12
+"""How many names a message tells."""
+
 
 def nearest(name: str, known: Iterable[str], least: float = 0.5) -> str | None:
     """Return the nearest of the `known` names, or None where none is so near; capitals and underscores do not count."""
@@ -25,7 +28,8 @@ def unknown_option(
     here = [one for one in (elsewhere or {}).get(name, ()) if one in known]
     meant = here[0] if here else nearest(name, known, 0.6)
     hint = f"did you mean {meant!r}? The" if meant else "the"
-    return f"{op}: unknown option {name!r}; {hint} options are {', '.join(known)}"
+    told = ", ".join(known[:MOST]) + (f" and {len(known) - MOST} more" if len(known) > MOST else "")
+    return f"{op}: unknown option {name!r}; {hint} options are {told}"
 
 
 def with_article(name: str | type) -> str:
