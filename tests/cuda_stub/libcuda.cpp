@@ -138,6 +138,7 @@ API int cuMemAllocFromPoolAsync(void** pointer, size_t size, void*, Stream* stre
     CHECK(stream);
     if (!size || posix_memalign(pointer, 512, size)) return size ? OUT_OF_MEMORY : INVALID_VALUE;
     memory[*pointer] = size;
+    memset(*pointer, 0xff, size);  // NaN: what no kernel computed is not to look right by chance
     return SUCCESS;
 }
 API int cuMemFreeAsync(void* pointer, Stream* stream)
