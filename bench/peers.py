@@ -96,6 +96,9 @@ def versions() -> dict[str, str]:
 # fastclstm -----------------------------------------------------------------------------------------------------------
 
 
+WEIGHTS = ("kernel", "recurrent_kernel", "bias", "peephole", "normalization_weights")
+
+
 def _fastclstm(case: Case, threads: int, **options: Any) -> Prepared:
     import threadpoolctl
 
@@ -107,8 +110,15 @@ def _fastclstm(case: Case, threads: int, **options: Any) -> Prepared:
         return Prepared(
             partial(functional.max_pool3d, **arrays, pool_size=case.pool_size, strides=case.stride, **options)
         )
-    arrays |= {name: immutable(array) for name, array in arrays.items() if name != "x"}  # as our layers hold them
-    return Prepared(partial(functional.convlstm2d, **arrays, **case.options, **options))
+    weights = {name: _held(value) for name, value in arrays.items() if name in WEIGHTS}
+    return Prepared(partial(functional.convlstm2d, **(arrays | weights), **case.options, **options))
+
+
+def _held(weights: Any) -> Any:
+    """Return weights in memory that nobody can write to, as our layers hold them."""
+    if isinstance(weights, dict):
+        return {name: _held(array) for name, array in weights.items()}
+    return immutable(weights)
 
 
 # PyTorch --------------------------------------------------------------------------------------------------------------
