@@ -13,13 +13,14 @@ import itertools
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from fastclstm import dispatch, functional
 from fastclstm.nn import activations, normalization
+from fastclstm.nn.names import unknown_option
 from fastclstm.spec import CELL_STATES, CellSpec, ConvLSTMSpec, ConvSpec, PoolSpec, choice, flag
 
 KEPT = 16
@@ -45,11 +46,13 @@ class Operation(NamedTuple):
     states: tuple[str, ...] = ()
     """What its initial state is made of."""
 
-    @property
-    def options(self) -> list[str]:
-        """Names of the options that a call may have."""
-        named = [*inspect.signature(self.forward).parameters, *inspect.signature(self.vjp).parameters]
-        return sorted(set(named) - {*_NO_OPTIONS, *self.own})
+
+@cache
+def _options_of(op: str) -> list[str]:
+    """Names of the options that a call may have."""
+    operation = OPERATIONS[op]
+    named = [*inspect.signature(operation.forward).parameters, *inspect.signature(operation.vjp).parameters]
+    return sorted(set(named) - {*_NO_OPTIONS, *operation.own})
 
 
 _NO_OPTIONS = ("x", "kernel", "recurrent_kernel", "bias", "initial_state", "mask", "peephole", "normalization_weights",
@@ -147,8 +150,9 @@ class HostCall:
 
         Raises TypeError or ValueError for options that are not the operation's.
         """
-        if unknown := sorted(set(options) - set(OPERATIONS[op].options)):
-            raise TypeError(f"{op}: unknown option {unknown[0]!r}; known are {', '.join(OPERATIONS[op].options)}")
+        known = _options_of(op)
+        if unknown := sorted(set(options).difference(known)):
+            raise TypeError(unknown_option(op, unknown[0], known))
         flag(op, "recompute", options.get("recompute", False))
         engine = options.get("engine")
         dispatch.check_engine(engine)

@@ -226,12 +226,13 @@ class _Arranged(torch.autograd.Function):
 
 def _joined(places: list[_Place], tensors: list[Tensor], shape: tuple[int, ...]) -> Tensor:
     """Do what `_Arranged` does for one of our weights by PyTorch's operations, for compilers to follow."""
-    blocks = [(place.own, -block if place.negated else block) for place in sorted(places, key=lambda one: one.own.start)
-              for block in (tensors[place.tensor][place.block],)]  # fmt: skip
+    places = sorted(places, key=lambda place: place.own.start)
+    given = [tensors[place.tensor][place.block] for place in places]
+    blocks = [-block if place.negated else block for place, block in zip(places, given, strict=True)]
     if len(shape) == 4:
-        return torch.cat([block.permute(2, 3, 1, 0) for _, block in blocks], -1)
-    size = math.prod(shape)
-    padded = [torch.nn.functional.pad(block, (own.start, size - own.stop)) for own, block in blocks]
+        return torch.cat([block.permute(2, 3, 1, 0) for block in blocks], -1)
+    ends = [(place.own.start, math.prod(shape) - place.own.stop) for place in places]
+    padded = list(map(torch.nn.functional.pad, blocks, ends))
     return sum(padded[1:], padded[0]).reshape(shape)
 
 

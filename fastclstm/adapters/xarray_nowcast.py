@@ -120,7 +120,7 @@ class Nowcast:
         told = weights.load(path)[1].get("about", {})
         network = load_network(path)
         if "frames" not in told:
-            raise ValueError(f"{os.fspath(path)} holds {with_article(type(network).__name__)} but not what it was "
+            raise ValueError(f"{os.fspath(path)} holds {with_article(type(network))} but not what it was "
                              f"trained on, as train --data FILES.nc writes it; for arrays without names, give a .npy "
                              f"as input, or call fastclstm.adapters.xarray.forecast")  # fmt: skip
         return cls(network, restore(told["frames"]))

@@ -345,8 +345,7 @@ def _name(function: Any) -> str | None:
     """Return the name by which an activation is given, or would be; None: it is somebody's own."""
     if type(function) is str:
         return function
-    activation = activations.get(function)
-    return activation.name if activations.TABLE.get(activation.name) is activation else None
+    return activations.get(function).name if activations.is_named(function) else None
 
 
 def _is_plain(value: Any) -> bool:

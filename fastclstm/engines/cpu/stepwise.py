@@ -162,7 +162,7 @@ class _Cell:
 
     def __init__(self, spec: ConvLSTMSpec, inputs: Inputs, direct: np.ndarray, *, remember: bool):
         x, dtype, mask = inputs.x, inputs.x.dtype, inputs.mask
-        self.spec, self.inputs, self.dtype, self.direct = spec, inputs, dtype, direct
+        self.spec, self.dtype, self.direct = spec, dtype, direct
         self.planar = inputs.dropout is not None
         """Whether z lies gate by gate, (4, B, T, HO, WO, F), each the result of convolutions of its own."""
         self.masks = inputs.dropout or {}
@@ -203,10 +203,10 @@ class _Cell:
         self.like, self.parts, self.rows = (
             table(array) for array in (np.empty(0, dtype), self.normalizing.parts, rows)
         )
-        self._plan_convolutions(remember)
+        self._plan_convolutions(inputs, remember)
 
-    def _plan_convolutions(self, remember: bool) -> None:
-        spec, inputs = self.spec, self.inputs
+    def _plan_convolutions(self, inputs: Inputs, remember: bool) -> None:
+        spec = self.spec
         bias = None if self.separate else inputs.bias
         self.specs = spec.recurrent, spec.input
         """Geometry of the convolutions of h and x: of all gates, or of one where z is planar."""
@@ -242,11 +242,6 @@ class _Cell:
         """Set the places of arrays of the states' kind."""
         for name, where in arrays.items():
             records[name], records[f"{name}_image"] = where
-
-    def forget(self) -> None:
-        """Let go of a call's arrays, but for the weights."""
-        self.x = np.empty((0, 0), self.dtype)
-        self.inputs = replace(self.inputs, x=self.x, first=(None, None))
 
     def place_z(self, records: np.ndarray, name: str, array: np.ndarray | None, at: np.ndarray) -> None:
         """Set where pre-activations are: steps `at` of an array."""
@@ -336,13 +331,17 @@ class _Cell:
 
 @dataclass(frozen=True)
 class _Ready:
-    """What all steps of a call without a mask need, to be run again with other frames and states."""
+    """Launches of some steps, and what they read and write but for frames and states.
+
+    Where they are all steps of a call without a mask, they can be run again with others.
+    """
 
     cell: _Cell
     z: np.ndarray
     program: Program
     records: np.ndarray
     found: list[np.ndarray]
+    statistics: np.ndarray
 
 
 READY_BYTES = 1 << 20, 8 << 20
@@ -433,12 +432,10 @@ def forward(
         if y is not None:
             places |= {"y": course(slots(y), ts), "y_before": course(slots(y), ts - 1)}
         valid = cell.valid[t : t + count]
-        again = ready if ready and ready.program.steps == count else None
-        if again:
-            program, records, found = again.program, again.records, again.found
-            program.begin_again(x=course(slots(cell.x), ts), h=before, fresh=fresh)
-            cell.place(records, **places)
-            statistics = np.zeros((count, 0))
+        if ready and ready.program.steps == count:
+            made = ready
+            made.program.begin_again(x=course(slots(cell.x), ts), h=before, fresh=fresh)
+            cell.place(made.records, **places)
         else:
             program = Program(count)
             found = cell.add_h(program, z, zh, ts, before, masked, fresh, at=at, at_h=at_h)
@@ -447,25 +444,26 @@ def forward(
             cell.place_z(records, "zh", zh, at_h)
             statistics = cell.add_statistics(program, records, valid)
             program.add(cell_steps.forward, (), cell.like, records, cell.parts, valid, cell.rows)
+            made = _Ready(cell, z, program, records, found, statistics)
         if t == 0:
-            records["y_before"][0] = 0
+            made.records["y_before"][0] = 0
             if start is None:
-                records["h_before"][0] = records["h"][0]
+                made.records["h_before"][0] = made.records["h"][0]
                 if not cell.separate:
-                    records["zh"][0] = 0
-        program.run(cell.team, pace)
-        trouble = np.logical_or.reduce(found) & ~direct
+                    made.records["zh"][0] = 0
+        made.program.run(cell.team, pace)
+        trouble = np.logical_or.reduce(made.found) & ~direct
         if not bounded and inputs.algorithm != "direct":
             states = h[:, t : t + count] if h.shape[1] == T else h
             trouble |= outliers.find(states) & ~direct
         if trouble.any():
             return forward(spec, inputs, save, out, direct | trouble)
         if save:
-            saved.statistics.extend(map(cell.normalizing.statistics, statistics, valid))
+            saved.statistics.extend(map(cell.normalizing.statistics, made.statistics, valid))
         t += count
         if pool is not None and cell.joint and count == T:
-            cell.forget()
-            pool.append(again or _Ready(cell, z, program, records, found))
+            cell.x = np.empty((0, 0), dtype)  # let go of
+            pool.append(made)
     h_last, c_last = h[:, (T - 1) % h.shape[1]].copy(), np.ascontiguousarray(c[:, T if save else 0])
     if save:
         c_last = c_last.copy()
@@ -582,7 +580,7 @@ class _WayBack:
         length = min(T, max(1, PIECE_BYTES // step))
         z, zh = cell.empty_z(length), None if cell.joint else cell.empty_z(length)
         first = self._saved.inputs.first[0]
-        if cell.inputs.mask is not None and first is None:
+        if self._saved.inputs.mask is not None and first is None:
             first = np.zeros(spec.state_shape, cell.dtype)
         for start in reversed(range(0, T, length)):
             count = min(length, T - start)

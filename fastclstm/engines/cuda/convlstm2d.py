@@ -433,16 +433,18 @@ def _codes(
 ) -> tuple[int, int, int]:
     """Return the activations' codes; raise NotImplementedError for what the kernels do not know."""
     codes = packing.activation_codes(spec)
-    normalized = spec.normalization is not None or normalization is not None
-    if codes is not None and not normalized and dropout is None and spec.peephole != "conv" and spec.input.C:
-        return codes
     unknown = {
-        "normalization": normalized, "dropout_masks": dropout is not None,
-        "convolutional peepholes": spec.peephole == "conv", "activations of your own": codes is None,
+        "normalization": spec.normalization is not None or normalization is not None,
+        "dropout_masks": dropout is not None,
+        "convolutional peepholes": spec.peephole == "conv",
+        "activations of your own": codes is None,
         "frames without channels": spec.input.C == 0,
-    }  # fmt: skip
-    name = next(name for name, asked in unknown.items() if asked)
-    raise NotImplementedError(f"convlstm2d: engine 'cuda' does not know {name}; pass engine='cpu'")
+    }
+    for name, asked in unknown.items():
+        if asked:
+            raise NotImplementedError(f"convlstm2d: engine 'cuda' does not know {name}; pass engine='cpu'")
+    assert codes is not None
+    return codes
 
 
 def _mask(device: Device, mask: Weights) -> DeviceArray:

@@ -20,7 +20,7 @@ STANDARD = (ACTIVATIONS.index("sigmoid"), ACTIVATIONS.index("tanh"), ACTIVATIONS
 def activation_codes(spec: ConvLSTMSpec) -> tuple[int, int, int] | None:
     """Return the codes of the activations of the gates, of g and of the cell; None if one is a caller's own."""
     used = spec.recurrent_activation, spec.activation, spec.output_activation
-    if not all([activations.TABLE.get(activation.name) is activation for activation in used]):
+    if not all(map(activations.is_named, used)):
         return None
     gates, g, cell = [ACTIVATIONS.index(activation.name) for activation in used]
     return gates, g, cell
