@@ -208,7 +208,8 @@ def _input(e: Export, name: str, shape: Known, layer: Layer, argument: str) -> V
     kind = {"mask": "bool", "lengths": "int64"}.get(argument, e.dtype or layer.options.get("dtype") or "float32")
     if isinstance(layer, Embedding) and argument == "x":
         kind = "int64"
-    axes = [size or axis for size, axis in zip(shape, _axes(layer, len(shape), argument), strict=True)]
+    named = zip(shape, _axes(layer, len(shape), argument), strict=True)
+    axes = [axis if size is None else size for size, axis in named]
     if e.g.inputs:  # whose axes may have other sizes, but for the batch's
         axes = [axis if axis == "batch" or isinstance(axis, int) else f"{name}_{axis}" for axis in axes]
     return e.g.input(name, str(kind), axes)
