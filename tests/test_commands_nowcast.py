@@ -164,6 +164,16 @@ def test_verify_scores_any_files(archive, tmp_path):
     assert (tmp_path / "v" / "scores.csv").exists()
 
 
+@pytest.mark.filterwarnings("error:All-NaN")
+def test_verify_of_nothing_is_a_table_without_figures(archive, tmp_path):
+    rain = frames(archive).rain
+    (rain * np.nan).assign_attrs(rain.attrs).to_netcdf(tmp_path / "nothing.nc")
+    made = fastclstm_cli("verify", tmp_path / "nothing.nc", "--weights", archive / "net" / "weights.safetensors",
+                         "--out", tmp_path / "v", "--flow", "own")  # fmt: skip
+    assert made.exit_code == 0, made.output
+    assert "–" in made.stdout
+
+
 KELVIN = {"units": "K", "long_name": "sea surface temperature"}
 
 
