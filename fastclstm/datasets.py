@@ -148,12 +148,12 @@ def synthetic_radar(
     op = "synthetic_radar"
     (steps,) = integers(op, "steps", steps, 1, 1)
     H, W = integers(op, "size", size, 2, 8)
-    for name, value, least in (("minutes", minutes, 0), ("pixel", pixel, 0), ("cells", cells, 0)):
-        if not value > least:
-            raise ValueError(f"{op}: {name} must be more than {least}, got {value!r}")
+    for name, value in (("minutes", minutes), ("pixel", pixel), ("cells", cells)):
+        if not 0 < value < np.inf:
+            raise ValueError(f"{op}: {name} must be more than 0, and finite, got {value!r}")
     for name, value in (("speed", speed), ("noise", noise)):
-        if not value >= 0:
-            raise ValueError(f"{op}: {name} must not be negative, got {value!r}")
+        if not 0 <= value < np.inf:
+            raise ValueError(f"{op}: {name} must not be negative, and finite, got {value!r}")
     try:
         import xarray
     except ImportError as error:

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from fastclstm.spec import choice
+from fastclstm.io.files import replacing
+from fastclstm.spec import choice, integers
 
 try:
     import matplotlib
@@ -161,11 +162,13 @@ class Row:
             raise ValueError(f"Row {self.label!r}: images must be real numbers (T, H, W), at least one image, got "
                              f"{images.dtype} {images.shape}; of channels take one, images[..., 0]")  # fmt: skip
         object.__setattr__(self, "images", images)
+        for name, least in (("first", 0), ("span", 1)):
+            integers(f"Row {self.label!r}", name, getattr(self, name), 1, least)
 
     @property
     def end(self) -> float:
         """The value at the end of the colours."""
-        largest = float(np.max(np.abs(self.images), initial=0, where=np.isfinite(self.images)))
+        largest = float(np.max(np.abs(self.images.astype(float)), initial=0, where=np.isfinite(self.images)))
         return self.limit if self.limit is not None else largest or 1.0
 
     def columns(self) -> Iterator[slice]:
@@ -198,17 +201,27 @@ def filmstrip(figure: Any, rows: Sequence[Row], titles: Sequence[str] | None = N
     -------
     The figure.
 
+    Raises
+    ------
+    ValueError
+        No rows, another number of titles, more columns than the width has room for.
+
     Examples
     --------
     >>> from matplotlib.figure import Figure
     >>> rain = np.random.default_rng(0).random((6, 32, 32))
     >>> figure = filmstrip(Figure(), [Row("radar", 20 * rain, "amounts", unit="mm/h")])
     """
-    if not rows:
-        raise ValueError("filmstrip: rows must have at least one Row")
+    if not rows or not all(isinstance(row, Row) for row in rows):
+        raise ValueError("filmstrip: rows must have at least one Row, and nothing else")
     count = max(columns.stop for row in rows for columns in row.columns())
+    if titles is not None and len(titles) != count:
+        raise ValueError(f"filmstrip: titles must be one for each of {count} columns, got {len(titles)}")
     label = 0.2 + _LETTER * max(len(row.label) for row in rows)
     side = (width - label - _KEY) / count - _GAP
+    if side <= 0:
+        raise ValueError(f"filmstrip: {count} columns and the labels do not fit a width of {width:g} inches; give a "
+                         f"larger one, or every other image")  # fmt: skip
     wide = [(side + _GAP) * row.span - _GAP for row in rows]
     heights = [width * row.images.shape[1] / row.images.shape[2] for row, width in zip(rows, wide, strict=True)]
     height = _TOP + sum(heights) + _GAP * (len(rows) + 1)
@@ -248,16 +261,20 @@ def filmstrip(figure: Any, rows: Sequence[Row], titles: Sequence[str] | None = N
 def animate(
     path: Path, figure: Any, update: Callable[[int], Any], count: int, milliseconds: int = FRAME_MILLISECONDS
 ) -> None:
-    """Save a GIF of a figure at the times 0 … count - 1, to each of which `update` brings it for some milliseconds."""
+    """Save a GIF of a figure at the times 0 … count - 1, to each of which `update` brings it for some milliseconds.
+
+    The file is written whole or not at all.
+    """
     from PIL import Image
 
     shots = []
-    for t in range(count):
+    for t in range(*integers("animate", "count", count, 1, 1)):
         update(t)
         shot = BytesIO()
         figure.savefig(shot, format="png", dpi=100)
         shots.append(Image.open(shot).convert("RGB"))
-    shots[0].save(path, format="GIF", save_all=True, append_images=shots[1:], duration=milliseconds, loop=0)
+    with replacing(path) as new:
+        shots[0].save(new, format="GIF", save_all=True, append_images=shots[1:], duration=milliseconds, loop=0)
 
 
 def repaint(figure: Any, name: str) -> None:

@@ -34,7 +34,7 @@ def close(a, b, rtol=1e-9):
 
 
 def check(keras, tmp_path, layers, shape, engine="reference", rtol=1e-9, **call):
-    """Save a model of `layers`, load it with ours, and compare; the live model too."""
+    """Save a model of `layers`, load it with ours, and compare; the live model too, and a graph in an .h5 file."""
     model = shuffle(keras.Sequential([keras.layers.Input(shape), *layers]))
     model.save(tmp_path / "model.keras")
     ours = from_keras(tmp_path / "model.keras", engine=engine)
@@ -43,4 +43,7 @@ def check(keras, tmp_path, layers, shape, engine="reference", rtol=1e-9, **call)
     live = from_keras(model, engine=engine)
     np.testing.assert_array_equal(live(x, **call), ours(x, **call))
     assert live.parameters.keys() == ours.parameters.keys()
+    keras.Model(model.inputs, model.outputs).save(tmp_path / "graph.h5")
+    graph = from_keras(tmp_path / "graph.h5", engine=engine)
+    np.testing.assert_array_equal(graph(x, **call), ours(x, **call))
     return model, ours

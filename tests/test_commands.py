@@ -19,8 +19,11 @@ from typer.testing import CliRunner
 import fastclstm
 from fastclstm import (
     Conv2D,
+    ConvGRU2D,
+    ConvLSTM1D,
     ConvLSTM2D,
     ConvLSTM2DCell,
+    ConvLSTM3D,
     Dense,
     Dropout,
     EncoderForecaster,
@@ -152,6 +155,37 @@ def test_run_without_a_channel_axis(job, data_format):
     assert job.run("--chunk", 3).exit_code == 0
     x = np.expand_dims(job.x[:1, ..., 0], -1 if data_format == "channels_last" else 2)
     np.testing.assert_array_equal(job.result(), layer(x)[0], strict=True)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [ConvLSTM1D(1, 2, 3, engine="reference"), ConvLSTM3D(1, 2, 3, time_major=True, engine="reference"),
+     ConvLSTM3D(1, 2, 3, data_format="channels_first", engine="reference"),
+     ConvGRU2D(1, 2, 3, num_layers=2, stateful=True, engine="reference")],
+    ids=lambda layer: type(layer).__name__,
+)  # fmt: skip
+def test_run_of_other_cells_and_frames(job, layer):
+    """Of each number of axes that they have, and on from a saved state."""
+    layer.save(job.weights)
+    layer.time_major = layer.stateful = False
+    channels, state = (2 if layer.data_format == "channels_first" else layer._rank + 2), job.folder / "state.npz"
+    x = np.float32(np.random.default_rng(0).normal(size=(2, 5, *(3, 4, 5)[: layer._rank])))
+    sequences = np.expand_dims(x, channels)
+    for given, expected in ((sequences, layer(sequences)), (sequences[0], layer(sequences[:1])[0]),
+                            (x[0], layer(sequences[:1])[0])):  # fmt: skip
+        np.save(job.frames, given)
+        result = job.run("--chunk", 2)
+        assert result.exit_code == 0, result.stderr
+        np.testing.assert_array_equal(job.result(), expected, strict=True)
+    for part in (slice(3), slice(3, None)):
+        np.save(job.frames, sequences[:, part])
+        options = ("--state-in", state) if part.start else ("--state-out", state)
+        assert job.run(*options).exit_code == 0
+        np.testing.assert_array_equal(job.result(), layer(sequences)[:, part], strict=True)
+    Sequential([layer]).save(job.weights)
+    np.save(job.frames, x[0])
+    assert job.run("--chunk", 2).exit_code == 0
+    np.testing.assert_array_equal(job.result(), layer(sequences[:1])[0], strict=True)
 
 
 @pytest.mark.parametrize("dtype", ["float64", "uint8", ">f4", "float16"])
@@ -336,6 +370,7 @@ USER_ERRORS = {
     "6D": (lambda job: np.save(job.frames, job.x[None]), [], ["(1, 2, 7, 6, 5, 3)", "(B, T, H, W, C)"]),
     "3D for 3 channels": (lambda job: np.save(job.frames, job.x[0, ..., 0]), [], ["1 channels", "takes 3"]),
     "channels": (lambda job: np.save(job.frames, job.x[..., :2]), [], ["2 channels", "takes 3"]),
+    "5D for rows": (lambda job: ConvLSTM1D(3, 4, 3).save(job.weights), [], ["(T, W), (T, W, C) or (B, T, W, C)"]),
     "no steps": (lambda job: np.save(job.frames, job.x[:, :0]), [], ["(2, 0, 6, 5, 3)"]),
     "kernel too large": (lambda job: job.save_layer(padding="valid") or np.save(job.frames, job.x[:, :, :2]), [],
                          ["window of 3 does not fit the height of 2"]),

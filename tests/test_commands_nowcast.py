@@ -104,6 +104,22 @@ def test_the_log_is_undone_and_what_is_made_is_added_to_the_last_frame(archive):
         np.testing.assert_allclose(made.values[step][there], rain.values[-1][there], rtol=1e-5, atol=1e-6)
 
 
+def test_frames_may_lie_the_other_way_round(archive):
+    """Rain moves where it moves, whether the first row is the north's or the south's."""
+    net = xarray_nowcast.Nowcast.load(archive / "net" / "weights.safetensors")
+    assert net.info.rising == (True, True)
+    rain = frames(archive).rain
+    made, (scores, shown) = net.forecast(rain, 2), net.verify(rain, steps=2, flow="own")
+    for turned in ({"y": slice(None, None, -1)}, {"x": slice(None, None, -1), "y": slice(None, None, -1)}):
+        xarray.testing.assert_identical(net.forecast(rain.isel(turned), 2), made.isel(turned))
+        again, drawn = net.verify(rain.isel(turned), steps=2, flow="own")
+        np.testing.assert_array_equal(again.scores("ConvLSTM", "MSE"), scores.scores("ConvLSTM", "MSE"))
+        there = tuple({"y": -3, "x": -2}[dim] for dim in turned)
+        np.testing.assert_array_equal(drawn["observed"], np.flip(shown["observed"], there))
+    without = rain.drop_vars(["y", "x"])
+    np.testing.assert_array_equal(net.forecast(without, 2).values, made.values)
+
+
 @pytest.mark.usefixtures("undrawn")
 def test_an_encoding_without_our_signs_ends_no_work(tmp_path):
     environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)}
@@ -162,6 +178,16 @@ def test_verify_scores_any_files(archive, tmp_path):
     assert "FSS of windows of 3 pixels" in made.stdout
     assert ">= 0.5 mm h-1" in made.stdout
     assert (tmp_path / "v" / "scores.csv").exists()
+
+
+@pytest.mark.filterwarnings("error:All-NaN")
+def test_verify_of_nothing_is_a_table_without_figures(archive, tmp_path):
+    rain = frames(archive).rain
+    (rain * np.nan).assign_attrs(rain.attrs).to_netcdf(tmp_path / "nothing.nc")
+    made = fastclstm_cli("verify", tmp_path / "nothing.nc", "--weights", archive / "net" / "weights.safetensors",
+                         "--out", tmp_path / "v", "--flow", "own")  # fmt: skip
+    assert made.exit_code == 0, made.output
+    assert "–" in made.stdout
 
 
 KELVIN = {"units": "K", "long_name": "sea surface temperature"}

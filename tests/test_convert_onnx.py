@@ -208,7 +208,29 @@ def test_openvino(options, tmp_path):
         agree([made[n] for n in range(len(made))], layer(x, mask=valid))
 
 
+def test_names_of_inputs_that_clash_are_numbered(tmp_path):
+    pytest.importorskip("onnxruntime")
+    x = Input((N, 4, 5, 1), name="mask")
+    model = Model({"/constant_0": x}, {"conv_lstm2d.0.h.next": lstm(in_channels=1)(x)})
+    run = Exported(model, tmp_path, mask=True, states=True)
+    assert run.inputs == ["/constant_0", "mask", "conv_lstm2d.0.h", "conv_lstm2d.0.c"]
+    assert run.outputs == ["conv_lstm2d.0.h.next", "conv_lstm2d.0.h.next_1", "conv_lstm2d.0.c.next"]
+    run = Exported(Model({"mask": x}, lstm(in_channels=1)(x)), tmp_path, mask=True)
+    assert run.inputs == ["mask", "mask_1"]
+    run = Exported(Model({"conv_lstm2d.0.h": x}, lstm(in_channels=1)(x)), tmp_path, states=True)
+    assert run.outputs[1:] == ["conv_lstm2d.0.h_1.next", "conv_lstm2d.0.c.next"]
+
+
+def test_sizes_may_be_those_of_numpy(tmp_path):
+    pytest.importorskip("onnxruntime")
+    run = Exported(Add(), tmp_path, input_shape=[[N, np.int64(3)], [np.int32(2), 3]])
+    assert [each.shape for each in run.session.get_inputs()] == [["batch", 3], [2, 3]]
+
+
 # Refusals
+
+
+VECTOR = Input((3,))
 
 
 class Own(LeakyReLU):
@@ -232,10 +254,13 @@ class Own(LeakyReLU):
         (Dense(3, 2), {"mask": True}, ValueError, "Dense has none"),
         (Dense(3, 2), {"states": 1}, ValueError, "states"),
         (Dense(3, 2), {"dtype": "float16"}, ValueError, "dtype"),
-        (Dense(3, 2), {"input_shape": ("batch", 3)}, TypeError, "input_shape must be a tuple of sizes"),
+        (Dense(3, 2), {"input_shape": ("batch", 3)}, ValueError, "must have sizes >= 0, or None for any, got 'batch'"),
+        (Dense(3, 2), {"input_shape": (-1, 3)}, ValueError, "must have sizes >= 0, or None for any, got -1"),
+        (Dense(3, 2), {"input_shape": (True, 3)}, ValueError, "must have sizes >= 0, or None for any, got True"),
         (Dense(3, 2), {"input_shape": 5}, TypeError, "input_shape must be a tuple of sizes"),
         (Dense(3, 2), {"input_shape": (N, 4)}, ValueError, "in_features is 3"),
         (Conv2D(1, 1, 3)(Input((8, 8, 1))), {}, TypeError, "must be a layer or a model of layers, got Symbol"),
+        (Model({"": VECTOR}, Dense(3, 2)(VECTOR)), {}, Exception, "'name' of 'value_info' is required"),
         (encoder_decoder(), {"input_shape": [(1, 2, 3, 4, 5)]}, ValueError, "input_shape"),
         (EncoderForecaster(1, 2, 3, inputs="noise"), {}, NotImplementedError, "'noise' are drawn anew"),
         (EncoderForecaster(1, 2, 3), {"mask": True}, ValueError, "mask is for recurrent layers"),

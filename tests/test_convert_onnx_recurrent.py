@@ -56,6 +56,7 @@ def test_a_convlstm_is_one_scan_whatever_its_options(options, tmp_path):
         (ConvGRU2D(4, 4, 3, reset_after=False, normalization=Normalization("group", groups=6), stride=2,
                    bidirectional=True, **FIRST, **REF), CHANNELS_FIRST),
         (ConvGRU2D(4, 3, 3, reset_after=False, use_bias=False, recurrent_kernel_size=5, **REF), SEQUENCES),
+        (ConvGRU2D(0, 3, 3, stride=2, return_state=True, **REF), (N, N, N, N, 0)),
         (ConvRNN2D(4, 3, 3, normalization="group", padding_mode="circular", return_sequences=False, **REF), SEQUENCES),
         (ConvLSTM1D(4, 3, 3, num_layers=2, peephole="channel", stride=2, return_state=True, **REF), (N, N, N, 4)),
         (ConvLSTM1D(4, 3, 2, 1, bidirectional=True, return_sequences=False, **FIRST, **REF), (N, N, 4, N)),

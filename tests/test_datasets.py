@@ -121,7 +121,8 @@ def test_rain_moves_by_parts_of_pixels_and_grows_and_decays():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"steps": 0}, {"size": 7}, {"minutes": 0}, {"cells": 0}, {"speed": -1}, {"noise": -1}]
+    "wrong",
+    [{"steps": 0}, {"size": 7}, {"minutes": 0}, {"minutes": np.inf}, {"cells": 0}, {"speed": -1}, {"noise": np.nan}],
 )
 def test_radar_options_that_cannot_be(wrong):
     with pytest.raises(ValueError, match=f"synthetic_radar: {next(iter(wrong))}"):

@@ -72,6 +72,21 @@ def test_gradients(kind, name):
 
 
 @every_class
+@pytest.mark.parametrize(("engine", "algorithm"), [("reference", "auto"), ("cpu", "winograd")])
+def test_without_channels_it_is_as_on_zeros(kind, engine, algorithm):
+    """With few filters, where the cpu engine would have a tile in each lane."""
+    x, outputs = np.zeros((2, 3, *CLASSES[kind], 1)), []
+    for frames in (x[..., :0], x):
+        layer = kind(frames.shape[-1], 2, 3, seed=0, engine=engine, algorithm=algorithm)
+        layer.set_parameters({n: normal(*p.shape) if p.size else p for n, p in layer.parameters.items()})
+        outputs.append(layer(frames, training=True))
+        assert layer.backward(np.ones_like(outputs[-1])).shape == frames.shape
+        outputs.append(layer(frames))
+    for output in outputs[1:]:
+        close(output, outputs[0], 1e-5)
+
+
+@every_class
 def test_shapes_are_told_before(kind):
     for options in ({}, {"stride": 2, "return_sequences": False}, {"padding": "valid", "bidirectional": True}):
         layer = made(kind, **options)

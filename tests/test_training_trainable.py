@@ -557,6 +557,7 @@ ERRORS = {
     "loss": ({"loss": "mess"}, ValueError, "unknown loss 'mess'"),
     "Keras's name of a loss": ({"loss": "MeanSquaredError"}, ValueError, "did you mean 'mean_squared_error'"),
     "Keras's verbose": ({"verbose": 0}, TypeError, "fit has no argument 'verbose'; there is quiet=True"),
+    "a slip": ({"epoch": 3}, TypeError, "fit: unknown option 'epoch'; did you mean 'epochs'"),
     "optimizer": ({"optimizer": 3}, TypeError, "an optimizer must be"),
     "metric": ({"metrics": "mess"}, ValueError, "unknown metric"),
     "metrics": ({"metrics": ["mse", "mse"]}, ValueError, "two have the same name"),
@@ -589,6 +590,14 @@ def test_errors(case, tmp_path, monkeypatch):
         fit(model := dense(), **options)
     assert same(model, dense())
     assert os.listdir(tmp_path) == []
+
+
+def test_evaluate_and_predict_have_nothing_to_silence():
+    for call in (dense().predict, lambda x, **options: dense().evaluate(x, Y, **options)):
+        with pytest.raises(TypeError, match="has no argument 'verbose'; nothing is printed"):
+            call(X, verbose=0)
+    with pytest.raises(TypeError, match="evaluate: unknown option 'metric'; did you mean 'metrics'"):
+        dense().evaluate(X, Y, metric="mae")
 
 
 def test_models_that_cannot_be_fitted():

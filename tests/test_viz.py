@@ -141,6 +141,22 @@ def test_what_is_no_row_of_images_is_told():
     assert viz.Row("mask", images > 0).end == 1
 
 
+def test_what_does_not_fit_a_strip_is_told(tmp_path):
+    row = viz.Row("rain", np.zeros((4, 8, 8)))
+    for rows, options, words in (
+        ([row], {"titles": ["now"]}, "titles must be one for each of 4 columns, got 1"),
+        ([row], {"width": 1.0}, "4 columns and the labels do not fit a width of 1 inches"),
+        ([row.images], {}, "at least one Row, and nothing else"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            viz.filmstrip(Figure(), rows, **options)
+    with pytest.raises(ValueError, match="Row 'rain': span must be an integer >= 1, got 0"):
+        viz.Row("rain", row.images, span=0)
+    with pytest.raises(ValueError, match="animate: count must be an integer >= 1, got 0"):
+        viz.animate(tmp_path / "film.gif", Figure(), lambda t: None, 0)
+    assert viz.Row("packed", np.full((1, 2, 2), -128, np.int8)).end == 128
+
+
 def test_without_matplotlib_it_is_said_what_to_install():
     code = "import sys; sys.modules['matplotlib'] = None; from fastclstm import viz"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -3,7 +3,8 @@
 The network makes what is to be added to the last frame given: it starts as persistence, and learns what changes.
 
 `Nowcast.save` writes both into one file. What is known: the variable and its units, the step of time, how many frames
-are given and foretold, how values are transformed, and what stands for those that are missing. A forecast refuses
+are given and foretold, how values are transformed, what stands for those that are missing, and which way rows and
+columns go: frames that lie the other way round are turned. A forecast refuses
 frames that do not fit, before it computes anything, and comes back in the units that went in.
 """
 
@@ -75,6 +76,9 @@ class FramesInfo(Options):
         Rows and columns of frames must be multiples of these; others are padded for the network.
     thresholds : tuple of float
         For verification, in `units`.
+    rising : (bool or None, bool or None), optional
+        Whether the coordinates of rows and of columns go up; None: not known. Frames that lie the other way round are
+        turned for the network.
     """
 
     variable: str
@@ -87,6 +91,7 @@ class FramesInfo(Options):
     missing: float
     multiple: Any
     thresholds: Any
+    rising: Any = None
 
 
 class Nowcast:
@@ -146,6 +151,8 @@ class Nowcast:
             Frames unlike those trained on: units, step of time; too few, or with a gap among the last ones.
         """
         axes, info = self.check(frames), self.info
+        turned = self._turned(frames, axes)
+        frames = frames.isel(turned)
         last = frames.isel({axes.time: slice(-info.steps_in, None)})
         if axes.breaks(last, info.step).size:
             times = last[axes.time].values
@@ -156,7 +163,7 @@ class Nowcast:
         if not np.isfinite(films).any():
             raise ValueError(f"forecast: the last {info.steps_in} frames hold no value, all is missing; give others")
         made = self.foretell(np.asarray(info.transform(films), np.float32), info.steps_out if steps is None else steps)
-        result = axes.made(frames, info.transform.inverse(made), 4, coords)
+        result = axes.made(frames, info.transform.inverse(made), 4, coords).isel(turned)
         result.encoding = {key: value for key, value in frames.encoding.items() if key == "grid_mapping"}
         return result
 
@@ -170,6 +177,11 @@ class Nowcast:
         made = made + x[..., -1:, :, :, :]
         seen = there.any((-4, -1), keepdims=True)
         return np.where(seen, made[..., :H, :W, :], made.dtype.type(np.nan))
+
+    def _turned(self, frames: xarray.DataArray, axes: Axes) -> dict[Any, slice]:
+        """Return what turns frames to where the network's have north and east, and back."""
+        trained = zip((axes.y, axes.x), self.info.rising or (), strict=False)
+        return {dim: slice(None, None, -1) for dim, rising in trained if {rising, _rises(frames, dim)} == {True, False}}
 
     def axes(self, frames: xarray.DataArray) -> Axes:
         """Return the dims of frames: those of the training where they are there, else as they are known."""
@@ -231,6 +243,8 @@ class Nowcast:
             Frames unlike those trained on, or fewer than one forecast needs.
         """
         axes, info = self.check(frames), self.info
+        turned = self._turned(frames, axes)
+        frames = frames.isel(turned)
         steps = info.steps_out if steps is None else steps
         starts = frames.sizes[axes.time] - info.steps_in - steps + 1
         every = max(1, steps // 4, -(-starts // most))
@@ -253,7 +267,8 @@ class Nowcast:
                 shown = {name: film[best] for name, film in {"given": given, "observed": observed, **films}.items()}
             if watch is not None:
                 watch(n + 1, len(windows))
-        return table, shown
+        back = tuple(axis for axis, dim in ((-3, axes.y), (-2, axes.x)) if dim in turned)
+        return table, {name: np.flip(film, back) for name, film in shown.items()}
 
     def leads(self, frames: xarray.DataArray, steps: int) -> list[str]:
         """Return the names of lead times: after how long a frame follows."""
@@ -313,7 +328,8 @@ def describe_frames(
     units = str(frames.attrs.get("units", ""))
     dims = tuple(str(dim) for dim in (axes.time, axes.y, axes.x))
     return FramesInfo(str(name), units, dims, step_of(frames, axes), steps_in, steps_out, transform, missing, multiple,
-                      tuple(float(level) for level in thresholds))  # fmt: skip
+                      tuple(float(level) for level in thresholds),
+                      (_rises(frames, axes.y), _rises(frames, axes.x)))  # fmt: skip
 
 
 def step_of(frames: xarray.DataArray, axes: Axes) -> float | None:
@@ -321,6 +337,13 @@ def step_of(frames: xarray.DataArray, axes: Axes) -> float | None:
     if axes.time not in frames.coords or frames.sizes[axes.time] < 2:
         return None
     return float(np.median(seconds(frames[axes.time].values)))
+
+
+def _rises(frames: xarray.DataArray, dim: Any) -> bool | None:
+    """Return whether the coordinate of a dim goes up, but for where it begins anew; None without such a coordinate."""
+    if dim not in frames.coords or frames.sizes[dim] < 2 or frames[dim].dtype.kind not in "iuf":
+        return None
+    return bool(np.median(np.diff(frames[dim].values.astype(float))) > 0)
 
 
 def told_step(step: float, frames: xarray.DataArray, axes: Axes) -> str:

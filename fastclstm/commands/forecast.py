@@ -24,7 +24,7 @@ from fastclstm.commands.options import (
 )
 from fastclstm.io.files import replacing
 from fastclstm.io.progress import progress_bar
-from fastclstm.layers import ConvLSTM2D
+from fastclstm.layers.conv_recurrent import ConvRecurrent
 from fastclstm.models import load
 from fastclstm.models.roll_out import roll_out
 from fastclstm.nn.names import with_article
@@ -129,12 +129,12 @@ def forecast_file(
     if not low < high:
         raise ValueError(f"forecast: of --scale LOW HIGH, LOW must be the smaller, got {low:g} {high:g}")
     network = load(weights)
-    if isinstance(network, ConvLSTM2D):
+    if isinstance(network, ConvRecurrent):
         network = load(weights, time_major=False, stateful=False, return_state=False)
     use_engine(network, engine)
     if not takes_sequences(network):
-        raise ValueError(f"forecast: {weights} holds {with_article(type(network))} without a ConvLSTM2D, which "
-                         f"foretells no frames")  # fmt: skip
+        raise ValueError(f"forecast: {weights} holds {with_article(type(network))} without a ConvLSTM2D or its like, "
+                         f"which foretells no frames")  # fmt: skip
     x, batched = open_sequences("forecast", source, network)
     made = []
     with replacing(target) as new, progress_bar(total=len(x), unit=" sequence", quiet=quiet) as progress:

@@ -65,22 +65,27 @@ def open_array(op: str, path: Path) -> np.ndarray:
 
 
 def takes_sequences(network: Layer) -> bool:
-    """Whether there is a ConvLSTM2D in a network."""
+    """Whether there is a ConvLSTM2D, or its like, in a network."""
     return any(isinstance(part, ConvRecurrent) for part in parts(network))
 
 
 def open_sequences(op: str, path: Path, network: Layer) -> tuple[np.ndarray, bool]:
-    """Memory-map sequences as (B, T, H, W, C), C where `network` has it; also tell whether there is a batch axis."""
+    """Memory-map sequences as (B, T, H, W, C), C where `network` has it; also tell whether there is a batch axis.
+
+    Those of a ConvLSTM1D have no H, those of a ConvLSTM3D a depth before it.
+    """
     x = open_array(op, path)
-    if x.ndim not in (3, 4, 5):
-        raise ValueError(
-            f"{op}: {path} has shape {x.shape} but must be (T, H, W), (T, H, W, C) or (B, T, H, W, C): "
-            f"time, height, width and channels, after a batch axis"
-        )
-    if x.ndim == 3:
+    rank = next(part._rank for part in parts(network) if isinstance(part, ConvRecurrent))
+    frame = ("D", "H", "W")[-rank:]
+    if x.ndim not in (rank + 1, rank + 2, rank + 3):
+        axes = ", ".join(("T", *frame))
+        said = ", ".join(("time", *("depth", "height", "width")[-rank:]))
+        raise ValueError(f"{op}: {path} has shape {x.shape} but must be ({axes}), ({axes}, C) or (B, {axes}, C): "
+                         f"{said} and channels, after a batch axis")  # fmt: skip
+    if x.ndim == rank + 1:
         formats = (part.data_format for part in parts(network) if hasattr(part, "data_format"))
-        return np.expand_dims(x, -3 if next(formats) == "channels_first" else -1)[np.newaxis], False
-    return (x, True) if x.ndim == 5 else (x[np.newaxis], False)
+        x = np.expand_dims(x, -rank - 1 if next(formats) == "channels_first" else -1)
+    return (x, True) if x.ndim == rank + 3 else (x[np.newaxis], False)
 
 
 def what_is(path: Path) -> str:

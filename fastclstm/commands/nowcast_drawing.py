@@ -103,7 +103,9 @@ class _Look:
     def of(cls, nowcast: Any, frames: Any, film: np.ndarray) -> _Look:
         """Return the look of a film, whose values the colours span."""
         info, axes = nowcast.info, nowcast.axes(frames)
-        least, most = (float(info.transform(end)) for end in (np.nanmin(film), np.nanmax(film)))
+        there = film[~np.isnan(film)]
+        ends = (there.min(), there.max()) if there.size else (0, 0)  # where all is missing
+        least, most = (float(info.transform(end)) for end in ends)
         rows = frames[axes.y].values if axes.y in frames.coords else np.empty(0)
         north = rows.size > 1 and rows[0] < rows[-1]
         return cls(info, Normalize(least, max(most, least + 1e-6)), "lower" if north else "upper")

@@ -16,7 +16,7 @@ app = typer.Typer(**SETTINGS)
 @app.command("radar")
 def command(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder for a file a day, or one file: .nc or .zarr.")],
-    days: Annotated[float, typer.Option(min=0.01, help="Length of the archive.")] = 4,
+    days: Annotated[float, typer.Option(min=0.01, max=36_525, help="Length of the archive.")] = 4,
     size: Annotated[tuple[int, int], typer.Option(metavar="H W", help="Pixels of a frame.")] = (64, 64),
     minutes: Annotated[float, typer.Option(min=0.1, help="Between two frames.")] = 5,
     start: Annotated[str, typer.Option(help="Time of the first frame.")] = "2026-07-01T00:00",

@@ -15,13 +15,14 @@ from fastclstm.commands.options import SETTINGS, Engine, Quiet, Threads, Weights
 from fastclstm.io import numpy_files
 from fastclstm.io.files import replacing
 from fastclstm.io.progress import progress_bar
-from fastclstm.layers import ConvLSTM2D, Layer
+from fastclstm.layers import Layer
+from fastclstm.layers.conv_recurrent import ConvRecurrent
 from fastclstm.models import load
 from fastclstm.models.forecasting import Forecasting
 from fastclstm.nn.names import with_article
 
-States = list[tuple[Any, Any]]
-"""One pair (h, c) a stacked layer."""
+States = list[tuple[Any, ...]]
+"""(h, c), or what else a cell has, of each stacked layer."""
 
 app = typer.Typer(**SETTINGS)
 
@@ -31,7 +32,7 @@ def command(
     source: Annotated[Path, typer.Argument(metavar="INPUT.npy", help="(T, H, W[, C]) or (B, T, H, W, C).")],
     weights: Weights,
     out: Annotated[Path, typer.Option(metavar="OUT.npy", help="Where the output goes.")],
-    chunk: Annotated[int, typer.Option(min=1, help="Steps of a ConvLSTM2D, else samples, in memory at once.")] = 16,
+    chunk: Annotated[int, typer.Option(min=1, help="Steps of a ConvLSTM, else samples, in memory at once.")] = 16,
     state_in: Annotated[
         Path | None, typer.Option(metavar="S.npz", help="States to start from (h0, c0, h1, …).", show_default=False)
     ] = None,
@@ -44,9 +45,9 @@ def command(
 ) -> None:
     """Run a saved layer or network over a file of sequences or samples.
 
-    However long sequences are, only --chunk steps are in memory where a ConvLSTM2D is run, and of other networks
-    --chunk samples. Those without a ConvLSTM2D in them take what their first layer takes, samples on the first axis.
-    The output file appears complete or not at all.
+    However long sequences are, only --chunk steps are in memory where a ConvLSTM2D, or its like, is run, and of other
+    networks --chunk samples. Those without a ConvLSTM2D or its like in them take what their first layer takes, samples
+    on the first axis. The output file appears complete or not at all.
     """
     set_threads(threads)
     shape = run_file(
@@ -69,27 +70,27 @@ def run_file(
 ) -> tuple[int, ...]:
     """Run a saved layer or network over a ``.npy`` file and write its output to another.
 
-    The input is memory-mapped and passes through a ConvLSTM2D in chunks of time steps, the state being handed on, so
-    that only one chunk is in memory; bidirectional layers, which begin with the last frame too, take all at once. The
-    result has the bits that one call on the whole would give, as long as it holds no NaN (after one the cpu engine may
-    compute in another way). Other layers and networks get chunks of samples, each sequence as a whole. Files appear
-    complete or not at all; what was there before stays until then.
+    The input is memory-mapped and passes through a ConvLSTM2D, or its like, in chunks of time steps, the state being
+    handed on, so that only one chunk is in memory; bidirectional layers, which begin with the last frame too, take all
+    at once. The result has the bits that one call on the whole would give, as long as it holds no NaN (after one the
+    cpu engine may compute in another way). Other layers and networks get chunks of samples, each sequence as a whole.
+    Files appear complete or not at all; what was there before stays until then.
 
     Parameters
     ----------
     source : path of an array (T, H, W), (T, H, W, C) or (B, T, H, W, C)
-        With a channels-first layer C stands before H. Any real dtype. For a network without a ConvLSTM2D: samples on
-        the first axis, as its first layer takes them.
+        With a channels-first layer C stands before H; for a ConvLSTM1D without H, for a ConvLSTM3D with a depth before
+        H. Any real dtype. For a network without any of these: samples on the first axis, as its first layer takes them.
     weights : path
-        What the layer's or the network's `save` wrote. With return_sequences a ConvLSTM2D's whole hidden sequence is
+        What the layer's or the network's `save` wrote. With return_sequences a layer's whole hidden sequence is
         written, else the last output.
     target : path
         Written as (T, HO, WO, F) or (HO, WO, F), after a batch axis where the input has one.
     chunk : int
         Time steps, or samples, computed at once; at least 1.
     state_source, state_target : path of a ``.npz``, optional
-        Of a ConvLSTM2D, the states before the first and after the last step: arrays h0, c0, h1, c1 … (B, HO, WO, F), a
-        pair a layer.
+        Of a ConvLSTM2D or its like, the states before the first and after the last step: arrays h0, c0, h1, c1 …
+        (B, HO, WO, F), a pair a layer; of a ConvGRU2D h0, h1 ….
     engine : str, optional
         Instead of the one the layers were saved with.
     quiet : bool
@@ -112,25 +113,25 @@ def run_file(
     check_distinct("run", (source, weights, state_source), (target, state_target))
     check_array_target("run", target)
     network = _load(weights, engine)
-    if not isinstance(network, ConvLSTM2D) and (state_source or state_target):
+    if not isinstance(network, ConvRecurrent) and (state_source or state_target):
         raise ValueError(f"run: {weights} holds {with_article(type(network))}; --state-in and --state-out are for "
-                         f"a ConvLSTM2D by itself")  # fmt: skip
+                         f"a ConvLSTM2D, or its like, by itself")  # fmt: skip
     if takes_sequences(network):
         x, batched = open_sequences("run", source, network)
     else:
         x, batched = open_array("run", source), True
-    states = None if state_source is None else _load_states(state_source)
+    states = None if state_source is None else _load_states(state_source, network)
     with ExitStack() as files:
         new_state = files.enter_context(replacing(state_target)) if state_target else None
         new = files.enter_context(replacing(target))
         try:
-            if not isinstance(network, ConvLSTM2D):
+            if not isinstance(network, ConvRecurrent):
                 return _in_batches(network, x, new, chunk, batched, quiet)
             shape, states = _stream(network, x, states, new, chunk, batched, quiet)
             if new_state is not None:
                 with new_state.open("wb") as file:
-                    np.savez(file, **{f"{name}{n}": a for n, pair in enumerate(states)
-                                      for name, a in zip("hc", pair, strict=True)})  # fmt: skip
+                    np.savez(file, **{f"{name}{n}": a for n, state in enumerate(states)
+                                      for name, a in zip(network._state_names, state, strict=True)})  # fmt: skip
         except OSError as error:  # a full disk, say: writing to an open file does not name it
             raise OSError(error.errno, error.strerror, str(target)) from error
     return shape
@@ -139,9 +140,9 @@ def run_file(
 def _load(weights: Path, engine: str | None) -> Layer:
     """Return what was saved, to compute with `engine`; raise ValueError where that cannot be run."""
     network = load(weights)
-    if isinstance(network, ConvLSTM2D):
+    if isinstance(network, ConvRecurrent):
         options: dict[str, Any] = {"return_state": True, "time_major": False, "stateful": False}
-        layer = ConvLSTM2D.load(weights, **options, **({} if engine is None else {"engine": engine}))
+        layer = type(network).load(weights, **options, **({} if engine is None else {"engine": engine}))
         if layer.bidirectional and layer.merge_mode is None:
             raise ValueError(f"run: {weights} has merge_mode=None: two outputs; save the layer with another merge_mode")
         return layer
@@ -155,17 +156,20 @@ def _load(weights: Path, engine: str | None) -> Layer:
     return network
 
 
-def _load_states(path: Path) -> States:
+def _load_states(path: Path, layer: Any) -> States:
+    letters = layer._state_names
     try:
-        pairs = [(f"h{n}", f"c{n}") for n in range((len(numpy_files.names(path)) + 1) // 2)]
-        states = numpy_files.read_npz(path, chain.from_iterable(pairs))
+        count = -(-len(numpy_files.names(path)) // len(letters))
+        names = [tuple(f"{letter}{n}" for letter in letters) for n in range(count)]
+        states = numpy_files.read_npz(path, chain.from_iterable(names))
     except ValueError as error:
-        raise ValueError(f"run: {path} is not a .npz file of states h0, c0, h1, c1, …: {error}") from error
-    return [(states[h], states[c]) for h, c in pairs]
+        told = ", ".join(f"{letter}{n}" for n in range(2) for letter in letters)
+        raise ValueError(f"run: {path} is not a .npz file of states {told}, …: {error}") from error
+    return [tuple(states[name] for name in each) for each in names]
 
 
 def _stream(
-    layer: ConvLSTM2D, x: np.ndarray, states: States | None, target: Path, chunk: int, batched: bool, quiet: bool
+    layer: ConvRecurrent, x: np.ndarray, states: States | None, target: Path, chunk: int, batched: bool, quiet: bool
 ) -> tuple[tuple[int, ...], States]:
     """Write the layer's output for x to `target`; return its shape and the last states."""
     steps = x.shape[1]

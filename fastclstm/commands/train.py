@@ -75,7 +75,7 @@ app = typer.Typer(**SETTINGS)
 
 @app.command("train")
 def command(
-    more: Annotated[list[Path] | None, typer.Argument(metavar="", hidden=True)] = None,
+    more: Annotated[list[Path] | None, typer.Argument(metavar="FILES", hidden=True)] = None,
     data: Annotated[
         Path | None,
         typer.Option(

@@ -163,9 +163,8 @@ def _is_operation(spec: Config) -> bool:
     if spec["class_name"] == "TFOpLambda" or str(spec.get("module")).startswith(("keras.src.ops", "keras.ops")):
         return True
     nodes = spec.get("inbound_nodes") or []  # an .h5 file of Keras 3 names no module; layers have more in their config
-    return (
-        "module" not in spec and "trainable" not in spec["config"] and any(isinstance(node, Mapping) for node in nodes)
-    )
+    of_layer = not {"trainable", "dtype"}.isdisjoint(spec["config"])  # SpatialDropout only the latter
+    return "module" not in spec and not of_layer and any(isinstance(node, Mapping) for node in nodes)
 
 
 def _within(spec: Config) -> Config:

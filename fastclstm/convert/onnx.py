@@ -22,6 +22,7 @@ What was decided:
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import count
 from typing import Any
@@ -45,7 +46,7 @@ from fastclstm.layers.container import told_of
 from fastclstm.layers.conv_recurrent import ConvRecurrent
 from fastclstm.layers.recurrent import Recurrent
 from fastclstm.layers.recurrent_cell import RecurrentCell
-from fastclstm.layers.symbolic import Known, is_shape, leaves, mapped_shapes, tried
+from fastclstm.layers.symbolic import Known, checked_shape, is_shape, leaves, mapped_shapes, tried
 from fastclstm.models import Model, Sequential
 from fastclstm.models.forecasting import Forecasting
 from fastclstm.models.graph import Slot, free_name
@@ -117,8 +118,9 @@ def to_onnx(
     flag("to_onnx", "states", states)
     flag("to_onnx", "mask", mask)
     choice("to_onnx", "dtype", dtype, (None, *DTYPES))
+    ends = {*model._inputs, *model._outputs} if isinstance(model, Model) else ()
     try:
-        e = Export(TABLE, dtype, states)
+        e = Export(TABLE, dtype, states, ends)
     except ImportError:
         raise ImportError("to_onnx needs the package onnx: pip install 'fastclstm[onnx]'") from None
     outputs = _converted(e, model, input_shape, mask)
@@ -134,8 +136,10 @@ def to_onnx(
         g.graph(type(model).__name__), opset_imports=[onnx.helper.make_opsetid("", OPSET)], ir_version=IR_VERSION,
         producer_name="fastclstm", producer_version=__version__,
     )  # fmt: skip
+    content = made.SerializeToString()
+    onnx.checker.check_model(content)
     with replacing(path) as new:
-        new.write_bytes(made.SerializeToString())
+        new.write_bytes(content)
 
 
 def _converted(e: Export, model: Layer, input_shape: Any, mask: bool) -> list[tuple[str, Value]]:
@@ -143,16 +147,12 @@ def _converted(e: Export, model: Layer, input_shape: Any, mask: bool) -> list[tu
     if isinstance(model, Model):
         shapes: dict[Any, Any] = {slot: model._graph.shapes[slot] for slot in model._inputs.values()}
         if input_shape is not None:
-            shapes = model._by_slot("input_shape", input_shape)
+            shapes = model._by_slot("input_shape", _shapes(input_shape))
             model._check_shapes("input_shape", shapes)
         x: Any = {name: _input(e, name, shapes[slot], *_reader(model, slot)) for name, slot in model._inputs.items()}
         names = list(model._outputs)
     else:
-        shape = _default_shape(model) if input_shape is None else input_shape
-        shape = tuple(shape) if isinstance(shape, list) and is_shape(tuple(shape)) else shape
-        known = isinstance(shape, tuple | list) and all(size is None or isinstance(size, int) for size in leaves(shape))
-        if not known:
-            raise TypeError(f"to_onnx: input_shape must be a tuple of sizes, None for any, got {input_shape!r}")
+        shape = _default_shape(model) if input_shape is None else _shapes(input_shape)
         several, numbers = not is_shape(shape), count()
         reader = _reader(model, None)
         name = "frames" if isinstance(model, Forecasting) else "x"
@@ -166,6 +166,17 @@ def _converted(e: Export, model: Layer, input_shape: Any, mask: bool) -> list[tu
             return [("output", forecasting(e, model, x, e.g.input("steps", "int64", [1])))]
     values = list(leaves(e.call("", model, x, options)))
     return list(zip(names or ["output"] * len(values), values, strict=True))
+
+
+def _shapes(given: Any) -> Any:
+    """Return a shape, or a list or dict of these, each a tuple."""
+    if isinstance(given, Mapping):
+        return {name: _shapes(shape) for name, shape in given.items()}
+    if not isinstance(given, list | tuple):
+        raise TypeError(f"to_onnx: input_shape must be a tuple of sizes, None for any, or a list or dict of these, "
+                        f"got {given!r}")  # fmt: skip
+    several = any(isinstance(item, list | tuple) for item in given)
+    return list(map(_shapes, given)) if several else checked_shape("to_onnx: input_shape", given)
 
 
 def _cell(e: Export, cell: RecurrentCell, x: Value) -> list[tuple[str, Value]]:
@@ -208,7 +219,8 @@ def _input(e: Export, name: str, shape: Known, layer: Layer, argument: str) -> V
     kind = {"mask": "bool", "lengths": "int64"}.get(argument, e.dtype or layer.options.get("dtype") or "float32")
     if isinstance(layer, Embedding) and argument == "x":
         kind = "int64"
-    axes = [size or axis for size, axis in zip(shape, _axes(layer, len(shape), argument), strict=True)]
+    named = zip(shape, _axes(layer, len(shape), argument), strict=True)
+    axes = [axis if size is None else size for size, axis in named]
     if e.g.inputs:  # whose axes may have other sizes, but for the batch's
         axes = [axis if axis == "batch" or isinstance(axis, int) else f"{name}_{axis}" for axis in axes]
     return e.g.input(name, str(kind), axes)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from itertools import count
@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from fastclstm.layers.symbolic import Known
+from fastclstm.models.graph import free_name
 
 OPSET = 21
 """Of 2024: the first whose GroupNormalization has one scale a channel. Gelu needs 20, Mish 18."""
@@ -64,10 +65,11 @@ _NOTHING = {("Add", 0), ("Sub", 0), ("Mul", 1), ("Div", 1)}
 class Builder:
     """A graph that is being built: the whole one, or the body of a loop in it."""
 
-    def __init__(self, outer: Builder | None = None):
+    def __init__(self, outer: Builder | None = None, ends: Collection[str] = ()):
         self.onnx: Any = import_module("onnx") if outer is None else outer.onnx
         self._numbers: Any = count() if outer is None else outer._numbers
         self._outer = outer
+        self._ends: Collection[str] = ends if outer is None else outer._ends
         self.inputs: list[Any] = []
         self.outputs: list[Any] = []
         self._nodes: list[Any] = []
@@ -78,7 +80,8 @@ class Builder:
     # What goes in and out
 
     def input(self, name: str, dtype: str, axes: Sequence[int | str | None]) -> Value:
-        """Return an input; its axes have a size, a name, or neither."""
+        """Return an input; its axes have a size, a name, or neither, and its name a number where another has it."""
+        name = free_name(name, {given.name for given in self.inputs})
         self.inputs.append(self._info(name, dtype, axes))
         return _value(name, dtype, [n if isinstance(n, int) else None for n in axes])
 
@@ -98,8 +101,10 @@ class Builder:
         return sum(array.nbytes for _, array in self._constants.values())
 
     def new_name(self, kind: str) -> str:
-        """Return a name that nothing in the whole graph has; inputs and outputs have no slash in theirs."""
-        return f"/{kind}_{next(self._numbers)}"
+        """Return a name that nothing in the whole graph has, nor any of `ends`."""
+        while (name := f"/{kind}_{next(self._numbers)}") in self._ends:
+            pass
+        return name
 
     def _info(self, name: str, dtype: str, axes: Sequence[int | str | None]) -> Any:
         kind = self.onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -11,7 +11,6 @@ from fastclstm.convert.onnx_builder import Builder, Value
 from fastclstm.layers import Embedding, Layer
 from fastclstm.layers.container import Container, told, told_of
 from fastclstm.layers.symbolic import Known, is_shape, leaves, mapped, tried
-from fastclstm.models.graph import free_name
 
 Converter = Callable[..., Any]
 """Takes an `Export`, a layer, a value or several, and the call's options; returns values as a call returns arrays."""
@@ -20,8 +19,10 @@ Converter = Callable[..., Any]
 class Export:
     """A network that is on its way to ONNX."""
 
-    def __init__(self, table: Mapping[type, Converter], dtype: str | None, states: bool):
-        self.g = Builder()
+    def __init__(
+        self, table: Mapping[type, Converter], dtype: str | None, states: bool, ends: Collection[str] = ()
+    ):  # fmt: skip
+        self.g = Builder(ends=ends)
         self.dtype, self.wants_states = dtype, states
         self.next_states: dict[str, Value] = {}
         """What the states of each input of states are after the run."""
@@ -66,9 +67,8 @@ class Export:
             return [None] * len(names)
         made: list[Value | None] = []
         for name, shape in zip(names, shapes, strict=True):
-            full = free_name(f"{self._path}.{name}" if self._path else name, set(self.next_states))
-            value = self.g.input(full, dtype, shape)
-            self.next_states[full] = value
+            value = self.g.input(f"{self._path}.{name}" if self._path else name, dtype, shape)
+            self.next_states[value.name] = value
             made.append(value)
         return made
 

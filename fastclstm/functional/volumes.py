@@ -189,7 +189,8 @@ class Volumes:
     def _chunks(self) -> Iterator[range]:
         """Yield runs of output frames, counted through B and TO, whose gathered input fits in `GATHERED_BYTES`."""
         frame = self.spec.frame
-        count = max(1, GATHERED_BYTES // (frame.H * frame.W * frame.C * self._kernel.dtype.itemsize))
+        size = max(1, frame.H * frame.W * frame.C * self._kernel.dtype.itemsize)  # 0: without channels
+        count = max(1, GATHERED_BYTES // size)
         total = self.spec.B * self.spec.TO
         for start in range(0, total, count):
             yield range(start, min(start + count, total))

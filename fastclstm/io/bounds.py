@@ -38,7 +38,7 @@ class Bounds:
     """
 
     def __init__(self, path: str | os.PathLike[str], remedy: str = "write it anew without compression if you trust it"):
-        self.name, self._remedy = os.fspath(path), remedy
+        self.name, self._remedy = os.fsdecode(path), remedy
         status = os.stat(self.name)
         if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):  # to open a pipe is to wait
             raise OSError(f"cannot read {self.name}: it is not a regular file; copy it into one")

@@ -115,12 +115,17 @@ def Input(
     if not isinstance(given, Sequence) or isinstance(given, str):
         raise TypeError(f"Input: shape must be a tuple of sizes, such as (None, 64, 64, 1), got {given!r}")
     whole = tuple(given) if shape is None else (batch_size, *given)
-    for size in whole:
-        if size is not None and (isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 0):
-            raise ValueError(f"Input: shape {tuple(given)} must have sizes >= 0, or None for any, got {size!r}")
     if not whole:
         raise ValueError("Input: batch_shape is empty; an input has a batch axis at least")
-    return Symbol(tuple(None if size is None else int(size) for size in whole), name=checked_name("Input", name))
+    return Symbol(checked_shape("Input: shape", whole), name=checked_name("Input", name))
+
+
+def checked_shape(what: str, shape: Sequence[Any]) -> Known:
+    """Return a shape, its sizes Python's; raise ValueError where one is neither a number from 0 nor None."""
+    for size in shape:
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 0):
+            raise ValueError(f"{what} {tuple(shape)} must have sizes >= 0, or None for any, got {size!r}")
+    return tuple(None if size is None else int(size) for size in shape)
 
 
 def checked_name(op: str, name: Any) -> str | None:

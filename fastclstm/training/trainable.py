@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import wraps
+from inspect import CO_VARKEYWORDS
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
@@ -15,6 +16,7 @@ from fastclstm.layers.container import Container, told, walk
 from fastclstm.layers.conv_recurrent import ConvRecurrent
 from fastclstm.nn import is_number, optimizers
 from fastclstm.nn.described import Description, describe
+from fastclstm.nn.names import unknown_option
 from fastclstm.training import batches
 from fastclstm.training.batches import Arrays, Batch, Data, Ends, by_name, check_count, samples, spread
 from fastclstm.training.fitting import Fitting, drawn, evaluate, forget
@@ -32,19 +34,29 @@ _OTHERS = {
     "num_epochs": "it is called epochs",
 }
 """Arguments that other libraries' methods have, and what stands for them."""
+_SILENT = {"verbose": "nothing is printed; leave it out"}
 
 
-def _names_others(method: Callable[P, R]) -> Callable[P, R]:
-    """Let a method that is given an argument of another library's say what stands for it."""
+def _names_others(others: Mapping[str, str]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Let a method that is given an argument of another library's, or a slip of the pen, say what is meant."""
 
-    @wraps(method)
-    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
-        for name in kwargs:
-            if name in _OTHERS:
-                raise TypeError(f"{method.__name__} has no argument {name!r}; {_OTHERS[name]}")
-        return method(*args, **kwargs)
+    def decorated(method: Callable[P, R]) -> Callable[P, R]:
+        code = method.__code__
+        known = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]
+        takes_any = bool(code.co_flags & CO_VARKEYWORDS)
 
-    return checked
+        @wraps(method)
+        def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+            for name in kwargs:
+                if name in others:
+                    raise TypeError(f"{method.__name__} has no argument {name!r}; {others[name]}")
+                if name not in known and not takes_any:
+                    raise TypeError(unknown_option(method.__name__, name, known))
+            return method(*args, **kwargs)
+
+        return checked
+
+    return decorated
 
 
 class Trainable(Container):
@@ -53,7 +65,7 @@ class Trainable(Container):
     _input_names: tuple[str, ...] | None = None
     _output_names: tuple[str, ...] | None = None
 
-    @_names_others
+    @_names_others(_OTHERS)
     def fit(
         self, x: Any, y: Any = None, *, loss: Any = "mse", loss_weights: Any = None, optimizer: Any = "adam",
         epochs: int = 1, batch_size: int = 16, sample_weight: Any = None, mask: Any = None, lengths: Any = None,
@@ -200,6 +212,7 @@ class Trainable(Container):
         finally:
             forget(self)
 
+    @_names_others(_SILENT)
     def evaluate(
         self, x: Any, y: Any = None, *, loss: Any = "mse", loss_weights: Any = None, metrics: Any = (),
         batch_size: int = 16, sample_weight: Any = None, mask: Any = None, lengths: Any = None,
@@ -220,6 +233,7 @@ class Trainable(Container):
         data = _read(self, "evaluate", given, batch_size)
         return evaluate(self, objective(self, loss, loss_weights, metrics), drawn(self, data))
 
+    @_names_others(_SILENT)
     def predict(self, x: Any, batch_size: int = 16, *, mask: Any = None, lengths: Any = None, **options: Any) -> Any:
         """Return the model's output for x (N, …), computed `batch_size` samples at a time, as x's kind of array.
 

@@ -266,7 +266,7 @@ def planar_cost(specs: tuple[ConvSpec, ...], tile: Tile | None, itemsize: int, g
     """Estimate the work of one step in multiply-adds of vectors, where tiles are the lanes (see `direct_cost`)."""
     spec, lanes = specs[0], simd.lanes(itemsize)
     filters = spec.F // 4 if gates else spec.F
-    if filters > PLANAR_MOST or spec.B == 0:
+    if filters > PLANAR_MOST or spec.B == 0 or not any(s.C for s in specs):
         return math.inf
     columns = -(-spec.F // planar_kernels.QUAD) * planar_kernels.QUAD
     m = tile or _direct_tile(specs)
