@@ -390,11 +390,11 @@ def test_a_dialect_of_ones_own():
 
         def forward(self, x, h, c):
             i, f, g, o = (self.Wx(x) + self.Wh(h)).chunk(4, 1)
-            return dialects_torch.advance(torch.cat([i, f + 1, g, o], 1), c)
+            return dialects_torch.advance(torch.cat([i, f + 2, g, o], 1), c)
 
     model = torch.nn.ModuleDict({"a": Cell()})
     assert accelerate(model, return_report=True)[1].swapped == {}
-    own = Dialect("layers.{layer}", split=("Wx", "Wh"), biases="x", forget_bias=1.0)
+    own = Dialect("layers.{layer}", split=("Wx", "Wh"), biases="x", forget_bias=2.0)
     assert accelerate(model, dialects=[own], return_report=True)[1].swapped == {"a": "your own: a cell, step by step"}
 
 

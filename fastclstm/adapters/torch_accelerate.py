@@ -15,7 +15,7 @@ from fastclstm.adapters import torch_ops  # first: without PyTorch it says what 
 from fastclstm.adapters.report import Report
 from fastclstm.adapters.torch_cells import Arrangement
 from fastclstm.adapters.torch_layers import dtypes
-from fastclstm.adapters.torch_structure import Agreement, agreeing, alike, arrangements, decompositions
+from fastclstm.adapters.torch_structure import Agreement, agreeing, alike, arrangements, decompositions, unknown
 from fastclstm.convert.torch_dialects import DIALECTS, Dialect
 from fastclstm.convert.torch_grus import GRU_DIALECTS
 from fastclstm.convert.torch_recognition import Recognized, recognize
@@ -134,8 +134,11 @@ def _visit(module: torch.nn.Module, name: str, rows: list[Dialect], report: Repo
             report.left.pop(name, None)
             return
         worth = candidate.named or plan == _REMEMBERS or _RECURRENT.search(kind.__name__)
-        if worth and _FAILED in report.left.get(name, _FAILED):  # any other reason tells more than that
+        told = report.left.get(name, "")
+        if worth and (not told or (_FAILED in told and _FAILED not in plan)):  # any other reason tells more than that
             report.left[name] = f"{candidate.name}: {plan}"
+    if reason is None and name not in report.left and _RECURRENT.search(kind.__name__) and (why := unknown(module)):
+        report.left[name] = f"left, for {why}"
     for key, child in module.named_children():
         _visit(child, f"{name}.{key}".lstrip("."), rows, report)
 
@@ -287,20 +290,22 @@ _REMEMBERS = "left, for it returns something else when it is called again"
 def _plan(module: torch.nn.Module, candidate: Candidate) -> Plan | str:
     """Return how to answer the calls of a module, or why it is left."""
     told: Plan | str = ""
+    failed: list[Any] = []
     for dtype in _TOLERANCES:
         try:
             with torch.random.fork_rng(devices=[]):
                 twin = copy.deepcopy(module).eval().to("cpu", dtype)
                 comparison = _Comparison(twin, candidate, dtype)
-                if isinstance(told, Plan) and not comparison.can_be_called(told):
+                if isinstance(told, Plan) and len(comparison.failed(told, failed)) == len(failed):
                     return told
                 plan = comparison.plan()
-                if isinstance(plan, Plan) and not (isinstance(told, Plan) and len(told.forms) >= len(plan.forms)):
-                    told = plan
-                elif not comparison.mixed:
-                    return told or plan
-                else:
-                    told = told or plan
+                if not isinstance(plan, Plan):
+                    told = told if isinstance(told, Plan) else plan
+                    failed = [()] if comparison.mixed else []
+                elif not isinstance(told, Plan) or len(told.forms) < len(plan.forms):
+                    told, failed = plan, comparison.failed(plan, comparison.forms(plan.cells))
+                if not failed:  # else it may be that it makes tensors of float32 for itself
+                    return told
         except Exception as error:  # whatever a user's module raises for an input that it does not expect
             lines = str(error).strip().splitlines() or [""]
             told = told or f"{_FAILED}: {type(error).__name__}: {lines[0][:120]}"
@@ -397,21 +402,21 @@ class _Comparison:
         return any(leaf.is_floating_point() and leaf.dtype != self.dtype for _, value in self.answers.values()
                    for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, Tensor))  # fmt: skip
 
-    def can_be_called(self, plan: Plan) -> bool:
-        """Whether the module can be called in a form that a plan does not have."""
-        others = (plan._replace(forms=(form,)) for form in self._forms(plan.cells) if form not in plan.forms)
-        return any(not isinstance(self._answer(one)[1], Exception) for one in others)
+    def failed(self, plan: Plan, forms: list[Any]) -> list[Any]:
+        """Return in which of the forms the module of a plan cannot be called."""
+        return [form for form in forms if isinstance(self._answer(plan._replace(forms=(form,)))[1], Exception)]
 
     def _calls(self, cells: tuple[Arrangement, ...]) -> Iterator[tuple[bool, Any, tuple[int, ...]]]:
         """Yield how a module of such cells may be called."""
-        forms = self._forms(cells)
+        forms = self.forms(cells)
         if self.candidate.steps:
             yield from ((False, form, _LAYOUTS[0]) for form in forms if form != (X,))
         else:
             yield from ((both, form, layout) for both in self.candidate.bidirectional for form in forms
                         for layout in _LAYOUTS)  # fmt: skip
 
-    def _forms(self, cells: tuple[Arrangement, ...]) -> list[Any]:
+    def forms(self, cells: tuple[Arrangement, ...]) -> list[Any]:
+        """Return the forms of which a call of the module has one, if it is of such cells."""
         forms = _forms(len(cells), len(cells[0].operator.states), self.candidate.steps)
         return [form for form in forms if len(form) <= len(self.names)]
 
@@ -457,7 +462,7 @@ class _Comparison:
 
     def _checked(self, plan: Plan) -> Plan | str:
         """Return the plan with all the forms in which the module agrees, and whether gradients do."""
-        further = [form for form in self._forms(plan.cells) if form != plan.forms[0]]
+        further = [form for form in self.forms(plan.cells) if form != plan.forms[0]]
         kept = []
         for form in (*plan.forms, *further):
             one = plan._replace(forms=(form,))

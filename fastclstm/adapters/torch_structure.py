@@ -85,7 +85,7 @@ def _within(module: torch.nn.Module, prefix: str, seen: set[int]) -> list[tuple[
 
 def arrangements(module: torch.nn.Module, place: str) -> list[Arrangement]:
     """Return every cell that a module's convolutions may be."""
-    convolutions = _convolutions(module)
+    convolutions = [] if isinstance(module, nn.Conv2d) else _convolutions(module)
     found: list[Arrangement] = []
     filters = dict.fromkeys(c.outputs // k for c in convolutions for k in range(1, 5) if c.outputs % k == 0)
     for cell, F in product(_OPERATIONS, filters):
@@ -193,6 +193,24 @@ def _convolutions(module: torch.nn.Module) -> list[_Convolution]:
         elif not parametrized and any(parameter is not None for parameter in part._parameters.values()):
             return []
     return found if len(found) <= _MOST else []
+
+
+def unknown(module: torch.nn.Module) -> str:
+    """Say what a module has that no cell has that is known by its shapes; "" where its cells may be modules in it."""
+    if any(child is not module and arrangements(child, "") for child in module.modules()):
+        return ""
+    for name, part in module.named_modules():
+        if isinstance(part, nn.Conv2d) and not _keeps_frames(part):
+            return (f"its convolution {name} has strides, groups or an even kernel, or pads otherwise: one that keeps "
+                    "frames' size would be known")  # fmt: skip
+        own = [key for key, parameter in part._parameters.items() if parameter is not None]
+        if own and not isinstance(part, nn.Conv2d | nn.GroupNorm | nn.BatchNorm2d):
+            return (f"{f'{name}.{own[0]}'.lstrip('.')} is of no Conv2d, GroupNorm or BatchNorm2d: such a cell is known "
+                    "by names alone, as of dialects=[…]")  # fmt: skip
+    if any(isinstance(part, nn.Conv2d) for part in module.modules()):
+        return ("its convolutions have not the numbers of channels of one cell's gates; the cell as a module of its "
+                "own, called with x and its states, would be known")  # fmt: skip
+    return ""
 
 
 def _keeps_frames(conv: Any) -> bool:
