@@ -269,6 +269,12 @@ def furthest(some, others):
     return max(deviation(a, b) for a, b in zip(some, others, strict=True))
 
 
+@pytest.fixture(autouse=True)
+def however_small(request, monkeypatch):
+    if "small" not in request.node.name:
+        monkeypatch.setattr(torch_accelerate, "SMALL", {})
+
+
 @pytest.fixture
 def calls(monkeypatch):
     """How often the operator was called."""
@@ -710,6 +716,21 @@ def test_kinds_of_cells_and_of_calls(kind, calls):
     x, *others = given
     if isinstance(x, torch.Tensor):
         assert furthest(pulled(model, x, *others), pulled(expected, x, *others)) < 1e-5
+
+
+@pytest.mark.parametrize("make", [lambda: Kind(F=8), lambda: GRUCell(C, 8, "each")])
+def test_small_steps_are_the_modules_own(make, calls, monkeypatch):
+    cell = accelerate(make())
+    del calls[:]
+    for size, threads, called in ((8, 1, 0), (320, 1, 1), (320, 64, 0)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        with torch.no_grad():
+            cell(torch.randn(2, C, size, size), None)
+        states = torch.randn(2, 2, 8, size, size)
+        with torch.no_grad():
+            cell(torch.randn(2, C, size, size), tuple(states) if isinstance(cell, Kind) else states[0])
+        assert bool(calls) == called
+        del calls[:]
 
 
 class ConvLSTMWithPeephole(Kind):

@@ -29,6 +29,9 @@ _TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4}
 """How far outputs and gradients may be from the module's own, as a share of their largest value."""
 X = -1
 """Where x stands in a form."""
+SMALL = {("convlstm2d", True): 75e6, ("convgru2d", True): 350e6, ("convrnn2d", True): 350e6}
+"""Of operations whose cells are called step by step: how many products a call has for each of PyTorch's threads where
+our kernels have caught up with what calling them takes (as measured on two threads, Zen 4). Fewer are the module's."""
 _LAYOUTS = (0, 1, 2), (1, 0, 2), (0, 2, 1)
 """Where a module's x has batch, time and channels; each is its own inverse."""
 _RECURRENT = re.compile("lstm|gru|rnn|recurrent", re.IGNORECASE)
@@ -55,6 +58,8 @@ class Plan(NamedTuple):
     """Whether gradients are the module's own; else, where they are asked for, it computes itself."""
     training: bool = False
     """The same of a module in training mode."""
+    products: int = 0
+    """That a call has for each pixel of each frame."""
     parts: tuple[Any, ...] = ()
     """What was in the module when it was compared, as of `_parts`; where that has changed it computes itself."""
 
@@ -73,7 +78,8 @@ def accelerate(model: torch.nn.Module, *, dialects: Sequence[Dialect] = (), retu
 
     A call that the comparison has not covered goes to the module's own ``forward``: with further arguments; in training
     mode where it has dropout or batch normalization; for gradients where the module's own are others (the published
-    "seyongk" cuts them off). Hooks on a swapped module are called, those within it not: such a module is left, and so
+    "seyongk" cuts them off); of a cell that is called step by step on so little that calling ours would take longer than
+    PyTorch, some 10⁸ products. Hooks on a swapped module are called, those within it not: such a module is left, and so
     is one that remembers earlier calls. Results are contiguous; under autocast they are computed and returned in
     float32. What decides how a module is called and what it returns, such as its attribute batch_first, must be set
     before. Where parts of a swapped module are replaced, wrapped, parametrized or given hooks later, it computes
@@ -128,7 +134,8 @@ def _visit(module: torch.nn.Module, name: str, rows: list[Dialect], report: Repo
     for candidate in _candidates(module, rows) if reason is None else ():
         plan = _refusal(module) or _plan(module, candidate)
         if isinstance(plan, Plan):
-            module.fastclstm_plan = plan._replace(parts=_parts(module))
+            products = sum(cell.products(module) for cell in plan.cells)
+            module.fastclstm_plan = plan._replace(products=products, parts=_parts(module))
             module.__class__ = accelerated(kind)
             report.swapped[name] = _told(plan)
             report.left.pop(name, None)
@@ -726,6 +733,9 @@ class Accelerated:
         if any(state.shape[0] != B for state in states):  # states that are spread
             return None
         if (self.training and not plan.training) or (torch.is_grad_enabled() and not plan.gradients):
+            return None
+        least = SMALL.get((plan.cells[0].operation, plan.steps), 0) if x.is_cpu else 0
+        if plan.products * x.numel() < least * torch.get_num_threads() * plan.cells[0].channels:
             return None
         if plan.parts != _parts(self):
             return None

@@ -128,6 +128,11 @@ class Arrangement(NamedTuple):
         """Return F."""
         return sum(len(self._tensor(module, f"{name}.weight")) for name in self.x) // self.G
 
+    def products(self, module: Any) -> int:
+        """Return how many products its convolutions have for a pixel."""
+        names = dict.fromkeys((*self.x, *self.h))
+        return sum(self._tensor(module, f"{name}.weight").numel() for name in names)
+
     def by(self, engine: str) -> Self:
         """Return the same, computed by an engine."""
         return self._replace(options=torch_ops.changed(self.options, engine=engine))
