@@ -29,9 +29,16 @@ _TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4}
 """How far outputs and gradients may be from the module's own, as a share of their largest value."""
 X = -1
 """Where x stands in a form."""
-SMALL = {("convlstm2d", True): 75e6, ("convgru2d", True): 350e6, ("convrnn2d", True): 350e6}
-"""Of operations whose cells are called step by step: how many products a call has for each of PyTorch's threads where
-our kernels have caught up with what calling them takes (as measured on two threads, Zen 4). Fewer are the module's."""
+SMALL = {
+    ("convlstm2d", True): 80e6,
+    ("convgru2d", True): 350e6,
+    ("convgru2d", False): 100e6,
+    ("convrnn2d", True): 350e6,
+    ("convrnn2d", False): 100e6,
+}
+"""Of operations, as cells that are called step by step or over sequences: how many products a call has for each of
+PyTorch's threads where our kernels have caught up with what calling them takes (measured on two threads, Zen 4). Calls
+of fewer are the module's own."""
 _LAYOUTS = (0, 1, 2), (1, 0, 2), (0, 2, 1)
 """Where a module's x has batch, time and channels; each is its own inverse."""
 _RECURRENT = re.compile("lstm|gru|rnn|recurrent", re.IGNORECASE)
@@ -76,14 +83,15 @@ def accelerate(model: torch.nn.Module, *, dialects: Sequence[Dialect] = (), retu
     module is not understood, its cells are tried, which are called step by step. Modules on a GPU are compared on the
     processor, as copies.
 
-    A call that the comparison has not covered goes to the module's own ``forward``: with further arguments; in training
-    mode where it has dropout or batch normalization; for gradients where the module's own are others (the published
-    "seyongk" cuts them off); of a cell that is called step by step on so little that calling ours would take longer than
-    PyTorch, some 10⁸ products. Hooks on a swapped module are called, those within it not: such a module is left, and so
-    is one that remembers earlier calls. Results are contiguous; under autocast they are computed and returned in
-    float32. What decides how a module is called and what it returns, such as its attribute batch_first, must be set
-    before. Where parts of a swapped module are replaced, wrapped, parametrized or given hooks later, it computes
-    itself (``accelerate`` again compares anew); so it does for `torch.jit.trace` and the exporters of ONNX.
+    A call that the comparison has not covered goes to the module's own ``forward``: with further arguments; in
+    training mode where it has dropout or batch normalization; for gradients where the module's own are others (the
+    published "seyongk" cuts them off); on so little that calling ours would take longer than PyTorch (steps of cells
+    with some 10⁸ products, ConvGRUs over sequences with 10⁸). Hooks on a swapped module are called, those within it
+    not: such a module is left, and so is one that remembers earlier calls. Results are contiguous; under autocast
+    they are computed and returned in float32. What decides how a module is called and what it returns, such as its
+    attribute batch_first, must be set before. Where parts of a swapped module are replaced, wrapped, parametrized or
+    given hooks later, it computes itself (``accelerate`` again compares anew); so it does for `torch.jit.trace` and
+    the exporters of ONNX.
 
     Parameters
     ----------
@@ -144,10 +152,11 @@ def _visit(module: torch.nn.Module, name: str, rows: list[Dialect], report: Repo
         told = report.left.get(name, "")
         if worth and (not told or (_FAILED in told and _FAILED not in plan)):  # any other reason tells more than that
             report.left[name] = f"{candidate.name}: {plan}"
-    if reason is None and name not in report.left and _RECURRENT.search(kind.__name__) and (why := unknown(module)):
-        report.left[name] = f"left, for {why}"
     for key, child in module.named_children():
         _visit(child, f"{name}.{key}".lstrip("."), rows, report)
+    told_of = any(f"{key}.".startswith(f"{name}." if name else "") for key in (*report.swapped, *report.left))
+    if reason is None and not told_of and _RECURRENT.search(kind.__name__) and (why := unknown(module)):
+        report.left[name] = f"left, for {why}"
 
 
 def _told(plan: Plan) -> str:
@@ -203,8 +212,10 @@ def _recognized(state: Any, rows: list[Dialect]) -> Iterator[Recognized]:
 
 def _named(found: Recognized, bidirectional: bool, steps: bool) -> Candidate:
     """Return the candidate that a known dialect is."""
+    rows = [found.row, *found.row.reordered()]
+    rows += [] if found.row.output_activation else [replace(row, activations=("relu",)) for row in rows]
     meanings = [tuple(Arrangement.of(row, row.place(*index), found.cells[index]) for index in sorted(found.cells))
-                for row in (found.row, *found.row.reordered())]  # fmt: skip
+                for row in rows]  # fmt: skip
     tensors, first = found.cells[0, 0], meanings[0][0]
     of_pixels = {name for _, name, _, _, convolved, _ in first.peepholes if not convolved}
     of_pixels |= {name for _, theirs in first.norms for name in theirs} | {name for name in tensors if "norm" in name}
