@@ -746,7 +746,8 @@ class Accelerated:
         if (self.training and not plan.training) or (torch.is_grad_enabled() and not plan.gradients):
             return None
         least = SMALL.get((plan.cells[0].operation, plan.steps), 0) if x.is_cpu else 0
-        if plan.products * x.numel() < least * torch.get_num_threads() * plan.cells[0].channels:
+        threads = 1 if torch.compiler.is_compiling() else torch.get_num_threads()
+        if plan.products * x.numel() < least * threads * plan.cells[0].channels:
             return None
         if plan.parts != _parts(self):
             return None
