@@ -269,6 +269,12 @@ def furthest(some, others):
     return max(deviation(a, b) for a, b in zip(some, others, strict=True))
 
 
+@pytest.fixture(autouse=True)
+def however_small(request, monkeypatch):
+    if "small" not in request.node.name:
+        monkeypatch.setattr(torch_accelerate, "SMALL", {})
+
+
 @pytest.fixture
 def calls(monkeypatch):
     """How often the operator was called."""
@@ -390,11 +396,11 @@ def test_a_dialect_of_ones_own():
 
         def forward(self, x, h, c):
             i, f, g, o = (self.Wx(x) + self.Wh(h)).chunk(4, 1)
-            return dialects_torch.advance(torch.cat([i, f + 1, g, o], 1), c)
+            return dialects_torch.advance(torch.cat([i, f + 2, g, o], 1), c)
 
     model = torch.nn.ModuleDict({"a": Cell()})
     assert accelerate(model, return_report=True)[1].swapped == {}
-    own = Dialect("layers.{layer}", split=("Wx", "Wh"), biases="x", forget_bias=1.0)
+    own = Dialect("layers.{layer}", split=("Wx", "Wh"), biases="x", forget_bias=2.0)
     assert accelerate(model, dialects=[own], return_report=True)[1].swapped == {"a": "your own: a cell, step by step"}
 
 
@@ -609,6 +615,148 @@ def test_states_that_are_given(make, calls):
     assert len(calls) == len(filters)
     with torch.no_grad():
         assert furthest(leaves(model(x, hx=given)), leaves(expected(x, given))) < 1e-5
+
+
+# Kinds of cells and of calls
+
+
+class Kind(torch.nn.Module):
+    """A ConvLSTM cell whose kind its options tell."""
+
+    def __init__(self, F=4, *, pads=False, normalized=False, hidden_first=False, split=False, bias=0.0, g=torch.tanh,
+                 out=torch.tanh):  # fmt: skip
+        super().__init__()
+        self.F, self.hidden_first, self.bias, self.functions = F, hidden_first, bias, (g, out)
+        self.pad = torch.nn.ZeroPad2d(1) if pads else torch.nn.Identity()
+        size = {"kernel_size": 3, "padding": 0 if pads else 1}
+        if split:
+            self.of_x, self.of_h = torch.nn.Conv2d(C, 4 * F, **size), torch.nn.Conv2d(F, 4 * F, **size)
+        else:
+            self.of_both = torch.nn.Conv2d(C + F, 4 * F, **size)
+        self.norm = torch.nn.GroupNorm(4, 4 * F) if normalized else torch.nn.Identity()
+
+    def step(self, x, h, c):
+        if hasattr(self, "of_x"):
+            z = self.of_x(x) + self.of_h(h)
+        else:
+            z = self.of_both(self.pad(torch.cat([h, x] if self.hidden_first else [x, h], 1)))
+        o, i, g, f = self.norm(z).chunk(4, 1)
+        c = (f + self.bias).sigmoid() * c + i.sigmoid() * self.functions[0](g)
+        return o.sigmoid() * self.functions[1](c), c
+
+    def forward(self, x, state):
+        if state is None:
+            state = [torch.zeros(len(x), self.F, *x.shape[2:])] * 2
+        return self.step(x, *state)
+
+
+class CellStateFirst(Kind):
+    def forward(self, x, c, h):
+        return self.step(x, h, c)[::-1]
+
+
+class StatesBeforeX(Kind):
+    def forward(self, state, x):
+        return self.step(x, *state)
+
+
+class HiddenBeforeX(GRUCell):
+    """As in RAFT's update: the recurrent argument is the first."""
+
+    def forward(self, h, x):
+        both = torch.cat([h, x], 1)
+        z, r = self.a(both).sigmoid(), self.c(both).sigmoid()
+        return (1 - z) * h + z * self.b(torch.cat([r * h, x], 1)).tanh()
+
+
+class Unrolled(torch.nn.Module):
+    """A layer that makes its zeros, and what it returns, of float32, whatever its weights are."""
+
+    def __init__(self, cell):
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, x, states):
+        h, c = states or [torch.zeros(len(x), self.cell.F, *x.shape[3:]) for _ in range(2)]
+        outputs = torch.zeros(*x.shape[:2], *h.shape[1:])
+        for t in range(x.shape[1]):
+            h, c = self.cell(x[:, t], (h, c))
+            outputs[:, t] = h
+        return outputs, (h, c)
+
+
+KINDS = {
+    "h before x": (lambda: HiddenBeforeX(C, 4, "each"), "hx"),
+    "states before x": (lambda: StatesBeforeX(hidden_first=True), "(hc)x"),
+    "c before h": (CellStateFirst, "xch"),
+    "no states yet": (lambda: Kind(hidden_first=True), "x-"),
+    "padded apart": (lambda: Kind(pads=True), "x(hc)"),
+    "sum normalized": (lambda: Kind(split=True, normalized=True), "x(hc)"),
+    "forget bias": (lambda: Kind(bias=1.0), "x(hc)"),
+    "relu of g alone": (lambda: Kind(g=torch.relu), "x(hc)"),
+    "elu": (lambda: Kind(g=torch.nn.functional.elu, out=torch.nn.functional.elu, split=True), "x(hc)"),
+    "a layer of float32": (lambda: Unrolled(Kind(split=True)), "s-"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_of_cells_and_of_calls(kind, calls):
+    make, called = KINDS[kind]
+    torch.manual_seed(1)
+    model, frame = make(), torch.randn(2, C, *FRAME)
+    expected = copy.deepcopy(model)
+    _, report = accelerate(model, return_report=True)
+    assert [*report.swapped] == [""], report
+    h, c = torch.randn(2, 2, 4, *FRAME)
+    given = {"hx": (h, frame), "(hc)x": ((h, c), frame), "xch": (frame, c, h), "x-": (frame, None),
+             "x(hc)": (frame, (h, c)), "s-": (torch.randn(2, 3, C, *FRAME), None)}[called]  # fmt: skip
+    del calls[:]
+    assert furthest(leaves(model(*given)), leaves(expected(*given))) < 1e-5
+    assert len(calls) == 1
+    x, *others = given
+    if isinstance(x, torch.Tensor):
+        assert furthest(pulled(model, x, *others), pulled(expected, x, *others)) < 1e-5
+
+
+@pytest.mark.parametrize("make", [lambda: Kind(F=8), lambda: GRUCell(C, 8, "each")])
+def test_small_steps_are_the_modules_own(make, calls, monkeypatch):
+    cell = accelerate(make())
+    del calls[:]
+    for size, threads, called in ((8, 1, 0), (320, 1, 1), (320, 64, 0)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        with torch.no_grad():
+            cell(torch.randn(2, C, size, size), None)
+        states = torch.randn(2, 2, 8, size, size)
+        with torch.no_grad():
+            cell(torch.randn(2, C, size, size), tuple(states) if isinstance(cell, Kind) else states[0])
+        assert bool(calls) == called
+        del calls[:]
+
+
+class ConvLSTMWithPeephole(Kind):
+    def __init__(self):
+        super().__init__()
+        self.peephole = torch.nn.Parameter(torch.zeros(4, 1, 1))
+
+
+class ConvLSTMWithHead(Kind):
+    def __init__(self):
+        super().__init__()
+        self.head = torch.nn.Conv2d(4, 1, 1)
+
+
+class StridedConvLSTM(Kind):
+    def __init__(self):
+        super().__init__()
+        self.of_both.stride = (2, 2)
+
+
+@pytest.mark.parametrize(("make", "told"), [(ConvLSTMWithPeephole, "peephole is of no Conv2d"),
+                                            (ConvLSTMWithHead, "the cell as a module of its own"),
+                                            (StridedConvLSTM, "its convolution of_both has strides")])  # fmt: skip
+def test_what_is_called_a_convlstm_and_not_even_tried_is_told_why(make, told):
+    report = accelerate(torch.nn.Sequential(make()), return_report=True)[1]
+    assert told in report.left["0"]
 
 
 class Remembering(Rolled):

@@ -31,6 +31,8 @@ class Cell(nn.Module):
             self.combined_gates, self.out_gate = conv(C + F, 2 * F), conv(C + F, F)
         elif dialect == "kimmel-gru":
             self.update_gate, self.reset_gate, self.out_gate = (conv(C + F, F) for _ in range(3))
+        elif dialect == "raft":
+            self.convz, self.convr, self.convq = (conv(F + C, F) for _ in range(3))
         else:
             self.update_gate_conv, self.read_gate_conv, self.output_conv = (conv(C + F, F) for _ in range(3))
 
@@ -56,6 +58,9 @@ class Cell(nn.Module):
             case "kimmel-gru":
                 z, r = torch.sigmoid(self.update_gate(both)), torch.sigmoid(self.reset_gate(both))
                 return h * (1 - z) + candidate(self.out_gate) * z
+            case "raft":
+                z, r = (torch.sigmoid(gate(torch.cat([h, x], 1))) for gate in (self.convz, self.convr))
+                return (1 - z) * h + z * torch.tanh(self.convq(torch.cat([r * h, x], 1)))
             case _:
                 z, r = torch.sigmoid(self.update_gate_conv(both)), torch.sigmoid(self.read_gate_conv(both))
                 return z * h + (1 - z) * candidate(self.output_conv, torch.relu)
@@ -118,6 +123,17 @@ def test_a_cell_at_hand_tells_what_it_keeps():
     cell.forward = lambda x, h: 2 * Other.forward(cell, x, h)
     with pytest.raises(ValueError, match="computes something else"):
         from_torch(cell)
+
+
+def test_a_cell_that_takes_its_state_first_is_compared_too():
+    class Update(Cell):
+        def forward(self, h, x):
+            return super().forward(x, h)
+
+    cell = shuffled(Update(4, 4, "raft"))
+    alike = Cell(4, 4, "raft").double()
+    alike.load_state_dict(cell.state_dict())
+    agree(from_torch(cell, engine="reference"), [alike], frames(4))
 
 
 def test_gradients_are_those_of_the_module():

@@ -15,7 +15,7 @@ from fastclstm.adapters import torch_ops  # first: without PyTorch it says what 
 from fastclstm.adapters.report import Report
 from fastclstm.adapters.torch_cells import Arrangement
 from fastclstm.adapters.torch_layers import dtypes
-from fastclstm.adapters.torch_structure import arrangements, decompositions
+from fastclstm.adapters.torch_structure import Agreement, agreeing, alike, arrangements, decompositions, unknown
 from fastclstm.convert.torch_dialects import DIALECTS, Dialect
 from fastclstm.convert.torch_grus import GRU_DIALECTS
 from fastclstm.convert.torch_recognition import Recognized, recognize
@@ -27,6 +27,18 @@ _FRAME = (7, 6)
 _B, _T = 2, 3
 _TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4}
 """How far outputs and gradients may be from the module's own, as a share of their largest value."""
+X = -1
+"""Where x stands in a form."""
+SMALL = {
+    ("convlstm2d", True): 80e6,
+    ("convgru2d", True): 350e6,
+    ("convgru2d", False): 100e6,
+    ("convrnn2d", True): 350e6,
+    ("convrnn2d", False): 100e6,
+}
+"""Of operations, as cells that are called step by step or over sequences: how many products a call has for each of
+PyTorch's threads where our kernels have caught up with what calling them takes (measured on two threads, Zen 4). Calls
+of fewer are the module's own."""
 _LAYOUTS = (0, 1, 2), (1, 0, 2), (0, 2, 1)
 """Where a module's x has batch, time and channels; each is its own inverse."""
 _RECURRENT = re.compile("lstm|gru|rnn|recurrent", re.IGNORECASE)
@@ -44,7 +56,7 @@ class Plan(NamedTuple):
     layout: tuple[int, ...]
     """Of `_LAYOUTS`."""
     forms: tuple[Any, ...]
-    """What may stand behind x: tuples of arguments, each a state's number or a tuple of such. () is no states."""
+    """The arguments that it may have: tuples of `X`, of states' numbers, or of tuples of such."""
     names: tuple[str, ...]
     """The names of the arguments that are answered."""
     recipe: Any = None
@@ -53,6 +65,8 @@ class Plan(NamedTuple):
     """Whether gradients are the module's own; else, where they are asked for, it computes itself."""
     training: bool = False
     """The same of a module in training mode."""
+    products: int = 0
+    """That a call has for each pixel of each frame."""
     parts: tuple[Any, ...] = ()
     """What was in the module when it was compared, as of `_parts`; where that has changed it computes itself."""
 
@@ -69,13 +83,15 @@ def accelerate(model: torch.nn.Module, *, dialects: Sequence[Dialect] = (), retu
     module is not understood, its cells are tried, which are called step by step. Modules on a GPU are compared on the
     processor, as copies.
 
-    A call that the comparison has not covered goes to the module's own ``forward``: with further arguments; in training
-    mode where it has dropout or batch normalization; for gradients where the module's own are others (the published
-    "seyongk" cuts them off). Hooks on a swapped module are called, those within it not: such a module is left, and so
-    is one that remembers earlier calls. Results are contiguous; under autocast they are computed and returned in
-    float32. What decides how a module is called and what it returns, such as its attribute batch_first, must be set
-    before. Where parts of a swapped module are replaced, wrapped, parametrized or given hooks later, it computes
-    itself (``accelerate`` again compares anew); so it does for `torch.jit.trace` and the exporters of ONNX.
+    A call that the comparison has not covered goes to the module's own ``forward``: with further arguments; in
+    training mode where it has dropout or batch normalization; for gradients where the module's own are others (the
+    published "seyongk" cuts them off); on so little that calling ours would take longer than PyTorch (steps of cells
+    with some 10⁸ products, ConvGRUs over sequences with 10⁸). Hooks on a swapped module are called, those within it
+    not: such a module is left, and so is one that remembers earlier calls. Results are contiguous; under autocast
+    they are computed and returned in float32. What decides how a module is called and what it returns, such as its
+    attribute batch_first, must be set before. Where parts of a swapped module are replaced, wrapped, parametrized or
+    given hooks later, it computes itself (``accelerate`` again compares anew); so it does for `torch.jit.trace` and
+    the exporters of ONNX.
 
     Parameters
     ----------
@@ -126,16 +142,21 @@ def _visit(module: torch.nn.Module, name: str, rows: list[Dialect], report: Repo
     for candidate in _candidates(module, rows) if reason is None else ():
         plan = _refusal(module) or _plan(module, candidate)
         if isinstance(plan, Plan):
-            module.fastclstm_plan = plan._replace(parts=_parts(module))
+            products = sum(cell.products(module) for cell in plan.cells)
+            module.fastclstm_plan = plan._replace(products=products, parts=_parts(module))
             module.__class__ = accelerated(kind)
             report.swapped[name] = _told(plan)
             report.left.pop(name, None)
             return
         worth = candidate.named or plan == _REMEMBERS or _RECURRENT.search(kind.__name__)
-        if worth and _FAILED in report.left.get(name, _FAILED):  # any other reason tells more than that
+        told = report.left.get(name, "")
+        if worth and (not told or (_FAILED in told and _FAILED not in plan)):  # any other reason tells more than that
             report.left[name] = f"{candidate.name}: {plan}"
     for key, child in module.named_children():
         _visit(child, f"{name}.{key}".lstrip("."), rows, report)
+    told_of = any(f"{key}.".startswith(f"{name}." if name else "") for key in (*report.swapped, *report.left))
+    if reason is None and not told_of and _RECURRENT.search(kind.__name__) and (why := unknown(module)):
+        report.left[name] = f"left, for {why}"
 
 
 def _told(plan: Plan) -> str:
@@ -166,12 +187,9 @@ def _candidates(module: torch.nn.Module, rows: list[Dialect]) -> Iterator[Candid
     for found in _recognized(state, [row for row in rows if row.cells != ""]):
         yield _named(found, bool(found.row.directions) and len(found.cells) == 2, False)
     for cells in decompositions(module):
-        first = cells[0][1]
-        if all(len(meant) == len(first) for _, meant in cells):
-            yield Candidate(
-                _kind(state, first), False, [*zip(*(meant for _, meant in cells), strict=True)],
-                (False, True) if len(cells) == 2 else (False,), False,
-            )  # fmt: skip
+        if meanings := alike([meant for _, meant in cells]):
+            both = (False, True) if len(cells) == 2 else (False,)
+            yield Candidate(_kind(state, cells[0][1]), False, meanings, both, False)
     if several:
         for found in _recognized(state, [_alone(row) for row in rows if isinstance(row.cells, str)]):
             yield _named(found, False, True)
@@ -194,8 +212,10 @@ def _recognized(state: Any, rows: list[Dialect]) -> Iterator[Recognized]:
 
 def _named(found: Recognized, bidirectional: bool, steps: bool) -> Candidate:
     """Return the candidate that a known dialect is."""
+    rows = [found.row, *found.row.reordered()]
+    rows += [] if found.row.output_activation else [replace(row, activations=("relu",)) for row in rows]
     meanings = [tuple(Arrangement.of(row, row.place(*index), found.cells[index]) for index in sorted(found.cells))
-                for row in (found.row, *found.row.reordered())]  # fmt: skip
+                for row in rows]  # fmt: skip
     tensors, first = found.cells[0, 0], meanings[0][0]
     of_pixels = {name for _, name, _, _, convolved, _ in first.peepholes if not convolved}
     of_pixels |= {name for _, theirs in first.norms for name in theirs} | {name for name in tensors if "norm" in name}
@@ -269,10 +289,12 @@ def _refusal(module: torch.nn.Module) -> str | None:
     return None
 
 
-def _arguments(forward: Callable[..., Any]) -> list[str]:
-    """Return the names of the positional arguments of a method, without self."""
+def _arguments(forward: Callable[..., Any], needed: bool = False) -> list[str]:
+    """Return the names of the positional arguments of a method, without self; of those alone that must be given."""
     kinds = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.POSITIONAL_ONLY
-    return [name for name, parameter in inspect.signature(forward).parameters.items() if parameter.kind in kinds][1:]
+    found = inspect.signature(forward).parameters.items()
+    return [name for name, parameter in found if parameter.kind in kinds
+            and not (needed and parameter.default is not inspect.Parameter.empty)][1:]  # fmt: skip
 
 
 # What is compared
@@ -285,15 +307,26 @@ _REMEMBERS = "left, for it returns something else when it is called again"
 
 def _plan(module: torch.nn.Module, candidate: Candidate) -> Plan | str:
     """Return how to answer the calls of a module, or why it is left."""
-    told = ""
+    told: Plan | str = ""
+    failed: list[Any] = []
     for dtype in _TOLERANCES:
         try:
             with torch.random.fork_rng(devices=[]):
                 twin = copy.deepcopy(module).eval().to("cpu", dtype)
-                return _Comparison(twin, candidate, dtype).plan()
+                comparison = _Comparison(twin, candidate, dtype)
+                if isinstance(told, Plan) and len(comparison.failed(told, failed)) == len(failed):
+                    return told
+                plan = comparison.plan()
+                if not isinstance(plan, Plan):
+                    told = told if isinstance(told, Plan) else plan
+                    failed = [()] if comparison.mixed else []
+                elif not isinstance(told, Plan) or len(told.forms) < len(plan.forms):
+                    told, failed = plan, comparison.failed(plan, comparison.forms(plan.cells))
+                if not failed:  # else it may be that it makes tensors of float32 for itself
+                    return told
         except Exception as error:  # whatever a user's module raises for an input that it does not expect
             lines = str(error).strip().splitlines() or [""]
-            told = f"{_FAILED}: {type(error).__name__}: {lines[0][:120]}"
+            told = told or f"{_FAILED}: {type(error).__name__}: {lines[0][:120]}"
     return told
 
 
@@ -303,9 +336,10 @@ class Inputs(NamedTuple):
     x: Tensor
     states: tuple[Tensor, ...]
 
-    def arguments(self, form: Any) -> list[Any]:
-        """Return the arguments of a call in a form."""
-        return [self.x, *(_filled(item, self.states) for item in form)]
+    def arguments(self, form: Any, needed: int = 0) -> list[Any]:
+        """Return the arguments of a call in a form, None behind them for those that are needed."""
+        given = [_filled(item, (*self.states, self.x)) for item in form]
+        return given + [None] * (needed - len(given))
 
 
 class _Comparison:
@@ -316,6 +350,7 @@ class _Comparison:
         self.tolerance = _TOLERANCES[dtype]
         self.generator = torch.Generator().manual_seed(0)
         self.names = tuple(_arguments(type(twin).forward))
+        self.needed = len(_arguments(type(twin).forward, needed=True))
         self.answers: dict[Any, tuple[Inputs, Any]] = {}
         with torch.no_grad():
             for name, tensor in twin.state_dict().items():
@@ -329,26 +364,79 @@ class _Comparison:
     def plan(self) -> Plan | str:
         """Return how to answer the module's calls, or why not; raise what all of them raise."""
         returned, candidate = False, self.candidate
-        for cells in candidate.meanings:
+        first: Exception | None = None
+        for cells in self._meanings():
             for bidirectional, form, layout in self._calls(cells):
                 plan = Plan(candidate.name, cells, bidirectional, candidate.steps, layout, (form,), self.names)
                 value = self._answer(plan)[1]
-                returned |= not isinstance(value, Exception)
+                if isinstance(value, Exception):
+                    first = first or value
+                    continue
+                returned = True
                 plan = self._with_recipe(plan)
                 if plan.recipe is not None:
                     return self._checked(plan)
-        if not returned and isinstance(value, Exception):
-            raise value
+        if not returned and first is not None:
+            raise first
         return _LEFT.format("a ConvLSTM" if candidate.named else candidate.name)
+
+    def _meanings(self) -> Iterator[tuple[Arrangement, ...]]:
+        """Yield what the cells may be: of ConvLSTMs, if a step of the first cell can be seen, what agrees with it."""
+        meanings = self.candidate.meanings
+        seen = None if self.candidate.named else self._seen()
+        if seen is not None:
+            yield from seen
+            meanings = [cells for cells in meanings if cells[0].operation != "convlstm2d"]
+        yield from meanings
+
+    def _seen(self) -> list[tuple[Arrangement, ...]] | None:
+        """Return the ConvLSTMs that agree with a step of the first cell, None where it cannot be called."""
+        cells = {one[0]: one for one in self.candidate.meanings if one[0].operation == "convlstm2d"}
+        place = next(iter(cells)).place if cells else ""
+        own = self.twin.get_submodule(place)
+        names, needed = (len(_arguments(type(own).forward, needed=one)) for one in (False, True))
+        found: list[Agreement] = []
+        called = False
+        for C, F in dict.fromkeys((one.channels, one.filters(self.twin)) for one in cells) if names > 1 else ():
+            inputs = Inputs(self.draw(_B, C, *_FRAME), tuple(self.draw(_B, F, *_FRAME) for _ in range(2)))
+            cell, values = copy.deepcopy(own), []
+            for form in _forms(1, 2, True)[1:]:
+                try:
+                    with torch.no_grad():
+                        value = cell(*inputs.arguments(form, needed)) if len(form) <= names else None
+                except Exception:  # as in _plan
+                    continue
+                values += [leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+            called |= bool(values)
+            with torch.no_grad():
+                found += agreeing(cell, cells, inputs.x, inputs.states, values, self.tolerance) if values else ()
+        if not found and (not called or (not place and not self.candidate.steps)):
+            return None
+        return [tuple(map(one.of, cells[one.meant])) for one in found]
+
+    @property
+    def mixed(self) -> bool:
+        """Whether something that the module returned is of another dtype than it, whose tensors it makes."""
+        return any(leaf.is_floating_point() and leaf.dtype != self.dtype for _, value in self.answers.values()
+                   for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, Tensor))  # fmt: skip
+
+    def failed(self, plan: Plan, forms: list[Any]) -> list[Any]:
+        """Return in which of the forms the module of a plan cannot be called."""
+        return [form for form in forms if isinstance(self._answer(plan._replace(forms=(form,)))[1], Exception)]
 
     def _calls(self, cells: tuple[Arrangement, ...]) -> Iterator[tuple[bool, Any, tuple[int, ...]]]:
         """Yield how a module of such cells may be called."""
-        forms = [form for form in _forms(len(cells), len(cells[0].operator.states)) if len(form) < len(self.names)]
+        forms = self.forms(cells)
         if self.candidate.steps:
-            yield from ((False, form, _LAYOUTS[0]) for form in forms if form)
+            yield from ((False, form, _LAYOUTS[0]) for form in forms if form != (X,))
         else:
             yield from ((both, form, layout) for both in self.candidate.bidirectional for form in forms
                         for layout in _LAYOUTS)  # fmt: skip
+
+    def forms(self, cells: tuple[Arrangement, ...]) -> list[Any]:
+        """Return the forms of which a call of the module has one, if it is of such cells."""
+        forms = _forms(len(cells), len(cells[0].operator.states), self.candidate.steps)
+        return [form for form in forms if len(form) <= len(self.names)]
 
     def _inputs(self, plan: Plan, B: int = _B, T: int = _T, more: int = 0) -> Inputs:
         """Draw what a module of a plan is called with."""
@@ -371,20 +459,18 @@ class _Comparison:
     def _called(self, plan: Plan, inputs: Inputs) -> Any:
         try:
             with torch.no_grad():
-                return self.twin(*inputs.arguments(plan.forms[0]))
+                return self.twin(*inputs.arguments(plan.forms[0], self.needed))
         except Exception as error:  # as in _plan
             return error
 
     def _computed(self, plan: Plan, inputs: Inputs) -> Results:
         """Run the cells in NumPy, so that nothing is compiled."""
         plan = plan._replace(cells=tuple(cell.by("reference") for cell in plan.cells))
-        return _computed(self.twin, plan, inputs.x, inputs.states if plan.forms[0] else ())
+        return _computed(self.twin, plan, inputs.x, inputs.states if plan.forms[0] != (X,) else ())
 
     def _with_recipe(self, plan: Plan) -> Plan:
         """Return the plan with what the module returns, if it is what these cells would."""
         inputs, value = self._answer(plan)
-        if isinstance(value, Exception):
-            return plan
         try:
             with torch.no_grad():
                 results = self._computed(plan, inputs)
@@ -394,8 +480,7 @@ class _Comparison:
 
     def _checked(self, plan: Plan) -> Plan | str:
         """Return the plan with all the forms in which the module agrees, and whether gradients do."""
-        further = [form for form in _forms(len(plan.cells), len(plan.cells[0].operator.states))
-                   if form != plan.forms[0] and len(form) < len(self.names)]  # fmt: skip
+        further = [form for form in self.forms(plan.cells) if form != plan.forms[0]]
         kept = []
         for form in (*plan.forms, *further):
             one = plan._replace(forms=(form,))
@@ -413,7 +498,7 @@ class _Comparison:
         if not kept:
             return _REMEMBERS
         most = max(map(len, (one.forms[0] for one in kept)))
-        plan = plan._replace(forms=tuple(one.forms[0] for one in kept), names=self.names[: 1 + most])
+        plan = plan._replace(forms=tuple(one.forms[0] for one in kept), names=self.names[:most])
         gradients = all(map(self._agrees, kept))
         self.twin.train()
         return plan._replace(gradients=gradients, training=gradients and all(map(self._agrees, kept)))
@@ -438,7 +523,7 @@ class _Comparison:
             if ours:
                 output = _returned(plan.recipe, self._computed(plan, inputs))
             else:
-                output = self.twin(*inputs.arguments(plan.forms[0]))
+                output = self.twin(*inputs.arguments(plan.forms[0], self.needed))
             leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(output) if leaf is not None]
             generator = torch.Generator().manual_seed(1)
             weights = [torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(leaf) for leaf in leaves]
@@ -462,36 +547,43 @@ def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
 # How states are given
 
 
-def _forms(cells: int, states: int) -> list[Any]:
-    """Return what may stand behind x: `Plan.forms`."""
-    numbers = [tuple(range(cell * states, (cell + 1) * states)) for cell in range(cells)]
+def _forms(cells: int, states: int, steps: bool) -> list[Any]:
+    """Return how x and states may be given: `Plan.forms`."""
+    behind: list[Any]
     if states == 1:
         flat = tuple(range(cells))
-        return [(), (0,), ((0,),)] if cells == 1 else [(), (flat,)]
+        behind = [(0,), ((0,),)] if cells == 1 else [(flat,)]
+        return [(X,), *((X, *form) for form in behind), *([(0, X)] if steps else [])]
     if cells == 1:
-        return [(), (0, 1), ((0, 1),), (((0, 1),),)]
-    return [(), (tuple(numbers),), tuple(tuple(one[state] for one in numbers) for state in range(states))]
+        orders = ((0, 1), (1, 0))
+        behind = [form for h, c in orders for form in ((h, c), ((h, c),), (((h, c),),))]
+        before = [form for h, c in orders for form in ((h, c, X), ((h, c), X))] if steps else []
+        return [(X,), *((X, *form) for form in behind), *before]
+    numbers = [tuple(range(cell * states, (cell + 1) * states)) for cell in range(cells)]
+    return [(X,), (X, tuple(numbers)), (X, *(tuple(one[state] for one in numbers) for state in range(states)))]
 
 
-def _filled(item: Any, states: tuple[Tensor, ...], within: bool = False) -> Any:
+def _filled(item: Any, tensors: tuple[Tensor, ...], within: bool = False) -> Any:
     """Return an argument in a form's structure: a list or, in another, a tuple."""
     if isinstance(item, int):
-        return states[item]
-    parts = [_filled(part, states, True) for part in item]
+        return tensors[item]
+    parts = [_filled(part, tensors, True) for part in item]
     return tuple(parts) if within else parts
 
 
-def _found(form: Any, arguments: list[Any]) -> list[Tensor] | None:
-    """Return the states in arguments of a form's structure, None where they have another."""
+def _found(form: Any, arguments: list[Any], axes: int) -> tuple[Tensor, list[Tensor]] | None:
+    """Return x and the states in arguments of a form's structure, None where they have another."""
     found: dict[int, Tensor] = {}
 
     def fits(item: Any, value: Any) -> bool:
         if isinstance(item, int):
             found[item] = value
-            return isinstance(value, Tensor) and value.dim() == 4
+            return isinstance(value, Tensor) and value.dim() == (axes if item == X else 4)
         return isinstance(value, list | tuple) and len(value) == len(item) and all(map(fits, item, value))
 
-    return [found[number] for number in sorted(found)] if fits(form, arguments) else None
+    if not fits(form, arguments):
+        return None
+    return found.pop(X), [found[number] for number in sorted(found)]
 
 
 # What is computed, and what is returned
@@ -638,24 +730,28 @@ class Accelerated:
             return None
         if any(value is not None for name, value in named.items() if name not in plan.names):
             return None
-        x, *given = [named.get(name) for name in plan.names]
+        given = [named.get(name) for name in plan.names]
         while given and given[-1] is None:
             given.pop()
-        found = next((states for form in plan.forms if (states := _found(form, given)) is not None), None)
+        axes = 4 if plan.steps else 5
+        found = next((one for form in plan.forms if (one := _found(form, given, axes)) is not None), None)
         if found is None:
             return None
-        if not isinstance(x, Tensor) or x.dim() != (4 if plan.steps else 5):
-            return None
+        x, states = found
         if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():  # for where our operators are not known
             return None
         B = x.shape[0] if plan.steps else x.shape[plan.layout[0]]
-        if any(state.shape[0] != B for state in found):  # states that are spread
+        if any(state.shape[0] != B for state in states):  # states that are spread
             return None
         if (self.training and not plan.training) or (torch.is_grad_enabled() and not plan.gradients):
             return None
+        least = SMALL.get((plan.cells[0].operation, plan.steps), 0) if x.is_cpu else 0
+        threads = 1 if torch.compiler.is_compiling() else torch.get_num_threads()
+        if plan.products * x.numel() < least * threads * plan.cells[0].channels:
+            return None
         if plan.parts != _parts(self):
             return None
-        return x, found
+        return found
 
     def __reduce__(self) -> Any:
         return _unpickled, (type(self).__mro__[2],), self.__dict__

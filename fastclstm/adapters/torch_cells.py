@@ -43,9 +43,9 @@ class Arrangement(NamedTuple):
     place: str
     """Of the cell in the module, "" for the module itself."""
     x: tuple[str, ...]
-    """The convolutions of x, alone or with h behind it, whose outputs are all gates' one after another."""
+    """The convolutions of x, alone or with h beside it, whose outputs are all gates' one after another."""
     h: tuple[str, ...]
-    """Those of h, alone or with x before it."""
+    """Those of h, alone or with x beside it."""
     channels: int
     """C."""
     order: tuple[int, ...]
@@ -66,6 +66,8 @@ class Arrangement(NamedTuple):
     """Of a batch normalization, whose statistics are folded into the weights; else None."""
     options: str = torch_ops.encode([])
     """As the operator takes them."""
+    hidden_first: bool = False
+    """Whether h stands before x where a convolution is of both."""
 
     @classmethod
     def of(cls, row: Dialect, place: str, cell: Mapping[str, Tensor]) -> Self:
@@ -126,9 +128,14 @@ class Arrangement(NamedTuple):
         """Return F."""
         return sum(len(self._tensor(module, f"{name}.weight")) for name in self.x) // self.G
 
+    def products(self, module: Any) -> int:
+        """Return how many products its convolutions have for a pixel."""
+        names = dict.fromkeys((*self.x, *self.h))
+        return sum(self._tensor(module, f"{name}.weight").numel() for name in names)
+
     def by(self, engine: str) -> Self:
         """Return the same, computed by an engine."""
-        return self._replace(options=torch_ops.by(self.options, engine))
+        return self._replace(options=torch_ops.changed(self.options, engine=engine))
 
     def weights(self, module: Any) -> torch_ops.Weights:
         """Return the weights of the module's cell as the operator takes them."""
@@ -267,7 +274,9 @@ def _places(
         for name in names:
             rows, channels = sizes[f"{name}.weight"][:2]
             joint = channels != alone
-            inputs = slice(None) if not joint else slice(C) if half == "x" else slice(C, None)
+            first = F if arrangement.hidden_first else C
+            inputs = slice(first) if (half == "h") == arrangement.hidden_first else slice(first, None)
+            inputs = inputs if joint else slice(None)
             for gate, theirs, count in _runs(arrangement.order, start // F, (start + rows) // F, arrangement.negated):
                 block = slice(theirs * F - start, (theirs + count) * F - start)
                 own = slice(gate * F, (gate + count) * F)

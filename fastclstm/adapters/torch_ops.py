@@ -101,9 +101,9 @@ def encode(further: Sequence[str], normalization: Normalization | None = None, *
     return json.dumps({"further": list(further), **options})
 
 
-def by(options: str, engine: str) -> str:
-    """Return encoded options with an engine."""
-    return json.dumps(json.loads(options) | {"engine": engine})
+def changed(options: str, **others: Any) -> str:
+    """Return encoded options with some that are others."""
+    return json.dumps(json.loads(options) | others)
 
 
 @cache

@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import permutations, product
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from fastclstm.adapters import torch_ops
 from fastclstm.adapters.torch_cells import Arrangement
+from fastclstm.nn import activations
 from fastclstm.nn.normalization import Normalization
 from fastclstm.spec import CELL_GATES
 
 import torch  # isort: skip
+from torch import Tensor  # isort: skip
 
 nn = torch.nn
 _MOST = 8
 """Convolutions that a cell may have: one of x and one of h for each of four gates."""
 _OPERATIONS = {"lstm": "convlstm2d", "gru": "convgru2d", "rnn": "convrnn2d"}
 _ACTIVATIONS = ("tanh", "relu")
+_FUNCTIONS = [
+    dict(zip(("activation", "output_activation", "recurrent_activation"), names.split(), strict=True))
+    for names in (
+        "tanh tanh sigmoid", "relu relu sigmoid", "relu tanh sigmoid", "tanh tanh hard_sigmoid", "elu elu sigmoid",
+        "sigmoid sigmoid sigmoid", "linear tanh sigmoid", "linear linear sigmoid", "tanh linear sigmoid",
+    )
+]  # fmt: skip
+"""What a ConvLSTM whose step is seen may apply to g, to the new cell state, and to the other gates."""
+_FORGET_BIASES = 0.0, 1.0
 
 
 class _Convolution(NamedTuple):
@@ -71,15 +85,94 @@ def _within(module: torch.nn.Module, prefix: str, seen: set[int]) -> list[tuple[
 
 def arrangements(module: torch.nn.Module, place: str) -> list[Arrangement]:
     """Return every cell that a module's convolutions may be."""
-    convolutions = _convolutions(module)
+    convolutions = [] if isinstance(module, nn.Conv2d) else _convolutions(module)
     found: list[Arrangement] = []
     filters = dict.fromkeys(c.outputs // k for c in convolutions for k in range(1, 5) if c.outputs % k == 0)
     for cell, F in product(_OPERATIONS, filters):
         inputs = dict.fromkeys(n for c in convolutions for n in (c.inputs - F, c.inputs) if n > 0)
         for C in inputs:
             for joint, of_x, of_h in _roles(convolutions, len(CELL_GATES[cell]), C, F):
-                found += _meant(cell, place, joint, of_x, of_h, C)
+                found += _meant(cell, place, convolutions, (joint, of_x, of_h), C)
     return list(dict.fromkeys(found))
+
+
+class Agreement(NamedTuple):
+    """What weights do not tell of a ConvLSTM, and a step of it does."""
+
+    meant: Arrangement
+    """One of those that were tried, in whatever order."""
+    order: tuple[int, ...]
+    functions: dict[str, str]
+    forget_bias: float
+
+    def of(self, cell: Arrangement) -> Arrangement:
+        """Return a cell that is alike."""
+        options = torch_ops.changed(cell.options, **self.functions)
+        return cell._replace(order=self.order, options=options, forget_bias=self.forget_bias)
+
+
+def agreeing(cell: torch.nn.Module, meanings: Iterable[Arrangement], x: Tensor, states: Sequence[Tensor],
+             values: list[Tensor], tolerance: float) -> Iterator[Agreement]:  # fmt: skip
+    """Yield the ConvLSTMs whose next h is among the values that a cell returned for x and the states h and c.
+
+    Orders of gates and activations are tried on the pre-activations that the cell's own convolutions make: hundreds in
+    the time in which a few cells are computed.
+    """
+    before = states[1].numpy()
+    bounds = [(value.numpy(), tolerance * float(value.abs().max())) for value in values]
+    kinds = {meant._replace(order=(), options=""): meant for meant in meanings if meant.channels == x.shape[1]}
+    for meant in kinds.values():
+        gates = _gates(cell, meant, x, states[0]) or []
+        for functions, bias in product(_FUNCTIONS, _FORGET_BIASES) if gates else ():
+            activation, output, recurrent = (activations.get(name).forward for name in functions.values())
+            opened, forgot = [recurrent(z) for z in gates], [recurrent(z + bias) for z in gates]
+            activated, kept = [activation(z) for z in gates], [f * before for f in forgot]
+            for order in permutations(range(4)):
+                i, f, g, o = order
+                h = opened[o] * output(kept[f] + opened[i] * activated[g])
+                if any(value.shape == h.shape and np.abs(h - value).max() <= bound for value, bound in bounds):
+                    yield Agreement(meant, order, functions, bias)
+
+
+def alike(cells: list[list[Arrangement]]) -> list[tuple[Arrangement, ...]]:
+    """Return what several cells may be if all of them are of one kind."""
+
+    def kind(meant: Arrangement) -> Any:
+        options = json.loads(meant.options)
+        told = options["activation"], options.get("reset_after")
+        return meant._replace(place="", channels=0, biases=(), options=""), told
+
+    others = [{kind(meant): meant for meant in reversed(one)} for one in cells[1:]]
+    return [(first, *(one[kind(first)] for one in others)) for first in cells[0]
+            if all(kind(first) in one for one in others)]  # fmt: skip
+
+
+def _gates(cell: torch.nn.Module, meant: Arrangement, x: Tensor, h: Tensor) -> list[np.ndarray] | None:
+    """Return the pre-activations of a cell in its own order of gates, None where its convolutions take other sizes."""
+    both = torch.cat([h, x] if meant.hidden_first else [x, h], 1)
+    norms = [cell.get_submodule(name.rpartition(".")[0]) for _, names in meant.norms[:1] for name in names]
+    parts = []
+    for names, alone in ((meant.x, x), (meant.h, h)):
+        convolutions = [cell.get_submodule(name) for name in names]
+        if any(c.in_channels not in (both.shape[1], alone.shape[1]) for c in convolutions):
+            return None
+        inputs = [alone if c.in_channels == alone.shape[1] else both for c in convolutions]
+        parts.append([_convolved(c, one) for c, one in zip(convolutions, inputs, strict=True)])
+    if meant.x == meant.h:
+        made = [norm(z) for norm, z in zip(norms, parts[0], strict=True)] if norms else parts[0]
+        together = torch.cat(made, 1)
+    else:
+        together = torch.cat(parts[0], 1) + torch.cat(parts[1], 1)
+        together = norms[0](together) if norms else together
+    return [gate.numpy() for gate in together.chunk(4, 1)]
+
+
+def _convolved(conv: Any, x: Tensor) -> Tensor:
+    """Convolve to a frame of the same size, wherever the module pads."""
+    across, along = ((k - 1) * d // 2 for k, d in zip(conv.kernel_size, conv.dilation, strict=True))
+    mode = {"zeros": "constant"}.get(conv.padding_mode, conv.padding_mode)
+    padded = nn.functional.pad(x, (along, along, across, across), mode)
+    return nn.functional.conv2d(padded, conv.weight, conv.bias, dilation=conv.dilation)
 
 
 def _convolutions(module: torch.nn.Module) -> list[_Convolution]:
@@ -102,10 +195,28 @@ def _convolutions(module: torch.nn.Module) -> list[_Convolution]:
     return found if len(found) <= _MOST else []
 
 
+def unknown(module: torch.nn.Module) -> str:
+    """Say what a module has that no cell has that is known by its shapes; "" where its cells may be modules in it."""
+    if any(child is not module and arrangements(child, "") for child in module.modules()):
+        return ""
+    for name, part in module.named_modules():
+        if isinstance(part, nn.Conv2d) and not _keeps_frames(part):
+            return (f"its convolution {name} has strides, groups or an even kernel, or pads otherwise: one that keeps "
+                    "frames' size would be known")  # fmt: skip
+        own = [key for key, parameter in part._parameters.items() if parameter is not None]
+        if own and not isinstance(part, nn.Conv2d | nn.GroupNorm | nn.BatchNorm2d):
+            return (f"{f'{name}.{own[0]}'.lstrip('.')} is of no Conv2d, GroupNorm or BatchNorm2d: such a cell is known "
+                    "by names alone, as of dialects=[…]")  # fmt: skip
+    if any(isinstance(part, nn.Conv2d) for part in module.modules()):
+        return ("its convolutions have not the numbers of channels of one cell's gates; the cell as a module of its "
+                "own, called with x and its states, would be known")  # fmt: skip
+    return ""
+
+
 def _keeps_frames(conv: Any) -> bool:
-    """Whether a convolution makes frames of the same size, as ours of h does."""
+    """Whether a convolution makes frames of the same size, as ours of h does, or would after padding apart from it."""
     reached = tuple((k - 1) * d for k, d in zip(conv.kernel_size, conv.dilation, strict=True))
-    same = conv.padding == "same" or tuple(2 * p for p in conv.padding) == reached
+    same = conv.padding == "same" or tuple(2 * p for p in conv.padding) == reached or conv.padding == (0, 0)
     odd = all(n % 2 == 0 for n in reached)
     return conv.groups == 1 and conv.stride == (1, 1) and same and odd and conv.padding_mode in ("zeros", "circular")
 
@@ -130,33 +241,41 @@ def _roles(convolutions: list[_Convolution], G: int, C: int, F: int) -> Iterator
             yield joint, of_x, of_h
 
 
-def _meant(cell: str, place: str, joint: Any, of_x: Any, of_h: Any, C: int) -> Iterator[Arrangement]:
+def _meant(cell: str, place: str, convolutions: list[_Convolution], roles: Any, C: int) -> Iterator[Arrangement]:
     """Yield the cells of a kind that differ in the order of gates, in signs, and in what their weights do not tell."""
+    joint, of_x, of_h = roles
     x, h = [*joint, *of_x], [*joint, *of_h]
     G = len(CELL_GATES[cell])
     biases = tuple(c.name for c in (*x, *of_h) if c.module.bias is not None)
     normalization, epsilon = None, None
     norms: tuple[tuple[str, tuple[str, ...]], ...] = ()
-    if any(c.norms for c in (*x, *of_h)):
-        if of_x or not all(c.norms for c in joint):
+    normed = [c for c in convolutions if c.norms]
+    if normed:
+        width = sum(c.outputs for c in x)
+        each, summed = normed == joint and not of_x, not joint and [c.outputs for c in normed] == [width]
+        if not (each or summed):
             return
-        normalization, epsilon = _normalization([c.norms[0][1] for c in joint], sum(c.outputs for c in joint))
+        normalization, epsilon = _normalization([c.norms[0][1] for c in normed], width)
         if normalization is None and epsilon is None:
             return
         names = {"gamma": "weight", "beta": "bias"}
         names |= {} if epsilon is None else {"moving_mean": "running_mean", "moving_variance": "running_var"}
-        norms = tuple((ours, tuple(f"{c.norms[0][0]}.{theirs}" for c in joint)) for ours, theirs in names.items())
+        norms = tuple((ours, tuple(f"{c.norms[0][0]}.{theirs}" for c in normed)) for ours, theirs in names.items())
     further = [f"normalization_weights.{name}" for name, _ in norms] if normalization is not None else []
     geometry = {"dilation": list(x[0].module.dilation), "recurrent_dilation": list(h[0].module.dilation),
                 "padding_mode": x[0].module.padding_mode}  # fmt: skip
     resets = {"gru": (True, False) if of_x else (False,)}.get(cell, (None,))
     signs = (True, False) if cell == "gru" else (False,)
-    for activation, reset, negated, order in product(_ACTIVATIONS, resets, signs, permutations(range(G))):
+    sides = (False, True) if joint else (False,)
+    for hidden_first, activation, reset, negated, order in product(
+        sides, _ACTIVATIONS, resets, signs, permutations(range(G))
+    ):
         own = {} if reset is None else {"reset_after": reset}
         yield Arrangement(
             _OPERATIONS[cell], place, tuple(c.name for c in x), tuple(c.name for c in h), C, order, biases,
             both=bool(reset), negated=negated, norms=norms, epsilon=epsilon,
             options=torch_ops.encode(further, normalization, activation=activation, **geometry, **own),
+            hidden_first=hidden_first,
         )  # fmt: skip
 
 

@@ -116,7 +116,7 @@ def from_torch(
     "seagochen"             conv_x, conv_h                              differs  give gates=… or check=…
     ======================  ==========================================  =======  ===============================
 
-    Those of ConvGRUs, of which `cells` may say which are stacked:
+    Those of ConvGRUs, of which `cells` may say which are stacked (others: ``dialect=GRUDialect(…)``):
 
     ===============  ======================================================  =====  ================================
     dialect          weights of a cell                                       gates  what else
@@ -127,6 +127,7 @@ def from_torch(
     "mlcast"         combined_gates, out_gate                                z r
     "kimmel-gru"     ConvGRUCell_{nn}.update_gate, reset_gate, out_gate      each   those of a DGMR too
     "dgmr"           update_gate_conv, read_gate_conv, output_conv           each   relu; no spectral normalization
+    "raft"           convz, convr, convq                                     each   h before x
     ===============  ======================================================  =====  ================================
 
     Peepholes that a module moved to a GPU when it was made (``nn.Parameter(…).to(device)``) are no parameters of it:

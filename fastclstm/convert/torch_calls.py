@@ -82,18 +82,19 @@ def _attempts(module: Any, x: Any, F: int, states: int) -> Iterator[Callable[[],
                         yield tensor.permute(axes)
 
             yield over_sequences
-    yield partial(_stepwise, module, x, F, states, True)
-    yield partial(_stepwise, module, x, F, states, False)
+    yield partial(_stepwise, module, x, F, states, lambda frame, given: (frame, *given))
+    yield partial(_stepwise, module, x, F, states, lambda frame, given: (frame, tuple(given)))
+    yield partial(_stepwise, module, x, F, states, lambda frame, given: (*given, frame))
 
 
-def _stepwise(module: Any, x: Any, F: int, count: int, apart: bool) -> Iterator[Any]:
-    """Yield the states, over time, of a cell that is called step by step, its states further arguments or a tuple."""
+def _stepwise(module: Any, x: Any, F: int, count: int, arguments: Callable[[Any, Any], Any]) -> Iterator[Any]:
+    """Yield the states, over time, of a cell that is called step by step, with the arguments that x and they make."""
     import torch
 
     states = [x.new_zeros(x.shape[0], F, *x.shape[3:])] * count
     steps = []
     for frame in x.unbind(1):
-        result = module(frame, *states) if apart else module(frame, tuple(states))
+        result = module(*arguments(frame, states))
         states = [tensor for tensor in _tensors(result) if tensor.dim() == 4][-count:]
         steps.append(states)
     yield from (torch.stack(one, 1) for one in zip(*steps, strict=True))

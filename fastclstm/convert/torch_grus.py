@@ -42,6 +42,8 @@ class GRUDialect:
     norms: tuple[str, ...] = ()
     """Modules that normalize the gates and n, over groups of `group_size` channels."""
     group_size: int = 32
+    hidden_first: bool = False
+    """Whether h stands before x where a convolution is of both."""
 
     @property
     def reset_after(self) -> bool:
@@ -73,9 +75,11 @@ GRU_DIALECTS = {row.name: row for row in (
     GRUDialect("mlcast", ("combined_gates",), ("out_gate",), "zr"),
     GRUDialect("kimmel-gru", ("update_gate", "reset_gate"), ("out_gate",), cells="ConvGRUCell_{layer:02d}"),
     GRUDialect("dgmr", ("update_gate_conv", "read_gate_conv"), ("output_conv",), keeps="z", activation="relu"),
+    GRUDialect("raft", ("convz", "convr"), ("convq",), hidden_first=True),
 )}  # fmt: skip
 """Those of jhhuang96's ConvLSTM-PyTorch, aserdega's convlstmgru, U-TAE and happyjin's ConvGRU-pytorch, mlcast,
-jacobkimmel's pytorch_convgru, and of DGMR (its spectral normalization removed, with the weights that it makes)."""
+jacobkimmel's pytorch_convgru, of DGMR (its spectral normalization removed, with the weights that it makes), and of
+RAFT and what is made after it."""
 
 
 def recognized(state: Mapping[str, Any], prefix: str, row: GRUDialect | None = None) -> dict[str, GRUDialect]:
@@ -162,6 +166,8 @@ def _read(row: GRUDialect, where: str, cell: Arrays) -> tuple[Arrays, int]:
         raise ValueError(f"from_torch: a {KH}×{KW} kernel padded by half of it does not keep the frame, so PyTorch "
                          f"cannot run this module either; kernels must be odd: {shapes}")  # fmt: skip
     hwio = {name: array.transpose(2, 3, 1, 0) for name, array in weights.items()}
+    if row.hidden_first:
+        hwio = {name: np.roll(array, C, 2) if array.shape[2] == C + F else array for name, array in hwio.items()}
     gates = _blocks(row, [hwio[name] for name in row.gates])
     n = hwio[row.candidate[0]]
     of_h = hwio[row.candidate[1]] if row.reset_after else n[:, :, C:]
@@ -250,7 +256,8 @@ def _written(row: GRUDialect, cell: Arrays, F: int) -> Arrays:
     """Return a cell's weights by their names."""
     signed = ("gamma", "beta") if row.norms else ("kernel", "recurrent_kernel", "bias")
     cell = {name: _signed(row, array, F) if name in signed else array for name, array in cell.items()}
-    joint = np.concatenate([cell["kernel"], cell["recurrent_kernel"]], 2)
+    halves = [cell["kernel"], cell["recurrent_kernel"]]
+    joint = np.concatenate(halves[::-1] if row.hidden_first else halves, 2)
     named: Arrays = {}
     bias = cell.get("bias")
     rows = None if bias is None else bias if bias.ndim == 2 else np.stack([bias, np.zeros_like(bias)])
