@@ -265,10 +265,8 @@ def test_half_precision_is_float32_inside(keras, ours, accelerating, dtype):
     if keras.backend.backend() == "numpy":
         return
     cotangents = [np.ones(y.shape, "float32") for y in exact]
-    near, true = (
-        arrays(keras, [keras.ops.cast(g, "float32") for g in accelerating.gradients(layer, x, states, None, cotangents)])
-        for layer in (ours_half, full)
-    )
+    pulled = [accelerating.gradients(layer, x, states, None, cotangents) for layer in (ours_half, full)]
+    near, true = (arrays(keras, [keras.ops.cast(g, "float32") for g in of]) for of in pulled)
     for a, b in zip(near, true, strict=True):
         assert np.abs(a - b).max() <= 2 * epsilon * np.abs(b).max()
 

@@ -44,8 +44,9 @@ class ConvLSTM2D(keras.layers.ConvLSTM2D):
     compile it, so that there Keras's jit_compile="auto" means no, and True gives Keras's warning. On jax, import this
     before a model is built: see `fastclstm.adapters.jax`.
 
-    In half or mixed precision, as of the policies "mixed_bfloat16" and "mixed_float16", it takes and returns what Keras's
-    layer does, and computes between them in float32, with the weights as they are kept. Losses are scaled as ever.
+    In half or mixed precision, as of the policies "mixed_bfloat16" and "mixed_float16", it takes and returns what
+    Keras's layer does, and computes between them in float32, with the weights as they are kept. Losses are scaled as
+    ever.
 
     A layer that our kernels do not compute as it is meant is computed by Keras, and a warning says why: one with an
     activation that is not one of Keras's own, or with a mask that is not (batch, time).
