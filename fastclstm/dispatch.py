@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fastclstm.engines import forks
+from fastclstm.engines import forks, lending
 from fastclstm.spec import refuse_masked
 
 ENGINES = {
@@ -282,16 +282,25 @@ def native(array: Any, dtype: np.dtype) -> Any:
         if array.dtype != dtype:
             raise TypeError(f"arrays of {array.dtype} and {dtype} on a GPU are not brought together; pass one dtype")
         return contiguous(array)
-    if array.dtype == dtype and array.flags.c_contiguous and array.flags.aligned:
-        return array
+    if array.dtype == dtype and array.flags.aligned and dtype.isnative:
+        return contiguous(array)
     return np.require(array, dtype, ["C", "A"])
 
 
 def contiguous(array: Any) -> Any:
     """Return `array` in C order: itself where it is."""
     if isinstance(array, np.ndarray):
-        return np.ascontiguousarray(array)
+        if array.flags.c_contiguous:
+            return array
+        made = lending.lend(array.shape, array.dtype)
+        copy = getattr(sys.modules.get("fastclstm.engines.cpu"), "copy", _copy)  # without loading that engine
+        copy(array, made)
+        return made
     return array.in_order() if of_engine(array) else array
+
+
+def _copy(origin: np.ndarray, target: np.ndarray) -> None:
+    np.copyto(target, origin)
 
 
 def scaled(array: Any, factor: float) -> Any:

@@ -232,8 +232,6 @@ def strange(x):
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"dtype": "float16"}, "it computes in float16"),
-        ({"dtype": "mixed_bfloat16"}, "it computes in bfloat16"),
         ({"activation": strange}, "its activation strange is not one of Keras's"),
     ],
 )
@@ -244,6 +242,64 @@ def test_what_is_left_to_keras_is_told(keras, ours, options, reason):
         found = our(x)
     expected = arrays(keras, keras.ops.cast(layer(x), "float32"))
     np.testing.assert_array_equal(arrays(keras, keras.ops.cast(found, "float32")), expected)
+
+
+@pytest.mark.parametrize("dtype", ["mixed_bfloat16", "mixed_float16", "bfloat16"])
+def test_half_precision_is_float32_inside(keras, ours, accelerating, dtype):
+    """Dtypes are Keras's, numbers those of float32 rounded once at the end, gradients too, and nothing is told."""
+    options = {"return_sequences": True, "return_state": True, "padding": "same"}
+    theirs, ours_half = twins(keras, ours, dtype=dtype, **options)
+    _, full = twins(keras, ours, **options)
+    full.set_weights([keras.ops.convert_to_numpy(keras.ops.cast(w.value, "float32")) for w in ours_half.weights])
+    half = ours_half.compute_dtype
+    x = keras.ops.cast(frames({}), half)  # which float32 holds
+    states = [keras.ops.cast(np.full((B, H, W, F), value), half) for value in (0.25, -0.5)]
+    expected, found = (layer(x, initial_state=states) for layer in (theirs, ours_half))
+    assert [y.dtype for y in found] == [y.dtype for y in expected]
+    exact = full(keras.ops.cast(x, "float32"), initial_state=[keras.ops.cast(state, "float32") for state in states])
+    epsilon = 2.0 ** (-8 if half == "bfloat16" else -11)
+    for y, like, true in zip(*(arrays(keras, [keras.ops.cast(y, "float32") for y in of])
+                               for of in (found, expected, exact)), strict=True):  # fmt: skip
+        assert np.abs(y - true).max() <= 1.01 * epsilon * np.abs(true).max()
+        assert np.abs(y - like).max() <= 20 * epsilon * np.abs(true).max()
+    if keras.backend.backend() == "numpy":
+        return
+    cotangents = [np.ones(y.shape, "float32") for y in exact]
+    pulled = [accelerating.gradients(layer, x, states, None, cotangents) for layer in (ours_half, full)]
+    near, true = (arrays(keras, [keras.ops.cast(g, "float32") for g in of]) for of in pulled)
+    for a, b in zip(near, true, strict=True):
+        assert np.abs(a - b).max() <= 2 * epsilon * np.abs(b).max()
+
+
+def test_mixed_precision_is_trained_with_scaled_losses(keras, ours, accelerating):
+    """As in float32, to float16's precision; a loss that overflows takes no step and halves the scale."""
+    if keras.backend.backend() == "numpy":
+        pytest.skip("Keras does not train on NumPy")
+    x, y = frames({}), np.full((B, 1), 0.3, "float32")
+    trained = []
+    for dtype in ("float32", "mixed_float16"):
+        keras.utils.set_random_seed(3)
+        model = keras.Sequential([
+            keras.layers.ConvLSTM2D(F, 3, dtype=dtype, name="recurrent"),
+            keras.layers.Flatten(), keras.layers.Dense(1, dtype="float32"),
+        ])  # fmt: skip
+        optimizer = keras.optimizers.SGD(0.05)
+        if dtype != "float32":
+            optimizer = keras.optimizers.LossScaleOptimizer(optimizer, initial_scale=2.0**8)
+        model.compile(optimizer, "mse")
+        model.build((None, T, H, W, C))
+        _, report = accelerating.accelerate(model, return_report=True)
+        assert list(report.swapped) == ["recurrent"]
+        model.fit(x, y, batch_size=B, epochs=3, verbose=0)
+        trained.append(model.get_weights())
+    for a, b in zip(*trained, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-3)
+    before = model.get_weights()
+    optimizer.dynamic_scale.assign(2.0**127)
+    model.fit(x, y + 1e3, batch_size=B, verbose=0)
+    for a, b in zip(model.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert float(optimizer.dynamic_scale) == 2.0**126
 
 
 def test_options_are_refused_as_by_keras(keras, ours):
@@ -409,14 +465,13 @@ def test_accelerate_tells_what_it_leaves(keras, ours, accelerating):
     own = type("Own", (keras.layers.ConvLSTM2D,), {})
     model = keras.Sequential([
         own(F, 3, return_sequences=True, name="own"),
-        keras.layers.ConvLSTM2D(F, 3, dtype="mixed_float16", return_sequences=True, name="half"),
         keras.layers.ConvLSTM2D(F, 3, activation=strange, return_sequences=True, name="strange"),
         keras.layers.ConvLSTM3D(F, 3, name="volumes"),
     ])  # fmt: skip
     _, report = accelerating.accelerate(model, return_report=True)
     assert report.swapped == {}
-    assert [report.left[name].split(" ")[0] for name in ("own", "half", "strange", "volumes")] == [
-        "Own", "it", "its", "ConvLSTM3D"
+    assert [report.left[name].split(" ")[0] for name in ("own", "strange", "volumes")] == [
+        "Own", "its", "ConvLSTM3D"
     ]  # fmt: skip
     assert str(accelerating.accelerate(keras.layers.Dense(1), return_report=True)[1]) == (
         "accelerate: no ConvLSTM2D was found"

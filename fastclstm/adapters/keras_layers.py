@@ -16,8 +16,16 @@ except ImportError as error:
     raise ImportError(f"fastclstm.adapters.keras needs Keras 3: pip install 'fastclstm[keras]' ({error})") from error
 if not keras.__version__.startswith("3"):
     raise ImportError(f"fastclstm.adapters.keras is for Keras 3, found {keras.__version__}: pip install 'keras>=3.3'")
+try:
+    from keras.src.backend.common.variables import AutocastScope
+except ImportError:  # before Keras 3.6
+    from keras.src.backend.common.variables import AutoCastScope as AutocastScope
 if keras.backend.backend() == "jax":
     import fastclstm.adapters.jax  # noqa: F401 (sets an option that JAX reads when it first computes)
+
+
+_DTYPES = {"float16": "float32", "bfloat16": "float32", "float32": "float32", "float64": "float64"}
+"""For each dtype that a layer computes in, the one that our kernels do."""
 
 
 class _Call(NamedTuple):
@@ -36,14 +44,20 @@ class ConvLSTM2D(keras.layers.ConvLSTM2D):
     compile it, so that there Keras's jit_compile="auto" means no, and True gives Keras's warning. On jax, import this
     before a model is built: see `fastclstm.adapters.jax`.
 
-    A layer that our kernels do not compute as it is meant is computed by Keras, and a warning says why: one in half or
-    mixed precision, with an activation that is not one of Keras's own, with a mask that is not (batch, time).
+    In half or mixed precision, as of the policies "mixed_bfloat16" and "mixed_float16", it takes and returns what
+    Keras's layer does, and computes between them in float32, with the weights as they are kept. Losses are scaled as
+    ever.
+
+    A layer that our kernels do not compute as it is meant is computed by Keras, and a warning says why: one with an
+    activation that is not one of Keras's own, or with a mask that is not (batch, time).
 
     A model with this layer is saved as one with Keras's, and a Keras without fastclstm loads it as that. Where this
     module has been imported such a file gives this layer again (as do .h5 files with Keras's layer, which do not tell
     them apart); `accelerate` makes Keras's layers in a loaded model to this one. So it is with pickles. What is
     exported as ONNX, or traced by `torch.jit.trace`, holds Keras's own steps, as our operators are not known there; a
-    program of `torch.export` holds ours, and needs this module where it runs.
+    program of `torch.export` holds ours, and needs this module where it runs. JAX exports no program with a callback
+    ("serialization of host_callbacks is not yet implemented"): export what a file gives where this module has not been
+    imported. ``model.quantize`` leaves the layer as it is, as it does Keras's.
 
     Parameters
     ----------
@@ -94,7 +108,7 @@ class ConvLSTM2D(keras.layers.ConvLSTM2D):
         y, h, c = BACKENDS[keras.backend.backend()](arrays, options, call.training)
         if self.zero_output_for_mask and mask is not None:
             y = self._zeroed(y, arrays["mask"])
-        y, h, c = map(self._written, (y, h, c))
+        y, h, c = (self._written(keras.ops.cast(value, self.cell.compute_dtype)) for value in (y, h, c))
         return y[:, -1] if self.return_sequences else y, y, [h, c]
 
     def __reduce__(self) -> Any:
@@ -103,16 +117,15 @@ class ConvLSTM2D(keras.layers.ConvLSTM2D):
 
     def _arrays(self, sequences: Any, initial_state: Any, mask: Any, call: _Call) -> dict[str, Any]:
         """Return the operation's arrays by name, channels-last."""
-        cell = self.cell
+        cell, inside = self.cell, _DTYPES[self.cell.compute_dtype]
         arrays = {"x": self._channels_last(sequences)}
         weights = {"kernel": cell.kernel, "recurrent_kernel": cell.recurrent_kernel, "bias": cell.bias}
-        arrays |= {name: keras.ops.convert_to_tensor(w) for name, w in weights.items() if w is not None}
+        with AutocastScope(None):  # as they are kept
+            arrays |= {name: keras.ops.convert_to_tensor(w) for name, w in weights.items() if w is not None}
         if not call.from_zero:
             # A stateful layer's variables are written over where they are, before the way back reads them.
             states = [keras.ops.copy(state) for state in initial_state] if self.stateful else initial_state
             arrays |= {name: self._channels_last(state) for name, state in zip("hc", states, strict=True)}
-        if mask is not None:
-            arrays["mask"] = keras.ops.cast(mask, "bool")
         if call.training:
             draws = {"x": (cell.dropout, cell.get_dropout_mask, sequences[:, 0]),
                      "h": (cell.recurrent_dropout, cell.get_recurrent_dropout_mask, initial_state[0])}  # fmt: skip
@@ -120,7 +133,8 @@ class ConvLSTM2D(keras.layers.ConvLSTM2D):
                 if 0 < rate < 1:
                     masks = [self._channels_last(mask) for mask in draw(like)]
                     arrays[f"dropout_masks.{name}"] = keras.ops.stack(masks)
-        return arrays
+        arrays = {name: keras.ops.cast(array, inside) for name, array in arrays.items()}
+        return arrays if mask is None else arrays | {"mask": keras.ops.cast(mask, "bool")}
 
     def _channels_last(self, value: Any) -> Any:
         return value if self.data_format == "channels_last" else keras.ops.moveaxis(value, -3, -1)
@@ -143,8 +157,8 @@ def refusal(layer: Any) -> str | None:
     if backend not in BACKENDS:
         return f"Keras's backend is {backend!r}, not {', '.join(map(repr, BACKENDS))}"
     dtype = layer.cell.compute_dtype
-    if dtype not in ("float32", "float64"):
-        return f"it computes in {dtype}, not float32 or float64"
+    if dtype not in _DTYPES:
+        return f"it computes in {dtype}, not {', '.join(_DTYPES)}"
     for name in ("activation", "recurrent_activation"):
         function = getattr(layer, name)
         if _activation(function) is None:

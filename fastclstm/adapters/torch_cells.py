@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple, Self
-
-import numpy as np
 
 from fastclstm.adapters import torch_ops
 from fastclstm.convert.torch_dialects import GATES, Dialect, convolves
 from fastclstm.engines import lending
+from fastclstm.engines.cpu import memory
 from fastclstm.spec import CELL_GATES
 
 import torch  # isort: skip
 from torch import Tensor  # isort: skip
-
-
-CHANNELS = 32
-"""Channels of a kernel that are copied at a time."""
 
 
 class _Place(NamedTuple):
@@ -188,8 +183,7 @@ class Arrangement(NamedTuple):
 class _Arranged(torch.autograd.Function):
     """Our weights of a cell's, and the gradient of that, each value copied once.
 
-    PyTorch's own operations copy what was cut, turned and joined several times, across memory: 20 % of a step of small
-    frames.
+    PyTorch's own operations copy what was cut, turned and joined several times, across memory.
     """
 
     @staticmethod
@@ -207,7 +201,7 @@ class _Arranged(torch.autograd.Function):
                 made["bias"].reshape(-1)[place.own] += -block if place.negated else block
             else:
                 ours = made[place.ours][..., place.own]
-                _copy(np.negative if place.negated else _assign, block.transpose(2, 3, 1, 0), ours)
+                memory.copy(block.transpose(2, 3, 1, 0), ours, negated=place.negated)
         return tuple(map(torch.from_numpy, made.values()))
 
     @staticmethod
@@ -227,7 +221,7 @@ class _Arranged(torch.autograd.Function):
                 theirs[...] = -block if place.negated else block
             else:
                 block = ours[place.ours][..., place.own]
-                _copy(np.negative if place.negated else np.positive, block, theirs.transpose(2, 3, 1, 0))
+                memory.copy(block, theirs.transpose(2, 3, 1, 0), negated=place.negated)
         return None, None, *(None if array is None else torch.from_numpy(array) for array in pulled)
 
 
@@ -241,20 +235,6 @@ def _joined(places: list[_Place], tensors: list[Tensor], shape: tuple[int, ...])
     ends = [(place.own.start, math.prod(shape) - place.own.stop) for place in places]
     padded = list(map(torch.nn.functional.pad, blocks, ends))
     return sum(padded[1:], padded[0]).reshape(shape)
-
-
-def _copy(function: Callable[..., Any], block: np.ndarray, to: np.ndarray) -> None:
-    """Copy a kernel (KH, KW, C, F) from one order in memory to another by a function that is told ``out``.
-
-    Some channels at a time: what is read of each line of the cache is little, and the rest must still be there then.
-    """
-    for c in range(0, to.shape[2], CHANNELS):
-        function(block[:, :, c : c + CHANNELS], out=to[:, :, c : c + CHANNELS])
-
-
-def _assign(block: np.ndarray, out: np.ndarray) -> None:
-    """Do what `np.positive` does, in another order: a quarter faster to our kernels, and slower from them."""
-    out[...] = block
 
 
 def _places(

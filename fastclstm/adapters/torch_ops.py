@@ -14,11 +14,12 @@ import json
 import weakref
 from collections.abc import Callable, Sequence
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from fastclstm import functional
+from fastclstm import dispatch, functional
+from fastclstm.engines.cpu import memory
 from fastclstm.engines.remembered import immutable
 from fastclstm.nn.normalization import Normalization
 from fastclstm.spec import CELL_STATES, CellSpec, ConvLSTMSpec
@@ -52,21 +53,39 @@ class Weights(NamedTuple):
             return {name: _array(tensor) for name, tensor in self.make(dtype).items()}
         made = _arranged.setdefault(self.owner, {})
         found = made.get((self.key, dtype))
-        if found is None or not all(map(_same, found[0], self.tensors)):
+        if found is None or not all(map(_Copy.is_of, found[0], self.tensors)):
             with torch.no_grad():
-                copies = [tensor.detach().clone() for tensor in self.tensors]
+                copies = list(map(_Copy.of, self.tensors))
                 arrays = {name: immutable(_array(tensor)) for name, tensor in self.make(dtype).items()}
             found = made[self.key, dtype] = copies, arrays
         return found[1]
 
 
-_arranged: weakref.WeakKeyDictionary[torch.nn.Module, dict[Any, tuple[list[Tensor], dict[str, np.ndarray]]]]
+class _Copy(NamedTuple):
+    """What a tensor's values were: versions of tensors do not tell of what is written to ``data``."""
+
+    dtype: Any
+    shape: Any
+    values: bytearray
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Self:
+        return cls(tensor.dtype, tensor.shape, memory.contents(_bits(tensor)))
+
+    def is_of(self, tensor: Tensor) -> bool:
+        """Whether a tensor has the same bits."""
+        return self.dtype == tensor.dtype and self.shape == tensor.shape and memory.is_in(_bits(tensor), self.values)
+
+
+def _bits(tensor: Tensor) -> np.ndarray:
+    plain = tensor.detach().contiguous()
+    array: np.ndarray = (plain if plain.itemsize >= 4 else plain.view(torch.uint8)).cpu().numpy()
+    return array
+
+
+_arranged: weakref.WeakKeyDictionary[torch.nn.Module, dict[Any, tuple[list[_Copy], dict[str, np.ndarray]]]]
 _arranged = weakref.WeakKeyDictionary()
-"""Of a cell and a dtype the values that were arranged, and the arrays. Versions of tensors do not tell of ``data``."""
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
+"""Of a cell and a dtype the values that were arranged, and the arrays."""
 
 
 class Arguments(NamedTuple):
@@ -334,14 +353,18 @@ def contiguous(tensor: Tensor) -> Tensor:
     """Return a tensor in C order: by NumPy, as PyTorch's threads would spin beside ours for a while."""
     if tensor.is_contiguous() or not passed_by(tensor):
         return tensor.contiguous()
-    copied: Tensor = _Copied.apply(tensor)
+    copied: Tensor = _Copied.apply(tensor) if tensor.requires_grad else _copied(tensor)
     return copied
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return torch.from_numpy(dispatch.contiguous(tensor.detach().numpy()))
 
 
 class _Copied(torch.autograd.Function):
     @staticmethod
     def forward(_: Any, tensor: Tensor) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(tensor.numpy()))
+        return _copied(tensor)
 
     @staticmethod
     def backward(_: Any, dy: Tensor) -> Tensor:

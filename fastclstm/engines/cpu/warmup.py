@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numba import types
 
-from fastclstm.engines.cpu import launch, outliers, packing, plans, tiles
+from fastclstm.engines.cpu import launch, memory, outliers, packing, plans, tiles
 from fastclstm.engines.cpu.conv2d import conv2d_backward
 from fastclstm.engines.cpu.convlstm2d import convlstm2d, convlstm2d_backward
 from fastclstm.engines.cpu.kernels import gates
@@ -76,6 +76,8 @@ def _forward(dtype: str) -> Iterator[tuple[str, Callable[[], Any]]]:
         kernels = (np.ones(shape, dtype),)
         yield f"packing of kernels, {how}", partial(launch.pack, kernels, None, np.ones(1), tile, remember=False)
     yield "ConvGRU and the like", partial(_other_cells, dtype, False)
+    square = np.ones((128, 128), dtype)
+    yield "frames in another order", partial(memory.copy, square, np.empty_like(square).T)
     yield "search for fill values", partial(outliers.find, np.ones(outliers.SMALL + 1, dtype))
     volume = np.ones((1, 1, 1, 1, 1), dtype)
     pool = PoolSpec.infer(volume.shape, 1)

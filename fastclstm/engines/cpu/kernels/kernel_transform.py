@@ -11,7 +11,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from fastclstm.engines.cpu.compilation import inline
-from fastclstm.engines.cpu.kernels import simd
+from fastclstm.engines.cpu.kernels import lanes, simd
 from fastclstm.engines.cpu.kernels.entry import kernel
 from fastclstm.engines.cpu.kernels.padding import clear_run
 from fastclstm.engines.cpu.kernels.team import grain, next_item
@@ -92,22 +92,7 @@ def _transpose(typingctx, origin, step, target, apart):
             simd.emit_load(builder, builder.gep(origin, [builder.mul(step, simd.INT64(i))]), vector)
             for i in range(vector.count)
         ]
-        half = vector.count // 2
-        while half:  # squares of 2·half lanes change two of their quarters
-            masks = [
-                ir.Constant(
-                    ir.VectorType(simd.INT32, vector.count),
-                    [lane + upper if not lane & half else vector.count + lane - half + upper
-                     for lane in range(vector.count)],
-                )
-                for upper in (0, half)
-            ]  # fmt: skip
-            for i in range(vector.count):
-                if not i & half:
-                    pair = lines[i], lines[i + half]
-                    lines[i], lines[i + half] = (builder.shuffle_vector(*pair, mask) for mask in masks)
-            half //= 2
-        for j, line in enumerate(lines):
+        for j, line in enumerate(lanes.emit_transposed(builder, lines)):
             simd.emit_store(builder, line, builder.gep(target, [builder.mul(apart, simd.INT64(j))]))
         return context.get_dummy_value()
 

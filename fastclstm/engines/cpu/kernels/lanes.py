@@ -14,7 +14,7 @@ def _shuffle(builder, a, b, lanes):
     return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(simd.INT32, len(lanes)), lanes))
 
 
-def _transpose(builder, vectors):
+def emit_transposed(builder, vectors):
     """Transpose the squares of len(vectors) lanes that lie side by side in the vectors, by swaps of growing blocks."""
     vectors, count, half = list(vectors), vectors[0].type.count, 1
     while half < len(vectors):
@@ -66,7 +66,7 @@ def _gather(typingctx, parts, some, addresses, offset, count, target):
             return simd.emit_load(builder, pointer, row)
 
         vectors = [_join(builder, [read(n * size + a) for n in range(whole.count // size)]) for a in range(size)]
-        for s, vector in enumerate(_transpose(builder, vectors)):
+        for s, vector in enumerate(emit_transposed(builder, vectors)):
             simd.emit_store(builder, vector, target, s)
         return context.get_dummy_value()
 
@@ -82,7 +82,7 @@ def _scatter(typingctx, parts, some, addresses, offset, count, origin):
         _, _, addresses, offset, count, origin = args
         whole, row = _square(parts, origin_type)
         size = row.count
-        vectors = _transpose(builder, [simd.emit_load(builder, origin, whole, s) for s in range(size)])
+        vectors = emit_transposed(builder, [simd.emit_load(builder, origin, whole, s) for s in range(size)])
         for n in range(whole.count // size):
             for a in range(size):
                 piece = _shuffle(builder, vectors[a], vectors[a], list(range(n * size, (n + 1) * size)))

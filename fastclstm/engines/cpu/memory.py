@@ -1,0 +1,103 @@
+"""Arrays copied from one order in memory to another, and compared."""
+
+from __future__ import annotations
+
+from array import array
+from functools import lru_cache
+
+import numpy as np
+
+from fastclstm.engines.cpu import threads
+from fastclstm.engines.cpu.kernels import memory
+from fastclstm.engines.cpu.kernels.entry import Table, table
+
+SMALL_BYTES = 1 << 14
+"""Size of what NumPy copies, at most, before a kernel has been started."""
+
+PARALLEL_BYTES = 1 << 19
+"""Bytes that are worth a second thread."""
+
+_CALL = table(np.zeros(3, np.int64))
+"""The first array of `kernels.memory.transpose`."""
+
+
+def copy(origin: np.ndarray, target: np.ndarray, *, negated: bool = False) -> None:
+    """Write an array, or minus that, to one of its shape that is in another order in memory.
+
+    Where each has its neighbours on an axis of its own, as frames with the channels first and last have, that is done
+    in squares, so that of both no line of the cache is touched twice; everything else NumPy does.
+    """
+    turn, dtype = None, origin.dtype
+    known = dtype.char in "fd" and dtype.isnative and dtype == target.dtype
+    if known and origin.nbytes > SMALL_BYTES and origin.flags.aligned and target.flags.aligned:
+        turn = _turn(origin.shape, origin.strides, target.strides, dtype)
+    if turn is None:
+        if negated:
+            np.negative(origin, out=target)
+        else:
+            np.copyto(target, origin)
+        return
+    call = array("q", (origin.ctypes.data, target.ctypes.data, negated))
+    tables = _CALL._replace(place=(call.buffer_info()[0], 3)), *turn
+    threads.run(memory.transpose, _team(origin.nbytes), (), *tables)
+
+
+def contents(array: np.ndarray) -> bytearray:
+    """Return a copy of a C-contiguous array's memory, for `is_in`."""
+    return bytearray(array.reshape(-1).view(np.uint8).data)
+
+
+def is_in(array: np.ndarray, copied: bytearray) -> bool:
+    """Whether a C-contiguous array has the bits of `contents` that were as many."""
+    team = _team(array.nbytes)
+    if team == 1:
+        return copied == array.reshape(-1).view(np.uint8).data  # of two memoryviews single bytes would be compared
+    different = np.zeros(1, np.int64)
+    words = (array.reshape(-1).view(np.int32), np.frombuffer(copied, np.int32))
+    threads.run(memory.compare, team, (), *words, different)
+    return not different[0]
+
+
+def _team(size: int) -> int:
+    return max(1, min(threads.usable_threads(), size // PARALLEL_BYTES)) if size >= 2 * PARALLEL_BYTES else 1
+
+
+@lru_cache(maxsize=256)
+def _turn(
+    shape: tuple[int, ...], origin_strides: tuple[int, ...], target_strides: tuple[int, ...], dtype: np.dtype
+) -> tuple[Table, ...] | None:
+    """Return how arrays of these strides are transposed, as the further arrays of `kernels.memory.transpose`.
+
+    None where neighbours of both are on the same axis.
+    """
+    itemsize = dtype.itemsize
+    if any(stride % itemsize for stride in (*origin_strides, *target_strides)):
+        return None
+    axes = [(length, start // itemsize, end // itemsize)
+            for length, start, end in zip(shape, origin_strides, target_strides, strict=True)
+            if length > 1]  # fmt: skip
+    columns = _run([axis for axis in axes if axis[2] != 1], 0)
+    rows = _run([axis for axis in axes if axis not in columns], 1)
+    if not columns or not rows:
+        return None
+    outer = [axis for axis in axes if axis not in columns and axis not in rows]
+    pairs = np.stack([_offsets(outer, 0), _offsets(outer, 1)])
+    return tuple(map(table, (pairs, _offsets(rows, 0), _offsets(columns, 1), np.empty(0, dtype))))
+
+
+def _run(axes: list[tuple[int, int, int]], which: int) -> list[tuple[int, int, int]]:
+    """Return the axes, the innermost last, along which one of the two arrays lies in memory without a gap."""
+    run: list[tuple[int, int, int]] = []
+    length = 1
+    while found := [axis for axis in axes if axis[1 + which] == length]:
+        run.insert(0, found[0])
+        length *= found[0][0]
+    return run
+
+
+def _offsets(axes: list[tuple[int, int, int]], which: int) -> np.ndarray:
+    """Return where in one of the two arrays each index of some axes lies, the last axis the fastest."""
+    offsets = np.zeros(1, np.int64)
+    for length, *strides in axes:
+        offsets = np.add.outer(offsets, strides[which] * np.arange(length)).ravel()
+    return offsets
