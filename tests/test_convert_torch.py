@@ -716,7 +716,7 @@ def test_a_joint_convolution_of_another_name_is_told_how_to_describe():
     weights = {
         f"net.cell.gates.{kind}": array for kind, array in zip(("weight", "bias"), joint().values(), strict=True)
     }
-    with pytest.raises(ValueError, match=r"a ConvLSTM with cells=\['net\.cell'\], joint='gates', if that .* gates=…$"):
+    with pytest.raises(ValueError, match=r"yourself with cells=\['net\.cell'\], joint='gates', if that .* gates=…$"):
         from_torch(weights)
     assert from_torch(weights, cells=["net.cell"], joint="gates", gates="ifgo").num_layers == 1
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 from fastclstm.adapters import torch_ops  # first: without PyTorch it says what to install
 from fastclstm.adapters.report import Report
 from fastclstm.adapters.torch_cells import Arrangement
+from fastclstm.adapters.torch_forms import Inputs, X, forms_of, found_in, parameters_of
 from fastclstm.adapters.torch_layers import dtypes
 from fastclstm.adapters.torch_structure import Agreement, agreeing, alike, arrangements, decompositions, unknown
 from fastclstm.convert.torch_dialects import DIALECTS, Dialect
@@ -27,8 +27,6 @@ _FRAME = (7, 6)
 _B, _T = 2, 3
 _TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4}
 """How far outputs and gradients may be from the module's own, as a share of their largest value."""
-X = -1
-"""Where x stands in a form."""
 SMALL = {
     ("convlstm2d", True): 80e6,
     ("convgru2d", True): 350e6,
@@ -183,7 +181,7 @@ class Candidate(NamedTuple):
 
 
 def _candidates(module: torch.nn.Module, rows: list[Dialect]) -> Iterator[Candidate]:
-    state, several = module.state_dict(), len(_arguments(type(module).forward)) > 1
+    state, several = module.state_dict(), len(parameters_of(type(module).forward)) > 1
     for found in _recognized(state, [row for row in rows if row.cells != ""]):
         yield _named(found, bool(found.row.directions) and len(found.cells) == 2, False)
     for cells in decompositions(module):
@@ -289,14 +287,6 @@ def _refusal(module: torch.nn.Module) -> str | None:
     return None
 
 
-def _arguments(forward: Callable[..., Any], needed: bool = False) -> list[str]:
-    """Return the names of the positional arguments of a method, without self; of those alone that must be given."""
-    kinds = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.POSITIONAL_ONLY
-    found = inspect.signature(forward).parameters.items()
-    return [name for name, parameter in found if parameter.kind in kinds
-            and not (needed and parameter.default is not inspect.Parameter.empty)][1:]  # fmt: skip
-
-
 # What is compared
 
 
@@ -330,18 +320,6 @@ def _plan(module: torch.nn.Module, candidate: Candidate) -> Plan | str:
     return told
 
 
-class Inputs(NamedTuple):
-    """What a module is called with: x, and of all its cells the states, channels-first."""
-
-    x: Tensor
-    states: tuple[Tensor, ...]
-
-    def arguments(self, form: Any, needed: int = 0) -> list[Any]:
-        """Return the arguments of a call in a form, None behind them for those that are needed."""
-        given = [_filled(item, (*self.states, self.x)) for item in form]
-        return given + [None] * (needed - len(given))
-
-
 class _Comparison:
     """A copy of a module with drawn weights, beside what our kernels make of them: on the processor, in NumPy."""
 
@@ -349,8 +327,8 @@ class _Comparison:
         self.twin, self.candidate, self.dtype = twin, candidate, dtype
         self.tolerance = _TOLERANCES[dtype]
         self.generator = torch.Generator().manual_seed(0)
-        self.names = tuple(_arguments(type(twin).forward))
-        self.needed = len(_arguments(type(twin).forward, needed=True))
+        self.names = tuple(parameters_of(type(twin).forward))
+        self.needed = len(parameters_of(type(twin).forward, needed=True))
         self.answers: dict[Any, tuple[Inputs, Any]] = {}
         with torch.no_grad():
             for name, tensor in twin.state_dict().items():
@@ -394,13 +372,13 @@ class _Comparison:
         cells = {one[0]: one for one in self.candidate.meanings if one[0].operation == "convlstm2d"}
         place = next(iter(cells)).place if cells else ""
         own = self.twin.get_submodule(place)
-        names, needed = (len(_arguments(type(own).forward, needed=one)) for one in (False, True))
+        names, needed = (len(parameters_of(type(own).forward, needed=one)) for one in (False, True))
         found: list[Agreement] = []
         called = False
         for C, F in dict.fromkeys((one.channels, one.filters(self.twin)) for one in cells) if names > 1 else ():
             inputs = Inputs(self.draw(_B, C, *_FRAME), tuple(self.draw(_B, F, *_FRAME) for _ in range(2)))
             cell, values = copy.deepcopy(own), []
-            for form in _forms(1, 2, True)[1:]:
+            for form in forms_of(1, 2, True)[1:]:
                 try:
                     with torch.no_grad():
                         value = cell(*inputs.arguments(form, needed)) if len(form) <= names else None
@@ -435,7 +413,7 @@ class _Comparison:
 
     def forms(self, cells: tuple[Arrangement, ...]) -> list[Any]:
         """Return the forms of which a call of the module has one, if it is of such cells."""
-        forms = _forms(len(cells), len(cells[0].operator.states), self.candidate.steps)
+        forms = forms_of(len(cells), len(cells[0].operator.states), self.candidate.steps)
         return [form for form in forms if len(form) <= len(self.names)]
 
     def _inputs(self, plan: Plan, B: int = _B, T: int = _T, more: int = 0) -> Inputs:
@@ -542,48 +520,6 @@ def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
         return False
     largest = b.detach().abs().max() if b.numel() else 0.0
     return bool((a.detach() - b.detach()).abs().max() <= tolerance * largest + tolerance * 1e-3)
-
-
-# How states are given
-
-
-def _forms(cells: int, states: int, steps: bool) -> list[Any]:
-    """Return how x and states may be given: `Plan.forms`."""
-    behind: list[Any]
-    if states == 1:
-        flat = tuple(range(cells))
-        behind = [(0,), ((0,),)] if cells == 1 else [(flat,)]
-        return [(X,), *((X, *form) for form in behind), *([(0, X)] if steps else [])]
-    if cells == 1:
-        orders = ((0, 1), (1, 0))
-        behind = [form for h, c in orders for form in ((h, c), ((h, c),), (((h, c),),))]
-        before = [form for h, c in orders for form in ((h, c, X), ((h, c), X))] if steps else []
-        return [(X,), *((X, *form) for form in behind), *before]
-    numbers = [tuple(range(cell * states, (cell + 1) * states)) for cell in range(cells)]
-    return [(X,), (X, tuple(numbers)), (X, *(tuple(one[state] for one in numbers) for state in range(states)))]
-
-
-def _filled(item: Any, tensors: tuple[Tensor, ...], within: bool = False) -> Any:
-    """Return an argument in a form's structure: a list or, in another, a tuple."""
-    if isinstance(item, int):
-        return tensors[item]
-    parts = [_filled(part, tensors, True) for part in item]
-    return tuple(parts) if within else parts
-
-
-def _found(form: Any, arguments: list[Any], axes: int) -> tuple[Tensor, list[Tensor]] | None:
-    """Return x and the states in arguments of a form's structure, None where they have another."""
-    found: dict[int, Tensor] = {}
-
-    def fits(item: Any, value: Any) -> bool:
-        if isinstance(item, int):
-            found[item] = value
-            return isinstance(value, Tensor) and value.dim() == (axes if item == X else 4)
-        return isinstance(value, list | tuple) and len(value) == len(item) and all(map(fits, item, value))
-
-    if not fits(form, arguments):
-        return None
-    return found.pop(X), [found[number] for number in sorted(found)]
 
 
 # What is computed, and what is returned
@@ -734,7 +670,7 @@ class Accelerated:
         while given and given[-1] is None:
             given.pop()
         axes = 4 if plan.steps else 5
-        found = next((one for form in plan.forms if (one := _found(form, given, axes)) is not None), None)
+        found = next((one for form in plan.forms if (one := found_in(form, given, axes)) is not None), None)
         if found is None:
             return None
         x, states = found

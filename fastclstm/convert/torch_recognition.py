@@ -166,8 +166,7 @@ def _nearest(state: Mapping[str, Any], rows: list[Dialect], candidates: list[Rec
         return f"got {_few(names)}; {row.name!r} has {_few([*row.required])}{where}"
     known = shown((row.name for row in rows), 4)
     how = next(_likely(state, names), "cells=…, joint=… or split=…")
-    return (f"got {_few(names)}; known are {known} (DIALECTS); describe others yourself: a ConvGRU with "
-            f"dialect=GRUDialect(…), a ConvLSTM with {how}")  # fmt: skip
+    return f"got {_few(names)}; known are {known} (DIALECTS, GRU_DIALECTS); describe others yourself with {how}"
 
 
 def _likely(state: Mapping[str, Any], names: list[str]) -> Iterator[str]:
