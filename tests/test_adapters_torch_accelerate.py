@@ -14,6 +14,8 @@ import dialects_torch  # noqa: E402
 from fastclstm.adapters import torch_accelerate, torch_ops  # noqa: E402
 from fastclstm.adapters.torch import Report, accelerate  # noqa: E402
 from fastclstm.convert.torch_dialects import Dialect  # noqa: E402
+from fastclstm.engines.cpu import memory, threads  # noqa: E402
+from fastclstm.engines.cpu.kernels import memory as kernels  # noqa: E402
 
 pytestmark = pytest.mark.torch
 leaves = torch.utils._pytree.tree_leaves
@@ -300,6 +302,20 @@ def test_outputs_and_gradients_are_the_models_own(named, dtype, training, calls)
     assert bool(calls) == (not training or "itself" not in told)
     assert structure(model(x)) == structure(expected(x))
     assert [y.is_contiguous() for y in leaves(model(x))] == [y.is_contiguous() for y in leaves(expected(x))]
+
+
+@pytest.mark.parametrize("named", ["ndrplz", "openstl", "gru of three convolutions"], indirect=True)
+def test_weights_are_arranged_in_squares(named, monkeypatch):
+    """By the kernel that copies large ones, as by NumPy; of a GRU a gate's are negated."""
+    monkeypatch.setattr(memory, "SMALL_BYTES", -1)
+    launched, run = [], threads.run
+    monkeypatch.setattr(threads, "run", lambda *arguments: (launched.append(arguments[0]), run(*arguments)))
+    model, *_ = named
+    expected, x = copy.deepcopy(model), drawn(model)
+    accelerate(model)
+    del launched[:]
+    assert furthest(pulled(model, x), pulled(expected, x)) < BOUNDS[torch.float32]
+    assert launched.count(kernels.transpose) >= 4
 
 
 def test_everything_else_is_as_it_was(named):
