@@ -441,7 +441,7 @@ def winograd_plan(
     points, chunks, side = tile.points, -(-block_tiles // chunk), tile.outputs
     vector = lanes * itemsize
     sizes = (points * (chunks * chunk * len(channels) + 1) * vector, chunks * chunk * (4 * points + 1) * vector,
-             gates.z_bytes(side, itemsize), block_tiles * side * 8, points * vector)  # fmt: skip
+             gates.z_bytes(side, itemsize), block_tiles * side * 8, vector)  # fmt: skip
     places = np.concatenate([[0], np.cumsum([-(-size // 64) * 64 + 64 for size in sizes])])
     work = np.zeros(1, winograd.WORK)
     work[0] = (HO, WO, tiles_x, count, unit_tiles, block_tiles, chunk, *places[:5])

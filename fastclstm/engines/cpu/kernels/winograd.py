@@ -22,7 +22,6 @@ from fastclstm.engines.cpu.compilation import inline
 from fastclstm.engines.cpu.kernels import simd
 from fastclstm.engines.cpu.kernels.entry import kernel
 from fastclstm.engines.cpu.kernels.gates import FINISHES, line_pixels, prefetch_zx, repeat_peepholes, skip_step, z_after
-from fastclstm.engines.cpu.kernels.padding import copy_run
 from fastclstm.engines.cpu.kernels.schedule import (
     first_piece,
     next_piece,
@@ -54,7 +53,7 @@ WORK = np.dtype([(name, np.int64) for name in (
     "unit_tiles",  # of the images of one unit
     "block_tiles",
     "chunk",
-    "inputs", "products", "z", "pixels", "patch",  # places in the scratch memory
+    "inputs", "products", "z", "pixels", "zeros",  # places in the scratch memory
 )])  # fmt: skip
 
 
@@ -142,29 +141,64 @@ def emit_transform(builder, down, across, tile):
     return [_apply(builder, across, [column[i] for column in columns]) for i in range(len(down))]
 
 
-def _read_and_transform(down, across, masked, ahead):
+def _emit_transformed(builder, down, across, tile, target, point):
+    """Write Down · tile · acrossᵀ to the target, `point` scalars between the results."""
+    for n, value in enumerate(v for line in emit_transform(builder, down, across, tile) for v in line):
+        simd.emit_store(builder, value, builder.gep(target, [builder.mul(point, simd.INT64(n))]))
+
+
+def _read_and_transform(down, across, ahead):
     """Codegen of a transform that reads a rectangle of pixels and asks for the `ahead` pixels right of it."""
     height, width = down.shape[1], across.shape[1]
 
     def codegen(context, builder, sig, args):
-        origin, row, column, count, target, point = args[5:]
-        vector = simd.llvm_vector(sig.args[5].dtype)
+        origin, row, column, target, point = args[4:]
+        vector = simd.llvm_vector(sig.args[4].dtype)
 
         def at(base, step, index):
             return builder.gep(base, [builder.mul(step, simd.INT64(index))])
 
-        def read(pointer):
+        tile = [[simd.emit_load(builder, at(at(origin, row, i), column, j), vector) for j in range(width)]
+                for i in range(height)]  # fmt: skip
+        for i in range(height):
+            for j in range(width, width + ahead):
+                simd.emit_prefetch(builder, at(at(origin, row, i), column, j), 3)
+        _emit_transformed(builder, down, across, tile, target, point)
+        return context.get_dummy_value()
+
+    return codegen
+
+
+def _read_some_and_transform(down, across, masked):
+    """Codegen of a transform that reads zeros, which are at `outside`, where pixels are not on the frame."""
+    height, width = down.shape[1], across.shape[1]
+
+    def codegen(context, builder, sig, args):
+        some, frame, y, x, H, W, row, column, step_y, step_x, circular, count, outside, target, point = args[4:]
+        vector = simd.llvm_vector(sig.args[5].dtype)
+        wraps = builder.icmp_signed("!=", circular, simd.INT64(0))
+
+        def lines(first, step, size, pitch, many):
+            """Return where the lines of an axis are, and whether they are on the frame."""
+            found = []
+            for _ in range(many):
+                found.append((builder.mul(first, pitch), builder.or_(wraps, builder.icmp_unsigned("<", first, size))))
+                first = builder.add(first, step)
+                beyond = builder.and_(wraps, builder.icmp_signed(">=", first, size))
+                first = builder.select(beyond, builder.sub(first, size), first)
+            return found
+
+        rows, columns = lines(y, step_y, H, row, height), lines(x, step_x, W, column, width)
+
+        def read(of_row, of_column):
+            place, inside = builder.add(of_row[0], of_column[0]), builder.and_(of_row[1], of_column[1])
+            pointer = builder.select(inside, builder.gep(frame, [place]), outside)
             if masked:
                 return simd.emit_load_some(builder, pointer, vector, count)
             return simd.emit_load(builder, pointer, vector)
 
-        tile = [[read(at(at(origin, row, i), column, j)) for j in range(width)] for i in range(height)]
-        for i in range(height):
-            for j in range(width, width + ahead):
-                simd.emit_prefetch(builder, at(at(origin, row, i), column, j), 3)
-        for i, line in enumerate(emit_transform(builder, down, across, tile)):
-            for j, value in enumerate(line):
-                simd.emit_store(builder, value, at(target, point, i * len(across) + j))
+        tile = [[read(of_row, of_column) for of_column in columns] for of_row in rows]
+        _emit_transformed(builder, down, across, tile, target, point)
         return context.get_dummy_value()
 
     return codegen
@@ -177,23 +211,50 @@ def matrices(name, m_y, m_x, k_y, k_x):
 
 
 @intrinsic(prefer_literal=True)
-def transform_input(typingctx, m_y, m_x, k_y, k_x, some, origin, row, column, count, target, point):
-    """target[p] = (Bᵀ x B)[p] of the α_y×α_x pixels at origin, for a vector of channels (`some`: the first `count`).
+def transform_input(typingctx, m_y, m_x, k_y, k_x, origin, row, column, target, point):
+    """target[p] = (Bᵀ x B)[p] of the α_y×α_x pixels at origin, for a vector of channels.
 
     row, column: scalars between pixels; point: scalars between the results.
     """
     # The tile to the right begins m_x pixels on: those of its pixels that are not read here will be wanted.
-    down, across = matrices("B_T", m_y, m_x, k_y, k_x)
-    codegen = _read_and_transform(down, across, bool(some.literal_value), m_x.literal_value)
-    return types.void(m_y, m_x, k_y, k_x, some, origin, types.intp, types.intp, types.intp, target, types.intp), codegen
+    codegen = _read_and_transform(*matrices("B_T", m_y, m_x, k_y, k_x), m_x.literal_value)
+    return types.void(m_y, m_x, k_y, k_x, origin, types.intp, types.intp, target, types.intp), codegen
 
 
 @intrinsic(prefer_literal=True)
-def transform_gradient(typingctx, m_y, m_x, k_y, k_x, some, origin, row, column, count, target, point):
+def transform_some_input(
+    typingctx, m_y, m_x, k_y, k_x, some, frame, y, x, H, W, row, column, step_y, step_x, circular, count, outside,
+    target, point,
+):  # fmt: skip
+    """target[p] = (Bᵀ x B)[p] of the α_y×α_x pixels from (y, x) on, some of which may not be on the frame (H, W).
+
+    For a vector of channels (`some`: the first `count`). row, column: scalars between pixels; step_y, step_x: pixels
+    from one that is read to the next; circular: y and x are on the frame, and beyond its end it begins again, else
+    there are the zeros of a vector at `outside`.
+    """
+    codegen = _read_some_and_transform(*matrices("B_T", m_y, m_x, k_y, k_x), bool(some.literal_value))
+    sizes = (types.intp,) * 10
+    return types.void(m_y, m_x, k_y, k_x, some, frame, *sizes, outside, target, types.intp), codegen
+
+
+@intrinsic(prefer_literal=True)
+def transform_gradient(typingctx, m_y, m_x, k_y, k_x, origin, row, column, target, point):
     """target[p] = (A dy Aᵀ)[p] of the m_y×m_x gradients at origin, as `transform_input`."""
     down, across = matrices("A_T", m_y, m_x, k_y, k_x)
-    codegen = _read_and_transform(down.T, across.T, bool(some.literal_value), m_x.literal_value)
-    return types.void(m_y, m_x, k_y, k_x, some, origin, types.intp, types.intp, types.intp, target, types.intp), codegen
+    codegen = _read_and_transform(down.T, across.T, m_x.literal_value)
+    return types.void(m_y, m_x, k_y, k_x, origin, types.intp, types.intp, target, types.intp), codegen
+
+
+@intrinsic(prefer_literal=True)
+def transform_some_gradient(
+    typingctx, m_y, m_x, k_y, k_x, some, frame, y, x, H, W, row, column, step_y, step_x, circular, count, outside,
+    target, point,
+):  # fmt: skip
+    """target[p] = (A dy Aᵀ)[p] of the m_y×m_x gradients from (y, x) on, as `transform_some_input`."""
+    down, across = matrices("A_T", m_y, m_x, k_y, k_x)
+    codegen = _read_some_and_transform(down.T, across.T, bool(some.literal_value))
+    sizes = (types.intp,) * 10
+    return types.void(m_y, m_x, k_y, k_x, some, frame, *sizes, outside, target, types.intp), codegen
 
 
 @intrinsic(prefer_literal=True)
@@ -293,62 +354,52 @@ def _is_inside(src, y0, x0, height, width):
     return y0 >= 0 and x0 >= 0 and y1 < src.H and x1 < src.W
 
 
-@inline
-def _copy_pixels(src, frame, y0, x0, height, width, c, count, patch):
-    """Copy channels c .. c + count of the height×width pixels from (y0, x0) on, or what the padding holds there."""
-    step = simd.vector_lanes(patch)
-    for i in range(height):
-        y = y0 + i * src.dilation_y
+def _transform(inside, outside):
+    """Return the function that transforms a tile: `inside` where all its pixels are on the frame, else `outside`."""
+
+    @inline
+    def transform(m_y, m_x, k_y, k_x, height, width, src, frame, y0, x0, inputs, block_size, point, zeros):
+        step = simd.vector_lanes(inputs)
+        row, column = src.W * src.C, src.C
+        step_y, step_x = src.dilation_y, src.dilation_x
+        is_inside = _is_inside(src, y0, x0, height, width)
         if src.circular:
-            y = y % src.H
-        for j in range(width):
-            x = x0 + j * src.dilation_x
-            if src.circular:
-                x = x % src.W
-            pixel = simd.shift(patch, (i * width + j) * step)
-            simd.store(pixel, simd.zeros(pixel))
-            if y >= 0 and y < src.H and x >= 0 and x < src.W:
-                copy_run(pixel, simd.shift(frame, (y * src.W + x) * src.C + c), count)
-
-
-@inline
-def transform_tile(m_y, m_x, k_y, k_x, src, frame, y0, x0, inputs, block_size, point, patch):
-    """Transform the α_y×α_x pixels of a frame from (y0, x0) on, all channels, a block of channels at a time."""
-    step = simd.vector_lanes(inputs)
-    height, width = m_y + k_y - 1, m_x + k_x - 1
-    inside = _is_inside(src, y0, x0, height, width)
-    row, column = src.dilation_y * src.W * src.C, src.dilation_x * src.C
-    for c in range(0, src.C, step):
-        count = min(step, src.C - c)
-        target = simd.shift(inputs, c // step * block_size)
-        if inside:
-            origin = simd.shift(frame, (y0 * src.W + x0) * src.C + c)
+            y0, x0, step_y, step_x = y0 % src.H, x0 % src.W, step_y % src.H, step_x % src.W
+        simd.store(zeros, simd.zeros(zeros))
+        for c in range(0, src.C, step):
+            count = min(step, src.C - c)
+            target, pixels = simd.shift(inputs, c // step * block_size), simd.shift(frame, c)
             if count < step:
-                transform_input(m_y, m_x, k_y, k_x, 1, origin, row, column, count, target, point)
+                outside(m_y, m_x, k_y, k_x, 1, pixels, y0, x0, src.H, src.W, row, column, step_y, step_x, src.circular,
+                        count, zeros, target, point)  # fmt: skip
+            elif is_inside:
+                origin = simd.shift(pixels, y0 * row + x0 * column)
+                inside(m_y, m_x, k_y, k_x, origin, src.dilation_y * row, src.dilation_x * column, target, point)
             else:
-                transform_input(m_y, m_x, k_y, k_x, 0, origin, row, column, count, target, point)
-            continue
-        _copy_pixels(src, frame, y0, x0, height, width, c, count, patch)
-        transform_input(m_y, m_x, k_y, k_x, 0, patch, width * step, step, step, target, point)
+                outside(m_y, m_x, k_y, k_x, 0, pixels, y0, x0, src.H, src.W, row, column, step_y, step_x, src.circular,
+                        count, zeros, target, point)  # fmt: skip
+
+    return transform
+
+
+_transform_input = _transform(transform_input, transform_some_input)
+_transform_gradient = _transform(transform_gradient, transform_some_gradient)
 
 
 @inline
-def transform_gradient_tile(m_y, m_x, k_y, k_x, src, frame, y0, x0, inputs, block_size, point, patch):
-    """Transform the m_y×m_x gradients of a frame from (y0, x0) on, all channels, a block of channels at a time."""
-    step = simd.vector_lanes(inputs)
-    inside = _is_inside(src, y0, x0, m_y, m_x)
-    row, column = src.dilation_y * src.W * src.C, src.dilation_x * src.C
-    for c in range(0, src.C, step):
-        count = min(step, src.C - c)
-        target = simd.shift(inputs, c // step * block_size)
-        origin = simd.shift(frame, (y0 * src.W + x0) * src.C + c)
-        if not inside:
-            _copy_pixels(src, frame, y0, x0, m_y, m_x, c, count, patch)
-            transform_gradient(m_y, m_x, k_y, k_x, 0, patch, m_x * step, step, step, target, point)
-        elif count < step:
-            transform_gradient(m_y, m_x, k_y, k_x, 1, origin, row, column, count, target, point)
-        else:
-            transform_gradient(m_y, m_x, k_y, k_x, 0, origin, row, column, count, target, point)
+def transform_tile(m_y, m_x, k_y, k_x, src, frame, y0, x0, inputs, block_size, point, zeros):
+    """Transform the α_y×α_x pixels of a frame from (y0, x0) on, all channels, a block of channels at a time.
+
+    zeros: memory for a vector of them.
+    """
+    _transform_input(m_y, m_x, k_y, k_x, m_y + k_y - 1, m_x + k_x - 1, src, frame, y0, x0, inputs, block_size, point,
+                     zeros)  # fmt: skip
+
+
+@inline
+def transform_gradient_tile(m_y, m_x, k_y, k_x, src, frame, y0, x0, inputs, block_size, point, zeros):
+    """Transform the m_y×m_x gradients of a frame from (y0, x0) on, as `transform_tile`."""
+    _transform_gradient(m_y, m_x, k_y, k_x, m_y, m_x, src, frame, y0, x0, inputs, block_size, point, zeros)
 
 
 def _run(finish):
@@ -371,7 +422,7 @@ def _run(finish):
         side = m_y * m_x
         points = (m_y + k_y - 1) * (m_x + k_x - 1)
         inputs, products = simd.at(like, scratch + work.inputs), simd.at(like, scratch + work.products)
-        lines, patch = simd.at(like, scratch + work.z), simd.at(like, scratch + work.patch)
+        lines, zeros = simd.at(like, scratch + work.z), simd.at(like, scratch + work.zeros)
         z = z_after(lines)
         pixels = simd.at(channels, scratch + work.pixels)
         step = simd.vector_lanes(z)
@@ -399,7 +450,7 @@ def _run(finish):
                 src = sources[s]
                 frame = simd.at(like, source_at(flow, sources, s, b, t))
                 y0, x0 = ty * src.stride_y - src.top, tx * src.stride_x - src.left
-                transform_tile(m_y, m_x, k_y, k_x, src, frame, y0, x0, block_n, chunk * step, point, patch)
+                transform_tile(m_y, m_x, k_y, k_x, src, frame, y0, x0, block_n, chunk * step, point, zeros)
                 block_n = simd.shift(block_n, (src.C + step - 1) // step * chunk * step)
         if count % chunk > 0:  # what was in this memory may be denormal, which takes a hundred times as long
             for p in range(points):
