@@ -441,14 +441,15 @@ def winograd_plan(
     points, chunks, side = tile.points, -(-block_tiles // chunk), tile.outputs
     vector = lanes * itemsize
     sizes = (points * (chunks * chunk * len(channels) + 1) * vector, chunks * chunk * (4 * points + 1) * vector,
-             gates.z_bytes(side, itemsize), block_tiles * side * 8, vector)  # fmt: skip
+             gates.z_bytes(side, itemsize), block_tiles * side * 8, int(sources["C"].max()) * itemsize,
+             points * 8)  # fmt: skip
     places = np.concatenate([[0], np.cumsum([-(-size // 64) * 64 + 64 for size in sizes])])
     work = np.zeros(1, winograd.WORK)
-    work[0] = (HO, WO, tiles_x, count, unit_tiles, block_tiles, chunk, *places[:5])
+    work[0] = (HO, WO, tiles_x, count, unit_tiles, block_tiles, chunk, *places[:6])
     reach = _reach_of_tiles(sources, tile, tiles_y)
     neighbours = _neighbours_of_tiles(reach, interleaved(specs)[0], tiles_x, count, unit_tiles, block_tiles)
     tables = table(work, sources, neighbours, np.array(channels, np.int64))
-    return Plan(winograd.RUN[finish], tuple(tile), work, tables, int(places[5]), units, len(neighbours),
+    return Plan(winograd.RUN[finish], tuple(tile), work, tables, int(places[6]), units, len(neighbours),
                 parts)  # fmt: skip
 
 

@@ -208,13 +208,14 @@ def _winograd_plan(specs: tuple[ConvSpec, ...], tile: Tile, frames: int, itemsiz
     count = max(8, min(total, most, SCRATCH_BYTES // (size * itemsize)))
     gradients = count * pitch + lanes
     point = (gradients + pairs * count * width) // lanes * lanes + 2 * lanes
-    common, own = points * point, 64 // itemsize
+    zeros = -(-max(*inputs["C"].tolist(), spec.F) // 16) * 16
+    common, own = points * point, zeros + -(-points // 8) * 8 * 8 // itemsize
     if shares > 1:  # each worker has scratch memory of its own
         common, own = 0, common + own
     work = _record(HO=spec.HO, WO=spec.WO, columns=spec.F, tiles_x=tiles_x, tiles=tiles_x * tiles_y,
                    pieces=len(inputs) // len(specs), count=count, rows=rows, pairs=pairs, point=point, pitch=pitch,
-                   gradients=gradients, zeros=points * point, zeros_size=0 if shares > 1 else own, shares=shares,
-                   own=own if shares > 1 else 0)  # fmt: skip
+                   gradients=gradients, zeros=points * point, zeros_size=0 if shares > 1 else own, addresses=zeros,
+                   shares=shares, own=own if shares > 1 else 0)  # fmt: skip
     runs = np.array([(0, 0, channels, chunk, 0)], np.int64)
     tables = table(work, sources, runs)
     return _Plan(add_winograd, tuple(tile), tables, runs, tiles_x * tiles_y, count,

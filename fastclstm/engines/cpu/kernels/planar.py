@@ -317,7 +317,8 @@ def _transform_tile(m_y, m_x, k_y, k_x, src, read, planes, points, vector, vecto
     lanes = simd.vector_lanes(planes)
     for c in range(src.C):
         origin, target = simd.shift(planes, c * lanes), simd.shift(points, ((row + c) * vectors + vector) * lanes)
-        transform_input(m_y, m_x, k_y, k_x, origin, read.columns * src.C * lanes, src.C * lanes, target, point)
+        transform_input(m_y, m_x, k_y, k_x, 0, origin, read.columns * src.C * lanes, src.C * lanes, lanes, target,
+                        point)  # fmt: skip
 
 
 def _multiplying(across):

@@ -22,6 +22,7 @@ from fastclstm.engines.cpu.compilation import inline
 from fastclstm.engines.cpu.kernels import simd
 from fastclstm.engines.cpu.kernels.entry import kernel
 from fastclstm.engines.cpu.kernels.gates import FINISHES, line_pixels, prefetch_zx, repeat_peepholes, skip_step, z_after
+from fastclstm.engines.cpu.kernels.padding import clear_run
 from fastclstm.engines.cpu.kernels.schedule import (
     first_piece,
     next_piece,
@@ -47,13 +48,16 @@ CHUNKS = (13, 11, 8, 4) if simd.REGISTERS == 32 else (6, 5, 4, 3)
 
 CHUNK0, CHUNK1, CHUNK2, CHUNK3 = CHUNKS
 
+MASKS = simd.VECTOR_BYTES > 16
+"""Whether reading all lanes of a vector under a mask takes no longer than without."""
+
 WORK = np.dtype([(name, np.int64) for name in (
     "HO", "WO",
     "tiles_x", "tiles",  # tiles of an image
     "unit_tiles",  # of the images of one unit
     "block_tiles",
     "chunk",
-    "inputs", "products", "z", "pixels", "zeros",  # places in the scratch memory
+    "inputs", "products", "z", "pixels", "zeros", "addresses",  # places in the scratch memory
 )])  # fmt: skip
 
 
@@ -147,18 +151,22 @@ def _emit_transformed(builder, down, across, tile, target, point):
         simd.emit_store(builder, value, builder.gep(target, [builder.mul(point, simd.INT64(n))]))
 
 
-def _read_and_transform(down, across, ahead):
+def _emit_read(builder, pointer, vector, masked, count):
+    return simd.emit_load_some(builder, pointer, vector, count) if masked else simd.emit_load(builder, pointer, vector)
+
+
+def _read_and_transform(down, across, masked, ahead):
     """Codegen of a transform that reads a rectangle of pixels and asks for the `ahead` pixels right of it."""
     height, width = down.shape[1], across.shape[1]
 
     def codegen(context, builder, sig, args):
-        origin, row, column, target, point = args[4:]
-        vector = simd.llvm_vector(sig.args[4].dtype)
+        origin, row, column, count, target, point = args[5:]
+        vector = simd.llvm_vector(sig.args[5].dtype)
 
         def at(base, step, index):
             return builder.gep(base, [builder.mul(step, simd.INT64(index))])
 
-        tile = [[simd.emit_load(builder, at(at(origin, row, i), column, j), vector) for j in range(width)]
+        tile = [[_emit_read(builder, at(at(origin, row, i), column, j), vector, masked, count) for j in range(width)]
                 for i in range(height)]  # fmt: skip
         for i in range(height):
             for j in range(width, width + ahead):
@@ -169,35 +177,20 @@ def _read_and_transform(down, across, ahead):
     return codegen
 
 
-def _read_some_and_transform(down, across, masked):
-    """Codegen of a transform that reads zeros, which are at `outside`, where pixels are not on the frame."""
+def _read_listed_and_transform(down, across, masked):
+    """Codegen of a transform that reads a rectangle of pixels whose addresses are listed."""
     height, width = down.shape[1], across.shape[1]
 
     def codegen(context, builder, sig, args):
-        some, frame, y, x, H, W, row, column, step_y, step_x, circular, count, outside, target, point = args[4:]
-        vector = simd.llvm_vector(sig.args[5].dtype)
-        wraps = builder.icmp_signed("!=", circular, simd.INT64(0))
+        addresses, channel, count, target, point = args[5:]
+        pointer = context.get_value_type(sig.args[8])
+        vector = simd.llvm_vector(sig.args[8].dtype)
 
-        def lines(first, step, size, pitch, many):
-            """Return where the lines of an axis are, and whether they are on the frame."""
-            found = []
-            for _ in range(many):
-                found.append((builder.mul(first, pitch), builder.or_(wraps, builder.icmp_unsigned("<", first, size))))
-                first = builder.add(first, step)
-                beyond = builder.and_(wraps, builder.icmp_signed(">=", first, size))
-                first = builder.select(beyond, builder.sub(first, size), first)
-            return found
+        def read(n):
+            pixel = builder.inttoptr(builder.load(builder.gep(addresses, [simd.INT64(n)])), pointer)
+            return _emit_read(builder, builder.gep(pixel, [channel]), vector, masked, count)
 
-        rows, columns = lines(y, step_y, H, row, height), lines(x, step_x, W, column, width)
-
-        def read(of_row, of_column):
-            place, inside = builder.add(of_row[0], of_column[0]), builder.and_(of_row[1], of_column[1])
-            pointer = builder.select(inside, builder.gep(frame, [place]), outside)
-            if masked:
-                return simd.emit_load_some(builder, pointer, vector, count)
-            return simd.emit_load(builder, pointer, vector)
-
-        tile = [[read(of_row, of_column) for of_column in columns] for of_row in rows]
+        tile = [[read(i * width + j) for j in range(width)] for i in range(height)]
         _emit_transformed(builder, down, across, tile, target, point)
         return context.get_dummy_value()
 
@@ -211,50 +204,38 @@ def matrices(name, m_y, m_x, k_y, k_x):
 
 
 @intrinsic(prefer_literal=True)
-def transform_input(typingctx, m_y, m_x, k_y, k_x, origin, row, column, target, point):
-    """target[p] = (Bᵀ x B)[p] of the α_y×α_x pixels at origin, for a vector of channels.
+def transform_input(typingctx, m_y, m_x, k_y, k_x, some, origin, row, column, count, target, point):
+    """target[p] = (Bᵀ x B)[p] of the α_y×α_x pixels at origin, for a vector of channels (`some`: the first `count`).
 
     row, column: scalars between pixels; point: scalars between the results.
     """
     # The tile to the right begins m_x pixels on: those of its pixels that are not read here will be wanted.
-    codegen = _read_and_transform(*matrices("B_T", m_y, m_x, k_y, k_x), m_x.literal_value)
-    return types.void(m_y, m_x, k_y, k_x, origin, types.intp, types.intp, target, types.intp), codegen
+    down, across = matrices("B_T", m_y, m_x, k_y, k_x)
+    codegen = _read_and_transform(down, across, bool(some.literal_value), m_x.literal_value)
+    return types.void(m_y, m_x, k_y, k_x, some, origin, types.intp, types.intp, types.intp, target, types.intp), codegen
 
 
 @intrinsic(prefer_literal=True)
-def transform_some_input(
-    typingctx, m_y, m_x, k_y, k_x, some, frame, y, x, H, W, row, column, step_y, step_x, circular, count, outside,
-    target, point,
-):  # fmt: skip
-    """target[p] = (Bᵀ x B)[p] of the α_y×α_x pixels from (y, x) on, some of which may not be on the frame (H, W).
-
-    For a vector of channels (`some`: the first `count`). row, column: scalars between pixels; step_y, step_x: pixels
-    from one that is read to the next; circular: y and x are on the frame, and beyond its end it begins again, else
-    there are the zeros of a vector at `outside`.
-    """
-    codegen = _read_some_and_transform(*matrices("B_T", m_y, m_x, k_y, k_x), bool(some.literal_value))
-    sizes = (types.intp,) * 10
-    return types.void(m_y, m_x, k_y, k_x, some, frame, *sizes, outside, target, types.intp), codegen
+def transform_listed_input(typingctx, m_y, m_x, k_y, k_x, some, addresses, channel, count, target, point):
+    """target[p] = (Bᵀ x B)[p] of the α_y×α_x pixels at these addresses, for a vector of channels from one on."""
+    codegen = _read_listed_and_transform(*matrices("B_T", m_y, m_x, k_y, k_x), bool(some.literal_value))
+    return types.void(m_y, m_x, k_y, k_x, some, addresses, types.intp, types.intp, target, types.intp), codegen
 
 
 @intrinsic(prefer_literal=True)
-def transform_gradient(typingctx, m_y, m_x, k_y, k_x, origin, row, column, target, point):
+def transform_gradient(typingctx, m_y, m_x, k_y, k_x, some, origin, row, column, count, target, point):
     """target[p] = (A dy Aᵀ)[p] of the m_y×m_x gradients at origin, as `transform_input`."""
     down, across = matrices("A_T", m_y, m_x, k_y, k_x)
-    codegen = _read_and_transform(down.T, across.T, m_x.literal_value)
-    return types.void(m_y, m_x, k_y, k_x, origin, types.intp, types.intp, target, types.intp), codegen
+    codegen = _read_and_transform(down.T, across.T, bool(some.literal_value), m_x.literal_value)
+    return types.void(m_y, m_x, k_y, k_x, some, origin, types.intp, types.intp, types.intp, target, types.intp), codegen
 
 
 @intrinsic(prefer_literal=True)
-def transform_some_gradient(
-    typingctx, m_y, m_x, k_y, k_x, some, frame, y, x, H, W, row, column, step_y, step_x, circular, count, outside,
-    target, point,
-):  # fmt: skip
-    """target[p] = (A dy Aᵀ)[p] of the m_y×m_x gradients from (y, x) on, as `transform_some_input`."""
+def transform_listed_gradient(typingctx, m_y, m_x, k_y, k_x, some, addresses, channel, count, target, point):
+    """target[p] = (A dy Aᵀ)[p] of the m_y×m_x gradients at these addresses, as `transform_listed_input`."""
     down, across = matrices("A_T", m_y, m_x, k_y, k_x)
-    codegen = _read_some_and_transform(down.T, across.T, bool(some.literal_value))
-    sizes = (types.intp,) * 10
-    return types.void(m_y, m_x, k_y, k_x, some, frame, *sizes, outside, target, types.intp), codegen
+    codegen = _read_listed_and_transform(down.T, across.T, bool(some.literal_value))
+    return types.void(m_y, m_x, k_y, k_x, some, addresses, types.intp, types.intp, target, types.intp), codegen
 
 
 @intrinsic(prefer_literal=True)
@@ -354,52 +335,75 @@ def _is_inside(src, y0, x0, height, width):
     return y0 >= 0 and x0 >= 0 and y1 < src.H and x1 < src.W
 
 
-def _transform(inside, outside):
-    """Return the function that transforms a tile: `inside` where all its pixels are on the frame, else `outside`."""
+@inline
+def _list_pixels(src, frame, y0, x0, height, width, zeros, addresses):
+    """List where the height×width pixels from (y0, x0) on are, or what padding holds in their place."""
+    first, nothing = simd.address(frame), simd.address(zeros)
+    size = simd.address(simd.shift(frame, src.C)) - first
+    for i in range(height):
+        y = y0 + i * src.dilation_y
+        if src.circular:
+            y = y % src.H
+        on_frame = y >= 0 and y < src.H
+        for j in range(width):
+            x = x0 + j * src.dilation_x
+            if src.circular:
+                x = x % src.W
+            inside = on_frame and x >= 0 and x < src.W
+            addresses[i * width + j] = first + (y * src.W + x) * size if inside else nothing
+
+
+@inline
+def clear_channels(sources, zeros):
+    """Make the zeros that stand for the channels of a pixel that is not there."""
+    for s in range(len(sources)):
+        clear_run(zeros, sources[s].C)
+
+
+def _transform(near, listed):
+    """Return the function that transforms a tile, its pixels `near` each other or, at the frame's border, `listed`."""
 
     @inline
-    def transform(m_y, m_x, k_y, k_x, height, width, src, frame, y0, x0, inputs, block_size, point, zeros):
+    def transform(m_y, m_x, k_y, k_x, height, width, src, frame, y0, x0, inputs, block_size, point, zeros, addresses):
         step = simd.vector_lanes(inputs)
-        row, column = src.W * src.C, src.C
-        step_y, step_x = src.dilation_y, src.dilation_x
-        is_inside = _is_inside(src, y0, x0, height, width)
-        if src.circular:
-            y0, x0, step_y, step_x = y0 % src.H, x0 % src.W, step_y % src.H, step_x % src.W
-        simd.store(zeros, simd.zeros(zeros))
+        inside = _is_inside(src, y0, x0, height, width)
+        if not inside:
+            _list_pixels(src, frame, y0, x0, height, width, zeros, addresses)
+        row, column = src.dilation_y * src.W * src.C, src.dilation_x * src.C
         for c in range(0, src.C, step):
             count = min(step, src.C - c)
-            target, pixels = simd.shift(inputs, c // step * block_size), simd.shift(frame, c)
-            if count < step:
-                outside(m_y, m_x, k_y, k_x, 1, pixels, y0, x0, src.H, src.W, row, column, step_y, step_x, src.circular,
-                        count, zeros, target, point)  # fmt: skip
-            elif is_inside:
-                origin = simd.shift(pixels, y0 * row + x0 * column)
-                inside(m_y, m_x, k_y, k_x, origin, src.dilation_y * row, src.dilation_x * column, target, point)
+            target = simd.shift(inputs, c // step * block_size)
+            origin = simd.shift(frame, (y0 * src.W + x0) * src.C + c)
+            if inside and count == step:
+                near(m_y, m_x, k_y, k_x, 0, origin, row, column, count, target, point)
+            elif inside:
+                near(m_y, m_x, k_y, k_x, 1, origin, row, column, count, target, point)
+            elif MASKS or count < step:
+                listed(m_y, m_x, k_y, k_x, 1, addresses, c, count, target, point)
             else:
-                outside(m_y, m_x, k_y, k_x, 0, pixels, y0, x0, src.H, src.W, row, column, step_y, step_x, src.circular,
-                        count, zeros, target, point)  # fmt: skip
+                listed(m_y, m_x, k_y, k_x, 0, addresses, c, count, target, point)
 
     return transform
 
 
-_transform_input = _transform(transform_input, transform_some_input)
-_transform_gradient = _transform(transform_gradient, transform_some_gradient)
+_transform_input = _transform(transform_input, transform_listed_input)
+_transform_gradient = _transform(transform_gradient, transform_listed_gradient)
 
 
 @inline
-def transform_tile(m_y, m_x, k_y, k_x, src, frame, y0, x0, inputs, block_size, point, zeros):
+def transform_tile(m_y, m_x, k_y, k_x, src, frame, y0, x0, inputs, block_size, point, zeros, addresses):
     """Transform the α_y×α_x pixels of a frame from (y0, x0) on, all channels, a block of channels at a time.
 
-    zeros: memory for a vector of them.
+    zeros: as of `clear_channels`; addresses: memory for one of each pixel.
     """
     _transform_input(m_y, m_x, k_y, k_x, m_y + k_y - 1, m_x + k_x - 1, src, frame, y0, x0, inputs, block_size, point,
-                     zeros)  # fmt: skip
+                     zeros, addresses)  # fmt: skip
 
 
 @inline
-def transform_gradient_tile(m_y, m_x, k_y, k_x, src, frame, y0, x0, inputs, block_size, point, zeros):
+def transform_gradient_tile(m_y, m_x, k_y, k_x, src, frame, y0, x0, inputs, block_size, point, zeros, addresses):
     """Transform the m_y×m_x gradients of a frame from (y0, x0) on, as `transform_tile`."""
-    _transform_gradient(m_y, m_x, k_y, k_x, m_y, m_x, src, frame, y0, x0, inputs, block_size, point, zeros)
+    _transform_gradient(m_y, m_x, k_y, k_x, m_y, m_x, src, frame, y0, x0, inputs, block_size, point, zeros, addresses)
 
 
 def _run(finish):
@@ -423,6 +427,7 @@ def _run(finish):
         points = (m_y + k_y - 1) * (m_x + k_x - 1)
         inputs, products = simd.at(like, scratch + work.inputs), simd.at(like, scratch + work.products)
         lines, zeros = simd.at(like, scratch + work.z), simd.at(like, scratch + work.zeros)
+        addresses = simd.at(channels, scratch + work.addresses)
         z = z_after(lines)
         pixels = simd.at(channels, scratch + work.pixels)
         step = simd.vector_lanes(z)
@@ -450,7 +455,8 @@ def _run(finish):
                 src = sources[s]
                 frame = simd.at(like, source_at(flow, sources, s, b, t))
                 y0, x0 = ty * src.stride_y - src.top, tx * src.stride_x - src.left
-                transform_tile(m_y, m_x, k_y, k_x, src, frame, y0, x0, block_n, chunk * step, point, zeros)
+                transform_tile(m_y, m_x, k_y, k_x, src, frame, y0, x0, block_n, chunk * step, point, zeros,
+                               addresses)  # fmt: skip
                 block_n = simd.shift(block_n, (src.C + step - 1) // step * chunk * step)
         if count % chunk > 0:  # what was in this memory may be denormal, which takes a hundred times as long
             for p in range(points):
@@ -506,6 +512,7 @@ def _run(finish):
         flow = flows[0]
         scratch = worker_scratch(flow, worker)
         repeat_peepholes(weights, cells[0], groups, simd.at(weights, scratch + works[0].z))
+        clear_channels(sources, simd.at(weights, scratch + works[0].zeros))
         unit, piece, helped = first_piece()
         backwards = False
         while True:
