@@ -106,12 +106,21 @@ def only_young_garbage():
 
 
 @pytest.fixture
-def directly(monkeypatch):
+def take(monkeypatch):
+    """Function that leaves the cpu engine some of Winograd's tiles, or none."""
+
+    def take(*some):
+        monkeypatch.setattr(tiles, "choices", lambda *sizes: some)
+        plans.choose_ways.cache_clear()
+
+    yield take
+    plans.choose_ways.cache_clear()
+
+
+@pytest.fixture
+def directly(take):
     """Let "auto" of the cpu engine convolve directly: each of Winograd's tiles takes seconds to compile."""
-    monkeypatch.setattr(tiles, "choices", lambda *sizes: ())
-    plans.choose_ways.cache_clear()
-    yield
-    plans.choose_ways.cache_clear()
+    take()
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fastclstm.engines.cpu import plans, tiles, weight_gradient
+from fastclstm.engines.cpu import plans, weight_gradient
 from fastclstm.engines.cpu.kernels.schedule import slots
 from fastclstm.engines.cpu.tiles import Tile
 from fastclstm.engines.cpu.weight_gradient import WeightGradient
@@ -55,9 +55,9 @@ def test_definition(k, options, algorithm):
 @pytest.mark.parametrize(("size", "tile"), [((3, 3), Tile(2, 2, 3, 3)), ((3, 3), Tile(4, 4, 3, 3)),
                                             ((5, 5), Tile(2, 2, 5, 5)), ((5, 5), Tile(4, 4, 5, 5)),
                                             ((7, 4), Tile(4, 3, 3, 4))], ids=str)  # fmt: skip
-def test_two_inputs_of_one_gradient(monkeypatch, size, tile):
+def test_two_inputs_of_one_gradient(take, size, tile):
     """Each tile size, pieces; channels that fill no vector, side by side."""
-    monkeypatch.setattr(tiles, "choices", lambda *sizes: (tile,))
+    take(tile)
     rng = np.random.default_rng(1)
     for C, F in ((1, 5), (7, 16), (16, 20)):
         specs = tuple(ConvSpec.infer((2, 11, 9, c), (*size, c, 4 * F), padding="same") for c in (F, C))

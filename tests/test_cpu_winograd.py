@@ -31,12 +31,6 @@ TIMES_DIRECT = {4: 2, 6: 6, 8: 8}
 """How many times the error of the direct algorithm a tile may err, by the longer side of its points."""
 
 
-@pytest.fixture
-def take(monkeypatch):
-    """Function that makes the engine take a tile."""
-    return lambda tile: monkeypatch.setattr(tiles, "choices", lambda *sizes: (tile,))
-
-
 def correlate(x, w):
     """Valid cross-correlation of (H, W, …) with (KH, KW, …), elementwise in the other axes."""
     (KH, KW), (H, W) = w.shape[:2], x.shape[:2]
