@@ -130,6 +130,19 @@ def test_pixels_beyond_a_kernel_meet_zeros_in_large_tiles_only():
     )
 
 
+@pytest.mark.parametrize(("channels", "filters", "far"), [(16, 32, False), (256, 256, True)])
+def test_blocks_of_many_tiles_are_within_bounds(channels, filters, far):
+    tile = Tile(4, 4, 3, 3)
+    least, most = winograd.BLOCK_TILES[far]
+    for size in range(60, 140, 3):
+        for B, threads in ((1, 1), (2, 2), (3, 2), (5, 4)):
+            specs = (ConvSpec.infer((B, size, size, channels), (3, 3, channels, filters)),)
+            work = plans.winograd_plan(specs, tile, "store", filters // 64 or 1, 4, threads).work[0]
+            count = (-(-size // 4)) ** 2
+            if B * count > winograd.MOST_TILES * threads:
+                assert least <= work["block_tiles"] <= most, (size, B, threads)
+
+
 def test_values_stay_where_they_are_with_small_tiles_only():
     """What the tiles of two outputs err does not leave the receptive fields, nor what is not transformed."""
     for tile, spoils in ((Tile(2, 2, 3, 3), False), (Tile(2, 4, 3, 1), False), (Tile(1, 4, 1, 3), True),

@@ -418,19 +418,18 @@ def winograd_plan(
     lanes = simd.lanes(itemsize)
     tiles_y, tiles_x = grid(specs, tile)
     count = tiles_y * tiles_x
-    if B * count <= 2 * winograd.BLOCK_TILES * threads:
+    if B * count <= winograd.MOST_TILES * threads:
         images, blocks, parts = _cut_of_few(specs, tile, groups, itemsize, threads)
         units, unit_tiles = -(-B // images), images * count
     else:
-        images = min(B, -(-winograd.BLOCK_TILES // count))
+        bounds = winograd.BLOCK_TILES[weight_bytes(specs, tile, itemsize) > NEAR_BYTES]
+        images = min(B, -(-sum(bounds) // (2 * count)))
         units = -(-B // images)
         by_unit = units % threads == 0 or units >= 8 * threads
         if not by_unit:
             images, units = B, 1
         unit_tiles = images * count
-        blocks = max(1, round(unit_tiles / winograd.BLOCK_TILES))
-        if not by_unit and blocks < 4 * threads:
-            blocks = -(-blocks // threads) * threads
+        blocks = _blocks(unit_tiles, bounds, 1 if by_unit else threads)
         parts = min(groups, -(-threads // (units * blocks)))
     block_tiles = -(-unit_tiles // blocks)
     blocks = -(-unit_tiles // block_tiles)
@@ -441,15 +440,27 @@ def winograd_plan(
     points, chunks, side = tile.points, -(-block_tiles // chunk), tile.outputs
     vector = lanes * itemsize
     sizes = (points * (chunks * chunk * len(channels) + 1) * vector, chunks * chunk * (4 * points + 1) * vector,
-             gates.z_bytes(side, itemsize), block_tiles * side * 8, points * vector)  # fmt: skip
+             gates.z_bytes(side, itemsize), block_tiles * side * 8, int(sources["C"].max()) * itemsize,
+             points * 8)  # fmt: skip
     places = np.concatenate([[0], np.cumsum([-(-size // 64) * 64 + 64 for size in sizes])])
     work = np.zeros(1, winograd.WORK)
-    work[0] = (HO, WO, tiles_x, count, unit_tiles, block_tiles, chunk, *places[:5])
+    work[0] = (HO, WO, tiles_x, count, unit_tiles, block_tiles, chunk, *places[:6])
     reach = _reach_of_tiles(sources, tile, tiles_y)
     neighbours = _neighbours_of_tiles(reach, interleaved(specs)[0], tiles_x, count, unit_tiles, block_tiles)
     tables = table(work, sources, neighbours, np.array(channels, np.int64))
-    return Plan(winograd.RUN[finish], tuple(tile), work, tables, int(places[5]), units, len(neighbours),
+    return Plan(winograd.RUN[finish], tuple(tile), work, tables, int(places[6]), units, len(neighbours),
                 parts)  # fmt: skip
+
+
+def _blocks(tiles: int, bounds: tuple[int, int], threads: int) -> int:
+    """Return into how many blocks to cut the tiles of a unit that threads share; bounds: as of `BLOCK_TILES`."""
+    least, most = bounds
+
+    def load(blocks: int) -> float:
+        return -(-blocks // threads) * (VISIT + min(_rows(-(-tiles // blocks), chunk) for chunk in winograd.CHUNKS))
+
+    fewest = -(-tiles // most)
+    return min(range(fewest, max(fewest, tiles // least) + 1), key=load)
 
 
 def _rows(count: int, chunk: int) -> float:
@@ -482,7 +493,7 @@ def _cut_of_few(
 
     cuts = []
     for images in sorted({-(-B // units) for units in range(1, B + 1)}, reverse=True):
-        fewest = -(-images * count // (2 * winograd.BLOCK_TILES))
+        fewest = -(-images * count // winograd.MOST_TILES)
         for blocks in range(fewest, min(images * count, fewest + threads - 1) + 1):
             shared = -(-threads // (-(-B // images) * blocks))
             cuts += [(images, blocks, parts) for parts in sorted({1, min(groups, shared)})]

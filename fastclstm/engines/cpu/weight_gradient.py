@@ -54,7 +54,8 @@ class _Plan(NamedTuple):
     """How many of them at once."""
     sums_shape: tuple[int, ...]
     scratch_scalars: int
-    patch_scalars: int
+    own_scalars: int
+    """Of scratch memory that each worker has."""
 
 
 class WeightGradient:
@@ -78,7 +79,7 @@ class WeightGradient:
         frames = np.zeros(1, FRAMES)
         itemsize = self._dtype.itemsize
         places = (*dz[:3], *(field for slot in (*inputs, *inputs)[:2] for field in slot[:3]))
-        address, memory = launch.borrow((plan.scratch_scalars + team * plan.patch_scalars) * itemsize)
+        address, memory = launch.borrow((plan.scratch_scalars + team * plan.own_scalars) * itemsize)
         flops = sum(spec.flops // max(1, spec.B) for spec in self._specs) / plan.items
         piece = max(1, int(launch.PIECE_FLOPS / max(1, flops) / plan.gathered)) * plan.gathered
         for first in range(0, B * T * plan.items, piece):
@@ -207,14 +208,15 @@ def _winograd_plan(specs: tuple[ConvSpec, ...], tile: Tile, frames: int, itemsiz
     count = max(8, min(total, most, SCRATCH_BYTES // (size * itemsize)))
     gradients = count * pitch + lanes
     point = (gradients + pairs * count * width) // lanes * lanes + 2 * lanes
-    common, patch = points * point, points * lanes
+    zeros = -(-max(*inputs["C"].tolist(), spec.F) // 16) * 16
+    common, own = points * point, zeros + -(-points // 8) * 8 * 8 // itemsize
     if shares > 1:  # each worker has scratch memory of its own
-        common, patch = 0, common + patch
+        common, own = 0, common + own
     work = _record(HO=spec.HO, WO=spec.WO, columns=spec.F, tiles_x=tiles_x, tiles=tiles_x * tiles_y,
                    pieces=len(inputs) // len(specs), count=count, rows=rows, pairs=pairs, point=point, pitch=pitch,
-                   gradients=gradients, patches=points * point, patch_size=0 if shares > 1 else patch, shares=shares,
-                   own=patch if shares > 1 else 0)  # fmt: skip
+                   gradients=gradients, zeros=points * point, zeros_size=0 if shares > 1 else own, addresses=zeros,
+                   shares=shares, own=own if shares > 1 else 0)  # fmt: skip
     runs = np.array([(0, 0, channels, chunk, 0)], np.int64)
     tables = table(work, sources, runs)
     return _Plan(add_winograd, tuple(tile), tables, runs, tiles_x * tiles_y, count,
-                 (shares, points, pairs, rows, width), common, patch)  # fmt: skip
+                 (shares, points, pairs, rows, width), common, own)  # fmt: skip

@@ -42,7 +42,7 @@ WORK = np.dtype([(name, np.int64) for name in (
     "item", "point",  # direct: scalars of a gathered block; Winograd: of a point's tiles
     "pitch",  # Winograd: scalars between the inputs of two tiles
     "gradients",  # index of the gathered gradients: in a block, or in a point's tiles
-    "patches", "patch_size",  # index of the workers' patches in the scratch memory
+    "zeros", "zeros_size", "addresses",  # index of the workers' zeros in the scratch memory, and of what is after them
     "shares", "own",  # Winograd: how many sums there are, and scalars between the workers' own scratch memories, 0: one
 )])  # fmt: skip
 
@@ -202,7 +202,7 @@ def add_direct(job, worker, frames, works, sources, runs, sums):
 
 
 @inline
-def _gather_tile(m_y, m_x, k_y, k_x, base, frames, work, sources, index, slot, patch):
+def _gather_tile(m_y, m_x, k_y, k_x, base, frames, work, sources, index, slot, zeros, addresses):
     """Transform the inputs of one tile, [point][tile][channel], and its gradients, [point][vector][tile]."""
     n, tile = index // work.tiles, index % work.tiles
     gradient = sources[len(sources) - 1]
@@ -214,12 +214,13 @@ def _gather_tile(m_y, m_x, k_y, k_x, base, frames, work, sources, index, slot, p
         src = sources[s]
         frame = simd.at(base, _source_frame(frames, s // work.pieces, n))
         y0, x0 = ty - src.top, tx - src.left
-        winograd.transform_tile(m_y, m_x, k_y, k_x, src, frame, y0, x0, target, step, work.point, patch)
+        winograd.transform_tile(m_y, m_x, k_y, k_x, src, frame, y0, x0, target, step, work.point, zeros,
+                                addresses)  # fmt: skip
         target = simd.shift(target, src.C)  # over the zeros that end the channels before
     target = simd.shift(base, work.gradients + slot * step)
     frame = simd.at(base, _gradient_frame(frames, n))
     winograd.transform_gradient_tile(m_y, m_x, k_y, k_x, gradient, frame, ty, tx, target, work.count * step,
-                                     work.point, patch)  # fmt: skip
+                                     work.point, zeros, addresses)  # fmt: skip
 
 
 @inline
@@ -257,7 +258,9 @@ def add_winograd(m_y, m_x, k_y, k_x, job, worker, frames, works, sources, runs, 
     work, first, last = works[0], frames[0].first, frames[0].last
     own = work.shares > 1
     base = simd.shift(simd.at(sums, frames[0].scratch), worker * work.own)
-    patch = simd.shift(base, work.patches + worker * work.patch_size)
+    zeros = simd.shift(base, work.zeros + worker * work.zeros_size)
+    addresses = simd.at(runs, np.uint64(simd.address(simd.shift(zeros, work.addresses))))
+    winograd.clear_channels(sources, zeros)
     panels = (m_y + k_y - 1) * (m_x + k_x - 1) * work.pairs
     size = 1 if own else max(1, panels // (4 * workers_of(job)))
     pieces = (panels + size - 1) // size
@@ -276,7 +279,8 @@ def add_winograd(m_y, m_x, k_y, k_x, job, worker, frames, works, sources, runs, 
                 if not own:
                     wait_for_all(job, begun)
                 slot = piece - begun
-                _gather_tile(m_y, m_x, k_y, k_x, base, frames[0], work, sources, block + slot, slot, patch)
+                _gather_tile(m_y, m_x, k_y, k_x, base, frames[0], work, sources, block + slot, slot, zeros,
+                             addresses)  # fmt: skip
                 piece = _next_piece(job, own, piece)
             begun += tiles
             while piece < begun + pieces:

@@ -22,7 +22,7 @@ from fastclstm.engines.cpu.compilation import inline
 from fastclstm.engines.cpu.kernels import simd
 from fastclstm.engines.cpu.kernels.entry import kernel
 from fastclstm.engines.cpu.kernels.gates import FINISHES, line_pixels, prefetch_zx, repeat_peepholes, skip_step, z_after
-from fastclstm.engines.cpu.kernels.padding import copy_run
+from fastclstm.engines.cpu.kernels.padding import clear_run
 from fastclstm.engines.cpu.kernels.schedule import (
     first_piece,
     next_piece,
@@ -40,13 +40,25 @@ POINTS = {4: (0, 1, -1), 6: (0, 1, -1, Fraction(1, 2), -2), 8: (0, 1, -1, 2, -2,
 ONE = 1
 """Index of the point 1: what is added to the product at (1, 1) is added to every output of its tile."""
 
-BLOCK_TILES = 24
-"""Tiles of one block, about: few enough for the second-level cache, enough to use each weight often."""
+BLOCK_TILES = (12, 20), (18, 32)
+"""Tiles of one block, at least and at most, with near weights, and with far ones, each of which is to be used more
+often; but of a unit with fewer they are one block.
+
+Few enough for the second-level cache. Of 24, 16, 12 and 8 tiles 16 were the fastest, or within 2 %, in twelve of
+fourteen cells with 0.3 to 19 MB of weights on a Zen 4 (1 MB of L2), 2 to 9 % faster than 24; 22 took 6 to 11 % longer
+than 16 with 2 to 5 MB, and 16 took 9 % longer than 32 with 19 MB.
+"""
+
+MOST_TILES = 48
+"""Tiles of one block, at most."""
 
 CHUNKS = (13, 11, 8, 4) if simd.REGISTERS == 32 else (6, 5, 4, 3)
 """Tiles that one matrix product keeps in registers, times up to two vectors: the choices."""
 
 CHUNK0, CHUNK1, CHUNK2, CHUNK3 = CHUNKS
+
+MASKS = simd.VECTOR_BYTES > 16
+"""Whether reading all lanes of a vector under a mask takes no longer than without."""
 
 WORK = np.dtype([(name, np.int64) for name in (
     "HO", "WO",
@@ -54,7 +66,7 @@ WORK = np.dtype([(name, np.int64) for name in (
     "unit_tiles",  # of the images of one unit
     "block_tiles",
     "chunk",
-    "inputs", "products", "z", "pixels", "patch",  # places in the scratch memory
+    "inputs", "products", "z", "pixels", "zeros", "addresses",  # places in the scratch memory
 )])  # fmt: skip
 
 
@@ -142,6 +154,16 @@ def emit_transform(builder, down, across, tile):
     return [_apply(builder, across, [column[i] for column in columns]) for i in range(len(down))]
 
 
+def _emit_transformed(builder, down, across, tile, target, point):
+    """Write Down · tile · acrossᵀ to the target, `point` scalars between the results."""
+    for n, value in enumerate(v for line in emit_transform(builder, down, across, tile) for v in line):
+        simd.emit_store(builder, value, builder.gep(target, [builder.mul(point, simd.INT64(n))]))
+
+
+def _emit_read(builder, pointer, vector, masked, count):
+    return simd.emit_load_some(builder, pointer, vector, count) if masked else simd.emit_load(builder, pointer, vector)
+
+
 def _read_and_transform(down, across, masked, ahead):
     """Codegen of a transform that reads a rectangle of pixels and asks for the `ahead` pixels right of it."""
     height, width = down.shape[1], across.shape[1]
@@ -153,18 +175,32 @@ def _read_and_transform(down, across, masked, ahead):
         def at(base, step, index):
             return builder.gep(base, [builder.mul(step, simd.INT64(index))])
 
-        def read(pointer):
-            if masked:
-                return simd.emit_load_some(builder, pointer, vector, count)
-            return simd.emit_load(builder, pointer, vector)
-
-        tile = [[read(at(at(origin, row, i), column, j)) for j in range(width)] for i in range(height)]
+        tile = [[_emit_read(builder, at(at(origin, row, i), column, j), vector, masked, count) for j in range(width)]
+                for i in range(height)]  # fmt: skip
         for i in range(height):
             for j in range(width, width + ahead):
                 simd.emit_prefetch(builder, at(at(origin, row, i), column, j), 3)
-        for i, line in enumerate(emit_transform(builder, down, across, tile)):
-            for j, value in enumerate(line):
-                simd.emit_store(builder, value, at(target, point, i * len(across) + j))
+        _emit_transformed(builder, down, across, tile, target, point)
+        return context.get_dummy_value()
+
+    return codegen
+
+
+def _read_listed_and_transform(down, across, masked):
+    """Codegen of a transform that reads a rectangle of pixels whose addresses are listed."""
+    height, width = down.shape[1], across.shape[1]
+
+    def codegen(context, builder, sig, args):
+        addresses, channel, count, target, point = args[5:]
+        pointer = context.get_value_type(sig.args[8])
+        vector = simd.llvm_vector(sig.args[8].dtype)
+
+        def read(n):
+            pixel = builder.inttoptr(builder.load(builder.gep(addresses, [simd.INT64(n)])), pointer)
+            return _emit_read(builder, builder.gep(pixel, [channel]), vector, masked, count)
+
+        tile = [[read(i * width + j) for j in range(width)] for i in range(height)]
+        _emit_transformed(builder, down, across, tile, target, point)
         return context.get_dummy_value()
 
     return codegen
@@ -189,11 +225,26 @@ def transform_input(typingctx, m_y, m_x, k_y, k_x, some, origin, row, column, co
 
 
 @intrinsic(prefer_literal=True)
+def transform_listed_input(typingctx, m_y, m_x, k_y, k_x, some, addresses, channel, count, target, point):
+    """target[p] = (Bᵀ x B)[p] of the α_y×α_x pixels at these addresses, for a vector of channels from one on."""
+    codegen = _read_listed_and_transform(*matrices("B_T", m_y, m_x, k_y, k_x), bool(some.literal_value))
+    return types.void(m_y, m_x, k_y, k_x, some, addresses, types.intp, types.intp, target, types.intp), codegen
+
+
+@intrinsic(prefer_literal=True)
 def transform_gradient(typingctx, m_y, m_x, k_y, k_x, some, origin, row, column, count, target, point):
     """target[p] = (A dy Aᵀ)[p] of the m_y×m_x gradients at origin, as `transform_input`."""
     down, across = matrices("A_T", m_y, m_x, k_y, k_x)
     codegen = _read_and_transform(down.T, across.T, bool(some.literal_value), m_x.literal_value)
     return types.void(m_y, m_x, k_y, k_x, some, origin, types.intp, types.intp, types.intp, target, types.intp), codegen
+
+
+@intrinsic(prefer_literal=True)
+def transform_listed_gradient(typingctx, m_y, m_x, k_y, k_x, some, addresses, channel, count, target, point):
+    """target[p] = (A dy Aᵀ)[p] of the m_y×m_x gradients at these addresses, as `transform_listed_input`."""
+    down, across = matrices("A_T", m_y, m_x, k_y, k_x)
+    codegen = _read_listed_and_transform(down.T, across.T, bool(some.literal_value))
+    return types.void(m_y, m_x, k_y, k_x, some, addresses, types.intp, types.intp, target, types.intp), codegen
 
 
 @intrinsic(prefer_literal=True)
@@ -294,61 +345,74 @@ def _is_inside(src, y0, x0, height, width):
 
 
 @inline
-def _copy_pixels(src, frame, y0, x0, height, width, c, count, patch):
-    """Copy channels c .. c + count of the height×width pixels from (y0, x0) on, or what the padding holds there."""
-    step = simd.vector_lanes(patch)
+def _list_pixels(src, frame, y0, x0, height, width, zeros, addresses):
+    """List where the height×width pixels from (y0, x0) on are, or what padding holds in their place."""
+    first, nothing = simd.address(frame), simd.address(zeros)
+    size = simd.address(simd.shift(frame, src.C)) - first
     for i in range(height):
         y = y0 + i * src.dilation_y
         if src.circular:
             y = y % src.H
+        on_frame = y >= 0 and y < src.H
         for j in range(width):
             x = x0 + j * src.dilation_x
             if src.circular:
                 x = x % src.W
-            pixel = simd.shift(patch, (i * width + j) * step)
-            simd.store(pixel, simd.zeros(pixel))
-            if y >= 0 and y < src.H and x >= 0 and x < src.W:
-                copy_run(pixel, simd.shift(frame, (y * src.W + x) * src.C + c), count)
+            inside = on_frame and x >= 0 and x < src.W
+            addresses[i * width + j] = first + (y * src.W + x) * size if inside else nothing
 
 
 @inline
-def transform_tile(m_y, m_x, k_y, k_x, src, frame, y0, x0, inputs, block_size, point, patch):
-    """Transform the α_y×α_x pixels of a frame from (y0, x0) on, all channels, a block of channels at a time."""
-    step = simd.vector_lanes(inputs)
-    height, width = m_y + k_y - 1, m_x + k_x - 1
-    inside = _is_inside(src, y0, x0, height, width)
-    row, column = src.dilation_y * src.W * src.C, src.dilation_x * src.C
-    for c in range(0, src.C, step):
-        count = min(step, src.C - c)
-        target = simd.shift(inputs, c // step * block_size)
-        if inside:
-            origin = simd.shift(frame, (y0 * src.W + x0) * src.C + c)
-            if count < step:
-                transform_input(m_y, m_x, k_y, k_x, 1, origin, row, column, count, target, point)
-            else:
-                transform_input(m_y, m_x, k_y, k_x, 0, origin, row, column, count, target, point)
-            continue
-        _copy_pixels(src, frame, y0, x0, height, width, c, count, patch)
-        transform_input(m_y, m_x, k_y, k_x, 0, patch, width * step, step, step, target, point)
+def clear_channels(sources, zeros):
+    """Make the zeros that stand for the channels of a pixel that is not there."""
+    for s in range(len(sources)):
+        clear_run(zeros, sources[s].C)
 
 
-@inline
-def transform_gradient_tile(m_y, m_x, k_y, k_x, src, frame, y0, x0, inputs, block_size, point, patch):
-    """Transform the m_y×m_x gradients of a frame from (y0, x0) on, all channels, a block of channels at a time."""
-    step = simd.vector_lanes(inputs)
-    inside = _is_inside(src, y0, x0, m_y, m_x)
-    row, column = src.dilation_y * src.W * src.C, src.dilation_x * src.C
-    for c in range(0, src.C, step):
-        count = min(step, src.C - c)
-        target = simd.shift(inputs, c // step * block_size)
-        origin = simd.shift(frame, (y0 * src.W + x0) * src.C + c)
+def _transform(near, listed):
+    """Return the function that transforms a tile, its pixels `near` each other or, at the frame's border, `listed`."""
+
+    @inline
+    def transform(m_y, m_x, k_y, k_x, height, width, src, frame, y0, x0, inputs, block_size, point, zeros, addresses):
+        step = simd.vector_lanes(inputs)
+        inside = _is_inside(src, y0, x0, height, width)
         if not inside:
-            _copy_pixels(src, frame, y0, x0, m_y, m_x, c, count, patch)
-            transform_gradient(m_y, m_x, k_y, k_x, 0, patch, m_x * step, step, step, target, point)
-        elif count < step:
-            transform_gradient(m_y, m_x, k_y, k_x, 1, origin, row, column, count, target, point)
-        else:
-            transform_gradient(m_y, m_x, k_y, k_x, 0, origin, row, column, count, target, point)
+            _list_pixels(src, frame, y0, x0, height, width, zeros, addresses)
+        row, column = src.dilation_y * src.W * src.C, src.dilation_x * src.C
+        for c in range(0, src.C, step):
+            count = min(step, src.C - c)
+            target = simd.shift(inputs, c // step * block_size)
+            origin = simd.shift(frame, (y0 * src.W + x0) * src.C + c)
+            if inside and count == step:
+                near(m_y, m_x, k_y, k_x, 0, origin, row, column, count, target, point)
+            elif inside:
+                near(m_y, m_x, k_y, k_x, 1, origin, row, column, count, target, point)
+            elif MASKS or count < step:
+                listed(m_y, m_x, k_y, k_x, 1, addresses, c, count, target, point)
+            else:
+                listed(m_y, m_x, k_y, k_x, 0, addresses, c, count, target, point)
+
+    return transform
+
+
+_transform_input = _transform(transform_input, transform_listed_input)
+_transform_gradient = _transform(transform_gradient, transform_listed_gradient)
+
+
+@inline
+def transform_tile(m_y, m_x, k_y, k_x, src, frame, y0, x0, inputs, block_size, point, zeros, addresses):
+    """Transform the α_y×α_x pixels of a frame from (y0, x0) on, all channels, a block of channels at a time.
+
+    zeros: as of `clear_channels`; addresses: memory for one of each pixel.
+    """
+    _transform_input(m_y, m_x, k_y, k_x, m_y + k_y - 1, m_x + k_x - 1, src, frame, y0, x0, inputs, block_size, point,
+                     zeros, addresses)  # fmt: skip
+
+
+@inline
+def transform_gradient_tile(m_y, m_x, k_y, k_x, src, frame, y0, x0, inputs, block_size, point, zeros, addresses):
+    """Transform the m_y×m_x gradients of a frame from (y0, x0) on, as `transform_tile`."""
+    _transform_gradient(m_y, m_x, k_y, k_x, m_y, m_x, src, frame, y0, x0, inputs, block_size, point, zeros, addresses)
 
 
 def _run(finish):
@@ -371,7 +435,8 @@ def _run(finish):
         side = m_y * m_x
         points = (m_y + k_y - 1) * (m_x + k_x - 1)
         inputs, products = simd.at(like, scratch + work.inputs), simd.at(like, scratch + work.products)
-        lines, patch = simd.at(like, scratch + work.z), simd.at(like, scratch + work.patch)
+        lines, zeros = simd.at(like, scratch + work.z), simd.at(like, scratch + work.zeros)
+        addresses = simd.at(channels, scratch + work.addresses)
         z = z_after(lines)
         pixels = simd.at(channels, scratch + work.pixels)
         step = simd.vector_lanes(z)
@@ -399,7 +464,8 @@ def _run(finish):
                 src = sources[s]
                 frame = simd.at(like, source_at(flow, sources, s, b, t))
                 y0, x0 = ty * src.stride_y - src.top, tx * src.stride_x - src.left
-                transform_tile(m_y, m_x, k_y, k_x, src, frame, y0, x0, block_n, chunk * step, point, patch)
+                transform_tile(m_y, m_x, k_y, k_x, src, frame, y0, x0, block_n, chunk * step, point, zeros,
+                               addresses)  # fmt: skip
                 block_n = simd.shift(block_n, (src.C + step - 1) // step * chunk * step)
         if count % chunk > 0:  # what was in this memory may be denormal, which takes a hundred times as long
             for p in range(points):
@@ -455,6 +521,7 @@ def _run(finish):
         flow = flows[0]
         scratch = worker_scratch(flow, worker)
         repeat_peepholes(weights, cells[0], groups, simd.at(weights, scratch + works[0].z))
+        clear_channels(sources, simd.at(weights, scratch + works[0].zeros))
         unit, piece, helped = first_piece()
         backwards = False
         while True:
