@@ -738,8 +738,8 @@ def test_kinds_of_cells_and_of_calls(kind, calls):
 def test_small_steps_are_the_modules_own(make, calls, monkeypatch):
     cell = accelerate(make())
     del calls[:]
-    for size, threads, called in ((8, 1, 0), (320, 1, 1), (320, 64, 0)):
-        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+    for size, count, called in ((8, 1, 0), (320, 1, 1), (320, 64, 0)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda count=count: count)
         with torch.no_grad():
             cell(torch.randn(2, C, size, size), None)
         states = torch.randn(2, 2, 8, size, size)

@@ -227,7 +227,8 @@ def transform_input(typingctx, m_y, m_x, k_y, k_x, some, origin, row, column, co
 @intrinsic(prefer_literal=True)
 def transform_listed_input(typingctx, m_y, m_x, k_y, k_x, some, addresses, channel, count, target, point):
     """target[p] = (Bᵀ x B)[p] of the α_y×α_x pixels at these addresses, for a vector of channels from one on."""
-    codegen = _read_listed_and_transform(*matrices("B_T", m_y, m_x, k_y, k_x), bool(some.literal_value))
+    down, across = matrices("B_T", m_y, m_x, k_y, k_x)
+    codegen = _read_listed_and_transform(down, across, bool(some.literal_value))
     return types.void(m_y, m_x, k_y, k_x, some, addresses, types.intp, types.intp, target, types.intp), codegen
 
 
