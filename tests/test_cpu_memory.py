@@ -90,3 +90,5 @@ def test_a_changed_bit_is_seen(always, monkeypatch, team):
         bits[place] ^= 1 << 31
     assert memory.is_in(array, copied)
     assert memory.is_in(np.empty((0, 3), np.float32), bytearray())
+    odd = np.arange(9001, dtype=np.uint8)  # of no whole number of words
+    assert memory.is_in(odd, memory.contents(odd))

@@ -50,7 +50,7 @@ def contents(array: np.ndarray) -> bytearray:
 def is_in(array: np.ndarray, copied: bytearray) -> bool:
     """Whether a C-contiguous array has the bits of `contents` that were as many."""
     team = _team(array.nbytes)
-    if team == 1:
+    if team == 1 or array.nbytes % 4:
         return copied == array.reshape(-1).view(np.uint8).data  # of two memoryviews single bytes would be compared
     different = np.zeros(1, np.int64)
     words = (array.reshape(-1).view(np.int32), np.frombuffer(copied, np.int32))
