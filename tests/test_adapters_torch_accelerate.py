@@ -734,6 +734,39 @@ def test_kinds_of_cells_and_of_calls(kind, calls):
         assert furthest(pulled(model, x, *others), pulled(expected, x, *others)) < 1e-5
 
 
+class Clipped(Kind):
+    def forward(self, x, state):
+        h, c = self.step(x, *state)
+        return h, c.clamp(-10, 10)
+
+
+def test_a_cell_that_clips_is_left():
+    _, report = accelerate(Clipped(), return_report=True)
+    assert "as if it clipped" in report.left[""]
+
+
+def test_dropout_that_begins_later_is_done(calls):
+    cell = Kind()
+    cell.pad = torch.nn.Dropout(0.0)
+    states, frame = tuple(torch.randn(2, 2, 4, *FRAME)), torch.randn(2, C, *FRAME)
+    accelerate(cell)
+    del calls[:]
+    cell(frame, states)
+    assert len(calls) == 1
+    cell.pad.p = 0.5
+    cell(frame, states)
+    assert len(calls) == 1
+
+
+def test_what_is_exported_is_not_bound_to_small_calls():
+    cell, Dim = accelerate(GRUCell(C, 8, "each")), torch.export.Dim
+    sizes = {0: Dim("B"), 2: Dim("H")}
+    exported = torch.export.export(cell, (torch.randn(2, C, *FRAME), torch.randn(2, 8, *FRAME)),
+                                   dynamic_shapes=(sizes, sizes)).module()  # fmt: skip
+    given = torch.randn(3, C, 9, FRAME[1]), torch.randn(3, 8, 9, FRAME[1])
+    assert deviation(exported(*given), cell(*given)) < 1e-5
+
+
 @pytest.mark.parametrize("make", [lambda: Kind(F=8), lambda: GRUCell(C, 8, "each")])
 def test_small_steps_are_the_modules_own(make, calls, monkeypatch):
     cell = accelerate(make())

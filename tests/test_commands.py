@@ -29,6 +29,7 @@ from fastclstm import (
     EncoderForecaster,
     Flatten,
     MaxPooling3D,
+    Reshape,
     Sequential,
     TimeDistributed,
     dispatch,
@@ -186,6 +187,17 @@ def test_run_of_other_cells_and_frames(job, layer):
     np.save(job.frames, x[0])
     assert job.run("--chunk", 2).exit_code == 0
     np.testing.assert_array_equal(job.result(), layer(sequences[:1])[0], strict=True)
+
+
+def test_run_of_frames_that_become_rows(job):
+    """What the first layer takes counts."""
+    network = Sequential([TimeDistributed(Conv2D(1, 2, 3, engine="reference")), TimeDistributed(Reshape((4, 6))),
+                          ConvLSTM1D(6, 2, 3, engine="reference")])  # fmt: skip
+    network.save(job.weights)
+    x = np.float32(np.random.default_rng(0).normal(size=(3, 4, 3, 1)))
+    np.save(job.frames, x)
+    assert job.run().exit_code == 0
+    np.testing.assert_array_equal(job.result(), network(x[np.newaxis])[0], strict=True)
 
 
 @pytest.mark.parametrize("dtype", ["float64", "uint8", ">f4", "float16"])

@@ -104,6 +104,13 @@ def test_the_log_is_undone_and_what_is_made_is_added_to_the_last_frame(archive):
         np.testing.assert_allclose(made.values[step][there], rain.values[-1][there], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(("y", "rises"), [([1, 2, 9], True), ([9, np.nan, 1, 0], False), ([3, 3, 3], None),
+                                           ([np.nan] * 3, None)])  # fmt: skip
+def test_which_way_rows_go(y, rises):
+    frames = xarray.DataArray(np.zeros((len(y), 2)), {"y": y}, ("y", "x"))
+    assert xarray_nowcast._rises(frames, "y") is rises
+
+
 def test_frames_may_lie_the_other_way_round(archive):
     """Rain moves where it moves, whether the first row is the north's or the south's."""
     net = xarray_nowcast.Nowcast.load(archive / "net" / "weights.safetensors")

@@ -2,6 +2,7 @@
 
 import itertools
 
+import numba
 import numpy as np
 import pytest
 
@@ -51,6 +52,33 @@ def test_copies_are_numpys(always, monkeypatch, dtype, team):
         memory.copy(ours, whole[part].transpose(axes), negated=negated)
         np.testing.assert_array_equal(whole, expected)
     assert len(launched) > 30  # of 64, some of nothing
+
+
+def test_tables_stay_small(always, monkeypatch):
+    """However many pixels a frame has; those that are kept most of all."""
+    sizes = {}
+    for shape in ((1, 7, 2, 1024, 1024), (300, 2, 64, 64), (2, 2, 5, 7, 9, 11)):
+        frames = np.moveaxis(np.empty(shape, np.float32), -3, -1)
+        tables = memory._turn(frames.shape, frames.strides, np.empty(frames.shape, np.float32).strides, frames.dtype)
+        sizes[shape] = sum(int(np.prod(one.place[1:])) for one in tables)
+    assert max(sizes.values()) < 1 << 15, sizes
+    thin = np.empty((2, 5, 2, 5), np.float32).transpose(0, 3, 2, 1)
+    assert memory._turn(thin.shape, thin.strides, np.empty(thin.shape, np.float32).strides, thin.dtype) is None
+    monkeypatch.setattr(memory, "RUN", 12)  # frames of several rows
+    memory._kept_turn.cache_clear()
+    frames = np.moveaxis(normal(3, 40, 6, 4), 1, -1)
+    made = np.empty(frames.shape, np.float32)
+    memory.copy(frames, made)
+    np.testing.assert_array_equal(made, frames)
+    memory._kept_turn.cache_clear()
+
+
+def test_without_kernels_numpy_copies(always, monkeypatch):
+    monkeypatch.setattr(numba.config, "DISABLE_JIT", 1)
+    monkeypatch.setattr(threads, "run", None)
+    x = np.moveaxis(normal(2, 3, 17, 9), 1, -1)
+    np.testing.assert_array_equal(dispatch.contiguous(x), x)
+    assert memory.is_in(dispatch.contiguous(x), memory.contents(dispatch.contiguous(x)))
 
 
 def test_what_no_kernel_copies_numpy_does(always):

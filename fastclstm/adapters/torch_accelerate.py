@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -146,7 +147,7 @@ def _visit(module: torch.nn.Module, name: str, rows: list[Dialect], report: Repo
             report.swapped[name] = _told(plan)
             report.left.pop(name, None)
             return
-        worth = candidate.named or plan == _REMEMBERS or _RECURRENT.search(kind.__name__)
+        worth = candidate.named or plan in (_REMEMBERS, _OF_LARGE) or _RECURRENT.search(kind.__name__)
         told = report.left.get(name, "")
         if worth and (not told or (_FAILED in told and _FAILED not in plan)):  # any other reason tells more than that
             report.left[name] = f"{candidate.name}: {plan}"
@@ -257,7 +258,7 @@ def _unreadable(module: torch.nn.Module) -> str | None:
     return "" if any(map(torch.nn.parameter.is_lazy, module.parameters())) else None
 
 
-_GEOMETRY = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode", "num_groups", "eps")
+_GEOMETRY = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode", "num_groups", "eps", "p")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -292,6 +293,8 @@ def _refusal(module: torch.nn.Module) -> str | None:
 
 _LEFT = "left, for what it returns is not what {} with these weights returns, in a structure that is known"
 _FAILED = "left, for a call with a drawn input failed"
+_LARGE = 100.0
+_OF_LARGE = "left, for it is something else where states or frames are large: as if it clipped them"
 _REMEMBERS = "left, for it returns something else when it is called again"
 
 
@@ -416,14 +419,14 @@ class _Comparison:
         forms = forms_of(len(cells), len(cells[0].operator.states), self.candidate.steps)
         return [form for form in forms if len(form) <= len(self.names)]
 
-    def _inputs(self, plan: Plan, B: int = _B, T: int = _T, more: int = 0) -> Inputs:
-        """Draw what a module of a plan is called with."""
+    def _inputs(self, plan: Plan, B: int = _B, T: int = _T, more: int = 0, scale: float = 1.0) -> Inputs:
+        """Draw what a module of a plan is called with, values of about a scale."""
         H, W = self.candidate.frame or tuple(n + more for n in _FRAME)
         C = plan.cells[0].channels
         T += C == T  # so that no other layout fits by chance
         frames = self.draw(B, C, H, W) if plan.steps else self.draw(B, T, C, H, W).permute(*plan.layout, 3, 4)
         states = [self.draw(B, cell.filters(self.twin), H, W) for cell in plan.cells for _ in cell.operator.states]
-        return Inputs(frames.contiguous(), tuple(states))
+        return Inputs(scale * frames.contiguous(), tuple(scale * state for state in states))
 
     def _answer(self, plan: Plan) -> tuple[Inputs, Any]:
         """Return what the module is called with and what it returns, or raises."""
@@ -442,7 +445,7 @@ class _Comparison:
             return error
 
     def _computed(self, plan: Plan, inputs: Inputs) -> Results:
-        """Run the cells in NumPy, so that nothing is compiled."""
+        """Run the cells in NumPy, so that hardly anything is compiled."""
         plan = plan._replace(cells=tuple(cell.by("reference") for cell in plan.cells))
         return _computed(self.twin, plan, inputs.x, inputs.states if plan.forms[0] != (X,) else ())
 
@@ -465,13 +468,13 @@ class _Comparison:
             inputs, value = self._answer(one)
             if isinstance(value, Exception) or not self._same(one, inputs, value):
                 continue
-            for sizes in ({}, {"B": 1, "T": _T + 2, "more": 3}):
-                again = self._inputs(one, **sizes)
+            for others in ({}, {"B": 1, "T": _T + 2, "more": 3}, {"scale": _LARGE}):
+                again = self._inputs(one, **others)
                 value = self._called(one, again)
-                if isinstance(value, Exception) and sizes:  # other sizes than it is made for
+                if isinstance(value, Exception) and others:  # other sizes than it is made for
                     continue
                 if isinstance(value, Exception) or not self._same(one, again, value):
-                    return _REMEMBERS
+                    return _OF_LARGE if "scale" in others else _REMEMBERS
             kept.append(one)
         if not kept:
             return _REMEMBERS
@@ -645,6 +648,15 @@ def _computed(module: torch.nn.Module, plan: Plan, x: Tensor, states: Sequence[T
     return Results(outputs, result)
 
 
+def _is_small(plan: Plan, x: Tensor) -> bool:
+    """Whether a call is of `SMALL`; what is exported serves all sizes, and would be bound to those of one side."""
+    least = SMALL.get((plan.cells[0].operation, plan.steps), 0)
+    if not least or not x.is_cpu or torch_ops.is_exporting():
+        return False
+    threads = 1 if torch.compiler.is_compiling() else torch.get_num_threads()
+    return plan.products * x.numel() < least * threads * plan.cells[0].channels
+
+
 class Accelerated:
     """The first base of a module's new class: ``forward`` by our kernels, where the comparison has covered the call."""
 
@@ -681,9 +693,7 @@ class Accelerated:
             return None
         if (self.training and not plan.training) or (torch.is_grad_enabled() and not plan.gradients):
             return None
-        least = SMALL.get((plan.cells[0].operation, plan.steps), 0) if x.is_cpu else 0
-        threads = 1 if torch.compiler.is_compiling() else torch.get_num_threads()
-        if plan.products * x.numel() < least * threads * plan.cells[0].channels:
+        if _is_small(plan, x):
             return None
         if plan.parts != _parts(self):
             return None
@@ -695,8 +705,14 @@ class Accelerated:
 
 @cache
 def accelerated(cls: Any) -> Any:
-    """Return the subclass of a module's class whose forward is ours."""
-    return type(f"Accelerated{cls.__name__}", (Accelerated, cls), {"__module__": cls.__module__})
+    """Return the subclass of a module's class whose forward is ours, with the signature of its own."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return Accelerated.forward(self, *args, **kwargs)
+
+    forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
+    members = {"__module__": cls.__module__, "forward": forward}
+    return type(f"Accelerated{cls.__name__}", (Accelerated, cls), members)
 
 
 def _unpickled(cls: Any) -> Any:

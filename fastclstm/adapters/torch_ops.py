@@ -30,7 +30,7 @@ try:
 except ImportError as error:
     raise ImportError(f"fastclstm.adapters.torch needs PyTorch: pip install 'fastclstm[torch]' ({error})") from error
 
-_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # PyTorch before 2.7 has none
+is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # PyTorch before 2.7 has none
 
 _saved: dict[int, Callable[..., Any]] = {}
 """The way back of each forward call whose byte is alive, by the byte's address."""
@@ -188,7 +188,7 @@ class Operator:
             made: tuple[Tensor, ...] = _Eager.apply(self, call[9:], *self._flat(call)[: 7 + len(self.states)],
                                                     *call.further)  # fmt: skip
             return made
-        *outputs, _ = self.forward(*self._flat(call), save and not _is_exporting())
+        *outputs, _ = self.forward(*self._flat(call), save and not is_exporting())
         return tuple(outputs)
 
     # Arguments

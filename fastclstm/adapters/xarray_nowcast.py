@@ -340,10 +340,12 @@ def step_of(frames: xarray.DataArray, axes: Axes) -> float | None:
 
 
 def _rises(frames: xarray.DataArray, dim: Any) -> bool | None:
-    """Return whether the coordinate of a dim goes up, but for where it begins anew; None without such a coordinate."""
+    """Return whether the coordinate of a dim goes up, but for where it begins anew; None where it does neither."""
     if dim not in frames.coords or frames.sizes[dim] < 2 or frames[dim].dtype.kind not in "iuf":
         return None
-    return bool(np.median(np.diff(frames[dim].values.astype(float))) > 0)
+    steps = np.diff(frames[dim].values.astype(float))
+    usual = np.nanmedian(steps) if np.isfinite(steps).any() else 0
+    return bool(usual > 0) if usual else None
 
 
 def told_step(step: float, frames: xarray.DataArray, axes: Axes) -> str:

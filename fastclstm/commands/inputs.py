@@ -72,10 +72,11 @@ def takes_sequences(network: Layer) -> bool:
 def open_sequences(op: str, path: Path, network: Layer) -> tuple[np.ndarray, bool]:
     """Memory-map sequences as (B, T, H, W, C), C where `network` has it; also tell whether there is a batch axis.
 
-    Those of a ConvLSTM1D have no H, those of a ConvLSTM3D a depth before it.
+    Those of a network that begins with a ConvLSTM1D have no H, with a ConvLSTM3D a depth before it.
     """
     x = open_array(op, path)
-    rank = next(part._rank for part in parts(network) if isinstance(part, ConvRecurrent))
+    first = next(part for part in parts(network) if hasattr(part, "_rank"))
+    rank = first._rank if isinstance(first, ConvRecurrent) else 2
     frame = ("D", "H", "W")[-rank:]
     if x.ndim not in (rank + 1, rank + 2, rank + 3):
         axes = ", ".join(("T", *frame))

@@ -79,6 +79,8 @@ def outputs(
 
 def check_padded(op: str, size: Shape, kernel: Shape, dilation: Shape, pads: tuple[Pair, ...], values: int) -> None:
     """Raise ValueError where a padded frame of `values` a pixel takes far more memory than what it is made of."""
+    if not all(isinstance(n, int) for n in size):  # PyTorch traces, for sizes that it does not bind
+        return
     padded = tuple(n + before + after for n, (before, after) in zip(size, pads, strict=True))
     count = math.prod(padded) * values
     if count > LARGEST_PADDED and count > MOST_PADDING * values * (math.prod(size) + math.prod(kernel)):

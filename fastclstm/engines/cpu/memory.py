@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from array import array
 from functools import lru_cache
 
+import numba
 import numpy as np
 
 from fastclstm.engines.cpu import threads
@@ -17,6 +19,12 @@ SMALL_BYTES = 1 << 14
 PARALLEL_BYTES = 1 << 19
 """Bytes that are worth a second thread."""
 
+RUN, SQUARE = 1 << 14, 64
+"""Neighbours that one table lists, unless they are of one axis, and scalars that are turned together, at least."""
+
+KEPT = 1 << 22
+"""Scalars of the largest arrays whose tables are kept: these have at most 256 KB and are made in little of a copy."""
+
 _CALL = table(np.zeros(3, np.int64))
 """The first array of `kernels.memory.transpose`."""
 
@@ -28,9 +36,10 @@ def copy(origin: np.ndarray, target: np.ndarray, *, negated: bool = False) -> No
     in squares, so that of both no line of the cache is touched twice; everything else NumPy does.
     """
     turn, dtype = None, origin.dtype
-    known = dtype.char in "fd" and dtype.isnative and dtype == target.dtype
+    known = dtype.char in "fd" and dtype.isnative and dtype == target.dtype and not numba.config.DISABLE_JIT
     if known and origin.nbytes > SMALL_BYTES and origin.flags.aligned and target.flags.aligned:
-        turn = _turn(origin.shape, origin.strides, target.strides, dtype)
+        make = _kept_turn if origin.size <= KEPT else _turn
+        turn = make(origin.shape, origin.strides, target.strides, dtype)
     if turn is None:
         if negated:
             np.negative(origin, out=target)
@@ -50,7 +59,7 @@ def contents(array: np.ndarray) -> bytearray:
 def is_in(array: np.ndarray, copied: bytearray) -> bool:
     """Whether a C-contiguous array has the bits of `contents` that were as many."""
     team = _team(array.nbytes)
-    if team == 1 or array.nbytes % 4:
+    if team == 1 or array.nbytes % 4 or numba.config.DISABLE_JIT:
         return copied == array.reshape(-1).view(np.uint8).data  # of two memoryviews single bytes would be compared
     different = np.zeros(1, np.int64)
     words = (array.reshape(-1).view(np.int32), np.frombuffer(copied, np.int32))
@@ -62,7 +71,6 @@ def _team(size: int) -> int:
     return max(1, min(threads.usable_threads(), size // PARALLEL_BYTES)) if size >= 2 * PARALLEL_BYTES else 1
 
 
-@lru_cache(maxsize=256)
 def _turn(
     shape: tuple[int, ...], origin_strides: tuple[int, ...], target_strides: tuple[int, ...], dtype: np.dtype
 ) -> tuple[Table, ...] | None:
@@ -78,18 +86,21 @@ def _turn(
             if length > 1]  # fmt: skip
     columns = _run([axis for axis in axes if axis[2] != 1], 0)
     rows = _run([axis for axis in axes if axis not in columns], 1)
-    if not columns or not rows:
+    if not columns or not rows or math.prod(length for length, *_ in (*columns, *rows)) < SQUARE:
         return None
     outer = [axis for axis in axes if axis not in columns and axis not in rows]
     pairs = np.stack([_offsets(outer, 0), _offsets(outer, 1)])
     return tuple(map(table, (pairs, _offsets(rows, 0), _offsets(columns, 1), np.empty(0, dtype))))
 
 
+_kept_turn = lru_cache(maxsize=64)(_turn)
+
+
 def _run(axes: list[tuple[int, int, int]], which: int) -> list[tuple[int, int, int]]:
     """Return the axes, the innermost last, along which one of the two arrays lies in memory without a gap."""
     run: list[tuple[int, int, int]] = []
     length = 1
-    while found := [axis for axis in axes if axis[1 + which] == length]:
+    while found := [axis for axis in axes if axis[1 + which] == length and (not run or length * axis[0] <= RUN)]:
         run.insert(0, found[0])
         length *= found[0][0]
     return run
