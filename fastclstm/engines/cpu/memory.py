@@ -61,6 +61,11 @@ def is_in(array: np.ndarray, copied: bytearray) -> bool:
     team = _team(array.nbytes)
     if team == 1 or array.nbytes % 4 or numba.config.DISABLE_JIT:
         return copied == array.reshape(-1).view(np.uint8).data  # of two memoryviews single bytes would be compared
+    return are_words(array, copied, team)
+
+
+def are_words(array: np.ndarray, copied: bytearray, team: int) -> bool:
+    """Do what `is_in` does by a kernel, for a whole number of words."""
     different = np.zeros(1, np.int64)
     words = (array.reshape(-1).view(np.int32), np.frombuffer(copied, np.int32))
     threads.run(memory.compare, team, (), *words, different)

@@ -78,6 +78,7 @@ def _forward(dtype: str) -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "ConvGRU and the like", partial(_other_cells, dtype, False)
     square = np.ones((128, 128), dtype)
     yield "frames in another order", partial(memory.copy, square, np.empty_like(square).T)
+    yield "weights beside what they were", partial(memory.are_words, square, memory.contents(square), 1)
     yield "search for fill values", partial(outliers.find, np.ones(outliers.SMALL + 1, dtype))
     volume = np.ones((1, 1, 1, 1, 1), dtype)
     pool = PoolSpec.infer(volume.shape, 1)
