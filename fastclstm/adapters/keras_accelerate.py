@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fastclstm.adapters.keras_layers import ConvLSTM2D, kernel_options, refusal  # first: says what to install
+from fastclstm.adapters.keras_layers import DTYPES, ConvLSTM2D, kernel_options, refusal  # first: says what to install
 from fastclstm.adapters.report import Report
 from fastclstm.spec import ConvSpec
 
@@ -119,8 +119,7 @@ def _difference(layer: Any) -> str | None:
     generator = np.random.default_rng(0)
     config = {name: value for name, value in layer.get_config().items()
               if not name.endswith(("_initializer", "_regularizer", "_constraint"))}  # fmt: skip
-    wide = layer.cell.compute_dtype == "float64"  # the others in float32, which shows more than half precision would
-    dtype = "float64" if wide else "float32"
+    dtype = DTYPES[layer.cell.compute_dtype]  # which shows more than half precision would
     config |= {"stateful": False, "return_sequences": True, "return_state": True, "seed": 1, "dtype": dtype}
     twins = [cls.from_config(dict(config)) for cls in (keras.layers.ConvLSTM2D, ConvLSTM2D)]
     x, h, c, mask = _inputs(layer, generator, dtype)

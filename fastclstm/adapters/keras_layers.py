@@ -24,7 +24,7 @@ if keras.backend.backend() == "jax":
     import fastclstm.adapters.jax  # noqa: F401 (sets an option that JAX reads when it first computes)
 
 
-_DTYPES = {"float16": "float32", "bfloat16": "float32", "float32": "float32", "float64": "float64"}
+DTYPES = {"float16": "float32", "bfloat16": "float32", "float32": "float32", "float64": "float64"}
 """For each dtype that a layer computes in, the one that our kernels do."""
 
 
@@ -117,7 +117,7 @@ class ConvLSTM2D(keras.layers.ConvLSTM2D):
 
     def _arrays(self, sequences: Any, initial_state: Any, mask: Any, call: _Call) -> dict[str, Any]:
         """Return the operation's arrays by name, channels-last."""
-        cell, inside = self.cell, _DTYPES[self.cell.compute_dtype]
+        cell, inside = self.cell, DTYPES[self.cell.compute_dtype]
         arrays = {"x": self._channels_last(sequences)}
         weights = {"kernel": cell.kernel, "recurrent_kernel": cell.recurrent_kernel, "bias": cell.bias}
         with AutocastScope(None):  # as they are kept
@@ -157,8 +157,8 @@ def refusal(layer: Any) -> str | None:
     if backend not in BACKENDS:
         return f"Keras's backend is {backend!r}, not {', '.join(map(repr, BACKENDS))}"
     dtype = layer.cell.compute_dtype
-    if dtype not in _DTYPES:
-        return f"it computes in {dtype}, not {', '.join(_DTYPES)}"
+    if dtype not in DTYPES:
+        return f"it computes in {dtype}, not {', '.join(DTYPES)}"
     for name in ("activation", "recurrent_activation"):
         function = getattr(layer, name)
         if _activation(function) is None:

@@ -4,8 +4,8 @@ The network makes what is to be added to the last frame given: it starts as pers
 
 `Nowcast.save` writes both into one file. What is known: the variable and its units, the step of time, how many frames
 are given and foretold, how values are transformed, what stands for those that are missing, and which way rows and
-columns go: frames that lie the other way round are turned. A forecast refuses
-frames that do not fit, before it computes anything, and comes back in the units that went in.
+columns go: frames that lie the other way round are turned. A forecast refuses frames that do not fit, before it
+computes anything, and comes back in the units that went in.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from fastclstm.io import numpy_files
 from fastclstm.layers import Layer
 from fastclstm.layers.container import parts
 from fastclstm.layers.conv_recurrent import ConvRecurrent
+from fastclstm.spec.windows import axis_names
 
 _BEGINNINGS = (
     (b"CDF", "a netCDF file", "xarray.open_dataset({path!r})[NAME].values"),
@@ -77,10 +78,9 @@ def open_sequences(op: str, path: Path, network: Layer) -> tuple[np.ndarray, boo
     x = open_array(op, path)
     first = next(part for part in parts(network) if hasattr(part, "_rank"))
     rank = first._rank if isinstance(first, ConvRecurrent) else 2
-    frame = ("D", "H", "W")[-rank:]
     if x.ndim not in (rank + 1, rank + 2, rank + 3):
-        axes = ", ".join(("T", *frame))
-        said = ", ".join(("time", *("depth", "height", "width")[-rank:]))
+        names = "time", *axis_names(rank, "depth")
+        axes, said = ", ".join(name[0].upper() for name in names), ", ".join(names)
         raise ValueError(f"{op}: {path} has shape {x.shape} but must be ({axes}), ({axes}, C) or (B, {axes}, C): "
                          f"{said} and channels, after a batch axis")  # fmt: skip
     if x.ndim == rank + 1:

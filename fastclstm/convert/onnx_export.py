@@ -19,9 +19,7 @@ Converter = Callable[..., Any]
 class Export:
     """A network that is on its way to ONNX."""
 
-    def __init__(
-        self, table: Mapping[type, Converter], dtype: str | None, states: bool, ends: Collection[str] = ()
-    ):  # fmt: skip
+    def __init__(self, table: Mapping[type, Converter], dtype: str | None, states: bool, ends: Collection[str]):
         self.g = Builder(ends=ends)
         self.dtype, self.wants_states = dtype, states
         self.next_states: dict[str, Value] = {}

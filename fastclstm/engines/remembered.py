@@ -30,12 +30,13 @@ class _Entry(NamedTuple):
     def belongs_to(self, arrays: list[np.ndarray]) -> bool:
         """Whether these are the same arrays with the same bits."""
         return all(
-            owner() is array and (content is None or content == _bits(array))
+            owner() is array and (content is None or content == bits(array))
             for owner, array, content in zip(self.owners, arrays, self.contents, strict=True)
         )
 
 
-def _bits(array: np.ndarray) -> memoryview:
+def bits(array: np.ndarray) -> memoryview:
+    """Return the memory of a C-contiguous array: a bytearray of it compares at once, another memoryview by the byte."""
     return array.reshape(-1).view(np.uint8).data
 
 
@@ -59,7 +60,7 @@ def remember(arrays: tuple[np.ndarray | None, ...], key: tuple[Any, ...], make: 
     found = _remembered.get(full_key)
     if found is not None and found.belongs_to(present):
         return found.value
-    contents = [None if _frozen(array) else bytearray(_bits(array)) for array in present]
+    contents = [None if _frozen(array) else bytearray(bits(array)) for array in present]
     value = make()
 
     def forget(_: Any, remembered: OrderedDict[Any, _Entry] = _remembered) -> None:  # also when the interpreter ends

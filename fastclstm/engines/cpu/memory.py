@@ -12,6 +12,7 @@ import numpy as np
 from fastclstm.engines.cpu import threads
 from fastclstm.engines.cpu.kernels import memory
 from fastclstm.engines.cpu.kernels.entry import Table, table
+from fastclstm.engines.remembered import bits
 
 SMALL_BYTES = 1 << 14
 """Size of what NumPy copies, at most, before a kernel has been started."""
@@ -53,14 +54,14 @@ def copy(origin: np.ndarray, target: np.ndarray, *, negated: bool = False) -> No
 
 def contents(array: np.ndarray) -> bytearray:
     """Return a copy of a C-contiguous array's memory, for `is_in`."""
-    return bytearray(array.reshape(-1).view(np.uint8).data)
+    return bytearray(bits(array))
 
 
 def is_in(array: np.ndarray, copied: bytearray) -> bool:
     """Whether a C-contiguous array has the bits of `contents` that were as many."""
     team = _team(array.nbytes)
     if team == 1 or array.nbytes % 4 or numba.config.DISABLE_JIT:
-        return copied == array.reshape(-1).view(np.uint8).data  # of two memoryviews single bytes would be compared
+        return copied == bits(array)
     return are_words(array, copied, team)
 
 

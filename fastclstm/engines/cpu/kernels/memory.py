@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
@@ -17,10 +16,9 @@ CHUNK = 1 << 14
 """Words that are compared before a worker looks whether another has found a difference."""
 
 
-def _emit_square(builder, context, args, counts=None):
+def _emit_square(builder, vector, args, counts=None):
     """Write target[columns[j] + i] = factor · origin[rows[i] + j] for i and j below the lanes, or below two counts."""
     origin, rows, target, columns, factor = args
-    vector = ir.VectorType(origin.type.pointee, simd.VECTOR_BYTES // (4 if factor.type == ir.FloatType() else 8))
     times = simd.splat(builder, factor)
 
     def place(base, table, n, count):
@@ -47,7 +45,6 @@ def _emit_square(builder, context, args, counts=None):
         else:
             kept = builder.select(builder.icmp_signed("<", simd.INT64(j), width), height, simd.INT64(0))
             simd.emit_store_some(builder, line, at, kept)
-    return context.get_dummy_value()
 
 
 @intrinsic
@@ -55,7 +52,8 @@ def _square(typingctx, origin, rows, target, columns, factor):
     """target[columns[j] + i] = factor · origin[rows[i] + j] for i and j below the lanes of a vector."""
 
     def codegen(context, builder, sig, args):
-        return _emit_square(builder, context, args)
+        _emit_square(builder, simd.llvm_vector(origin.dtype), args)
+        return context.get_dummy_value()
 
     return types.void(origin, rows, target, columns, factor), codegen
 
@@ -65,7 +63,8 @@ def _rectangle(typingctx, origin, rows, target, columns, factor, height, width):
     """The same for i below a height and j below a width, which are at most the lanes of a vector."""
 
     def codegen(context, builder, sig, args):
-        return _emit_square(builder, context, args[:5], args[5:])
+        _emit_square(builder, simd.llvm_vector(origin.dtype), args[:5], args[5:])
+        return context.get_dummy_value()
 
     return types.void(origin, rows, target, columns, factor, types.intp, types.intp), codegen
 
