@@ -3,6 +3,7 @@
 What could kill or hang a process runs in one of its own.
 """
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import fastclstm
 from fastclstm import functional
 from fastclstm.engines.cpu import threads
 from fastclstm.engines.cpu.kernels.entry import kernel
-from fastclstm.engines.cpu.kernels.team import add, wait
+from fastclstm.engines.cpu.kernels.team import BUSY, add, go_elsewhere, processor, wait
 
 ROOT = Path(__file__).parents[1]
 
@@ -73,6 +74,7 @@ def settings(monkeypatch):
     monkeypatch.delenv(threads.GENERAL_VARIABLE, raising=False)
     monkeypatch.setattr(threads, "_alone_until", 0.0)
     monkeypatch.setattr(threads, "_patience", 20.0)
+    monkeypatch.setattr(threads, "_gained", 0.0)
     monkeypatch.setattr(threads, "_chosen", None)
     monkeypatch.delenv(threads.VARIABLE, raising=False)
     monkeypatch.setattr(numba.config, "NUMBA_NUM_THREADS", 8)
@@ -265,6 +267,33 @@ def test_a_team_that_waited_in_vain_is_not_asked_again_for_a_while(monkeypatch):
     assert threads._patience == 20
 
 
+def test_a_team_that_has_gained_is_asked_again_after_a_loss(monkeypatch):
+    """What it has brought pays for that; but not for loss after loss."""
+    now = used = 1000.0
+
+    def team(address, place, workers):
+        nonlocal now, used
+        now, used = now + 0.004, used + own
+        ctypes.cast(place, ctypes.POINTER(ctypes.c_int64))[BUSY] = int(both * 1e9)
+
+    monkeypatch.setattr(threads.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(threads.time, "thread_time", lambda: used)
+    monkeypatch.setattr(threads, "run_team", team)
+    fastclstm.set_num_threads(2)
+    own, both = 0.004, 0.008
+    for _ in range(100):
+        threads.run(_nothing, 2, (), np.zeros(1))
+    own, both = 0.001, 0.002
+    for _ in range(6):  # 3 ms each
+        threads.run(_nothing, 2, (), np.zeros(1))
+        assert threads.usable_threads() == 2
+    threads.run(_nothing, 2, (), np.zeros(1))
+    assert threads.usable_threads() == 1
+    now += 20 * 0.003 + 0.001
+    threads.run(_nothing, 2, (), np.zeros(1))  # nothing is left of what it had gained
+    assert threads.usable_threads() == 1
+
+
 @kernel
 def _wait_for_the_last(job, worker, counters, turns):
     """The second worker counts turns, and the first waits until it has."""
@@ -290,6 +319,31 @@ def test_who_waits_sleeps(monkeypatch):
     seconds = time.perf_counter() - start
     assert turns[1] == turns[0] - 1
     assert time.thread_time() - used < 0.5 * seconds
+
+
+@kernel
+def _move(job, worker, seen):
+    """See where this thread is, before and after it is to be elsewhere."""
+    seen[0] = processor()
+    go_elsewhere(processor())
+    seen[1] = processor()
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no processors to choose from here")
+def test_a_worker_leaves_the_processor_of_its_caller():
+    """And may be where it might before; where there is no other it stays."""
+    mine, seen = os.sched_getaffinity(0), np.zeros(2, np.int64)
+    threads.run(_move, 1, (), seen)
+    assert os.sched_getaffinity(0) == mine
+    assert {*(seen - 1)} <= mine
+    assert len(mine) == 1 or seen[0] != seen[1]
+    try:
+        os.sched_setaffinity(0, {min(mine)})
+        threads.run(_move, 1, (), seen)
+        assert os.sched_getaffinity(0) == {min(mine)}
+        assert seen.tolist() == [min(mine) + 1] * 2
+    finally:
+        os.sched_setaffinity(0, mine)
 
 
 # In processes of their own.

@@ -44,8 +44,12 @@ _chosen: int | None = None
 _forked = False
 _at_work: dict[int, None] = {}
 """Python threads that are in `run`."""
+_CREDIT = 0.02
+"""Seconds of gain that pay for losses, at most: who has gained so far is asked again after one at once."""
 _alone_until = 0.0
 _patience, _ = _PATIENCE
+_gained = 0.0
+"""Seconds of processor time that teams have brought since the last loss that they did not pay for, above `_GAIN`."""
 
 
 def _after_fork() -> None:
@@ -195,9 +199,9 @@ def start(address: int, function: Callable[[int, int], Any], job: array[int], te
     Where others keep the processors busy, threads of a team wait for each other's turns: then the caller's thread is
     without a processor for a good part of the call, asleep or not, while the others hardly work more than it could
     alone; and it computes alone for a while, many times as long as it lost, so that asking a team again costs little;
-    and more the more often that is in vain.
+    and more the more often that is in vain. A loss that is less than what teams have gained before is a moment's.
     """
-    global _alone_until, _patience
+    global _alone_until, _gained, _patience
     job[WORKERS] = team
     place, _ = job.buffer_info()
     me = threading.get_ident()
@@ -211,12 +215,16 @@ def start(address: int, function: Callable[[int, int], Any], job: array[int], te
         run_team(address, place, team)
         now = time.perf_counter()
         lost = now - begun - (time.thread_time() - used)
+        gain = 1e-9 * job[BUSY] - _GAIN * (now - begun)
         least, most = _PATIENCE
-        if lost > _LOSS * (now - begun) and 1e-9 * job[BUSY] < _GAIN * (now - begun):
-            _alone_until = now + _patience * min(lost, _SLICE)
-            _patience = min(most, 2 * _patience)
-        else:
+        if lost <= _LOSS * (now - begun) or gain >= 0:
+            _gained = min(_CREDIT, _gained + max(0.0, gain))
             _patience = max(least, 0.9 * _patience)
+        elif lost <= _gained:
+            _gained -= lost
+        else:
+            _alone_until, _gained = now + _patience * min(lost, _SLICE), 0.0
+            _patience = min(most, 2 * _patience)
     finally:
         if not nested:
             _at_work.pop(me, None)
