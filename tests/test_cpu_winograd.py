@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from fastclstm import functional
-from fastclstm.engines.cpu import outliers, plans, tiles
-from fastclstm.engines.cpu.kernels import winograd
+from fastclstm.engines.cpu import launch, outliers, plans, tiles
+from fastclstm.engines.cpu.kernels import simd, winograd
 from fastclstm.engines.cpu.tiles import Tile
 from fastclstm.spec import ConvSpec
 
@@ -141,6 +141,22 @@ def test_blocks_of_many_tiles_are_within_bounds(channels, filters, far):
             count = (-(-size // 4)) ** 2
             if B * count > winograd.MOST_TILES * threads:
                 assert least <= work["block_tiles"] <= most, (size, B, threads)
+
+
+def test_no_products_where_the_transform_of_fewer_taps_is_zero():
+    """Taps that begin with a zero are 0 at the point 0: there x's lattices are left out, which come after h."""
+    tile, F = Tile(4, 4, 3, 3), 4 * simd.lanes(4)
+    x = ConvSpec.infer((1, 32, 32, 8), (3, 3, 8, F), strides=2)
+    h = ConvSpec.infer((1, 16, 16, 16), (3, 3, 16, F))
+    blocks = -(-16 // simd.lanes(4))
+    for specs, finish in (((h, x), "update"), ((h,), "store")):
+        work = plans.winograd_plan(specs, tile, finish, 1, 4, 1).work[0]
+        assert (work["blocks_y"], work["blocks_x"]) == (blocks, blocks)
+    packed = launch.pack((np.ones((3, 3, 8, F), np.float32),), None, np.ones(1), tile, strides=((2, 2),))
+    points = packed.weights[: 36 * 4 * 8 * F].reshape(6, 6, -1)
+    assert not points[0].any()
+    assert not points[:, 0].any()
+    assert points[1:, 1:].any(-1).all()
 
 
 def test_values_stay_where_they_are_with_small_tiles_only():

@@ -410,6 +410,20 @@ def tile_sources(specs: tuple[ConvSpec, ...], tile: Tile, *, hidden: bool = Fals
     return np.array(sources, SOURCE)
 
 
+def _counting_blocks(specs: tuple[ConvSpec, ...], tile: Tile, blocks: np.ndarray) -> tuple[int, int]:
+    """How many of the blocks of channels, the first ones, count at points whose y is 0, and at those whose x is 0.
+
+    The transform of taps that begin with a zero is 0 there. `blocks`: of each of `tile_sources`.
+    """
+    whole = [
+        (y.skipped == 0, x.skipped == 0)
+        for spec in tiles.dense(specs) for y, x in tiles.pieces(spec.KH, spec.KW, tile)
+    ]  # fmt: skip
+    up_to = np.cumsum(blocks)
+    y, x = (max(up_to[n] if piece[axis] else 0 for n, piece in enumerate(whole)) for axis in (0, 1))
+    return int(y), int(x)
+
+
 def winograd_plan(
     specs: tuple[ConvSpec, ...], tile: Tile, finish: str, groups: int, itemsize: int, threads: int
 ) -> Plan:
@@ -437,6 +451,7 @@ def winograd_plan(
 
     sources = tile_sources(specs, tile, hidden=finish != "store" or len(specs) > 1)
     channels = [min(lanes, C - c) for C in sources["C"].tolist() for c in range(0, C, lanes)]
+    blocks_y, blocks_x = _counting_blocks(specs, tile, -(-sources["C"] // lanes))
     points, chunks, side = tile.points, -(-block_tiles // chunk), tile.outputs
     vector = lanes * itemsize
     sizes = (points * (chunks * chunk * len(channels) + 1) * vector, chunks * chunk * (4 * points + 1) * vector,
@@ -444,7 +459,8 @@ def winograd_plan(
              points * 8)  # fmt: skip
     places = np.concatenate([[0], np.cumsum([-(-size // 64) * 64 + 64 for size in sizes])])
     work = np.zeros(1, winograd.WORK)
-    work[0] = (HO, WO, tiles_x, count, unit_tiles, block_tiles, chunk, *places[:6])
+    work[0] = (HO, WO, tiles_x, count, unit_tiles, block_tiles, chunk, blocks_y, blocks_x,
+               *places[:6])  # fmt: skip
     reach = _reach_of_tiles(sources, tile, tiles_y)
     neighbours = _neighbours_of_tiles(reach, interleaved(specs)[0], tiles_x, count, unit_tiles, block_tiles)
     tables = table(work, sources, neighbours, np.array(channels, np.int64))

@@ -4,8 +4,9 @@ Each tile of m_y×m_x outputs is Aᵀ[(G w Gᵀ) ∘ (Bᵀ x B)]A (Lavin & Gray 
 of a block of tiles, for all channels, is written once; then for each group of columns one matrix product a point (an
 element of the α_y×α_x transformed tile, α = m + k − 1) runs over the channels, and the transform Aᵀ · A hands
 pre-activations straight to the gates. A piece of a larger kernel, and a lattice of a strided one, is a source of its
-own, with its origin: further channels of the same product. The outputs of a tile are a dilation apart, the pixels that
-it reads as many strides.
+own, with its origin: further channels of the same product. Where it has fewer taps than the tile it begins with zeros:
+its transform is 0 at the points whose y or x is 0, and its channels are left out there. The outputs of a tile are a
+dilation apart, the pixels that it reads as many strides.
 """
 
 from __future__ import annotations
@@ -66,6 +67,7 @@ WORK = np.dtype([(name, np.int64) for name in (
     "unit_tiles",  # of the images of one unit
     "block_tiles",
     "chunk",
+    "blocks_y", "blocks_x",  # of channels, the first ones, that count at points whose y, or x, is 0
     "inputs", "products", "z", "pixels", "zeros", "addresses",  # places in the scratch memory
 )])  # fmt: skip
 
@@ -434,7 +436,8 @@ def _run(finish):
             return
         chunk = work.chunk
         side = m_y * m_x
-        points = (m_y + k_y - 1) * (m_x + k_x - 1)
+        across = m_x + k_x - 1
+        points = (m_y + k_y - 1) * across
         inputs, products = simd.at(like, scratch + work.inputs), simd.at(like, scratch + work.products)
         lines, zeros = simd.at(like, scratch + work.z), simd.at(like, scratch + work.zeros)
         addresses = simd.at(channels, scratch + work.addresses)
@@ -486,6 +489,11 @@ def _run(finish):
             if flow.zx != 0:
                 prefetch_zx(like, flow, cell, group, pixels, first, count, side, work.tiles, t)
             for p in range(points):
+                counting = blocks
+                if p < across:
+                    counting = min(counting, max(0, work.blocks_y - skipped_blocks))
+                if p % across == 0:
+                    counting = min(counting, max(0, work.blocks_x - skipped_blocks))
                 for v in range(0, vectors, 2):
                     lanes = min(2, vectors - v) * step
                     ahead = simd.shift(panel_weights, rows * lanes)
@@ -495,9 +503,13 @@ def _run(finish):
                         result = simd.shift(products, q * chunk * tile_size + v * points * step + p * step)
                         later = simd.shift(ahead, q % 2 * step)
                         if lanes == step:
-                            _multiply(chunk, 1, rows_in, used, counts, blocks, result, tile_size, points * step, later)
+                            _multiply(
+                                chunk, 1, rows_in, used, counts, counting, result, tile_size, points * step, later
+                            )
                         else:
-                            _multiply(chunk, 2, rows_in, used, counts, blocks, result, tile_size, points * step, later)
+                            _multiply(
+                                chunk, 2, rows_in, used, counts, counting, result, tile_size, points * step, later
+                            )
                     panel_weights = ahead
             held = 0  # pixels whose columns wait for `finish`
             at_once = line_pixels(group[4], step)
