@@ -21,7 +21,7 @@ FLOORS = {"lazy": 0, "spec": 0, "nn": 1, "engines": 2, "dispatch": 3, "functiona
           "convert": 9, "adapters": 9}  # fmt: skip
 """Every other room is on top: the command line."""
 TOP = 10
-SHARED = {"cells", "disk_cache", "forks", "lending", "notices", "recurrence", "remembered"}
+SHARED = {"cell_updates", "cells", "disk_cache", "forks", "lending", "notices", "recurrence", "remembered"}
 """Modules of engines/ that every engine may use."""
 
 LONGEST = 750

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fastclstm.engines import cells, recurrence
+from fastclstm.engines import cell_updates, cells, recurrence
 from fastclstm.spec import CellSpec, ConvLSTMSpec, ConvSpec, PoolSpec
 
 ALGORITHMS = ("direct",)
@@ -131,7 +131,7 @@ def recurrent(
 
     `convolution` makes one of (spec, kernel, bias, algorithm), where it is none of frames.
     """
-    tools = cells.Tools(convolution or partial(cells.Convolution, conv2d, conv2d_backward), cells.Updates)
+    tools = cells.Tools(convolution or partial(cells.Convolution, conv2d, conv2d_backward), cell_updates.Updates)
     inputs = cells.Inputs(x, kernel, recurrent_kernel, bias, states, mask, normalization, dropout, algorithm)
     return cells.forward(spec, tools, inputs, save)
 

@@ -1,4 +1,4 @@
-"""What cells do with pre-activations, by kernels: the methods of `engines.cells.Updates`."""
+"""What cells do with pre-activations, by kernels: the methods of `engines.cell_updates.Updates`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fastclstm.engines import cells, lending
+from fastclstm.engines import cell_updates, lending
 from fastclstm.engines.cpu import launch, threads
 from fastclstm.engines.cpu.kernels import gates, updates
 from fastclstm.engines.cpu.kernels.entry import Table, table
@@ -164,4 +164,4 @@ class KernelUpdates:
 def updates_of(spec: CellSpec, dtype: np.dtype) -> Any:
     """Return the updates by kernels, or where one activation is not theirs, or there is nothing, by NumPy."""
     codes = gates.activation_codes(spec)
-    return cells.Updates(spec) if codes is None or 0 in spec.state_shape else KernelUpdates(spec, codes, dtype)
+    return cell_updates.Updates(spec) if codes is None or 0 in spec.state_shape else KernelUpdates(spec, codes, dtype)

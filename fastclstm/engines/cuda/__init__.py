@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from fastclstm.engines import cells, recurrence
+from fastclstm.engines import cell_updates, cells, recurrence
 from fastclstm.engines.cuda import backward as _backward
 from fastclstm.engines.cuda import conv2d as _conv2d
 from fastclstm.engines.cuda import convlstm2d as _convlstm2d
@@ -127,7 +127,7 @@ def recurrent(
     convolution: Callable[..., Any] | None = None,
 ) -> tuple[np.ndarray, tuple[np.ndarray, ...], cells.Saved | None]:
     """Run a cell over x (B, T, *space, C) of NumPy: the updates in NumPy, between this engine's convolutions."""
-    tools = cells.Tools(convolution or partial(cells.Convolution, conv2d, conv2d_backward), cells.Updates)
+    tools = cells.Tools(convolution or partial(cells.Convolution, conv2d, conv2d_backward), cell_updates.Updates)
     inputs = cells.Inputs(x, kernel, recurrent_kernel, bias, states, mask, normalization, dropout, algorithm)
     return cells.forward(spec, tools, inputs, save)
 
