@@ -1,0 +1,174 @@
+"""What modules are compared with, how they may be called, and what they are not."""
+
+import copy
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import dialects_torch  # noqa: E402
+from recurrent_modules import FRAME, C, GRUCell, Kind, LSTMCell, Published, Rolled, furthest, joint, leaves, pulled  # noqa: E402
+
+from fastclstm.adapters.torch import accelerate  # noqa: E402
+
+pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("any_size")]
+
+
+class Cut(dialects_torch.Seyongk):
+    """As published: gradients do not flow through the outputs."""
+
+    def forward(self, x):
+        output, states = super().forward(x)
+        return output.detach(), states
+
+
+def test_gradients_that_the_module_cuts_off_stay_so():
+    model = Cut(C, 4, (3, 3)).eval()
+    expected = copy.deepcopy(model)
+    _, report = accelerate(model, return_report=True)
+    assert report.swapped == {"": "seyongk: over whole sequences; for gradients it computes itself"}
+    x = torch.randn(2, 4, C, *FRAME)
+    assert furthest(pulled(model, x), pulled(expected, x)) == 0
+    with torch.no_grad():
+        assert furthest(leaves(model(x)), leaves(expected(x))) < 1e-5
+
+
+def test_further_arguments_are_the_modules_own():
+    model = Published(joint(C, 4), batch_first=True)
+    accelerate(model)
+    x = torch.randn(2, 4, C, *FRAME)
+    with pytest.raises(NotImplementedError, match="no states"):
+        model(x, hidden_state=[1])
+    assert torch.equal(model(input_tensor=x)[0][0], model(x, None)[0][0])
+
+
+def test_a_gate_order_that_names_do_not_tell_is_found():
+    class Other(dialects_torch.JointCell):
+        def forward(self, x, h, c):
+            return dialects_torch.advance(self.conv(torch.cat([x, h], 1)), c, "gofi")
+
+    model = Published([Other(C, 4, (3, 3), True)])
+    expected = copy.deepcopy(model)
+    _, report = accelerate(model, return_report=True)
+    assert report.swapped
+    x = torch.randn(2, 4, C, *FRAME)
+    assert furthest(pulled(model, x), pulled(expected, x)) < 1e-5
+
+
+@pytest.mark.parametrize("make", [lambda: Rolled([GRUCell(C, 4, "gates"), GRUCell(4, 2, "gates")], 0, "both"),
+                                  lambda: Rolled([LSTMCell(C, 4), LSTMCell(4, 2)], 1, "both"),
+                                  lambda: Rolled([GRUCell(C, 4, "each")])])  # fmt: skip
+def test_states_that_are_given(make, calls):
+    model = make()
+    expected = copy.deepcopy(model)
+    accelerate(model)
+    x, filters = torch.randn(3, 4, C, *FRAME), [cell.F for cell in model.layers]
+    B, pairs = x.shape[1 - model.time], isinstance(model.layers[0], LSTMCell)
+    states = [torch.randn(2 if pairs else 1, B, F, *FRAME, requires_grad=True) for F in filters]
+    given = [tuple(one) if pairs else one[0] for one in states]
+    del calls[:]
+    found = []
+    for one in (model, expected):
+        found.append(pulled(one, x, given) + [state.grad for state in states])
+        for state in states:
+            state.grad = None
+    assert furthest(*found) < 1e-5
+    assert len(calls) == len(filters)
+    with torch.no_grad():
+        assert furthest(leaves(model(x, hx=given)), leaves(expected(x, given))) < 1e-5
+
+
+class CellStateFirst(Kind):
+    def forward(self, x, c, h):
+        return self.step(x, h, c)[::-1]
+
+
+class StatesBeforeX(Kind):
+    def forward(self, state, x):
+        return self.step(x, *state)
+
+
+class HiddenBeforeX(GRUCell):
+    """As in RAFT's update: the recurrent argument is the first."""
+
+    def forward(self, h, x):
+        both = torch.cat([h, x], 1)
+        z, r = self.a(both).sigmoid(), self.c(both).sigmoid()
+        return (1 - z) * h + z * self.b(torch.cat([r * h, x], 1)).tanh()
+
+
+class Unrolled(torch.nn.Module):
+    """A layer that makes its zeros, and what it returns, of float32, whatever its weights are."""
+
+    def __init__(self, cell):
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, x, states):
+        h, c = states or [torch.zeros(len(x), self.cell.F, *x.shape[3:]) for _ in range(2)]
+        outputs = torch.zeros(*x.shape[:2], *h.shape[1:])
+        for t in range(x.shape[1]):
+            h, c = self.cell(x[:, t], (h, c))
+            outputs[:, t] = h
+        return outputs, (h, c)
+
+
+KINDS = {
+    "h before x": (lambda: HiddenBeforeX(C, 4, "each"), "hx"),
+    "states before x": (lambda: StatesBeforeX(hidden_first=True), "(hc)x"),
+    "c before h": (CellStateFirst, "xch"),
+    "no states yet": (lambda: Kind(hidden_first=True), "x-"),
+    "padded apart": (lambda: Kind(pads=True), "x(hc)"),
+    "sum normalized": (lambda: Kind(split=True, normalized=True), "x(hc)"),
+    "forget bias": (lambda: Kind(bias=1.0), "x(hc)"),
+    "relu of g alone": (lambda: Kind(g=torch.relu), "x(hc)"),
+    "elu": (lambda: Kind(g=torch.nn.functional.elu, out=torch.nn.functional.elu, split=True), "x(hc)"),
+    "a layer of float32": (lambda: Unrolled(Kind(split=True)), "s-"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_of_cells_and_of_calls(kind, calls):
+    make, called = KINDS[kind]
+    torch.manual_seed(1)
+    model, frame = make(), torch.randn(2, C, *FRAME)
+    expected = copy.deepcopy(model)
+    _, report = accelerate(model, return_report=True)
+    assert [*report.swapped] == [""], report
+    h, c = torch.randn(2, 2, 4, *FRAME)
+    given = {"hx": (h, frame), "(hc)x": ((h, c), frame), "xch": (frame, c, h), "x-": (frame, None),
+             "x(hc)": (frame, (h, c)), "s-": (torch.randn(2, 3, C, *FRAME), None)}[called]  # fmt: skip
+    del calls[:]
+    assert furthest(leaves(model(*given)), leaves(expected(*given))) < 1e-5
+    assert len(calls) == 1
+    x, *others = given
+    if isinstance(x, torch.Tensor):
+        assert furthest(pulled(model, x, *others), pulled(expected, x, *others)) < 1e-5
+
+
+class Clipped(Kind):
+    def forward(self, x, state):
+        h, c = self.step(x, *state)
+        return h, c.clamp(-10, 10)
+
+
+def test_a_cell_that_clips_is_left():
+    _, report = accelerate(Clipped(), return_report=True)
+    assert "as if it clipped" in report.left[""]
+
+
+class Remembering(Rolled):
+    """The next call starts where the last one ended."""
+
+    states = None
+
+    def forward(self, x):
+        y, self.states = super().forward(x, self.states)
+        return y
+
+
+def test_what_remembers_earlier_calls_is_left():
+    model = Remembering([GRUCell(C, 4, "gates")], 1, "both")
+    _, report = accelerate(model, return_report=True)
+    assert "returns something else when it is called again" in report.left[""]
+    assert [*report.swapped] == ["layers.0"]
