@@ -172,3 +172,45 @@ def test_what_remembers_earlier_calls_is_left():
     _, report = accelerate(model, return_report=True)
     assert "returns something else when it is called again" in report.left[""]
     assert [*report.swapped] == ["layers.0"]
+
+
+class Layer(torch.nn.Module):
+    """Of a cell over sequences; what it does beside that is told by a name."""
+
+    def __init__(self, beside):
+        super().__init__()
+        self.cell, self.beside, self.whole, self.cell.shift = Kind(), beside, True, 0.0
+
+    def forward(self, x):
+        x = {"fills": lambda: x.nan_to_num(), "scales": lambda: x / 2 if x.min() >= 0 else x,
+             "window": lambda: x[:, -10:]}.get(self.beside, lambda: x)()  # fmt: skip
+        outputs, state = [], None
+        for t, frame in enumerate(x.unbind(1)):
+            if self.beside == "cuts" and t == 10:
+                state = [part.detach() for part in state]
+            if self.beside != "skips" or t == 0 or frame.abs().sum((1, 2, 3)).min() > 0:
+                state = self.cell(frame + self.cell.shift, state)
+            outputs.append(state[0])
+        y = torch.stack(outputs, 1) if self.whole else outputs[-1]
+        if self.beside == "keeps":
+            self.state = state
+        if self.beside == "clips" and y.requires_grad:
+            y.register_hook(lambda dy: dy.clamp(-9, 9))
+        return y.squeeze(1) if self.beside == "squeezes" else y
+
+
+@pytest.mark.parametrize(("beside", "told"), [
+    ("fills", "where frames have NaN"), ("scales", "where frames are zero or positive"),
+    ("skips", "where frames are zero or positive"), ("window", "have other sizes"), ("squeezes", "have other sizes"),
+    ("keeps", "keeps what it has computed in its attribute state"),
+])  # fmt: skip
+def test_what_first_agrees_and_is_something_else_is_left(beside, told):
+    _, report = accelerate(Layer(beside), return_report=True)
+    assert [*report.swapped] == ["cell"]
+    assert told in report.left[""]
+
+
+@pytest.mark.parametrize("beside", ["cuts", "clips"])
+def test_gradients_that_are_cut_later_or_where_they_are_large_stay_so(beside):
+    _, report = accelerate(Layer(beside), return_report=True)
+    assert report.swapped[""].endswith("for gradients it computes itself")

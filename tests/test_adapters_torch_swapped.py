@@ -7,7 +7,21 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from recurrent_modules import FRAME, MODELS, ByPair, C, GRUCell, Kind, deviation, drawn, furthest, leaves, pulled  # noqa: E402
+from recurrent_modules import (  # noqa: E402
+    FRAME,
+    MODELS,
+    ByPair,
+    C,
+    GRUCell,
+    Kind,
+    Published,
+    deviation,
+    drawn,
+    furthest,
+    joint,
+    leaves,
+    pulled,
+)  # fmt: skip
 
 from fastclstm.adapters.torch import accelerate  # noqa: E402
 from fastclstm.engines.cpu import memory, threads  # noqa: E402
@@ -133,6 +147,19 @@ def test_what_is_changed_after_the_swap_is_computed_as_it_is_now(changed):
     torch.testing.assert_close(cell(frame), own(frame), rtol=0, atol=0)
     accelerate(cell)  # compares anew: swapped or left, the values are these
     torch.testing.assert_close(cell(frame), own(frame), rtol=1e-4, atol=1e-5)
+
+
+def test_attributes_that_are_changed_after_the_swap_count(calls):
+    model, x = accelerate(Published(joint(C, 4))), torch.randn(3, 2, C, *FRAME)
+    del calls[:]
+    with torch.no_grad():
+        assert model(x)[0][0].shape == (2, 3, 4, *FRAME)
+        model.batch_first = True
+        assert model(x)[0][0].shape == (3, 2, 4, *FRAME)
+        model.batch_first, model.cell_list[0].filters = False, 5
+        with pytest.raises(RuntimeError, match="got 8 channels"):
+            model(x)
+    assert len(calls) == 1
 
 
 def test_replicas_compute_with_their_own_weights():

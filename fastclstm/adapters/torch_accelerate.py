@@ -10,10 +10,10 @@ from typing import Any
 
 from fastclstm.adapters.report import Report
 from fastclstm.adapters.torch_cells import Arrangement
-from fastclstm.adapters.torch_comparison import FAILED, OF_LARGE, REMEMBERS, Candidate, plan_of
+from fastclstm.adapters.torch_comparison import AGREED_AT_FIRST, FAILED, Candidate, plan_of
 from fastclstm.adapters.torch_forms import parameters_of
 from fastclstm.adapters.torch_structure import alike, arrangements, decompositions, unknown
-from fastclstm.adapters.torch_swapped import Accelerated, Plan, accelerated, is_hooked, parts_of
+from fastclstm.adapters.torch_swapped import Accelerated, Plan, accelerated, is_as_compared, is_hooked, parts_of
 from fastclstm.convert.torch_dialects import DIALECTS, Dialect
 from fastclstm.convert.torch_grus import GRU_DIALECTS
 from fastclstm.convert.torch_recognition import Recognized, recognize
@@ -40,11 +40,11 @@ def accelerate(model: torch.nn.Module, *, dialects: Sequence[Dialect] = (), retu
     training mode where it has dropout or batch normalization; for gradients where the module's own are others (the
     published "seyongk" cuts them off); on so little that calling ours would take longer than PyTorch (steps of cells
     with some 10⁸ products, ConvGRUs over sequences with 10⁸). Hooks on a swapped module are called, those within it
-    not: such a module is left, and so is one that remembers earlier calls. Results are contiguous; under autocast
-    they are computed and returned in float32. What decides how a module is called and what it returns, such as its
-    attribute batch_first, must be set before. Where parts of a swapped module are replaced, wrapped, parametrized or
-    given hooks later, it computes itself (``accelerate`` again compares anew); so it does for `torch.jit.trace` and
-    the exporters of ONNX.
+    not: such a module is left, and so is one that remembers earlier calls, keeps its states in an attribute, masks
+    zeros or fills NaN. Results are contiguous; under autocast they are computed and returned in float32. Where parts of
+    a swapped module are replaced, wrapped, parametrized or given hooks later, or where numbers, flags or names in its
+    attributes change, such as batch_first, it computes itself (``accelerate`` again compares anew); so it does for
+    `torch.jit.trace` and the exporters of ONNX.
 
     Parameters
     ----------
@@ -82,7 +82,7 @@ def accelerate(model: torch.nn.Module, *, dialects: Sequence[Dialect] = (), retu
 def _visit(module: torch.nn.Module, name: str, rows: list[Dialect], report: Report) -> None:
     """Swap a module, or else what is in it."""
     if isinstance(module, Accelerated):
-        if module.fastclstm_plan.parts == parts_of(module):
+        if is_as_compared(module, module.fastclstm_plan):
             report.swapped[name] = f"{module.fastclstm_plan.dialect}: it was before"
             return
         module.__class__ = type(module).__mro__[2]
@@ -101,7 +101,7 @@ def _visit(module: torch.nn.Module, name: str, rows: list[Dialect], report: Repo
             report.swapped[name] = _told(plan)
             report.left.pop(name, None)
             return
-        worth = candidate.named or plan in (REMEMBERS, OF_LARGE) or _RECURRENT.search(kind.__name__)
+        worth = candidate.named or plan.startswith(AGREED_AT_FIRST) or _RECURRENT.search(kind.__name__)
         told = report.left.get(name, "")
         if worth and (not told or (FAILED in told and FAILED not in plan)):  # any other reason tells more than that
             report.left[name] = f"{candidate.name}: {plan}"

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from fastclstm.adapters.torch_cells import Arrangement
 from fastclstm.adapters.torch_forms import Inputs, X, forms_of, parameters_of
 from fastclstm.adapters.torch_structure import Agreement, agreeing
-from fastclstm.adapters.torch_swapped import LAYOUTS, VIEWS, Plan, Results, computed, returned
+from fastclstm.adapters.torch_swapped import LAYOUTS, VIEWS, Plan, Results, computed, returned, settings_of
 
 import torch  # isort: skip
 from torch import Tensor  # isort: skip
@@ -21,8 +21,19 @@ _TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4}
 _LEFT = "left, for what it returns is not what {} with these weights returns, in a structure that is known"
 FAILED = "left, for a call with a drawn input failed"
 _LARGE = 100.0
-OF_LARGE = "left, for it is something else where states or frames are large: as if it clipped them"
-REMEMBERS = "left, for it returns something else when it is called again"
+_LONG = 12
+"""A sequence of so many steps tells of windows, and of gradients that are cut off, which a short one does not."""
+_REMEMBERS = "left, for it returns something else when it is called again"
+_KEEPS = "left, for it keeps what it has computed in its attribute {}, which would not be there"
+_OF_SIZES = "left, for it is something else where frames, batches or sequences have other sizes"
+_OF_LARGE = "left, for it is something else where states or frames are large: as if it clipped them"
+_OF_MASKED = "left, for it is something else where frames are zero or positive: as if it masked or scaled them"
+_OF_NANS = "left, for it is something else where frames have NaN: as if it filled them"
+_OWN = frozenset(torch.nn.Module().__dict__)
+"""Attributes of every module."""
+AGREED_AT_FIRST = tuple(text.partition("{")[0] for text in
+                        (_REMEMBERS, _KEEPS, _OF_SIZES, _OF_LARGE, _OF_MASKED, _OF_NANS))  # fmt: skip
+"""How reasons begin for which a module is left that first returned what our kernels do."""
 
 
 class Candidate(NamedTuple):
@@ -96,6 +107,7 @@ class _Comparison:
         self.names = tuple(parameters_of(type(twin).forward))
         self.needed = len(parameters_of(type(twin).forward, needed=True))
         self.answers: dict[Any, tuple[Inputs, Any]] = {}
+        self.settings = settings_of(twin)
         with torch.no_grad():
             for name, tensor in twin.state_dict().items():
                 if tensor.is_floating_point():
@@ -182,12 +194,19 @@ class _Comparison:
         forms = forms_of(len(cells), len(cells[0].operator.states), self.candidate.steps)
         return [form for form in forms if len(form) <= len(self.names)]
 
-    def _inputs(self, plan: Plan, B: int = _B, T: int = _T, more: int = 0, scale: float = 1.0) -> Inputs:
-        """Draw what a module of a plan is called with, values of about a scale."""
+    def _inputs(self, plan: Plan, B: int = _B, T: int = _T, more: int = 0, scale: float = 1.0, masked: bool = False,
+                nans: bool = False) -> Inputs:  # fmt: skip
+        """Draw what a module of a plan is called with, values of about a scale; `masked`: positive ones, and zeros."""
         H, W = self.candidate.frame or tuple(n + more for n in _FRAME)
         C = plan.cells[0].channels
-        T += C == T  # so that no other layout fits by chance
-        frames = self.draw(B, C, H, W) if plan.steps else self.draw(B, T, C, H, W).permute(*plan.layout, 3, 4)
+        T += C == T > 1  # so that no other layout fits by chance
+        frames = self.draw(B, C, H, W) if plan.steps else self.draw(B, T, C, H, W)
+        if masked:
+            frames = frames.abs()
+            frames[(0,) if plan.steps else (0, 1)] = 0
+        if nans:
+            frames[0, 0, ..., H // 2, W // 2] = torch.nan
+        frames = frames if plan.steps else frames.permute(*plan.layout, 3, 4)
         states = [self.draw(B, cell.filters(self.twin), H, W) for cell in plan.cells for _ in cell.operator.states]
         return Inputs(scale * frames.contiguous(), tuple(scale * state for state in states))
 
@@ -231,36 +250,55 @@ class _Comparison:
             inputs, value = self._answer(one)
             if isinstance(value, Exception) or not self._same(one, inputs, value):
                 continue
-            for others in ({}, {"B": 1, "T": _T + 2, "more": 3}, {"scale": _LARGE}):
-                again = self._inputs(one, **others)
-                value = self._called(one, again)
-                if isinstance(value, Exception) and others:  # other sizes than it is made for
-                    continue
-                if isinstance(value, Exception) or not self._same(one, again, value):
-                    return OF_LARGE if "scale" in others else REMEMBERS
+            if reason := self._differs(one):
+                return reason
             kept.append(one)
         if not kept:
-            return REMEMBERS
+            return _REMEMBERS
         most = max(map(len, (one.forms[0] for one in kept)))
-        plan = plan._replace(forms=tuple(one.forms[0] for one in kept), names=self.names[:most])
+        plan = plan._replace(forms=tuple(one.forms[0] for one in kept), names=self.names[:most],
+                             settings=tuple(self.settings.items() & settings_of(self.twin).items()))  # fmt: skip
         gradients = all(map(self._agrees, kept))
         self.twin.train()
         return plan._replace(gradients=gradients, training=gradients and all(map(self._agrees, kept)))
 
-    def _same(self, plan: Plan, inputs: Inputs, value: Any) -> bool:
+    def _differs(self, plan: Plan) -> str:
+        """Say in which further calls, of other sizes and values, a module is something else; "" for none."""
+        sizes: list[dict[str, Any]] = [{"B": 1, "T": _T + 2, "more": 3}]
+        sizes += [] if plan.steps else [{"T": 1}, {"B": 1, "T": _LONG}]
+        calls = [({}, _REMEMBERS), *((one, _OF_SIZES) for one in sizes), ({"scale": _LARGE}, _OF_LARGE),
+                 ({"masked": True}, _OF_MASKED), ({"nans": True}, _OF_NANS)]  # fmt: skip
+        for others, reason in calls:
+            inputs = self._inputs(plan, **others)
+            value = self._called(plan, inputs)
+            if isinstance(value, Exception) and others:  # what it is not made for
+                continue
+            if "nans" in others:
+                agrees = _has_nans(value)
+            else:  # large sums of float32 are rounded so much that a gate may be open or closed
+                agrees = self._same(plan, inputs, value, self.tolerance * others.get("scale", 1))
+            if isinstance(value, Exception) or not agrees:
+                return reason
+        before = _kept_in(self.twin)
+        self._called(plan, self._inputs(plan))
+        after = _kept_in(self.twin)
+        changed = [name for name, values in after.items() if not _equal(before.get(name, []), values)]
+        return _KEEPS.format(changed[0]) if changed else ""
+
+    def _same(self, plan: Plan, inputs: Inputs, value: Any, tolerance: float = 0.0) -> bool:
         """Whether a value is what our kernels return."""
         with torch.no_grad():
             ours = returned(plan.recipe, self._computed(plan, inputs))
         leaves, structure = torch.utils._pytree.tree_flatten(value)
         others, known = torch.utils._pytree.tree_flatten(ours)
         return structure == known and all(
-            a is b if a is None or b is None else _close(a, b, self.tolerance)
+            a is b if a is None or b is None else _close(a, b, max(tolerance, self.tolerance))
             for a, b in zip(others, leaves, strict=True)
         )
 
     def _agrees(self, plan: Plan) -> bool:
-        """Whether outputs and gradients of the inputs and of all parameters are the module's own."""
-        drawn, pulled = self._inputs(plan), []
+        """Whether outputs and gradients of the inputs and of all parameters are the module's own, large ones too."""
+        drawn, pulled = self._inputs(plan, T=_LONG), []
         for ours in (False, True):
             x, *states = (tensor.detach().clone().requires_grad_(True) for tensor in (drawn.x, *drawn.states))
             inputs = Inputs(x, tuple(states))
@@ -270,7 +308,8 @@ class _Comparison:
                 output = self.twin(*inputs.arguments(plan.forms[0], self.needed))
             leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(output) if leaf is not None]
             generator = torch.Generator().manual_seed(1)
-            weights = [torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(leaf) for leaf in leaves]
+            weights = [_LARGE * torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(leaf)
+                       for leaf in leaves]  # fmt: skip
             loss = sum((leaf * weight).sum() for leaf, weight in zip(leaves, weights, strict=True))
             if not loss.requires_grad:
                 return False
@@ -279,6 +318,31 @@ class _Comparison:
             pulled.append([*leaves, *(g if g is not None else torch.zeros_like(w) for g, w in
                                       zip(gradients, wanted, strict=True))])  # fmt: skip
         return all(_close(a, b, self.tolerance) for a, b in zip(*pulled, strict=True))
+
+
+def _has_nans(value: Any) -> bool:
+    return any(bool(leaf.isnan().any()) for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, Tensor))
+
+
+def _kept_in(module: torch.nn.Module) -> dict[str, list[Any]]:
+    """Return copies of the tensors and numbers in the attributes of a module and of those within it."""
+    kept = {}
+    for place, part in module.named_modules():
+        for name, value in part.__dict__.items():
+            if name not in _OWN:
+                kept[f"{place}.{name}".lstrip(".")] = [
+                    leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
+                    for leaf in torch.utils._pytree.tree_leaves(value)
+                    if isinstance(leaf, Tensor | int | float)
+                ]
+    return kept
+
+
+def _equal(some: list[Any], others: list[Any]) -> bool:
+    return len(some) == len(others) and all(
+        a.shape == b.shape and torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a is b or
+        (type(a) is type(b) and a == b) for a, b in zip(some, others, strict=True)
+    )  # fmt: skip
 
 
 def _recipe(value: Any, results: Results, plan: Plan, tolerance: float) -> Any:

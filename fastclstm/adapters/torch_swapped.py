@@ -53,10 +53,16 @@ class Plan(NamedTuple):
     """That a call has for each pixel of each frame."""
     parts: tuple[Any, ...] = ()
     """What was in the module when it was compared, as of `parts_of`; where that has changed it computes itself."""
+    settings: tuple[tuple[tuple[tuple[str, ...], str], Any], ...] = ()
+    """The same of what `settings_of` told and calls do not change."""
 
 
 _GEOMETRY = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode", "num_groups", "eps", "p")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+_SETTINGS = bool, int, float, str, type(None)
+_NO_SETTINGS = frozenset(torch.nn.Module().__dict__)
 
 
 def is_hooked(module: torch.nn.Module) -> bool:
@@ -74,6 +80,33 @@ def parts_of(module: torch.nn.Module) -> tuple[Any, ...]:
             if child._modules:
                 found += [parts_of(child)]
     return tuple(found)
+
+
+def settings_of(module: torch.nn.Module) -> dict[tuple[tuple[str, ...], str], Any]:
+    """Return the values of plain attributes of a module and of those within it, by places and names."""
+    found: dict[tuple[tuple[str, ...], str], Any] = {}
+    for place, part in module.named_modules():
+        kinds = [kind for kind in type(part).__mro__ if kind is not Accelerated and not _is_of_torch(kind)]
+        for own in (*map(vars, reversed(kinds)), vars(part)) if kinds else ():
+            for name, value in own.items():
+                if isinstance(value, _SETTINGS) and name not in _NO_SETTINGS and not name.startswith("__"):
+                    found[tuple(place.split(".")) if place else (), name] = value
+    return found
+
+
+def is_as_compared(module: torch.nn.Module, plan: Plan) -> bool:
+    """Whether a module has the parts and settings that it had when its plan was made."""
+    for (place, name), value in plan.settings:
+        part: Any = module
+        for key in place:
+            part = part._modules.get(key)
+        if getattr(part, name, None) != value:
+            return False
+    return plan.parts == parts_of(module)
+
+
+def _is_of_torch(kind: type) -> bool:
+    return kind is object or kind.__module__.startswith("torch.")
 
 
 class Results(NamedTuple):
@@ -211,7 +244,7 @@ class Accelerated:
             return None
         if _is_small(plan, x):
             return None
-        if plan.parts != parts_of(self):
+        if not is_as_compared(self, plan):
             return None
         return found
 
