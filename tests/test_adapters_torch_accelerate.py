@@ -34,7 +34,7 @@ def test_a_dialect_of_ones_own():
 
 class Dictionary(Published):
     def forward(self, x):
-        return {"y": super().forward(x)[0]}
+        return {"y": super().forward(x)[0], "steps": len(x)}
 
 
 class Shifty(Published):
@@ -184,10 +184,10 @@ def test_the_model_of_mlcast_on_pypi(calls):
     assert len(calls) == 4
 
 
-class ConvLSTMWithPeephole(Kind):
+class ConvLSTMWithLinear(Kind):
     def __init__(self):
         super().__init__()
-        self.peephole = torch.nn.Parameter(torch.zeros(4, 1, 1))
+        self.squeeze = torch.nn.Linear(4, 4)
 
 
 class ConvLSTMWithHead(Kind):
@@ -202,7 +202,7 @@ class StridedConvLSTM(Kind):
         self.of_both.stride = (2, 2)
 
 
-@pytest.mark.parametrize(("make", "told"), [(ConvLSTMWithPeephole, "peephole is of no Conv2d"),
+@pytest.mark.parametrize(("make", "told"), [(ConvLSTMWithLinear, "squeeze.weight is of no Conv2d"),
                                             (ConvLSTMWithHead, "the cell as a module of its own"),
                                             (StridedConvLSTM, "its convolution of_both has strides")])  # fmt: skip
 def test_what_is_called_a_convlstm_and_not_even_tried_is_told_why(make, told):

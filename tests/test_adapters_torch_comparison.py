@@ -113,6 +113,50 @@ class Unrolled(torch.nn.Module):
         return outputs, (h, c)
 
 
+class Peeping(Kind):
+    """Its weights of c have no names that are known, and are those of all gates in one if they have no frame."""
+
+    def __init__(self, *frame):
+        super().__init__(hidden_first=True)
+        if frame:
+            self.forgets, self.lets, self.shows = (torch.nn.Parameter(torch.randn(1, 4, *frame)) for _ in range(3))
+        else:
+            self.all = torch.nn.Parameter(torch.randn(12, 1, 1))
+
+    def step(self, x, h, c):
+        of_f, of_i, of_o = self.all.chunk(3) if hasattr(self, "all") else (self.forgets, self.lets, self.shows)
+        f, o, i, g = self.of_both(torch.cat([h, x], 1)).chunk(4, 1)
+        c = (f + of_f * c).sigmoid() * c + (i + of_i * c).sigmoid() * g.tanh()
+        return (o + of_o * c).sigmoid() * c.tanh(), c
+
+
+class Learning(Kind):
+    """It learns the states from which it starts."""
+
+    def __init__(self):
+        super().__init__(split=True)
+        self.start = torch.nn.Parameter(torch.randn(2, 1, 4, *FRAME))
+
+    def forward(self, x, state=None):
+        return self.step(x, *(self.start.expand(2, len(x), 4, *FRAME) if state is None else state))
+
+
+class Nested(torch.nn.Module):
+    """Frames and what it returns have the channels last."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell = Kind(split=True)
+
+    def forward(self, clip):
+        state, outputs = None, []
+        for frame in clip.movedim(-1, 2).unbind(1):
+            state = self.cell(frame, state)
+            outputs.append(state[0])
+        y = torch.stack(outputs, 1)
+        return {"all": y.movedim(2, -1).contiguous(), "frames": y.flatten(0, 1), "states": [state]}
+
+
 KINDS = {
     "h before x": (lambda: HiddenBeforeX(C, 4, "each"), "hx"),
     "states before x": (lambda: StatesBeforeX(hidden_first=True), "(hc)x"),
@@ -123,6 +167,10 @@ KINDS = {
     "forget bias": (lambda: Kind(bias=1.0), "x(hc)"),
     "relu of g alone": (lambda: Kind(g=torch.relu), "x(hc)"),
     "elu": (lambda: Kind(g=torch.nn.functional.elu, out=torch.nn.functional.elu, split=True), "x(hc)"),
+    "peepholes of each pixel": (lambda: Peeping(*FRAME), "x(hc)"),
+    "peepholes of each channel": (Peeping, "x(hc)"),
+    "learnt states": (Learning, "x(hc)"),
+    "channels last": (Nested, "t"),
     "a layer of float32": (lambda: Unrolled(Kind(split=True)), "s-"),
 }
 
@@ -137,7 +185,8 @@ def test_kinds_of_cells_and_of_calls(kind, calls):
     assert [*report.swapped] == [""], report
     h, c = torch.randn(2, 2, 4, *FRAME)
     given = {"hx": (h, frame), "(hc)x": ((h, c), frame), "xch": (frame, c, h), "x-": (frame, None),
-             "x(hc)": (frame, (h, c)), "s-": (torch.randn(2, 3, C, *FRAME), None)}[called]  # fmt: skip
+             "x(hc)": (frame, (h, c)), "s-": (torch.randn(2, 3, C, *FRAME), None),
+             "t": (torch.randn(2, 3, *FRAME, C),)}[called]  # fmt: skip
     del calls[:]
     assert furthest(leaves(model(*given)), leaves(expected(*given))) < 1e-5
     assert len(calls) == 1
@@ -197,6 +246,20 @@ class Layer(torch.nn.Module):
         if self.beside == "clips" and y.requires_grad:
             y.register_hook(lambda dy: dy.clamp(-9, 9))
         return y.squeeze(1) if self.beside == "squeezes" else y
+
+
+class Late(Peeping):
+    """A published error: the last gate sees the cell state as it was."""
+
+    def step(self, x, h, c):
+        f, o, i, g = self.of_both(torch.cat([h, x], 1)).chunk(4, 1)
+        before, (of_f, of_i, of_o) = c, self.all.chunk(3)
+        c = (f + of_f * c).sigmoid() * c + (i + of_i * c).sigmoid() * g.tanh()
+        return (o + of_o * before).sigmoid() * c.tanh(), c
+
+
+def test_a_peephole_of_another_cell_state_is_left():
+    assert not accelerate(Late(), return_report=True)[1].swapped
 
 
 @pytest.mark.parametrize(("beside", "told"), [

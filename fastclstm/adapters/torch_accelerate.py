@@ -12,7 +12,7 @@ from fastclstm.adapters.report import Report
 from fastclstm.adapters.torch_cells import Arrangement
 from fastclstm.adapters.torch_comparison import AGREED_AT_FIRST, FAILED, Candidate, plan_of
 from fastclstm.adapters.torch_forms import parameters_of
-from fastclstm.adapters.torch_structure import alike, arrangements, decompositions, unknown
+from fastclstm.adapters.torch_structure import alike, arrangements, decompositions, frame_of, unknown
 from fastclstm.adapters.torch_swapped import Accelerated, Plan, accelerated, is_as_compared, is_hooked, parts_of
 from fastclstm.convert.torch_dialects import DIALECTS, Dialect
 from fastclstm.convert.torch_grus import GRU_DIALECTS
@@ -28,13 +28,13 @@ def accelerate(model: torch.nn.Module, *, dialects: Sequence[Dialect] = (), retu
     """Let our kernels compute the ConvLSTMs and ConvGRUs in a model, which stays what it is in every other way.
 
     A module is tried if its weights have the names of a known ConvLSTM, as of `fastclstm.convert.torch.from_torch`, or
-    if all of its parameters are convolutions (perhaps normalized) whose numbers of channels are those of cells: of
-    ConvLSTMs, ConvGRUs or simple recurrent ones, gates together or apart and in any order. Then a copy of it with
-    drawn weights and our kernels are called on drawn inputs, and only where outputs and gradients agree the module's
-    class becomes a subclass whose ``forward`` calls the kernels: the parameters are the same objects, the keys of the
-    state_dict, the call, the structure of what it returns, attributes and ``isinstance`` are as before. Where a whole
-    module is not understood, its cells are tried, which are called step by step. Modules on a GPU are compared on the
-    processor, as copies.
+    if its layers are convolutions (perhaps normalized) whose numbers of channels are those of cells: of ConvLSTMs
+    (perhaps with peepholes), ConvGRUs or simple recurrent ones, gates together or apart and in any order. Then a copy
+    of it with drawn weights and our kernels are called on drawn inputs, and only where outputs and gradients agree the
+    module's class becomes a subclass whose ``forward`` calls the kernels: the parameters are the same objects, the keys
+    of the state_dict, the call, the structure of what it returns, attributes and ``isinstance`` are as before. Where a
+    whole module is not understood, its cells are tried, which are called step by step. Modules on a GPU are compared on
+    the processor, as copies.
 
     A call that the comparison has not covered goes to the module's own ``forward``: with further arguments; in
     training mode where it has dropout or batch normalization; for gradients where the module's own are others (the
@@ -126,12 +126,12 @@ def _candidates(module: torch.nn.Module, rows: list[Dialect]) -> Iterator[Candid
     for cells in decompositions(module):
         if meanings := alike([meant for _, meant in cells]):
             both = (False, True) if len(cells) == 2 else (False,)
-            yield Candidate(_kind(state, cells[0][1]), False, meanings, both, False)
+            yield Candidate(_kind(state, cells[0][1]), False, meanings, both, False, frame_of(module))
     if several:
         for found in _recognized(state, [_alone(row) for row in rows if isinstance(row.cells, str)]):
             yield _named(found, False, True)
         if meant := arrangements(module, ""):
-            yield Candidate(_kind(state, meant), False, [(one,) for one in meant], (False,), True)
+            yield Candidate(_kind(state, meant), False, [(one,) for one in meant], (False,), True, frame_of(module))
 
 
 def _recognized(state: Any, rows: list[Dialect]) -> Iterator[Recognized]:

@@ -154,7 +154,8 @@ class _Comparison:
         found: list[Agreement] = []
         called = False
         for C, F in dict.fromkeys((one.channels, one.filters(self.twin)) for one in cells) if names > 1 else ():
-            inputs = Inputs(self.draw(_B, C, *_FRAME), tuple(self.draw(_B, F, *_FRAME) for _ in range(2)))
+            frame = self.candidate.frame or _FRAME
+            inputs = Inputs(self.draw(_B, C, *frame), tuple(self.draw(_B, F, *frame) for _ in range(2)))
             cell, values = copy.deepcopy(own), []
             for form in forms_of(1, 2, True)[1:]:
                 try:
@@ -206,7 +207,7 @@ class _Comparison:
             frames[(0,) if plan.steps else (0, 1)] = 0
         if nans:
             frames[0, 0, ..., H // 2, W // 2] = torch.nan
-        frames = frames if plan.steps else frames.permute(*plan.layout, 3, 4)
+        frames = frames if plan.steps else frames.permute(*map(plan.layout.index, range(5)))
         states = [self.draw(B, cell.filters(self.twin), H, W) for cell in plan.cells for _ in cell.operator.states]
         return Inputs(scale * frames.contiguous(), tuple(scale * state for state in states))
 
@@ -244,11 +245,15 @@ class _Comparison:
     def _checked(self, plan: Plan) -> Plan | str:
         """Return the plan with all the forms in which the module agrees, and whether gradients do."""
         further = [form for form in self.forms(plan.cells) if form != plan.forms[0]]
-        kept = []
+        kept: list[Plan] = []
         for form in (*plan.forms, *further):
             one = plan._replace(forms=(form,))
             inputs, value = self._answer(one)
-            if isinstance(value, Exception) or not self._same(one, inputs, value):
+            if isinstance(value, Exception):
+                continue
+            if not self._same(one, inputs, value):
+                if form == (X,) and not plan.steps:  # as if it learnt its first states: its cells may be known
+                    return _LEFT.format(self.candidate.name)
                 continue
             if reason := self._differs(one):
                 return reason
@@ -346,7 +351,7 @@ def _equal(some: list[Any], others: list[Any]) -> bool:
 
 
 def _recipe(value: Any, results: Results, plan: Plan, tolerance: float) -> Any:
-    """Return how to make a value, nested in lists and tuples, from our results; None where it is not made of them."""
+    """Return how to make a value, in lists, tuples and dictionaries, from our results; None where it is another."""
     if value is None:
         return ("none", 0)
     if type(value) in (list, tuple):
@@ -355,6 +360,9 @@ def _recipe(value: Any, results: Results, plan: Plan, tolerance: float) -> Any:
             return steps
         items = [_recipe(item, results, plan, tolerance) for item in value]
         return None if None in items else (type(value).__name__, tuple(items))
+    if type(value) is dict:
+        named = [(key, _recipe(item, results, plan, tolerance)) for key, item in value.items()]
+        return None if None in [item for _, item in named] else ("dict", tuple(named))
     if not isinstance(value, Tensor):
         return None
     alike = len({output[1].shape for output in results.outputs}) == 1

@@ -25,8 +25,8 @@ SMALL = {
 """Of operations, as cells that are called step by step or over sequences: how many products a call has for each of
 PyTorch's threads where our kernels have caught up with what calling them takes (measured on two threads, Zen 4). Calls
 of fewer are the module's own."""
-LAYOUTS = (0, 1, 2), (1, 0, 2), (0, 2, 1)
-"""Where a module's x has batch, time and channels; each is its own inverse."""
+LAYOUTS = (0, 1, 2, 3, 4), (1, 0, 2, 3, 4), (0, 2, 1, 3, 4), (0, 1, 4, 2, 3)
+"""Where a module's x has batch, time, channels, height and width."""
 
 
 class Plan(NamedTuple):
@@ -155,6 +155,8 @@ VIEWS: dict[str, Callable[[Results, int], Any]] = {
     "sequence": _sequence,
     "sequence, time first": _time_first,
     "sequence, time third": _time_third,
+    "sequence, channels last": lambda results, cell: results.outputs[cell][0].to(results.dtype).contiguous(),
+    "frames": lambda results, cell: _sequence(results, cell).flatten(0, 1),
     "turned": lambda results, cell: _first(results.outputs[cell][0].flip(1), results),
     "last step": lambda results, cell: _sequence(results, cell)[:, -1:],
     "both": lambda results, cell: _both(results, True),
@@ -177,6 +179,8 @@ def returned(recipe: Any, results: Results) -> Any:
         return None
     if kind == "list":
         return [returned(item, results) for item in of]
+    if kind == "dict":
+        return {key: returned(item, results) for key, item in of}
     if kind == "tuple":
         return tuple([returned(item, results) for item in of])
     return VIEWS[kind](results, of)
@@ -185,7 +189,7 @@ def returned(recipe: Any, results: Results) -> Any:
 def computed(module: torch.nn.Module, plan: Plan, x: Tensor, states: Sequence[Tensor]) -> Results:
     """Run a module's cells over its x, of a cell alone (B, C, H, W); no states are zeros."""
     result, inside = dtypes("accelerate", x, plan.cells[0].example(module))
-    x = x[:, None] if plan.steps else x.permute(*plan.layout, 3, 4)
+    x = x[:, None] if plan.steps else x.permute(*plan.layout)
     sequence, outputs = x.to(inside).movedim(2, -1), []
     given = iter([state.to(inside).movedim(1, -1) for state in states])
     for index, cell in enumerate(plan.cells):
