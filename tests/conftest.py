@@ -202,3 +202,23 @@ def double(keras):
     yield keras
     keras.config.set_floatx("float32")
     keras.config.set_dtype_policy("float32")
+
+
+@pytest.fixture
+def any_size(request, monkeypatch):
+    """Accelerated modules call our kernels however little there is to compute, but in tests of small calls."""
+    from fastclstm.adapters import torch_swapped
+
+    if "small" not in request.node.name:
+        monkeypatch.setattr(torch_swapped, "SMALL", {})
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How often an operator of PyTorch's was called."""
+    from fastclstm.adapters import torch_ops
+
+    count = []
+    call = torch_ops.Operator.__call__
+    monkeypatch.setattr(torch_ops.Operator, "__call__", lambda *args, **o: count.append(1) or call(*args, **o))
+    return count

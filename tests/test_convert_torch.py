@@ -616,6 +616,24 @@ def test_a_module_at_hand_is_called_where_names_do_not_tell(torch, dialects):
         from_torch(module, **options)
 
 
+@pytest.mark.torch
+def test_what_a_module_does_around_its_cells_is_spoken_of(torch, dialects):
+    class Between(dialects.Stack):
+        def forward(self, x):
+            y, states = super().forward(x)
+            return y.relu(), states
+
+    module = Between([dialects.JointCell(2, 4, (3, 3), True)])
+    with pytest.warns(UserWarning, match="the cells agree, but Between itself returns something else"):
+        from_torch(module, engine="reference")
+    from_torch(module.state_dict(), engine="reference")
+    torch.nn.utils.parametrizations.weight_norm(module.cell_list[0].conv)
+    with pytest.raises(ValueError, match=r"parametrizations\.weight\.original0 is of a weight that is computed"):
+        from_torch(module)
+    torch.nn.utils.parametrize.remove_parametrizations(module.cell_list[0].conv, "weight")
+    from_torch(module, go_backwards=True, engine="reference")
+
+
 def spread(torch, module):
     """A module with weights that are large enough to tell orders of gates apart."""
     with torch.no_grad():

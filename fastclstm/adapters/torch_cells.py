@@ -128,6 +128,15 @@ class Arrangement(NamedTuple):
         names = dict.fromkeys((*self.x, *self.h))
         return sum(self._tensor(module, f"{name}.weight").numel() for name in names)
 
+    def alone(self) -> Self:
+        """Return the same of the cell as a module of its own."""
+        return self._replace(place="")
+
+    def hadamard(self, module: Any) -> dict[str, Tensor]:
+        """Return the weights of c that are no convolutions, channels first, by the gates that see it."""
+        return {gate: _block(self._tensor(module, name), part, parts)
+                for gate, name, part, parts, convolved, _ in self.peepholes if not convolved}  # fmt: skip
+
     def by(self, engine: str) -> Self:
         """Return the same, computed by an engine."""
         return self._replace(options=torch_ops.changed(self.options, engine=engine))
@@ -290,10 +299,14 @@ def _runs(order: tuple[int, ...], first: int, stop: int, first_apart: bool) -> I
         gate += count
 
 
+def _block(tensor: Tensor, part: int, parts: int) -> Tensor:
+    return tensor.reshape(tensor.shape[-3:]).chunk(parts)[part]
+
+
 def _peephole(tensor: Tensor, convolved: bool, part: int, parts: int) -> Tensor:
     if convolved:
         return tensor.chunk(parts)[part].permute(2, 3, 1, 0)
-    block = tensor.reshape(tensor.shape[-3:]).chunk(parts)[part].movedim(0, -1)
+    block = _block(tensor, part, parts).movedim(0, -1)
     return block if block.shape[:2] != (1, 1) else block[0, 0]
 
 

@@ -32,6 +32,8 @@ _FUNCTIONS = [
 ]  # fmt: skip
 """What a ConvLSTM whose step is seen may apply to g, to the new cell state, and to the other gates."""
 _FORGET_BIASES = 0.0, 1.0
+_PLACES = 2000
+"""Of how many values of a step it is seen whether they agree."""
 
 
 class _Convolution(NamedTuple):
@@ -90,10 +92,42 @@ def arrangements(module: torch.nn.Module, place: str) -> list[Arrangement]:
     filters = dict.fromkeys(c.outputs // k for c in convolutions for k in range(1, 5) if c.outputs % k == 0)
     for cell, F in product(_OPERATIONS, filters):
         inputs = dict.fromkeys(n for c in convolutions for n in (c.inputs - F, c.inputs) if n > 0)
+        peepholes = _peepholes(module, F) if cell == "lstm" else [()]
         for C in inputs:
             for joint, of_x, of_h in _roles(convolutions, len(CELL_GATES[cell]), C, F):
-                found += _meant(cell, place, convolutions, (joint, of_x, of_h), C)
+                found += _meant(cell, place, convolutions, (joint, of_x, of_h), C, peepholes)
     return list(dict.fromkeys(found))
+
+
+def frame_of(module: torch.nn.Module) -> tuple[int, int] | None:
+    """Return the size of the frames that a module has parameters for, of its own or in it; or None."""
+    shapes = [parameter.shape for _, parameter in _others(module) if parameter.dim() >= 3]
+    return next(((H, W) for *_, H, W in shapes if (H, W) != (1, 1)), None)
+
+
+def _others(module: torch.nn.Module) -> list[tuple[str, Tensor]]:
+    """Return the parameters that are of no layer of PyTorch's, by their names."""
+    return [(f"{name}.{key}".lstrip("."), parameter) for name, part in module.named_modules() if not _is_layer(part)
+            for key, parameter in part._parameters.items() if parameter is not None]  # fmt: skip
+
+
+def _is_layer(part: torch.nn.Module) -> bool:
+    return isinstance(part, nn.Conv2d) or type(part).__module__.startswith("torch.")
+
+
+def _peepholes(module: torch.nn.Module, F: int) -> list[tuple[tuple[str, str, int, int, bool, bool], ...]]:
+    """Return which of a module's parameters may be weights of c in the gates i, f and o; none at all first."""
+    others = [(name, tensor.shape) for name, tensor in _others(module) if tensor.dim() in (3, 4)]
+    found: list[Any] = [()]
+    for start, (name, shape) in enumerate(others):
+        three = others[start : start + 3]
+        if shape[-3] == 3 * F and shape[:-3] in ((), (1,)):
+            found += [tuple((gate, name, part, 3, False, False) for gate, part in zip("ifo", parts, strict=True))
+                      for parts in permutations(range(3))]  # fmt: skip
+        if shape[-3] == F and shape[:-3] in ((), (1,)) and [one for _, one in three] == [shape] * 3:
+            found += [tuple((gate, one, 0, 1, False, False) for gate, (one, _) in zip("ifo", turned, strict=True))
+                      for turned in permutations(three)]  # fmt: skip
+    return found
 
 
 class Agreement(NamedTuple):
@@ -118,20 +152,37 @@ def agreeing(cell: torch.nn.Module, meanings: Iterable[Arrangement], x: Tensor, 
     Orders of gates and activations are tried on the pre-activations that the cell's own convolutions make: hundreds in
     the time in which a few cells are computed.
     """
-    before = states[1].numpy()
-    bounds = [(value.numpy(), tolerance * float(value.abs().max())) for value in values]
+    h = states[0]
+    places = np.random.default_rng(0).integers(states[1].numel(), size=_PLACES)  # all that follows is elementwise
+    before = _at(places, states[1])
+    bounds = [(_at(places, value), tolerance * float(value.abs().max())) for value in values if value.shape == h.shape]
     kinds = {meant._replace(order=(), options=""): meant for meant in meanings if meant.channels == x.shape[1]}
     for meant in kinds.values():
-        gates = _gates(cell, meant, x, states[0]) or []
+        gates = [_at(places, gate) for gate in _gates(cell, meant, x, h) or []]
+        weights = {gate: _at(places, one.expand_as(h)) for gate, one in meant.alone().hadamard(cell).items()}
+        of_i, of_f, of_o = (weights.get(gate) for gate in "ifo")
         for functions, bias in product(_FUNCTIONS, _FORGET_BIASES) if gates else ():
             activation, output, recurrent = (activations.get(name).forward for name in functions.values())
-            opened, forgot = [recurrent(z) for z in gates], [recurrent(z + bias) for z in gates]
-            activated, kept = [activation(z) for z in gates], [f * before for f in forgot]
-            for order in permutations(range(4)):
-                i, f, g, o = order
-                h = opened[o] * output(kept[f] + opened[i] * activated[g])
-                if any(value.shape == h.shape and np.abs(h - value).max() <= bound for value, bound in bounds):
-                    yield Agreement(meant, order, functions, bias)
+            opened, let = ([recurrent(_seeing(z, one, before)) for z in gates] for one in (None, of_i))
+            activated = [activation(z) for z in gates]
+            kept = [recurrent(_seeing(z + bias, of_f, before)) * before for z in gates]
+            for i, f, g, o in permutations(range(4)):
+                c = kept[f] + let[i] * activated[g]
+                gate = opened[o] if of_o is None else recurrent(_seeing(gates[o], of_o, c))
+                y = gate * output(c)
+                if any(np.abs(y - value).max() <= bound for value, bound in bounds):
+                    yield Agreement(meant, (i, f, g, o), functions, bias)
+
+
+def _at(places: np.ndarray, tensor: Tensor) -> np.ndarray:
+    """Return some of a tensor's values."""
+    array: np.ndarray = tensor.detach().reshape(-1).numpy()[places]
+    return array
+
+
+def _seeing(z: np.ndarray, weight: np.ndarray | None, c: np.ndarray) -> np.ndarray:
+    """Return a gate's pre-activation with its peephole."""
+    return z if weight is None else z + weight * c
 
 
 def alike(cells: list[list[Arrangement]]) -> list[tuple[Arrangement, ...]]:
@@ -147,7 +198,7 @@ def alike(cells: list[list[Arrangement]]) -> list[tuple[Arrangement, ...]]:
             if all(kind(first) in one for one in others)]  # fmt: skip
 
 
-def _gates(cell: torch.nn.Module, meant: Arrangement, x: Tensor, h: Tensor) -> list[np.ndarray] | None:
+def _gates(cell: torch.nn.Module, meant: Arrangement, x: Tensor, h: Tensor) -> list[Tensor] | None:
     """Return the pre-activations of a cell in its own order of gates, None where its convolutions take other sizes."""
     both = torch.cat([h, x] if meant.hidden_first else [x, h], 1)
     norms = [cell.get_submodule(name.rpartition(".")[0]) for _, names in meant.norms[:1] for name in names]
@@ -164,7 +215,7 @@ def _gates(cell: torch.nn.Module, meant: Arrangement, x: Tensor, h: Tensor) -> l
     else:
         together = torch.cat(parts[0], 1) + torch.cat(parts[1], 1)
         together = norms[0](together) if norms else together
-    return [gate.numpy() for gate in together.chunk(4, 1)]
+    return [*together.chunk(4, 1)]
 
 
 def _convolved(conv: Any, x: Tensor) -> Tensor:
@@ -176,10 +227,10 @@ def _convolved(conv: Any, x: Tensor) -> Tensor:
 
 
 def _convolutions(module: torch.nn.Module) -> list[_Convolution]:
-    """Return a module's convolutions in their order, none where anything else in it has parameters."""
+    """Return a module's convolutions in their order, none where it has other layers with parameters."""
     found: list[_Convolution] = []
     for name, part in module.named_modules():
-        parametrized = "parametrizations" in name.split(".")
+        parametrized = "parametrizations" in name.split(".") or not _is_layer(part)
         if isinstance(part, nn.Conv2d):
             if not _keeps_frames(part):
                 return []
@@ -204,7 +255,7 @@ def unknown(module: torch.nn.Module) -> str:
             return (f"its convolution {name} has strides, groups or an even kernel, or pads otherwise: one that keeps "
                     "frames' size would be known")  # fmt: skip
         own = [key for key, parameter in part._parameters.items() if parameter is not None]
-        if own and not isinstance(part, nn.Conv2d | nn.GroupNorm | nn.BatchNorm2d):
+        if own and _is_layer(part) and not isinstance(part, nn.Conv2d | nn.GroupNorm | nn.BatchNorm2d):
             return (f"{f'{name}.{own[0]}'.lstrip('.')} is of no Conv2d, GroupNorm or BatchNorm2d: such a cell is known "
                     "by names alone, as of dialects=[…]")  # fmt: skip
     if any(isinstance(part, nn.Conv2d) for part in module.modules()):
@@ -241,7 +292,8 @@ def _roles(convolutions: list[_Convolution], G: int, C: int, F: int) -> Iterator
             yield joint, of_x, of_h
 
 
-def _meant(cell: str, place: str, convolutions: list[_Convolution], roles: Any, C: int) -> Iterator[Arrangement]:
+def _meant(cell: str, place: str, convolutions: list[_Convolution], roles: Any, C: int,
+           peepholes: list[Any]) -> Iterator[Arrangement]:  # fmt: skip
     """Yield the cells of a kind that differ in the order of gates, in signs, and in what their weights do not tell."""
     joint, of_x, of_h = roles
     x, h = [*joint, *of_x], [*joint, *of_h]
@@ -267,14 +319,15 @@ def _meant(cell: str, place: str, convolutions: list[_Convolution], roles: Any, 
     resets = {"gru": (True, False) if of_x else (False,)}.get(cell, (None,))
     signs = (True, False) if cell == "gru" else (False,)
     sides = (False, True) if joint else (False,)
-    for hidden_first, activation, reset, negated, order in product(
-        sides, _ACTIVATIONS, resets, signs, permutations(range(G))
+    for hidden_first, activation, reset, negated, seen, order in product(
+        sides, _ACTIVATIONS, resets, signs, peepholes, permutations(range(G))
     ):
         own = {} if reset is None else {"reset_after": reset}
+        named = [f"peephole.{gate}" for gate, *_ in seen] + further
         yield Arrangement(
             _OPERATIONS[cell], place, tuple(c.name for c in x), tuple(c.name for c in h), C, order, biases,
-            both=bool(reset), negated=negated, norms=norms, epsilon=epsilon,
-            options=torch_ops.encode(further, normalization, activation=activation, **geometry, **own),
+            both=bool(reset), negated=negated, peepholes=seen, norms=norms, epsilon=epsilon,
+            options=torch_ops.encode(named, normalization, activation=activation, **geometry, **own),
             hidden_first=hidden_first,
         )  # fmt: skip
 

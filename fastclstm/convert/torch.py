@@ -81,7 +81,8 @@ def from_torch(
     Warns
     -----
     UserWarning
-        The source has tensors beside the ConvLSTM, and no `prefix` names it; a module that cannot be called to compare.
+        The source has tensors beside the ConvLSTM, and no `prefix` names it; a module that cannot be called to compare,
+        or whose cells alone agree.
 
     Raises
     ------
@@ -167,6 +168,8 @@ def from_torch(
         if check is not None:
             return make(_checked(check, source, found, make))
         row = _probed(source, found, options, given=dialect is not None or gates is not None)
+        if row is not None and not prefix:
+            _warn_of_more(source, state, found._replace(row=row), options)
         found = found if row is None else found._replace(row=row)
         _expect_order("from_torch", found.row)
         return make(found.row)
@@ -371,10 +374,8 @@ def _probed(source: Any, found: Recognized, options: Options, *, given: bool) ->
     activations = row.activations[:1] if "activation" in told else row.activations
     rows = [replace(one, activations=(activation,)) for activation in activations for one in orders]
 
-    probe = {"data_format": "channels_first", "engine": "reference"}
-
     def make(row: Dialect, number: int, dtype: str) -> Any:
-        return layer_of(parts[number][1]._replace(row=row), told | probe | {"dtype": dtype})
+        return layer_of(parts[number][1]._replace(row=row), told | _PROBE | {"dtype": dtype})
 
     made = agreeing(source, [(place, filters(part)) for place, part in parts], 2, rows, make)
     if made is None and not (given or row.directions) and row.gates and hasattr(source, "get_submodule"):
@@ -385,6 +386,36 @@ def _probed(source: Any, found: Recognized, options: Options, *, given: bool) ->
         raise ValueError(f"from_torch: the module computes what gates={made.gates!r} would, not {row.gates!r}; give "
                          f"that, or leave the dialect out")  # fmt: skip
     return made
+
+
+_PROBE = {"data_format": "channels_first", "engine": "reference"}
+
+
+def _warn_of_more(source: Any, state: Mapping[str, Any], found: Recognized, options: Options) -> None:
+    """Warn of a module whose weights are all in its cells, and that returns something else than they do."""
+    row, place, cells = found
+    own = {f"{place}{row.place(*index)}{name}" for index, cell in cells.items() for name in cell}
+    if (
+        row.directions
+        or not row.cells
+        or "go_backwards" in options
+        or any(name.startswith(place) for name in state if name not in own)
+    ):
+        return
+    told = {name: value for name, value in options.items() if name in COMPUTED}
+
+    def make(row: Dialect, _: int, dtype: str) -> Any:
+        return layer_of(found._replace(row=row), told | _PROBE | {"dtype": dtype})
+
+    try:
+        agreeing(source, [(place, filters(found))], 2, [row], make)
+    except ValueError:
+        module = type(source.get_submodule(place.removesuffix("."))).__name__
+        warnings.warn(
+            f"from_torch: the cells agree, but {module} itself returns something else: what it does before, between or "
+            f"behind them (activations, steps in another order, sums with x) is not in the layer; leaky_relu_slope=… "
+            f"or go_backwards=… says it, or compute it around the layer; its state_dict() is read without a word",
+            UserWarning, stacklevel=3)  # fmt: skip
 
 
 _AGREEMENT = {"float16": 2**-7, "bfloat16": 2**-4}
