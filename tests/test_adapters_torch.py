@@ -1,5 +1,6 @@
 """fastclstm.adapters.torch: the operator, the module ConvLSTM2D, and what PyTorch does with modules."""
 
+import contextlib
 import copy
 import gc
 import io
@@ -168,6 +169,30 @@ def test_without_the_dispatcher_it_is_the_same():
         dispatched = gradients(module, x)
     assert mode.names == {"fastclstm::convlstm2d", "fastclstm::convlstm2d_backward"}
     assert same(passed, dispatched)
+
+
+def test_channels_first_in_memory_where_that_is_wanted():
+    """Without gradients, with them, and through the dispatcher: the same values and gradients."""
+    module, x = ConvLSTM2D(3, 4, 3), randn(2, 3, 5, 6, 3)
+    cell = module.cells[0]
+
+    def call(first):
+        module.zero_grad()
+        results = module._operator(x, cell.weights(), (None, None), module._encoded, first=first)
+        if torch.is_grad_enabled():
+            sum((y.movedim(-3, -1) if n in first else y).square().sum() for n, y in enumerate(results)).backward()
+        return [y.detach() for y in results], [parameter.grad for parameter in module.parameters()]
+
+    wanted, gradients = call(())
+    for first in ((0,), (1, 2)):
+        for mode in (torch.no_grad(), Seen(), contextlib.nullcontext()):
+            with mode:
+                results, pulled = call(first)
+            for n in first:
+                assert results[n].is_contiguous()
+            assert all(torch.equal(y, z.movedim(-1, -3) if n in first else z)
+                       for n, (y, z) in enumerate(zip(results, wanted, strict=True)))  # fmt: skip
+            assert pulled[0] is None or all(map(torch.equal, pulled, gradients))
 
 
 class Seen(torch.utils._python_dispatch.TorchDispatchMode):

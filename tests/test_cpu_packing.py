@@ -56,9 +56,9 @@ def test_round_trip(dtype, gates):
     for F in sizes(dtype):
         rng = np.random.default_rng(F)
         matrix, bias = (rng.standard_normal((*shape, gates, F)).astype(dtype) for shape in ((5,), ()))
-        scales = rng.standard_normal(gates)
+        scales = rng.standard_normal((gates, F))
         columns = packing.pack(matrix, scales, bias)
-        assert_packed(columns, (matrix * scales[:, None]).astype(dtype)[None], bias, False)
+        assert_packed(columns, (matrix * scales).astype(dtype)[None], bias, False)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_transformed_kernels(dtype, gates, size, tile, monkeypatch):
     G_y, G_x = (winograd.transforms(m, k).G for m, k in ((tile.m_y, tile.k_y), (tile.m_x, tile.k_x)))
     for F in sizes(dtype):
         rng = np.random.default_rng(F)
-        bias, scales = rng.standard_normal((gates, F)).astype(dtype), rng.standard_normal(gates)
+        bias, scales = rng.standard_normal((gates, F)).astype(dtype), rng.standard_normal((gates, F))
         plain, other = (
             rng.standard_normal((*size, *shape)).astype(dtype) for shape in ((3, gates * F), (gates * F, 5))
         )
@@ -87,7 +87,7 @@ def test_transformed_kernels(dtype, gates, size, tile, monkeypatch):
                 pieces.append(left[window].copy())
                 left[window] = 0  # each tap counts once
             assert not left.any()
-        both = np.concatenate(pieces, 2).reshape(tile.k_y, tile.k_x, -1, gates, F) * scales[:, None]
+        both = np.concatenate(pieces, 2).reshape(tile.k_y, tile.k_x, -1, gates, F) * scales
         expected = np.einsum("ai,bj,ijcgf->abcgf", G_y, G_x, both).reshape(-1, *both.shape[2:])
         assert expected.shape[1] == transforms.rows(kernels, tile)
         packed = []
@@ -112,7 +112,7 @@ def test_large_kernels_are_packed_as_small_ones(monkeypatch, transposed):
         kernels = tuple(rng.standard_normal((2, 3, C, gates * F)).astype(np.float32) for C in (3, 20))
         if transposed:
             kernels = tuple(np.ascontiguousarray(kernel.swapaxes(2, 3)) for kernel in kernels)
-        bias, scales = rng.standard_normal(gates * F).astype(np.float32), rng.standard_normal(gates)
+        bias, scales = rng.standard_normal(gates * F).astype(np.float32), rng.standard_normal((gates, F))
         packed = []
         for small in (1 << 18, 0):
             monkeypatch.setattr(launch, "SMALL_KERNEL", small)
@@ -122,12 +122,12 @@ def test_large_kernels_are_packed_as_small_ones(monkeypatch, transposed):
 
 
 def test_no_bias_is_zeros():
-    columns = packing.pack(np.ones((2, 4, 3)), np.ones(4), None)
+    columns = packing.pack(np.ones((2, 4, 3)), np.ones((4, 3)), None)
     assert columns.bias.size
     assert not columns.bias.any()
 
 
 def test_panels_are_rounded_once_and_aligned():
-    columns = packing.pack(np.ones((2, 4, 3), np.float32), np.full(4, 1 / 3), None)
+    columns = packing.pack(np.ones((2, 4, 3), np.float32), np.full((4, 3), 1 / 3), None)
     assert columns.weights.dtype == np.float32
     assert columns.weights.max() == np.float32(1 / 3)

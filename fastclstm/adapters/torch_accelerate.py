@@ -13,7 +13,15 @@ from fastclstm.adapters.torch_cells import Arrangement
 from fastclstm.adapters.torch_comparison import AGREED_AT_FIRST, FAILED, Candidate, plan_of
 from fastclstm.adapters.torch_forms import parameters_of
 from fastclstm.adapters.torch_structure import alike, arrangements, decompositions, frame_of, unknown
-from fastclstm.adapters.torch_swapped import Accelerated, Plan, accelerated, is_as_compared, is_hooked, parts_of
+from fastclstm.adapters.torch_swapped import (
+    Accelerated,
+    Plan,
+    accelerated,
+    first_of,
+    is_as_compared,
+    is_hooked,
+    parts_of,
+)
 from fastclstm.convert.torch_dialects import DIALECTS, Dialect
 from fastclstm.convert.torch_grus import GRU_DIALECTS
 from fastclstm.convert.torch_recognition import Recognized, recognize
@@ -96,7 +104,7 @@ def _visit(module: torch.nn.Module, name: str, rows: list[Dialect], report: Repo
         plan = _refusal(module) or plan_of(module, candidate)
         if isinstance(plan, Plan):
             products = sum(cell.products(module) for cell in plan.cells)
-            module.fastclstm_plan = plan._replace(products=products, parts=parts_of(module))
+            module.fastclstm_plan = plan._replace(products=products, first=first_of(plan), parts=parts_of(module))
             module.__class__ = accelerated(kind)
             report.swapped[name] = _told(plan)
             report.left.pop(name, None)

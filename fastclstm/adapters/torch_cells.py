@@ -111,7 +111,7 @@ class Arrangement(NamedTuple):
         return list(dict.fromkeys(names + [name for _, theirs in self.norms for name in theirs]))
 
     def _tensor(self, module: Any, name: str) -> Tensor:
-        for part in f"{self.place}.{name}".lstrip(".").split("."):
+        for part in (f"{self.place}.{name}" if self.place else name).split("."):
             module = getattr(module, part)  # a replica's are no Parameters
         return module
 
@@ -143,7 +143,8 @@ class Arrangement(NamedTuple):
 
     def weights(self, module: Any) -> torch_ops.Weights:
         """Return the weights of the module's cell as the operator takes them."""
-        tensors = [self._tensor(module, name) for name in self._names()]
+        names = self._names() if torch.compiler.is_compiling() else _remembered_names(self)
+        tensors = [self._tensor(module, name) for name in names]
         return torch_ops.Weights(module, self, tensors, lambda dtype: self._arranged(module, dtype))
 
     def _arranged(self, module: Any, dtype: Any) -> dict[str, Tensor]:
@@ -281,6 +282,7 @@ def _places(
 
 
 _remembered_places = lru_cache(256)(_places)
+_remembered_names = lru_cache(256)(Arrangement._names)
 
 
 def _runs(order: tuple[int, ...], first: int, stop: int, first_apart: bool) -> Iterator[tuple[int, int, int]]:

@@ -411,6 +411,8 @@ class ConvRNN2D(_Recurrent):
 
 def dtypes(op: str, x: Tensor, weight: Tensor) -> tuple[Any, Any]:
     """Return the dtype of a result, the wider of x's and the weights', and the one to compute in."""
+    if x.dtype is weight.dtype and x.dtype in (torch.float32, torch.float64):
+        return x.dtype, x.dtype
     result = torch.promote_types(x.dtype, weight.dtype)
     choice(op, "the dtype of x and the weights", result,
            (torch.float32, torch.float64, torch.bfloat16, torch.float16))  # fmt: skip

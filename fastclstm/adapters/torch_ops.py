@@ -32,8 +32,8 @@ except ImportError as error:
 
 is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # PyTorch before 2.7 has none
 
-_saved: dict[int, Callable[..., Any]] = {}
-"""The way back of each forward call whose byte is alive, by the byte's address."""
+_saved: dict[int, tuple[Callable[..., Any], weakref.ref[np.ndarray]]] = {}
+"""The way back of each forward call whose byte is alive, by the byte's address, and who tells when it is not."""
 
 
 class Weights(NamedTuple):
@@ -78,9 +78,9 @@ class _Copy(NamedTuple):
 
 
 def _bits(tensor: Tensor) -> np.ndarray:
-    plain = tensor.detach().contiguous()
-    array: np.ndarray = (plain if plain.itemsize >= 4 else plain.view(torch.uint8)).cpu().numpy()
-    return array
+    plain = tensor if tensor.itemsize >= 4 else tensor.detach().contiguous().view(torch.uint8)
+    array: np.ndarray = plain.numpy(force=True)
+    return array if array.flags.c_contiguous else np.ascontiguousarray(array)
 
 
 _arranged: weakref.WeakKeyDictionary[torch.nn.Module, dict[Any, tuple[list[_Copy], dict[str, np.ndarray]]]]
@@ -169,8 +169,12 @@ class Operator:
 
     def __call__(self, x: Tensor, weights: Weights, states: Sequence[Tensor | None], options: str, *,
                  mask: Tensor | None = None, dropout: tuple[Tensor | None, Tensor | None] = (None, None),
-                 go_backwards: bool = False, return_sequences: bool = True) -> tuple[Tensor, ...]:  # fmt: skip
-        """Run one cell over x (B, T, H, W, C) in x's dtype: the output and the last states, as autograd follows."""
+                 go_backwards: bool = False, return_sequences: bool = True,
+                 first: Sequence[int] = ()) -> tuple[Tensor, ...]:  # fmt: skip
+        """Run one cell over x (B, T, H, W, C) in x's dtype: the output and the last states, as autograd follows.
+
+        first: which of them are returned with their channels first, in C order; the others are channels-last.
+        """
         save = torch.is_grad_enabled() and any(
             tensor is not None and tensor.requires_grad for tensor in (x, *states, *weights.tensors)
         )
@@ -180,16 +184,16 @@ class Operator:
             arrays: dict[str, Any] = dict(weights.arrays(x.dtype))
             own = [arrays.pop(name, None) for name in ("kernel", "recurrent_kernel", "bias")]
             call = Arguments._make((x, *own, *more, [*arrays.values()], options, go_backwards, return_sequences))
-            return tuple(map(_tensor, self._computed(call)))
+            return _tensors(self._computed(call), first)
         tensors = weights.make(x.dtype)
         kernels = [tensors.pop(name, None) for name in ("kernel", "recurrent_kernel", "bias")]
         call = Arguments._make((x, *kernels, *more, [*tensors.values()], options, go_backwards, return_sequences))
         if passing:
-            made: tuple[Tensor, ...] = _Eager.apply(self, call[9:], *self._flat(call)[: 7 + len(self.states)],
+            made: tuple[Tensor, ...] = _Eager.apply(self, first, call[9:], *self._flat(call)[: 7 + len(self.states)],
                                                     *call.further)  # fmt: skip
             return made
         *outputs, _ = self.forward(*self._flat(call), save and not is_exporting())
-        return tuple(outputs)
+        return tuple([y.movedim(-1, -3).contiguous() if n in first else y for n, y in enumerate(outputs)])
 
     # Arguments
 
@@ -239,9 +243,8 @@ class Operator:
     def _backward(self, saved: Tensor, *flat: Any) -> list[Tensor]:
         count = 1 + len(self.states)
         cotangents, call, input_gradient = flat[:count], self._call(flat[count:]), flat[-1]
-        pullback = _saved.get(saved.data_ptr())
-        if pullback is None:
-            _, pullback = self._vjp(call)
+        kept = _saved.get(saved.data_ptr())
+        pullback = self._vjp(call)[1] if kept is None else kept[0]
         gradients = pullback(tuple(map(_array, cotangents)), input_gradient=input_gradient)
         pulled = [gradients["x"]] if input_gradient else []
         pulled += [gradients["kernel"], gradients["recurrent_kernel"]]
@@ -294,13 +297,15 @@ class _Eager(torch.autograd.Function):
     """What an operator does, for autograd alone."""
 
     @staticmethod
-    def forward(ctx: Any, operator: Operator, plain: tuple[Any, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, operator: Operator, first: Sequence[int], plain: tuple[Any, ...], *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
         count = 7 + len(operator.states)
-        *outputs, byte = operator._forward(*tensors[:count], tensors[count:], *plain, True)
+        outputs, pullback = operator._vjp(operator._call((*tensors[:count], tensors[count:], *plain)))
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(byte, *tensors)
-        ctx.operator, ctx.plain = operator, plain
-        return tuple(outputs)
+        ctx.save_for_backward(_keep(pullback), *tensors)
+        ctx.operator, ctx.first, ctx.plain = operator, first, plain
+        return _tensors(outputs, first)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
@@ -308,8 +313,9 @@ class _Eager(torch.autograd.Function):
         pull = (
             operator.backward if torch.is_grad_enabled() else operator._backward
         )  # which refuses to be differentiated
-        named, further = operator._gradients(pull, ctx, cotangents, ctx.needs_input_grad[2])
-        return None, None, *named, None, None, None, *further
+        turned = [dy.movedim(-3, -1) if n in ctx.first and dy is not None else dy for n, dy in enumerate(cotangents)]
+        named, further = operator._gradients(pull, ctx, turned, ctx.needs_input_grad[3])
+        return None, None, None, *named, None, None, None, *further
 
 
 def passed_by(x: Tensor) -> bool:
@@ -336,8 +342,7 @@ def _keep(pullback: Callable[..., Any]) -> Tensor:
     memory = np.zeros(1, np.uint8)
     byte = torch.from_numpy(memory)
     address = byte.data_ptr()
-    _saved[address] = pullback
-    weakref.finalize(memory, _saved.pop, address, None).atexit = False
+    _saved[address] = pullback, weakref.ref(memory, lambda _: _saved.pop(address, None))
     return byte
 
 
@@ -345,8 +350,7 @@ def _array(tensor: Tensor | np.ndarray | None) -> Any:
     """Return a tensor as NumPy's array of the same memory; one on a GPU as a tensor without a graph, in C order."""
     if tensor is None or isinstance(tensor, np.ndarray):
         return tensor
-    plain = tensor.detach()
-    return plain.numpy() if plain.device.type == "cpu" else plain.contiguous()
+    return tensor.numpy(force=True) if tensor.is_cpu else tensor.detach().contiguous()
 
 
 def contiguous(tensor: Tensor) -> Tensor:
@@ -369,6 +373,17 @@ class _Copied(torch.autograd.Function):
     @staticmethod
     def backward(_: Any, dy: Tensor) -> Tensor:
         return dy
+
+
+def _tensors(arrays: Sequence[Any], first: Sequence[int] = ()) -> tuple[Tensor, ...]:
+    """Return what an engine has computed as tensors, some with their channels first, in C order."""
+    return tuple([_tensor(_channels_first(array) if n in first else array) for n, array in enumerate(arrays)])
+
+
+def _channels_first(array: Any) -> Any:
+    if isinstance(array, np.ndarray):
+        return dispatch.contiguous(array.swapaxes(-1, -2).swapaxes(-2, -3))
+    return array.movedim(-1, -3).contiguous()
 
 
 def _tensor(array: Any) -> Tensor:

@@ -51,6 +51,8 @@ class Plan(NamedTuple):
     """The same of a module in training mode."""
     products: int = 0
     """That a call has for each pixel of each frame."""
+    first: tuple[tuple[int, ...], ...] = ()
+    """Of each cell which of its output and its states are wanted with their channels first, and in no other way."""
     parts: tuple[Any, ...] = ()
     """What was in the module when it was compared, as of `parts_of`; where that has changed it computes itself."""
     settings: tuple[tuple[tuple[tuple[str, ...], str], Any], ...] = ()
@@ -75,7 +77,8 @@ def parts_of(module: torch.nn.Module) -> tuple[Any, ...]:
     found: list[Any] = []
     for name, child in module._modules.items():
         if child is not None:
-            found += [name, type(child), getattr(child, "bias", None) is None, is_hooked(child)]
+            found += [name, type(child), child._parameters.get("bias") is None and child.__dict__.get("bias") is None,
+                      is_hooked(child)]  # fmt: skip
             found += map(child.__dict__.get, _GEOMETRY)
             if child._modules:
                 found += [parts_of(child)]
@@ -115,10 +118,19 @@ class Results(NamedTuple):
     outputs: list[tuple[Tensor, ...]]
     dtype: Any
     """Of what is returned."""
+    first: tuple[tuple[int, ...], ...] = ()
+    """Of each cell which of them have their channels first already: see `Plan.first`."""
+
+
+def _own(results: Results, cell: int, which: int) -> Tensor:
+    """Return what a module does of a cell: its output or one of its states."""
+    tensor = results.outputs[cell][which]
+    turned = bool(results.first) and which in results.first[cell]
+    return tensor.to(results.dtype) if turned else _first(tensor, results)
 
 
 def _sequence(results: Results, cell: int) -> Tensor:
-    return _first(results.outputs[cell][0], results)
+    return _own(results, cell, 0)
 
 
 def _time_first(results: Results, cell: int) -> Tensor:
@@ -150,8 +162,8 @@ def _first(tensor: Tensor, results: Results) -> Tensor:
 
 
 VIEWS: dict[str, Callable[[Results, int], Any]] = {
-    "h": lambda results, cell: _first(results.outputs[cell][1], results),
-    "c": lambda results, cell: _first(results.outputs[cell][2], results),
+    "h": lambda results, cell: _own(results, cell, 1),
+    "c": lambda results, cell: _own(results, cell, 2),
     "sequence": _sequence,
     "sequence, time first": _time_first,
     "sequence, time third": _time_third,
@@ -170,6 +182,8 @@ VIEWS: dict[str, Callable[[Results, int], Any]] = {
     "tuple of steps": lambda results, cell: _time_first(results, cell).unbind(0),
 }
 """What a module may return, of a cell or of both directions."""
+_FIRST = {"sequence": 0, "frames": 0, "last step": 0, "h": 1, "c": 2}
+"""The views that are one of an operator's results with its channels first."""
 
 
 def returned(recipe: Any, results: Results) -> Any:
@@ -186,19 +200,38 @@ def returned(recipe: Any, results: Results) -> Any:
     return VIEWS[kind](results, of)
 
 
+def first_of(plan: Plan) -> tuple[tuple[int, ...], ...]:
+    """Return the `first` of a plan with a recipe."""
+    found: list[set[int]] = [set() for _ in plan.cells]
+    rest = [plan.recipe]
+    while rest:
+        kind, of = rest.pop()
+        if kind in ("list", "tuple"):
+            rest += of
+        elif kind == "dict":
+            rest += [item for _, item in of]
+        elif kind not in _FIRST and kind != "none":
+            return ()
+        elif kind != "none" and (_FIRST[kind] or plan.bidirectional or of == len(plan.cells) - 1):
+            found[of].add(_FIRST[kind])
+    return tuple(map(tuple, found))
+
+
 def computed(module: torch.nn.Module, plan: Plan, x: Tensor, states: Sequence[Tensor]) -> Results:
     """Run a module's cells over its x, of a cell alone (B, C, H, W); no states are zeros."""
-    result, inside = dtypes("accelerate", x, plan.cells[0].example(module))
-    x = x[:, None] if plan.steps else x.permute(*plan.layout)
-    sequence, outputs = x.to(inside).movedim(2, -1), []
+    weights = [cell.weights(module) for cell in plan.cells]
+    result, inside = dtypes("accelerate", x, weights[0].tensors[0])
+    b, t, c, h, w = plan.layout
+    sequence = x.permute(0, 2, 3, 1)[:, None] if plan.steps else x.permute(b, t, h, w, c)
+    sequence, outputs = sequence.to(inside), []
     given = iter([state.to(inside).movedim(1, -1) for state in states])
     for index, cell in enumerate(plan.cells):
         before = [next(given, None) for _ in cell.operator.states]
-        outputs.append(cell.operator(sequence, cell.weights(module), before, cell.options,
-                                     go_backwards=plan.bidirectional and index == 1,
-                                     return_sequences=not plan.steps))  # fmt: skip
+        outputs.append(cell.operator(sequence, weights[index], before, cell.options,
+                                     go_backwards=plan.bidirectional and index == 1, return_sequences=not plan.steps,
+                                     first=plan.first[index] if plan.first else ()))  # fmt: skip
         sequence = sequence if plan.bidirectional else outputs[-1][0]
-    return Results(outputs, result)
+    return Results(outputs, result, plan.first)
 
 
 def _is_small(plan: Plan, x: Tensor) -> bool:

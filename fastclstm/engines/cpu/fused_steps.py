@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastclstm.engines import remembered
-from fastclstm.engines.cpu import launch, packing, plans
+from fastclstm.engines.cpu import launch, outliers, packing, plans
 from fastclstm.engines.cpu.kernels import gates
 from fastclstm.engines.cpu.kernels.schedule import NOTHING, Slots
 from fastclstm.spec import ConvLSTMSpec
@@ -45,7 +45,10 @@ class Steps:
             if gates.is_standard(spec):
                 with np.errstate(over="ignore"):
                     packed = self._pack(kernels, bias, gates.SCALES)
-                if all(np.isfinite(columns.weights).all() for columns in packed if columns is not None):
+                # Of most weights that they are finite follows from their sizes, which are fewer than the packed ones.
+                if all(map(outliers.all_ordinary, kernels)) or all(
+                    np.isfinite(columns.weights).all() for columns in packed if columns is not None
+                ):
                     return _Packed(True, *packed)
             # Weights above 1.2e38 (float64: 6e307) cannot carry the scales.
             return _Packed(False, *self._pack(kernels, bias, np.ones(4)))
@@ -117,8 +120,6 @@ class Steps:
         if not ways.before:
             return pack(kernels, bias, scales, ways.h, strides=strides), None
         recurrent, kernel = kernels
-        line = np.repeat(scales, kernel.shape[3] // 4)  # what is stored has no gates
-        kernel = (kernel * line).astype(kernel.dtype)
-        bias = None if bias is None else (bias * line).astype(bias.dtype)
+        line = np.repeat(scales, kernel.shape[3] // 4)[np.newaxis]  # what is stored has no gates
         return (pack((recurrent,), None, scales, ways.h, strides=strides[:1]),
-                pack((kernel,), bias, np.ones(1), ways.x, strides=strides[1:]))  # fmt: skip
+                pack((kernel,), bias, line, ways.x, strides=strides[1:]))  # fmt: skip

@@ -70,7 +70,7 @@ def pack(
     kernels: tuple[np.ndarray, ...], bias: np.ndarray | None, scales: np.ndarray, m: Tile | None, *,
     strides: tuple[Pair, ...] = (), transposed: bool = False, remember: bool = True,
 ) -> packing.Columns:  # fmt: skip
-    """Pack the kernels of a sum of convolutions: the gates of the last axis times `scales`, rounded once.
+    """Pack the kernels of a sum of convolutions times `scales`, those of gates or (gates, F), rounded once.
 
     strides: of each convolution; for tiles its kernel is cut into lattices. transposed: the kernels are those that pull
     gradients back, (KH, KW, F, C): flipped and transposed. remember: the same kernels will come again, so that packing
@@ -80,19 +80,22 @@ def pack(
 
     def make() -> packing.Columns:
         taps = [k[::-1, ::-1].swapaxes(2, 3) if transposed else k for k in kernels]
-        line = None if bias is None else bias.reshape(gates, -1) * scales[:, None]
         F = taps[0].shape[3] // gates
+        factors = np.empty((gates, F))
+        factors[...] = scales.reshape(gates, -1)
+        line = None if bias is None else bias.reshape(gates, F) * factors
         if not m and sum(k.size for k in taps) < SMALL_KERNEL:
-            return packing.pack(np.concatenate([k.reshape(-1, gates, F) for k in taps]), scales, line)
+            return packing.pack(np.concatenate([k.reshape(-1, gates, F) for k in taps]), factors, line)
         if m and strides:
             pairs = zip(taps, strides, strict=True)
             taps = [k[lattice] for k, pair in pairs for lattice in tiles.lattices(k.shape[0], k.shape[1], pair)]
         tile = m or transforms.AS_IT_IS
         columns = packing.lay_out(tile.points, transforms.rows(taps, tile), gates, F, line, dtype, paired=bool(m))
-        transforms.transform(taps, scales, m, columns)
+        transforms.transform(taps, factors, m, columns)
         return columns
 
-    return remembered.remember((*kernels, bias), (m, strides, transposed, *scales), make) if remember else make()
+    key = m, strides, transposed, *scales.ravel()
+    return remembered.remember((*kernels, bias), key, make) if remember else make()
 
 
 def run(

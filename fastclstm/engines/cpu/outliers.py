@@ -49,7 +49,7 @@ def find(array: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
     Whether one does depends on no other: so a batch may be split.
     """
     B, T = (len(array), 1) if mask is None else mask.shape
-    if not array.size or _all_ordinary(array):
+    if all_ordinary(array):
         return np.zeros(B, np.bool_)
     counted = np.ones((B, T), np.bool_) if mask is None else mask
     frames = array.reshape(B, T, -1)
@@ -70,8 +70,10 @@ def runs(spoilt: np.ndarray) -> list[tuple[slice, bool]]:
     return [(slice(a, b), bool(spoilt[a])) for a, b in itertools.pairwise(edges)]
 
 
-def _all_ordinary(array: np.ndarray) -> bool:
+def all_ordinary(array: np.ndarray) -> bool:
     """Whether no magnitude is above the bound: of most calls all that is looked at."""
+    if not array.size:
+        return True
     if array.size <= SMALL:
         return bool(-BOUND <= array.min() <= array.max() <= BOUND)
     return bool(_run(array.reshape(1, -1), np.zeros(1, array.dtype)).max() <= BOUND)

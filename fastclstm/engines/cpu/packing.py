@@ -63,12 +63,13 @@ def lay_out(
 
 
 def pack(matrix: np.ndarray, scales: np.ndarray, bias: np.ndarray | None) -> Columns:
-    """Pack a matrix (K, gates, F), each gate times its scale, rounded once, and a bias (gates, F): see `lay_out`."""
+    """Pack a matrix (K, gates, F) times scales (gates, F), rounded once, and a bias (gates, F): see `lay_out`."""
     K, gates, F = matrix.shape
     columns = lay_out(1, K, gates, F, bias, matrix.dtype)
     for at, vectors, width, first, count, _ in columns.groups:
         line = vectors * simd.lanes(matrix.itemsize)
         panel = columns.weights[at : at + K * line].reshape(K, line)
+        f = slice(first, first + count)
         for gate in range(gates):
-            panel[:, gate * width : gate * width + count] = matrix[:, gate, first : first + count] * scales[gate]
+            panel[:, gate * width : gate * width + count] = matrix[:, gate, f] * scales[gate, f]
     return columns

@@ -25,11 +25,13 @@ def rows(kernels: list[np.ndarray], tile: Tile) -> int:
 def transform(kernels: list[np.ndarray], scales: np.ndarray, tile: Tile | None, columns: Columns) -> None:
     """Write G w Gᵀ of the taps w of kernels (KH, KW, C, gates·F), piece by piece, to `columns`, whose rows these are.
 
-    None: w as it is, tap by tap. The columns of a gate are multiplied by its scale; everything is computed in float64
-    and rounded once.
+    None: w as it is, tap by tap. Each column is multiplied by its own of the scales (gates, F); everything is computed
+    in float64 and rounded once.
     """
     way, panel = (tile, 2) if tile else (AS_IT_IS, 4)
-    _run(kernel_transform.transform, kernels, way, len(scales), panel, columns.weights, scales, columns.groups,
+    factors = np.ones(scales.size + kernel_transform.COLUMNS)
+    factors[: scales.size] = scales.ravel()
+    _run(kernel_transform.transform, kernels, way, len(scales), panel, columns.weights, factors, columns.groups,
          columns.weights)  # fmt: skip
 
 

@@ -33,7 +33,7 @@ WORK = np.dtype([
 def _emit_columns(builder, down, across, origin, steps, factor, target, apart):
     """Target[i, j] = factor · (down · origin · acrossᵀ)[i, j] of a rectangle of `COLUMNS` columns.
 
-    steps and apart: scalars between the rows and the columns of the rectangle read and written.
+    steps and apart: scalars between the rows and the columns of the rectangle read and written; factor: of each column.
     """
     narrow, wide = ir.VectorType(origin.type.pointee, COLUMNS), ir.VectorType(ir.DoubleType(), COLUMNS)
 
@@ -54,17 +54,18 @@ def _emit_columns(builder, down, across, origin, steps, factor, target, apart):
 
 
 @intrinsic(prefer_literal=True)
-def _transform_taps(typingctx, m_y, m_x, k_y, k_x, taps, row, column, scale, target, point):
-    """target[p] = scale · (G w Gᵀ)[p] of the taps w; row and column: scalars between taps, point: between results."""
+def _transform_taps(typingctx, m_y, m_x, k_y, k_x, taps, row, column, scales, target, point):
+    """target[p] = scales · (G w Gᵀ)[p] of the taps w; row and column: scalars between taps, point: between results."""
     down, across = matrices("G", m_y, m_x, k_y, k_x)
 
     def codegen(context, builder, sig, args):
-        taps, row, column, scale, target, point = args[4:]
+        taps, row, column, scales, target, point = args[4:]
         apart = builder.mul(point, simd.INT64(len(across))), point
-        _emit_columns(builder, down, across, taps, (row, column), simd.splat(builder, scale, COLUMNS), target, apart)
+        factor = simd.emit_load(builder, scales, ir.VectorType(ir.DoubleType(), COLUMNS))
+        _emit_columns(builder, down, across, taps, (row, column), factor, target, apart)
         return context.get_dummy_value()
 
-    return types.void(m_y, m_x, k_y, k_x, taps, types.intp, types.intp, types.float64, target, types.intp), codegen
+    return types.void(m_y, m_x, k_y, k_x, taps, types.intp, types.intp, scales, target, types.intp), codegen
 
 
 @intrinsic(prefer_literal=True)
@@ -133,8 +134,10 @@ def _transform_block(m_y, m_x, k_y, k_x, work, like, scales, group, row0, rows, 
     for gate in range(work.gates):
         for f0 in range(0, filters, lanes):
             count = min(lanes, filters - f0)
-            first = row0 * work.row_stride + (gate * work.filters + first_filter + f0) * work.column_stride
-            origin = simd.shift(simd.at(like, work.kernel), first)
+            first = gate * work.filters + first_filter + f0
+            factors = simd.shift(simd.pointer(scales), first)
+            origin = simd.at(like, work.kernel)
+            origin = simd.shift(origin, row0 * work.row_stride + first * work.column_stride)
             direct = in_place and count == lanes
             if not direct:
                 _gather_taps(k_y, k_x, work, origin, rows, count, taps)
@@ -151,7 +154,7 @@ def _transform_block(m_y, m_x, k_y, k_x, work, like, scales, group, row0, rows, 
                     if whole:
                         target = simd.shift(panels, _place_in_panels(work, vectors, row, column, lanes))
                         apart = point
-                    _transform_taps(m_y, m_x, k_y, k_x, source, y, x, scales[gate], target, apart)
+                    _transform_taps(m_y, m_x, k_y, k_x, source, y, x, simd.shift(factors, f), target, apart)
                     for i in range(0 if whole else some):
                         place = simd.shift(panels, _place_in_panels(work, vectors, row, column + i, lanes))
                         for p in range(points):
@@ -160,7 +163,10 @@ def _transform_block(m_y, m_x, k_y, k_x, work, like, scales, group, row0, rows, 
 
 @kernel
 def transform(m_y, m_x, k_y, k_x, job, worker, works, scales, groups, weights):
-    """Transform the pieces of kernels: some rows, as many as a vector has lanes, and a group of columns at a time."""
+    """Transform the pieces of kernels: some rows, as many as a vector has lanes, and a group of columns at a time.
+
+    scales: a factor of each column (gates·F), and further `COLUMNS` that are read with the last ones.
+    """
     like = simd.pointer(weights)
     lanes, tap_count, points = simd.vector_lanes(like), k_y * k_x, (m_y + k_y - 1) * (m_x + k_x - 1)
     room = np.zeros((lanes * tap_count + points) * lanes, weights.dtype)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from fastclstm.engines.cpu.kernels import lanes, simd
@@ -14,6 +16,9 @@ PANEL = 256
 
 CHUNK = 1 << 14
 """Words that are compared before a worker looks whether another has found a difference."""
+
+WORDS = 64
+"""Words that are compared at once: of four vectors, or more."""
 
 
 def _emit_square(builder, vector, args, counts=None):
@@ -103,14 +108,42 @@ def transpose(job, worker, call, outer, rows, columns, like):
         n = next_item(job, n, size)
 
 
+@intrinsic
+def _unlike(typingctx, a, b, count):
+    """The bits, all together, in which words (count) of a are not those of b; count: a number of `WORDS`."""
+
+    def codegen(context, builder, sig, args):
+        vector = ir.VectorType(simd.INT32, simd.lanes(4))
+
+        def body(builder, index, carried):
+            def read(base, n):
+                return simd.emit_load(builder, builder.gep(base, [index]), vector, n)
+
+            return [builder.or_(seen, builder.xor(read(args[0], n), read(args[1], n)))
+                    for n, seen in enumerate(carried)]  # fmt: skip
+
+        zeros = [ir.Constant(vector, [0] * vector.count)] * (WORDS // vector.count)
+        first, *others = simd.emit_loop(builder, simd.INT64(0), args[2], WORDS, zeros, body)
+        for other in others:
+            first = builder.or_(first, other)
+        function_type = ir.FunctionType(simd.INT32, [vector])
+        name = f"llvm.vector.reduce.or.v{vector.count}i32"
+        return builder.call(cgutils.get_or_insert_function(builder.module, function_type, name), [first])
+
+    return types.int32(a, b, types.intp), codegen
+
+
 @kernel
 def compare(job, worker, a, b, different):
     """Set different (1,) where the words (n,) of a are not those of b; which may be, once that is known, unread."""
+    a_start, b_start = simd.pointer(a), simd.pointer(b)
     chunks = (len(a) + CHUNK - 1) // CHUNK
     n = claim(job)
     while n < chunks and different[0] == 0:
-        unlike = 0
-        for k in range(n * CHUNK, min(len(a), n * CHUNK + CHUNK)):
+        first, last = n * CHUNK, min(len(a), n * CHUNK + CHUNK)
+        rest = last - (last - first) % WORDS
+        unlike = _unlike(simd.shift(a_start, first), simd.shift(b_start, first), rest - first)
+        for k in range(rest, last):
             unlike |= a[k] ^ b[k]
         if unlike != 0:
             different[0] = 1
