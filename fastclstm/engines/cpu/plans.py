@@ -71,7 +71,7 @@ DIRECT = Ways(None, None)
 AHEAD = 8
 """Steps of x that are convolved at once, for the estimate: the length of the sequence must not change the choice."""
 
-TRANSFER = 80
+TRANSFER = 70
 """Writing a vector of what x gives beforehand and reading it again takes as long as so many multiply-adds."""
 
 PACKING = 100
@@ -88,7 +88,7 @@ CALLS = 80_000
 The two were fitted to 42 cells of 8 steps, timed both ways on one and two threads of a Zen 4: frames of 8² to 64², 1 to
 4 images, 1 to 512 channels, 16 to 256 filters, kernels 1 to 7, of one size and not, strides 1 and 2. The choice loses
 0.8 % (two threads: 0.4 %) against the better way in the geometric mean, at most 13 %, alike for 60 to 100 of `TRANSFER`
-and half to twice of this; 24, which an Emerald Rapids gave where only kernels of one size and stride 1 could go
+and half to twice of this (with cheaper transforms than they were then, 70 and 80 choose alike, 60 and 50 lose more); 24, which an Emerald Rapids gave where only kernels of one size and stride 1 could go
 together, lost 3.5 %. Together takes 0.67 (16→16, 64²) to 0.97 of apart where the geometries agree, but up to 1.27 at 8²
 with one image and much to convolve; 0.74 to 1.1 with strides or kernels of two sizes, more where one has one tap.
 """
@@ -173,15 +173,20 @@ Timed with 8 steps of frames of 4² and 8² on Zen 4, one thread: F(4, 3) takes 
 """
 
 FAR_BYTES, FAR_ROWS = 32 << 20, 20
-"""Weights that no cache holds come from memory in each step: reading one takes as long as so many multiply-adds."""
+"""Weights that no cache holds come from memory in each step: reading one takes as long as so many multiply-adds.
+
+Between near and far it is as if a growing part came from there.
+"""
 
 DIRECT_VECTORS = 0, 2, 3, 3.8
 """Vectors of four at a time that take as long as a group of fewer, of which the loads are the work."""
 
-TRANSFORM_INPUTS, TRANSFORM_OUTPUTS = (10, 12), 5
-"""Transforming a vector of channels, or of columns, of a tile: of each point, of which there are six by six.
+TRANSFORM_INPUTS, TRANSFORM_OUTPUTS = 11, 5
+"""Transforming a vector of channels, or of columns, of a tile: of each point, if these are six by six.
 
-The inputs of a block take longer where they do not fit `POINTS_BYTES`.
+With the numbers for planes below fitted to 256 cells of 4² to 128², 1 to 16 images, 1 to 512 channels, mostly 1 to 16
+filters, kernels of 2 to 7, timed each way on one thread of a Zen 4. Of 106 others, drawn afterwards, the choice loses
+2 % against the best way in the geometric mean (4 % before); the worst 13 % where that was timed again, alone (49 %).
 """
 
 INPUTS = 12, 40
@@ -219,11 +224,9 @@ def winograd_cost(specs: tuple[ConvSpec, ...], tile: Tile, images: int, itemsize
     vectors = -(-specs[0].F // lanes)
     channels, runs = channels_of(specs, tile), channels_of(specs, tile, lanes)
     far = (weight_bytes(specs, tile, itemsize) - NEAR_BYTES) / (FAR_BYTES - NEAR_BYTES)
-    streaming = NEAR_ROWS + min(max(0.0, far), 1.0) * (FAR_ROWS - NEAR_ROWS)
+    streaming = NEAR_ROWS if far <= 0 else STREAMING_ROWS + min(far, 1.0) * (FAR_ROWS - STREAMING_ROWS)
     rows = max(-(-count // winograd.CHUNKS[-1]) * winograd.CHUNKS[-1], streaming)
-    of_block = min(count, winograd.BLOCK_TILES[0][1]) * tile.points * channels * itemsize
-    inputs = TRANSFORM_INPUTS[of_block > POINTS_BYTES] * runs
-    transforms = _transform_cost(tile) * count * tile.points * (inputs + TRANSFORM_OUTPUTS * vectors)
+    transforms = _transform_cost(tile) * count * tile.points * (TRANSFORM_INPUTS * runs + TRANSFORM_OUTPUTS * vectors)
     return rows * tile.points * channels * vectors / 0.8 + transforms
 
 
