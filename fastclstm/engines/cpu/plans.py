@@ -88,9 +88,10 @@ CALLS = 80_000
 The two were fitted to 42 cells of 8 steps, timed both ways on one and two threads of a Zen 4: frames of 8² to 64², 1 to
 4 images, 1 to 512 channels, 16 to 256 filters, kernels 1 to 7, of one size and not, strides 1 and 2. The choice loses
 0.8 % (two threads: 0.4 %) against the better way in the geometric mean, at most 13 %, alike for 60 to 100 of `TRANSFER`
-and half to twice of this (with cheaper transforms than they were then, 70 and 80 choose alike, 60 and 50 lose more); 24, which an Emerald Rapids gave where only kernels of one size and stride 1 could go
-together, lost 3.5 %. Together takes 0.67 (16→16, 64²) to 0.97 of apart where the geometries agree, but up to 1.27 at 8²
-with one image and much to convolve; 0.74 to 1.1 with strides or kernels of two sizes, more where one has one tap.
+and half to twice of this; 24, which an Emerald Rapids gave where only kernels of one size and stride 1 could go
+together, lost 3.5 %. Since transforms are taken for cheaper, 70 and 80 choose alike, 60 a little worse. Together takes
+0.67 (16→16, 64²) to 0.97 of apart where the geometries agree, but up to 1.27 at 8² with one image and much to convolve;
+0.74 to 1.1 with strides or kernels of two sizes, more where one has one tap.
 """
 
 
@@ -186,7 +187,7 @@ TRANSFORM_INPUTS, TRANSFORM_OUTPUTS = 11, 5
 
 With the numbers for planes below fitted to 256 cells of 4² to 128², 1 to 16 images, 1 to 512 channels, mostly 1 to 16
 filters, kernels of 2 to 7, timed each way on one thread of a Zen 4. Of 106 others, drawn afterwards, the choice loses
-2 % against the best way in the geometric mean (4 % before); the worst 13 % where that was timed again, alone (49 %).
+2.4 % against the best way in the geometric mean, and at most 21 % where that was timed again.
 """
 
 INPUTS = 12, 40
