@@ -71,7 +71,7 @@ DIRECT = Ways(None, None)
 AHEAD = 8
 """Steps of x that are convolved at once, for the estimate: the length of the sequence must not change the choice."""
 
-TRANSFER = 70
+TRANSFER = 80
 """Writing a vector of what x gives beforehand and reading it again takes as long as so many multiply-adds."""
 
 PACKING = 100
@@ -89,9 +89,8 @@ The two were fitted to 42 cells of 8 steps, timed both ways on one and two threa
 4 images, 1 to 512 channels, 16 to 256 filters, kernels 1 to 7, of one size and not, strides 1 and 2. The choice loses
 0.8 % (two threads: 0.4 %) against the better way in the geometric mean, at most 13 %, alike for 60 to 100 of `TRANSFER`
 and half to twice of this; 24, which an Emerald Rapids gave where only kernels of one size and stride 1 could go
-together, lost 3.5 %. Since transforms are taken for cheaper, 70 and 80 choose alike, 60 a little worse. Together takes
-0.67 (16→16, 64²) to 0.97 of apart where the geometries agree, but up to 1.27 at 8² with one image and much to convolve;
-0.74 to 1.1 with strides or kernels of two sizes, more where one has one tap.
+together, lost 3.5 %. Together takes 0.67 (16→16, 64²) to 0.97 of apart where the geometries agree, but up to 1.27 at 8²
+with one image and much to convolve; 0.74 to 1.1 with strides or kernels of two sizes, more where one has one tap.
 """
 
 

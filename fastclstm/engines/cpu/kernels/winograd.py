@@ -57,12 +57,6 @@ CHUNKS = (13, 11, 8, 4) if simd.REGISTERS == 32 else (6, 5, 4, 3)
 
 CHUNK0, CHUNK1, CHUNK2, CHUNK3 = CHUNKS
 
-VECTORS_AHEAD = 2
-"""Vectors of channels from those of a listed pixel that are read to those that are asked for.
-
-Caches bring two neighbouring lines together: one vector ahead was slower than none, two as fast as four.
-"""
-
 MASKS = simd.VECTOR_BYTES > 16
 """Whether reading all lanes of a vector under a mask takes no longer than without."""
 
@@ -390,9 +384,6 @@ def _transform(near, listed):
             count = min(step, src.C - c)
             target = simd.shift(inputs, c // step * block_size)
             origin = simd.shift(frame, (y0 * src.W + x0) * src.C + c)
-            if not inside and c + VECTORS_AHEAD * step < src.C:
-                for n in range(height * width):
-                    simd.prefetch(simd.shift(simd.at(zeros, addresses[n]), c + VECTORS_AHEAD * step))
             if inside and count == step:
                 near(m_y, m_x, k_y, k_x, 0, origin, row, column, count, target, point)
             elif inside:
