@@ -80,7 +80,7 @@ def choose(algorithm="auto", B=1, H=64, C=16, F=64, **options):
 @every_geometry
 def test_auto_gives_each_convolution_what_fits_it(name):
     chosen = choose(**GEOMETRIES[name])
-    assert chosen.before == ("dilation" in name or name[:3] in ("5×5", "3×3"))
+    assert chosen.before == ("dilation" in name or name[:3] == "3×3")  # 5×5 and 3×3 take as long either way
     assert bool(chosen.h) == (name != "3×3 and 1×1")
     assert chosen.x
     if not chosen.before:

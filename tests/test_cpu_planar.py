@@ -165,3 +165,16 @@ def test_tiles_are_the_lanes_where_filters_are_few():
     few = [F for F in (1, 2, 4, 8) if simd.lanes(4) > F]
     assert all(is_planar(C, F, k) for C in (1, 3, 8) for F in few for k in (1, 3, 5))
     assert not any(is_planar(C, F, k) for C in (1, 16, 64) for F in (64, 128) for k in (1, 3, 5))
+
+
+@pytest.mark.vectors
+def test_what_is_chosen_for_few_filters_is_what_was_measured_to_be_fastest():
+    if simd.lanes(4) < 16:
+        pytest.skip("measured with vectors of 16")
+    for H, C, F, k, tiles_fit, planar in ((54, 8, 2, 3, True, True), (31, 103, 2, 3, True, True),
+                                          (31, 64, 4, 3, True, False), (32, 47, 6, 2, True, True),
+                                          (16, 197, 1, 4, False, True)):  # fmt: skip
+        specs = tuple(ConvSpec.infer((4, H, H, n), (k, k, n, 4 * F), padding="same") for n in (F, C))
+        tile = plans.choose(specs, "auto", 4, gates=True)
+        assert bool(tile) == tiles_fit
+        assert plans.is_planar(specs, tile, 4, gates=True) == planar

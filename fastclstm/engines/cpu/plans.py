@@ -32,24 +32,22 @@ def alike(specs: tuple[ConvSpec, ...]) -> bool:
 
 
 def choose(
-    specs: tuple[ConvSpec, ...], algorithm: str, itemsize: int, *, gates: bool = False, remember: bool = True,
-    near: bool = True,
-) -> Tile | None:  # fmt: skip
+    specs: tuple[ConvSpec, ...], algorithm: str, itemsize: int, *, gates: bool = False, remember: bool = True
+) -> Tile | None:
     """Winograd's tile; None: direct, also where tiles cannot compute the convolutions together.
 
     gates: the columns are those of a ConvLSTM's gates, which become states at once; else they are stored.
 
     "auto" takes the smallest estimate of the costs. "winograd" chooses the tile as for a single image, so that its
-    results do not depend on how a batch is split. remember: else the kernels are packed for this call alone. near: few
-    weights are taken for near (`NEAR_BYTES`).
+    results do not depend on how a batch is split. remember: else the kernels are packed for this call alone.
     """
     if algorithm == "direct" or not fits(specs):
         return None
     sizes = {(spec.KH, spec.KW): None for spec in tiles.dense(specs)}
     choices = tiles.choices(*sizes)
     if algorithm == "winograd":
-        return _cheapest(tuple(spec.with_batch(1) for spec in specs), choices, itemsize, gates, near=near)
-    return None if {*sizes} == {(1, 1)} else _cheapest(specs, (None, *choices), itemsize, gates, remember, near)
+        return _cheapest(tuple(spec.with_batch(1) for spec in specs), choices, itemsize, gates)
+    return None if {*sizes} == {(1, 1)} else _cheapest(specs, (None, *choices), itemsize, gates, remember)
 
 
 class Ways(NamedTuple):
@@ -109,29 +107,22 @@ def choose_ways(recurrent: ConvSpec, inputs: ConvSpec, algorithm: str, itemsize:
     if algorithm == "winograd":
         both = recurrent.with_batch(1), inputs.with_batch(1)
     one, many = both[:1], (both[1].with_batch(AHEAD * both[1].B),)
-
-    def tiles_of(near: bool) -> tuple[Tile | None, ...]:
-        convolutions = (one, True), (many, False), (both, True)
-        return tuple(choose(convs, algorithm, itemsize, gates=gates, remember=remember, near=near)
-                     for convs, gates in convolutions)  # fmt: skip
-
-    h, x, together = tiles_of(near=False)
+    h, x, together = (choose(specs, algorithm, itemsize, gates=gates, remember=remember)
+                      for specs, gates in ((one, True), (many, False), (both, True)))  # fmt: skip
     vectors = both[0].B * recurrent.HO * recurrent.WO * -(-recurrent.F // simd.lanes(itemsize))
     apart = cost(one, h, itemsize, True) + cost(many, x, itemsize) / AHEAD + TRANSFER * vectors + CALLS
     before = cost(both, together, itemsize, True) > apart or (algorithm == "winograd" and not fits(both))
-    h, x, together = tiles_of(near=True)
     return Ways(h, x, before=True) if before else Ways(together, together)
 
 
 @lru_cache(maxsize=256)
 def _cheapest(
-    specs: tuple[ConvSpec, ...], choices: tuple[Tile | None, ...], itemsize: int, gates: bool, remember: bool = True,
-    near: bool = True,
-) -> Tile | None:  # fmt: skip
+    specs: tuple[ConvSpec, ...], choices: tuple[Tile | None, ...], itemsize: int, gates: bool, remember: bool = True
+) -> Tile | None:
     packing = 0.0 if remember else PACKING / AHEAD
 
     def of(tile: Tile | None) -> float:
-        return cost(specs, tile, itemsize, gates, near) + packing * _packed_vectors(specs, tile, itemsize)
+        return cost(specs, tile, itemsize, gates) + packing * _packed_vectors(specs, tile, itemsize)
 
     return min(choices, key=of)
 
@@ -141,12 +132,10 @@ def _packed_vectors(specs: tuple[ConvSpec, ...], tile: Tile | None, itemsize: in
     return size // simd.VECTOR_BYTES
 
 
-def cost(
-    specs: tuple[ConvSpec, ...], tile: Tile | None, itemsize: int, gates: bool = False, near: bool = False
-) -> float:
+def cost(specs: tuple[ConvSpec, ...], tile: Tile | None, itemsize: int, gates: bool = False) -> float:
     """Estimate the work of one step in multiply-adds of vectors, with Winograd's tiles or directly (None)."""
     images = specs[0].B
-    by_filters = winograd_cost(specs, tile, images, itemsize, near) if tile else direct_cost(specs, images, itemsize)
+    by_filters = winograd_cost(specs, tile, images, itemsize) if tile else direct_cost(specs, images, itemsize)
     return min(by_filters + finish_cost(specs, itemsize, gates), planar_cost(specs, tile, itemsize, gates))
 
 
@@ -184,10 +173,21 @@ Timed with 8 steps of frames of 4² and 8² on Zen 4, one thread: F(4, 3) takes 
 """
 
 FAR_BYTES, FAR_ROWS = 32 << 20, 20
-"""Weights that no cache holds come from memory in each step: reading one takes as long as so many multiply-adds."""
+"""Weights that no cache holds come from memory in each step: reading one takes as long as so many multiply-adds.
+
+Between near and far it is as if a growing part came from there.
+"""
 
 DIRECT_VECTORS = 0, 2, 3, 3.8
 """Vectors of four at a time that take as long as a group of fewer, of which the loads are the work."""
+
+TRANSFORM_INPUTS, TRANSFORM_OUTPUTS = 11, 5
+"""Transforming a vector of channels, or of columns, of a tile: of each point, if these are six by six.
+
+With the numbers for planes below fitted to 256 cells of 4² to 128², 1 to 16 images, 1 to 512 channels, mostly 1 to 16
+filters, kernels of 2 to 7, timed each way on one thread of a Zen 4. Of 106 others, drawn afterwards, the choice loses
+2.4 % against the best way in the geometric mean, and at most 21 % where that was timed again.
+"""
 
 INPUTS = 12, 40
 """Transforming a vector of channels of a tile, of each point, where all points fit `POINTS_BYTES`, and where not."""
@@ -217,18 +217,22 @@ def direct_cost(specs: tuple[ConvSpec, ...], images: int, itemsize: int) -> floa
     return rows * sum(s.KH * s.KW * s.C for s in specs) * vectors / 0.85
 
 
-def winograd_cost(specs: tuple[ConvSpec, ...], tile: Tile, images: int, itemsize: int, near: bool = False) -> float:
+def winograd_cost(specs: tuple[ConvSpec, ...], tile: Tile, images: int, itemsize: int) -> float:
     """Estimate the work of one step in multiply-adds of vectors, from measurements (see `direct_cost`)."""
     lanes = simd.lanes(itemsize)
     count = images * math.prod(grid(specs, tile))
     vectors = -(-specs[0].F // lanes)
-    size = weight_bytes(specs, tile, itemsize)
-    streaming = FAR_ROWS if size >= FAR_BYTES else NEAR_ROWS if near and size <= NEAR_BYTES else STREAMING_ROWS
+    channels, runs = channels_of(specs, tile), channels_of(specs, tile, lanes)
+    far = (weight_bytes(specs, tile, itemsize) - NEAR_BYTES) / (FAR_BYTES - NEAR_BYTES)
+    streaming = NEAR_ROWS if far <= 0 else STREAMING_ROWS + min(far, 1.0) * (FAR_ROWS - STREAMING_ROWS)
     rows = max(-(-count // winograd.CHUNKS[-1]) * winograd.CHUNKS[-1], streaming)
-    products = rows * tile.points * channels_of(specs, tile) * vectors / 0.8
-    inputs = 30 * count * tile.points * channels_of(specs, tile, lanes)
-    outputs = 5 * count * tile.points * vectors
-    return products + inputs + outputs
+    transforms = _transform_cost(tile) * count * tile.points * (TRANSFORM_INPUTS * runs + TRANSFORM_OUTPUTS * vectors)
+    return rows * tile.points * channels * vectors / 0.8 + transforms
+
+
+def _transform_cost(tile: Tile) -> float:
+    """What a point of a tile's transforms takes, as a multiple of a point of six by six."""
+    return (tile.m_y + tile.k_y + tile.m_x + tile.k_x - 2) / 12
 
 
 FEW = 1500, 300
@@ -237,20 +241,20 @@ FEW = 1500, 300
 PLANAR_MOST = 32
 """Filters, at most, where tiles may be the lanes."""
 
-PLANAR_READ = 270
+PLANAR_READ = 100
 """Transposing a row of what each of the tiles of a vector reads, for a vector of scalars of it."""
 
-PLANAR_INPUT, PLANAR_OUTPUT = 20, 4
-"""Transforming a channel, or a column, of a vector of Winograd's tiles: of each point."""
+PLANAR_INPUT, PLANAR_OUTPUT = 13, 2
+"""Transforming a channel, or a column, of a vector of tiles: as `TRANSFORM_INPUTS`."""
 
 PLANAR_PRODUCT = 1.0, 1.5
 """Multiply-adds of a vector, directly and with Winograd's tiles."""
 
 PLANAR_FINISH = 64, 15
-"""What states, or stored columns, of a vector of pixels take for each filter, beyond what they take without planes.
+"""What states, or stored columns, of a vector of pixels take for each filter, beyond what they take without planes."""
 
-Together they were fitted to 200 cells of 64², 33² and smaller frames, 1 to 64 channels, 1 to 12 filters, kernels 1 to
-7, timed each way on one thread of a Zen 5: the choice loses 1 % against the best way in the geometric mean.
+PLANAR_BESIDE = 60
+"""What states of a vector of a tile's pixels that are beside the frame take for each filter: elsewhere there are none.
 """
 
 
@@ -273,7 +277,10 @@ def planar_cost(specs: tuple[ConvSpec, ...], tile: Tile | None, itemsize: int, g
     tiles_y, tiles_x = _tiles_of(specs, m, bool(tile))
     images, band = _cut(spec.B, tiles_y, tiles_x, interleaved(specs)[0] if tile else 1, lanes, 1)
     vectors = -(-spec.B // images) * -(-tiles_y // band) * -(-images * band * tiles_x // lanes)
-    work: float = vectors * m.outputs * (60 + PLANAR_FINISH[not gates] * filters)
+    outputs = vectors * m.outputs
+    beside = outputs - spec.B * spec.HO * spec.WO / lanes
+    work: float = outputs * (60 + PLANAR_FINISH[not gates] * filters) + gates * PLANAR_BESIDE * filters * beside
+    transform = _transform_cost(tile) if tile else 0.0
     for s in tiles.dense(specs) if tile else specs:
         pieces = len(tiles.pieces(s.KH, s.KW, tile)) if tile else 1
         reads_y, reads_x = (
@@ -286,8 +293,8 @@ def planar_cost(specs: tuple[ConvSpec, ...], tile: Tile | None, itemsize: int, g
             return math.inf
         work += vectors * pieces * reads_y * -(-reads_x * s.C // lanes) * lanes / 16 * PLANAR_READ
         products = tile.points * pieces if tile else m.outputs * s.KH * s.KW
-        work += vectors * products * s.C * (columns * PLANAR_PRODUCT[bool(tile)] + PLANAR_INPUT * bool(tile))
-    return work + (vectors * tile.points * columns * PLANAR_OUTPUT if tile else 0)
+        work += vectors * products * s.C * (columns * PLANAR_PRODUCT[bool(tile)] + PLANAR_INPUT * transform)
+    return work + (vectors * tile.points * columns * PLANAR_OUTPUT * transform if tile else 0)
 
 
 # ------------------------------------------------------------------------------------------------- direct convolution
