@@ -173,10 +173,7 @@ Timed with 8 steps of frames of 4² and 8² on Zen 4, one thread: F(4, 3) takes 
 """
 
 FAR_BYTES, FAR_ROWS = 32 << 20, 20
-"""Weights that no cache holds come from memory in each step: reading one takes as long as so many multiply-adds.
-
-Between near and far it is as if a growing part came from there.
-"""
+"""Weights that no cache holds come from memory in each step: reading one takes as long as so many multiply-adds."""
 
 DIRECT_VECTORS = 0, 2, 3, 3.8
 """Vectors of four at a time that take as long as a group of fewer, of which the loads are the work."""
@@ -223,8 +220,8 @@ def winograd_cost(specs: tuple[ConvSpec, ...], tile: Tile, images: int, itemsize
     count = images * math.prod(grid(specs, tile))
     vectors = -(-specs[0].F // lanes)
     channels, runs = channels_of(specs, tile), channels_of(specs, tile, lanes)
-    far = (weight_bytes(specs, tile, itemsize) - NEAR_BYTES) / (FAR_BYTES - NEAR_BYTES)
-    streaming = NEAR_ROWS if far <= 0 else STREAMING_ROWS + min(far, 1.0) * (FAR_ROWS - STREAMING_ROWS)
+    size = weight_bytes(specs, tile, itemsize)
+    streaming = FAR_ROWS if size >= FAR_BYTES else NEAR_ROWS if size <= NEAR_BYTES else STREAMING_ROWS
     rows = max(-(-count // winograd.CHUNKS[-1]) * winograd.CHUNKS[-1], streaming)
     transforms = _transform_cost(tile) * count * tile.points * (TRANSFORM_INPUTS * runs + TRANSFORM_OUTPUTS * vectors)
     return rows * tile.points * channels * vectors / 0.8 + transforms
