@@ -110,8 +110,10 @@ def choose_ways(recurrent: ConvSpec, inputs: ConvSpec, algorithm: str, itemsize:
     h, x, together = (choose(specs, algorithm, itemsize, gates=gates, remember=remember)
                       for specs, gates in ((one, True), (many, False), (both, True)))  # fmt: skip
     vectors = both[0].B * recurrent.HO * recurrent.WO * -(-recurrent.F // simd.lanes(itemsize))
-    apart = cost(one, h, itemsize, True) + cost(many, x, itemsize) / AHEAD + TRANSFER * vectors + CALLS
-    before = cost(both, together, itemsize, True) > apart or (algorithm == "winograd" and not fits(both))
+    # of x beforehand and of both together as it was measured; with near weights a valid call of 11² took half as long again
+    estimate = partial(cost, itemsize=itemsize, near=False)
+    apart = estimate(one, h, gates=True) + estimate(many, x) / AHEAD + TRANSFER * vectors + CALLS
+    before = estimate(both, together, gates=True) > apart or (algorithm == "winograd" and not fits(both))
     return Ways(h, x, before=True) if before else Ways(together, together)
 
 
@@ -132,10 +134,15 @@ def _packed_vectors(specs: tuple[ConvSpec, ...], tile: Tile | None, itemsize: in
     return size // simd.VECTOR_BYTES
 
 
-def cost(specs: tuple[ConvSpec, ...], tile: Tile | None, itemsize: int, gates: bool = False) -> float:
-    """Estimate the work of one step in multiply-adds of vectors, with Winograd's tiles or directly (None)."""
+def cost(
+    specs: tuple[ConvSpec, ...], tile: Tile | None, itemsize: int, gates: bool = False, *, near: bool = True
+) -> float:  # fmt: skip
+    """Estimate the work of one step in multiply-adds of vectors, with Winograd's tiles or directly (None).
+
+    near: few weights are taken for near (`NEAR_BYTES`).
+    """
     images = specs[0].B
-    by_filters = winograd_cost(specs, tile, images, itemsize) if tile else direct_cost(specs, images, itemsize)
+    by_filters = winograd_cost(specs, tile, images, itemsize, near) if tile else direct_cost(specs, images, itemsize)
     return min(by_filters + finish_cost(specs, itemsize, gates), planar_cost(specs, tile, itemsize, gates))
 
 
@@ -214,14 +221,14 @@ def direct_cost(specs: tuple[ConvSpec, ...], images: int, itemsize: int) -> floa
     return rows * sum(s.KH * s.KW * s.C for s in specs) * vectors / 0.85
 
 
-def winograd_cost(specs: tuple[ConvSpec, ...], tile: Tile, images: int, itemsize: int) -> float:
+def winograd_cost(specs: tuple[ConvSpec, ...], tile: Tile, images: int, itemsize: int, near: bool = True) -> float:
     """Estimate the work of one step in multiply-adds of vectors, from measurements (see `direct_cost`)."""
     lanes = simd.lanes(itemsize)
     count = images * math.prod(grid(specs, tile))
     vectors = -(-specs[0].F // lanes)
     channels, runs = channels_of(specs, tile), channels_of(specs, tile, lanes)
     size = weight_bytes(specs, tile, itemsize)
-    streaming = FAR_ROWS if size >= FAR_BYTES else NEAR_ROWS if size <= NEAR_BYTES else STREAMING_ROWS
+    streaming = FAR_ROWS if size >= FAR_BYTES else NEAR_ROWS if near and size <= NEAR_BYTES else STREAMING_ROWS
     rows = max(-(-count // winograd.CHUNKS[-1]) * winograd.CHUNKS[-1], streaming)
     transforms = _transform_cost(tile) * count * tile.points * (TRANSFORM_INPUTS * runs + TRANSFORM_OUTPUTS * vectors)
     return rows * tile.points * channels * vectors / 0.8 + transforms
