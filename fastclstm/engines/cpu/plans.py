@@ -110,7 +110,7 @@ def choose_ways(recurrent: ConvSpec, inputs: ConvSpec, algorithm: str, itemsize:
     h, x, together = (choose(specs, algorithm, itemsize, gates=gates, remember=remember)
                       for specs, gates in ((one, True), (many, False), (both, True)))  # fmt: skip
     vectors = both[0].B * recurrent.HO * recurrent.WO * -(-recurrent.F // simd.lanes(itemsize))
-    # of x beforehand and of both together as it was measured; with near weights a valid call of 11² took half as long again
+    # as it was measured; with near weights a valid call on 11², that took both together, was half as long again
     estimate = partial(cost, itemsize=itemsize, near=False)
     apart = estimate(one, h, gates=True) + estimate(many, x) / AHEAD + TRANSFER * vectors + CALLS
     before = estimate(both, together, gates=True) > apart or (algorithm == "winograd" and not fits(both))
