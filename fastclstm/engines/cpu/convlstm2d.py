@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from fastclstm.engines import recurrence
-from fastclstm.engines.cpu import backward, launch, outliers, plans, stepwise
+from fastclstm.engines.cpu import backward, launch, outliers, plans, stepwise, stepwise_backward
 from fastclstm.engines.cpu.conv2d import conv2d, conv2d_backward
 from fastclstm.engines.cpu.fused_steps import Steps
 from fastclstm.engines.cpu.kernels import gates
@@ -74,7 +74,7 @@ def convlstm2d_backward(
     if isinstance(saved, backward.Saved):
         return backward.backward(spec, saved, dy, dh, dc, input_gradient=input_gradient)
     if isinstance(saved, stepwise.Saved):
-        return stepwise.backward(spec, saved, dy, dh, dc, input_gradient=input_gradient)
+        return stepwise_backward.backward(spec, saved, dy, dh, dc, input_gradient=input_gradient)
     return recurrence.backward(spec, conv2d_backward, saved, dy, dh, dc, input_gradient=input_gradient)
 
 
