@@ -59,8 +59,11 @@ class _Commands(TyperGroup):
         except Exception as error:
             if os.environ.get("FASTCLSTM_TRACEBACK") or not (message := _explanation(error)):
                 raise
-            with suppress(AttributeError, OSError, ValueError):  # stderr is missing or closed
+            try:
                 sys.stderr.write(f"fastclstm: error: {' '.join(message.split())}\n")
+                sys.stderr.flush()
+            except (AttributeError, OSError, ValueError):  # it is missing or closed
+                sys.stderr = None  # else Python tries again at its end, and ends with a code of its own
             code = USER_ERROR
         sys.exit(code if isinstance(code, int) else 0)
 
