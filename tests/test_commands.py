@@ -583,7 +583,7 @@ def test_without_stderr_the_work_is_done(job, command, close):
         statement = close.removeprefix("python: ")
         script = f"python -c 'import os, sys; {statement}; from fastclstm.commands import main; main()'"
     shell = f'{script.replace("python", sys.executable, 1)} "$@" {"2>&-" if close == "2>&-" else ""}'
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}
     done = subprocess.run(["sh", "-c", shell, "sh", *map(str, arguments)], env=environment, capture_output=True)
     assert done.returncode == 0, done.stdout
     assert job.out.exists()
