@@ -55,6 +55,12 @@ def test_a_gate_order_that_names_do_not_tell_is_found():
     assert furthest(pulled(model, x), pulled(expected, x)) < 1e-5
 
 
+def test_many_products_do_not_make_roundings_grow():
+    """A long sequence of large sums differed by more than roundings: the cell alone was swapped."""
+    _, report = accelerate(Published([dialects_torch.JointCell(16, 128, (5, 5), True)]), return_report=True)
+    assert report.swapped == {"": "ndrplz: over whole sequences"}
+
+
 @pytest.mark.parametrize("make", [lambda: Rolled([GRUCell(C, 4, "gates"), GRUCell(4, 2, "gates")], 0, "both"),
                                   lambda: Rolled([LSTMCell(C, 4), LSTMCell(4, 2)], 1, "both"),
                                   lambda: Rolled([GRUCell(C, 4, "each")])])  # fmt: skip

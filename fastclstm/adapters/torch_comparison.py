@@ -112,7 +112,9 @@ class _Comparison:
         with torch.no_grad():
             for name, tensor in twin.state_dict().items():
                 if tensor.is_floating_point():
-                    value = self.draw(*tensor.shape) / 2
+                    # sums of many products would saturate, and double each rounding in every step
+                    many = tensor[0].numel() if tensor.ndim > 2 else 1
+                    value = self.draw(*tensor.shape) * min(0.5, 4 / many**0.5)
                     tensor.copy_(value.abs() + 0.5 if "var" in name else value)
 
     def draw(self, *shape: int) -> Tensor:
