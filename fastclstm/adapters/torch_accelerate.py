@@ -12,7 +12,7 @@ from fastclstm.adapters.report import Report
 from fastclstm.adapters.torch_cells import Arrangement
 from fastclstm.adapters.torch_comparison import AGREED_AT_FIRST, FAILED, Candidate, plan_of
 from fastclstm.adapters.torch_forms import parameters_of
-from fastclstm.adapters.torch_structure import alike, arrangements, decompositions, frame_of, unknown
+from fastclstm.adapters.torch_structure import alike, arrangements, decompositions, frame_for, frame_of, unknown
 from fastclstm.adapters.torch_swapped import (
     Accelerated,
     Plan,
@@ -164,9 +164,8 @@ def _named(found: Recognized, bidirectional: bool, steps: bool) -> Candidate:
     tensors, first = found.cells[0, 0], meanings[0][0]
     of_pixels = {name for _, name, _, _, convolved, _ in first.peepholes if not convolved}
     of_pixels |= {name for _, theirs in first.norms for name in theirs} | {name for name in tensors if "norm" in name}
-    frames = [tuple(tensors[name].shape[-2:]) for name in sorted(of_pixels) if tensors[name].dim() >= 3]
-    bound = [frame for frame in frames if frame != (1, 1)]
-    return Candidate(found.row.name, True, meanings, (bidirectional,), steps, bound[0] if bound else None)
+    frame = frame_for(tensors[name] for name in sorted(of_pixels))
+    return Candidate(found.row.name, True, meanings, (bidirectional,), steps, frame)
 
 
 def _kind(state: Any, meant: list[Arrangement]) -> str:

@@ -9,7 +9,16 @@ from typing import Any, NamedTuple
 from fastclstm.adapters.torch_cells import Arrangement
 from fastclstm.adapters.torch_forms import Inputs, X, forms_of, parameters_of
 from fastclstm.adapters.torch_structure import Agreement, agreeing
-from fastclstm.adapters.torch_swapped import LAYOUTS, VIEWS, Plan, Results, computed, returned, settings_of
+from fastclstm.adapters.torch_swapped import (
+    LAYOUTS,
+    OF_EVERY_MODULE,
+    VIEWS,
+    Plan,
+    Results,
+    computed,
+    returned,
+    settings_of,
+)
 
 import torch  # isort: skip
 from torch import Tensor  # isort: skip
@@ -29,8 +38,6 @@ _OF_SIZES = "left, for it is something else where frames, batches or sequences h
 _OF_LARGE = "left, for it is something else where states or frames are large: as if it clipped them"
 _OF_MASKED = "left, for it is something else where frames are zero or positive: as if it masked or scaled them"
 _OF_NANS = "left, for it is something else where frames have NaN: as if it filled them"
-_OWN = frozenset(torch.nn.Module().__dict__)
-"""Attributes of every module."""
 AGREED_AT_FIRST = tuple(text.partition("{")[0] for text in
                         (_REMEMBERS, _KEEPS, _OF_SIZES, _OF_LARGE, _OF_MASKED, _OF_NANS))  # fmt: skip
 """How reasons begin for which a module is left that first returned what our kernels do."""
@@ -340,7 +347,7 @@ def _kept_in(module: torch.nn.Module) -> dict[str, list[Any]]:
     kept = {}
     for place, part in module.named_modules():
         for name, value in part.__dict__.items():
-            if name not in _OWN:
+            if name not in OF_EVERY_MODULE:
                 kept[f"{place}.{name}".lstrip(".")] = [
                     leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
                     for leaf in torch.utils._pytree.tree_leaves(value)

@@ -193,7 +193,7 @@ class Operator:
                                                     *call.further)  # fmt: skip
             return made
         *outputs, _ = self.forward(*self._flat(call), save and not is_exporting())
-        return tuple([y.movedim(-1, -3).contiguous() if n in first else y for n, y in enumerate(outputs)])
+        return tuple([_channels_first(y) if n in first else y for n, y in enumerate(outputs)])
 
     # Arguments
 

@@ -101,8 +101,13 @@ def arrangements(module: torch.nn.Module, place: str) -> list[Arrangement]:
 
 def frame_of(module: torch.nn.Module) -> tuple[int, int] | None:
     """Return the size of the frames that a module has parameters for, of its own or in it; or None."""
-    shapes = [parameter.shape for _, parameter in _others(module) if parameter.dim() >= 3]
-    return next(((H, W) for *_, H, W in shapes if (H, W) != (1, 1)), None)
+    return frame_for(parameter for _, parameter in _others(module))
+
+
+def frame_for(tensors: Iterable[Tensor]) -> tuple[int, int] | None:
+    """Return the size of the frames that weights of pixels are for; None where they are for any."""
+    sizes = (tensor.shape[-2:] for tensor in tensors if tensor.dim() >= 3)
+    return next(((H, W) for H, W in sizes if (H, W) != (1, 1)), None)
 
 
 def _others(module: torch.nn.Module) -> list[tuple[str, Tensor]]:

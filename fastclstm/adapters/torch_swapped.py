@@ -64,7 +64,8 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 _SETTINGS = bool, int, float, str, type(None)
-_NO_SETTINGS = frozenset(torch.nn.Module().__dict__)
+OF_EVERY_MODULE = frozenset(torch.nn.Module().__dict__)
+"""Names of the attributes that every module has, whatever it computes."""
 
 
 def is_hooked(module: torch.nn.Module) -> bool:
@@ -92,7 +93,7 @@ def settings_of(module: torch.nn.Module) -> dict[tuple[tuple[str, ...], str], An
         kinds = [kind for kind in type(part).__mro__ if kind is not Accelerated and not _is_of_torch(kind)]
         for own in (*map(vars, reversed(kinds)), vars(part)) if kinds else ():
             for name, value in own.items():
-                if isinstance(value, _SETTINGS) and name not in _NO_SETTINGS and not name.startswith("__"):
+                if isinstance(value, _SETTINGS) and name not in OF_EVERY_MODULE and not name.startswith("__"):
                     found[tuple(place.split(".")) if place else (), name] = value
     return found
 

@@ -56,12 +56,9 @@ def recognize(state: Mapping[str, Any], rows: list[Dialect], prefix: str) -> Rec
         told = f"by their shapes these may be cells: {_places(likely, 2)}; say which with prefix=…" if likely \
             else _nearest(state, rows, candidates, start)  # fmt: skip
         computed = next((name for name in map(str, state) if _COMPUTED.search(name)), None)
-        told += (
-            ""
-            if computed is None
-            else f"; {computed} is of a weight that is computed (weight_norm, "
-            "spectral_norm, …): let the module keep its value, as by torch.nn.utils.parametrize.remove_parametrizations"
-        )
+        if computed is not None:
+            told += (f"; {computed} is of a weight that is computed (weight_norm, spectral_norm, …): let the module "
+                     "keep its value, as by torch.nn.utils.parametrize.remove_parametrizations")  # fmt: skip
         raise ValueError(f"{rows[0].reader}: no ConvLSTM is recognized by its names{under}: {told}")
     row, place, cells = found[0]
     complete = {(0, d) for d in range(len(cells))} if row.directions else {(n, 0) for n in range(len(cells))}

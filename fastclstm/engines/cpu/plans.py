@@ -221,7 +221,7 @@ def direct_cost(specs: tuple[ConvSpec, ...], images: int, itemsize: int) -> floa
     return rows * sum(s.KH * s.KW * s.C for s in specs) * vectors / 0.85
 
 
-def winograd_cost(specs: tuple[ConvSpec, ...], tile: Tile, images: int, itemsize: int, near: bool = True) -> float:
+def winograd_cost(specs: tuple[ConvSpec, ...], tile: Tile, images: int, itemsize: int, near: bool) -> float:
     """Estimate the work of one step in multiply-adds of vectors, from measurements (see `direct_cost`)."""
     lanes = simd.lanes(itemsize)
     count = images * math.prod(grid(specs, tile))
